@@ -1,0 +1,62 @@
+# `make demo` and `make test` set up everything they need in a virtual environment inside the checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test gate gpu lint format doctor bench-layer clean
+
+help:
+	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
+	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
+	@echo "make gate         compile every kernel config for sm_80, sm_90, sm_100 and gfx942, write the result"
+	@echo "make gpu          the tests that need a GPU, then the first measurements, on the machine's own Python"
+	@echo "make bench-layer  one layer against PEFT on the CPU"
+	@echo "make doctor       versions, chosen implementation, self-check"
+	@echo "make lint         ruff; make format applies it"
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt "torch==2.13.0" "triton==3.7.1"
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt "torch==2.13.0"
+	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.finetune_minilm
+
+test: $(VENV)/.dev
+	$(MAKE) -C csrc_reference
+	$(BIN)/python -m pytest -m "not gate_all"
+
+gate: $(VENV)/.dev
+	$(BIN)/python -m bench.gate --out bench/results/compile-gate.json
+
+gpu:
+	$(PYTHON) -m pytest tests -m gpu -q
+	$(PYTHON) -m bench.first_gpu
+
+bench-layer: $(VENV)/.dev
+	$(BIN)/python -m bench.layer
+
+doctor: $(VENV)/.dev
+	$(BIN)/python -m lorafa_kernels doctor
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build .demo
+	$(MAKE) -C csrc_reference clean

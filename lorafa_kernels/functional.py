@@ -1,0 +1,142 @@
+"""lorafa_linear: check the arguments, apply autocast's casts, flatten, and call the autograd node."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import LoRAFALinearFunction
+from .choice import check_impl
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lorafa_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Apply a linear layer with a LoRA-FA adapter: y = x weightᵀ + scaling · (x lora_Aᵀ) lora_Bᵀ + bias.
+
+    Gradients flow to x and lora_B only. For backward the layer keeps z = scaling · (x lora_Aᵀ), M·R
+    numbers, and not x (LoRA-FA, arXiv 2308.03303, section 3.2). Backward can be run once per graph edge,
+    not differentiated again.
+
+    Args:
+        x: (..., K), fp32, bf16, fp16 or fp64; M is the product of its leading dimensions. Any strides.
+        weight: (N, K), frozen, in the dtype of x (any dtype under autocast).
+        lora_A: (R, K), frozen, in the dtype of x or fp32.
+        lora_B: (N, R), trained, in the dtype of x or fp32; its gradient comes back in its dtype.
+        bias: (N,), frozen, in the dtype of x, or None.
+        scaling: finite factor s of the low-rank term: alpha/R, or alpha/√R for rsLoRA.
+        dropout_p: probability in [0, 1) of dropping an element of x before lora_A. Only 0 is available yet.
+        impl: "auto", "triton", "torch" or "reference"; choice.py has the rule of "auto".
+
+    Returns:
+        y: (..., N), in the dtype of x, or in autocast's dtype under autocast.
+
+    Raises:
+        ValueError: shapes that do not fit; a weight, bias or lora_A that requires grad; mixed devices; a
+        scaling or dropout_p
+            out of range; an unknown impl.
+        TypeError: dtypes that are not floating point or cannot be combined.
+        RuntimeError: impl="triton" where it cannot run.
+        NotImplementedError: dropout_p above 0.
+    """
+    K = x.shape[-1] if x.dim() else 0
+    _check_shapes(x, weight, lora_A, lora_B, bias)
+    _check_frozen(weight, lora_A, bias)
+    if not -math.inf < scaling < math.inf:
+        raise ValueError(f"scaling must be a finite number, got {scaling}")
+    if dropout_p != 0.0:
+        _refuse_dropout(dropout_p)
+    check_impl(impl)
+    x = _cast(x, weight, lora_A, lora_B, bias)
+
+    rows = x if x.dim() == 2 else x.reshape(-1, K) if K else x.reshape(math.prod(x.shape[:-1]), 0)
+    if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
+        y = LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, scaling, impl)
+    else:
+        y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (..., {K}) for weight {tuple(weight.shape)}"
+        )
+    if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.shape[0] < 1:
+        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}, expected (R, {K}) with R at least 1")
+    R = lora_A.shape[0]
+    if lora_B.shape != (N, R):
+        raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}, expected ({N}, {R})")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({N},)")
+    device = x.device
+    if weight.device == lora_A.device == lora_B.device == device and (bias is None or bias.device == device):
+        return
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {device}: all must be on one device")
+
+
+def _check_frozen(weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> None:
+    if not (weight.requires_grad or lora_A.requires_grad or (bias is not None and bias.requires_grad)):
+        return
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but LoRA-FA keeps it frozen and would give it no gradient: call "
+                f"{name}.requires_grad_(False); only lora_B is trained"
+            )
+
+
+def _refuse_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    raise NotImplementedError(f"dropout_p={dropout_p}: dropout is not available yet, use 0")
+
+
+def _cast(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x in the dtype to compute in, after checking that the other dtypes can go with it."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(FLOAT_DTYPES)}")
+    device_type = x.device.type
+    # As torch's own linear: autocast leaves fp64 alone.
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    dtype = x.dtype
+    base_fits = weight.dtype == lora_A.dtype == dtype and (bias is None or bias.dtype == dtype)
+    if base_fits and lora_B.dtype in (dtype, torch.float32):
+        return x
+    exact = FLOAT_DTYPES if autocast else (dtype,)
+    factor = FLOAT_DTYPES if autocast else (dtype, torch.float32)
+    for name, tensor, allowed in (
+        ("weight", weight, exact),
+        ("bias", bias, exact),
+        ("lora_A", lora_A, factor),
+        ("lora_B", lora_B, factor),
+    ):
+        if tensor is not None and tensor.dtype not in allowed:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, x {dtype}: expected {_names(dict.fromkeys(allowed))}"
+            )
+    return x
+
+
+def _names(dtypes) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,147 @@
+"""expand: the large product with the rank-R term added to its accumulator.
+
+    C (M, N) = round( P (M, K) · Q (K, N) + L (M, R) · F (R, N) + bias (N) )
+
+    y  (M, N): P = x,  Q = weightᵀ, L = z,  F = lora_Bᵀ, bias
+    dx (M, K): P = dy, Q = weight,  L = dz, F = lora_A
+
+One kernel for both, through strides. Reads P once per column of blocks and Q once per row of blocks
+(grouped for reuse in L2), L and F once per block, writes C once: the rank-R term costs no pass over C.
+2·M·N·(K + R) FLOPs. Bound by arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tuning.config import default_config
+from .tile import device_limits, emulate_bf16, input_precision, load, offsets, round_as, store
+
+
+@triton.jit
+def _expand_kernel(
+    P_ptr,
+    Q_ptr,
+    L_ptr,
+    F_ptr,
+    bias_ptr,
+    C_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_P_m,
+    stride_P_k,
+    stride_Q_k,
+    stride_Q_n,
+    stride_L_m,
+    stride_L_r,
+    stride_F_r,
+    stride_F_n,
+    stride_C_m,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    DTYPE: tl.constexpr = P_ptr.dtype.element_ty
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * blocks_n)
+    rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
+    in_group = pid % (GROUP_M * blocks_n)
+    index_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index_n = (in_group // rows_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    index_k = tl.arange(0, BLOCK_K)
+    in_m = (index_m < M)[:, None]
+    in_n = (index_n < N)[None, :]
+
+    P_ptrs = P_ptr + offsets(index_m, stride_P_m)[:, None] + offsets(index_k, stride_P_k)[None, :]
+    Q_ptrs = Q_ptr + offsets(index_k, stride_Q_k)[:, None] + offsets(index_n, stride_Q_n)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            P = load(P_ptrs, in_m, EMULATE_BF16)
+            Q = load(Q_ptrs, in_n, EMULATE_BF16)
+        else:
+            in_k = index_k < K - start
+            P = load(P_ptrs, in_m & in_k[None, :], EMULATE_BF16)
+            Q = load(Q_ptrs, in_k[:, None] & in_n, EMULATE_BF16)
+        acc = tl.dot(P, Q, acc, input_precision=INPUT_PRECISION)
+        P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
+        Q_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_Q_k)
+
+    # After the main loop: before it, the compiler no longer overlaps the products of the loop. Not
+    # pipelined: one or two rounds, and the main loop's shared memory is free to be used again.
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):
+        index_r = start + tl.arange(0, BLOCK_R)
+        in_r = index_r < R
+        L_ptrs = L_ptr + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
+        F_ptrs = F_ptr + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
+        L = load(L_ptrs, in_m & in_r[None, :], EMULATE_BF16)
+        F = round_as(load(F_ptrs, in_r[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
+        acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
+
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + index_n, mask=index_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    C_ptrs = C_ptr + offsets(index_m, stride_C_m)[:, None] + index_n[None, :]
+    store(C_ptrs, acc, in_m & in_n, EMULATE_BF16)
+
+
+def expand(P: Tensor, Q: Tensor, L: Tensor, F: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return round(P · Q + L · F + bias) as a contiguous (M, N) tensor in the dtype of P.
+
+    P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype or fp32; any
+    strides. bias (N,) contiguous, or None.
+    """
+    M, K = P.shape
+    N = Q.shape[1]
+    R = L.shape[1]
+    C = torch.empty((M, N), dtype=P.dtype, device=P.device)
+    if M == 0 or N == 0:
+        return C
+    config = default_config("expand", device_limits(P.device), P.element_size(), M, R)
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    _expand_kernel[grid](
+        P,
+        Q,
+        L,
+        F,
+        bias,
+        C,
+        M,
+        N,
+        K,
+        R,
+        P.stride(0),
+        P.stride(1),
+        Q.stride(0),
+        Q.stride(1),
+        L.stride(0),
+        L.stride(1),
+        F.stride(0),
+        F.stride(1),
+        C.stride(0),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        BLOCK_R=config.BLOCK_R,
+        GROUP_M=config.GROUP_M,
+        EVEN_K=K % config.BLOCK_K == 0,
+        HAS_BIAS=bias is not None,
+        INPUT_PRECISION=input_precision(P.dtype),
+        EMULATE_BF16=emulate_bf16(P, F),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return C

@@ -1,0 +1,56 @@
+"""The best arrangement of library matrix products: the fast path without Triton, and one of the plans with
+it.
+
+    forward    z  = s · (x lora_Aᵀ)                 one product, s applied to its accumulator
+               y  = z lora_Bᵀ + bias, then y += x weightᵀ in place
+    backward   dz = s · (dy lora_B)
+               dB = dyᵀ z
+               dx = dz lora_A, then dx += dy weight in place
+
+Shapes as in reference.py. The rank-R product comes first because it only writes the output, while adding it
+afterwards would read the output once more; the large product then accumulates into it. No temporary of M·N
+or M·K elements is made. The rank-R term is rounded once more than in the formula; dB is rounded to the
+dtype of x where the backend has no product of 16-bit operands with an fp32 result.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
+    z = _scaled_product(x, lora_A.to(x.dtype).t(), scaling)
+    y = F.linear(z, lora_B.to(x.dtype), bias)
+    return y.addmm_(x, weight.t()), z
+
+
+def backward(
+    dy: Tensor, z: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute dx (M, K) and dB (N, R); arguments and dtypes as in reference.backward."""
+    return backward_input(dy, weight, lora_A, lora_B, scaling), backward_lora_B(dy, z, lora_B.dtype)
+
+
+def backward_input(dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Compute dx (M, K) alone."""
+    dz = _scaled_product(dy, lora_B.to(dy.dtype), scaling)
+    return dz.mm(lora_A.to(dy.dtype)).addmm_(dy, weight)
+
+
+def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute dB = dyᵀ z (N, R) in `dtype`."""
+    if dtype != dy.dtype and dy.is_cuda and torch.version.hip is None:
+        return torch.mm(dy.t(), z, out_dtype=dtype)
+    return dy.t().mm(z).to(dtype)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    # beta=0 ignores the first argument's values, so an uninitialised element is enough; alpha multiplies
+    # the accumulator before the only rounding, where a multiplication afterwards would round 16-bit results
+    # twice.
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)

@@ -1,0 +1,168 @@
+"""Operators of the library `lorafa_kernels`: schemas, shape functions, and the call of one implementation.
+
+forward(x, weight, lora_A, lora_B, bias, scaling, impl) -> (y, z)
+backward(dy, z, weight, lora_A, lora_B, scaling, impl) -> (dx, dB)
+backward_input(dy, weight, lora_A, lora_B, scaling, impl) -> dx
+backward_lora_B(dy, z, lora_B, impl) -> dB
+
+Shapes and dtypes as in reference.py, but weight and bias may be of another dtype than x (under autocast):
+they are cast to it here, in a temporary that dies with the call. All outputs are new and contiguous. The
+operators have no derivative of their own (autograd.py has it) and compute with autocast switched off: it
+would change the dtypes of the products within.
+
+The functions of this module call torch.ops.lorafa_kernels.* where that is needed: for the Triton kernels,
+which shape propagation must not enter, and under a compiler. Plans made of PyTorch's own operators are
+called directly, which saves the dispatcher's ~5 µs a call on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import library, reference
+from .choice import choose
+
+_library = torch.library.Library("lorafa_kernels", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Compute y (M, N) and z (M, R) in the dtype of x."""
+    call = _forward_op if _needs_operator(impl, x) else _forward
+    return call(x, weight, lora_A, lora_B, bias, scaling, impl)
+
+
+def backward(
+    dy: Tensor, z: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
+    call = _backward_op if _needs_operator(impl, dy) else _backward
+    return call(dy, z, weight, lora_A, lora_B, scaling, impl)
+
+
+def backward_input(
+    dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
+) -> Tensor:
+    """Compute dx (M, K) alone."""
+    call = _backward_input_op if _needs_operator(impl, dy) else _backward_input
+    return call(dy, weight, lora_A, lora_B, scaling, impl)
+
+
+def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
+    """Compute dB (N, R) alone, in the dtype of lora_B, of which no value is read."""
+    call = _backward_lora_B_op if _needs_operator(impl, dy) else _backward_lora_B
+    return call(dy, z, lora_B, impl)
+
+
+def _needs_operator(impl: str, x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or choose(impl, x.device, x.dtype).impl == "triton"
+
+
+def _implementation(impl: str, x: Tensor) -> ModuleType:
+    name = choose(impl, x.device, x.dtype).impl
+    if name == "triton":
+        return importlib.import_module(".kernels.linear", __package__)
+    return library if name == "torch" else reference
+
+
+def _forward(x, weight, lora_A, lora_B, bias, scaling, impl):
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    run = _implementation(impl, x).forward
+    return _without_autocast(x, run, (x, weight, lora_A, lora_B, bias, scaling))
+
+
+def _backward(dy, z, weight, lora_A, lora_B, scaling, impl):
+    if weight.dtype != dy.dtype:
+        weight = weight.to(dy.dtype)
+    run = _implementation(impl, dy).backward
+    return _without_autocast(dy, run, (dy, z, weight, lora_A, lora_B, scaling))
+
+
+def _backward_input(dy, weight, lora_A, lora_B, scaling, impl):
+    if weight.dtype != dy.dtype:
+        weight = weight.to(dy.dtype)
+    run = _implementation(impl, dy).backward_input
+    return _without_autocast(dy, run, (dy, weight, lora_A, lora_B, scaling))
+
+
+def _backward_lora_B(dy, z, lora_B, impl):
+    run = _implementation(impl, dy).backward_lora_B
+    return _without_autocast(dy, run, (dy, z, lora_B.dtype))
+
+
+def _without_autocast(x, run, args):
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return run(*args)
+    return run(*args)
+
+
+def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl):
+    M = x.shape[0]
+    return x.new_empty((M, weight.shape[0])), x.new_empty((M, lora_A.shape[0]))
+
+
+def _backward_fake(dy, z, weight, lora_A, lora_B, scaling, impl):
+    return _backward_input_fake(dy, weight, lora_A, lora_B, scaling, impl), _backward_lora_B_fake(
+        dy, z, lora_B, impl
+    )
+
+
+def _backward_input_fake(dy, weight, lora_A, lora_B, scaling, impl):
+    return dy.new_empty((dy.shape[0], weight.shape[1]))
+
+
+def _backward_lora_B_fake(dy, z, lora_B, impl):
+    return dy.new_empty(lora_B.shape, dtype=lora_B.dtype)
+
+
+def _define(name: str, schema: str, operation, fake):
+    _library.define(f"{name}{schema}", tags=_TAGS)
+    _library.impl(name, operation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafa_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.lorafa_kernels, name).default
+
+
+_forward_op = _define(
+    "forward",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, str impl)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = _define(
+    "backward",
+    "(Tensor dy, Tensor z, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_backward_input_op = _define(
+    "backward_input",
+    "(Tensor dy, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl) -> Tensor",
+    _backward_input,
+    _backward_input_fake,
+)
+_backward_lora_B_op = _define(
+    "backward_lora_B",
+    "(Tensor dy, Tensor z, Tensor lora_B, str impl) -> Tensor",
+    _backward_lora_B,
+    _backward_lora_B_fake,
+)

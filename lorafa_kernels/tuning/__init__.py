@@ -1,0 +1,1 @@
+"""Kernel configurations: data and pure functions. The public pieces are in config.py."""

@@ -1,0 +1,164 @@
+"""Kernel configurations and the pure function that picks one from shapes and device limits.
+
+Nothing here imports Triton or touches a device, so every choice can be made, listed and compiled on a
+machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+OPS = ("shrink", "expand", "grad")
+# Rank blocks above this leave the grad kernel no registers for its dB accumulator; larger ranks are tiled.
+MAX_BLOCK_R = 128
+# The tensor cores contract at least 16 16-bit elements, and tl.dot asks for 16 rows and columns.
+MIN_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Block sizes in elements and launch parameters of one kernel.
+
+    BLOCK_M rows of x or dy; BLOCK_N output columns of expand, or columns of dy in grad; BLOCK_K the
+    contraction block of shrink and expand; BLOCK_R the rank block; GROUP_M row blocks that expand visits
+    together for reuse in L2. Unused sizes are 0.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a configuration depends on: `arch` as in Triton's target ("sm_90", "gfx942", "cpu" for the
+    interpreter), shared memory
+    that one block may use in bytes, and the number of multiprocessors."""
+
+    arch: str
+    shared_memory: int
+    num_sms: int
+
+    @property
+    def family(self) -> str:
+        """The group of architectures that share their defaults."""
+        if self.arch.startswith("gfx"):
+            return "amd"
+        if not self.arch.startswith("sm_"):
+            return "interpreter"
+        major = int(self.arch[3:]) // 10
+        return {8: "ampere", 9: "hopper", 10: "blackwell"}.get(major, "ampere")
+
+
+# Published limits, for compiling without the device. num_sms only decides how many blocks grad splits its
+# rows into.
+KNOWN_DEVICES = {
+    "sm_80": DeviceLimits("sm_80", 163 * 1024, 108),
+    "sm_86": DeviceLimits("sm_86", 99 * 1024, 84),
+    "sm_89": DeviceLimits("sm_89", 99 * 1024, 128),
+    "sm_90": DeviceLimits("sm_90", 227 * 1024, 132),
+    "sm_100": DeviceLimits("sm_100", 227 * 1024, 148),
+    "sm_120": DeviceLimits("sm_120", 99 * 1024, 170),
+    "gfx942": DeviceLimits("gfx942", 64 * 1024, 304),
+}
+INTERPRETER = DeviceLimits("cpu", 1 << 30, 2)
+
+
+def default_config(op: str, limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
+    """Return the default configuration of kernel `op` for x or dy with M rows of `operand_bytes`-byte
+    elements and rank R.
+
+    A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
+    pipeline stages until the blocks in flight fit its shared memory. Raises ValueError for an unknown op.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown kernel {op!r}: one of {', '.join(OPS)}")
+    family = limits.family
+    if family == "interpreter":
+        config = _interpreter_config(op)
+    elif operand_bytes >= 4:
+        config = _fp32_config(op)
+    else:
+        config = _half_config(op, family, M, R)
+    config = replace(config, BLOCK_R=min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R))))
+    while config.num_stages > 1 and shared_memory(op, config, operand_bytes) > limits.shared_memory:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def row_chunks(config: KernelConfig, limits: DeviceLimits, M: int, N: int) -> int:
+    """Return into how many chunks grad splits its M rows: enough blocks to fill the device a few times, at
+    least one row block each.
+    """
+    strips = -(-N // config.BLOCK_N)
+    wanted = -(-4 * limits.num_sms // strips)
+    return max(1, min(wanted, -(-M // config.BLOCK_M)))
+
+
+def shared_memory(op: str, config: KernelConfig, operand_bytes: int) -> int:
+    """Estimate the shared memory in bytes that the blocks in flight need.
+
+    An upper estimate for operands of `operand_bytes`, with the low-rank factor as fp32: num_stages copies
+    of each block that the main loop loads, plus what is loaded once.
+    """
+    M, N, K, R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    if op == "shrink":
+        return config.num_stages * K * (M * operand_bytes + R * 4)
+    if op == "expand":
+        loop = config.num_stages * K * (M + N) * operand_bytes
+        once = R * (M + N) * operand_bytes
+        return max(loop, once)
+    return config.num_stages * M * (N + R) * operand_bytes + N * R * operand_bytes
+
+
+def all_default_configs(op: str, limits: DeviceLimits, operand_bytes: int) -> list[KernelConfig]:
+    """List every configuration that default_config can return for this kernel, device and operand size."""
+    rows = (1, 64, 65, 128, 129, 512, 513, 1 << 20)
+    ranks = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256)
+    found = (default_config(op, limits, operand_bytes, M, R) for M, R in itertools.product(rows, ranks))
+    return list(dict.fromkeys(found))
+
+
+def _half_config(op: str, family: str, M: int, R: int) -> KernelConfig:
+    amd = family == "amd"
+    if op == "shrink":
+        return KernelConfig(64, 0, 64 if amd else 128, 128, 1, 4, 2 if amd else 3)
+    if op == "grad":
+        # dB's accumulator is BLOCK_N × BLOCK_R fp32 in registers; a wider strip means fewer partial sums of
+        # dz to write.
+        return KernelConfig(64, 128, 0, MAX_BLOCK_R, 1, 4 if R <= 32 else 8, 2 if amd else 3)
+    if M <= 64:
+        return KernelConfig(64, 64, 64 if amd else 128, 64, 8, 4, 2 if amd else 3)
+    if amd:
+        return KernelConfig(128, 128, 64, 64, 8, 8, 2)
+    if M <= 512 or family == "ampere":
+        return KernelConfig(128, 128, 64, 64, 8, 8, 3)
+    return KernelConfig(128, 256, 64, 64, 8, 8, 3)
+
+
+def _fp32_config(op: str) -> KernelConfig:
+    # IEEE fp32 products run on the ordinary arithmetic units, which need registers rather than deep
+    # pipelines.
+    if op == "shrink":
+        return KernelConfig(32, 0, 32, 32, 1, 4, 2)
+    if op == "grad":
+        return KernelConfig(32, 64, 0, 32, 1, 4, 2)
+    return KernelConfig(64, 64, 16, 16, 8, 4, 2)
+
+
+def _interpreter_config(op: str) -> KernelConfig:
+    # The interpreter pays per operation, not per element: large blocks.
+    if op == "shrink":
+        return KernelConfig(128, 0, 128, MAX_BLOCK_R, 1, 4, 1)
+    if op == "grad":
+        return KernelConfig(64, 128, 0, MAX_BLOCK_R, 1, 4, 1)
+    return KernelConfig(128, 128, 128, MAX_BLOCK_R, 4, 4, 1)
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
