@@ -34,7 +34,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(MAKE) -C csrc_reference
-	$(BIN)/python -m pytest -m "not gate_all"
+	$(BIN)/python -m pytest -n 2 -m "not gate_all"
 
 gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --out bench/results/compile-gate.json

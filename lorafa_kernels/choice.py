@@ -8,7 +8,6 @@ another.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -43,26 +42,29 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
     check_impl(impl)
     if impl in ("torch", "reference"):
         return Choice(impl, "asked for by name")
-    obstacle = triton_obstacle(device, dtype)
     if impl == "triton":
-        if obstacle:
+        if obstacle := triton_obstacle(device, dtype):
             raise RuntimeError(f'impl="triton" cannot run: {obstacle}')
         return Choice("triton", "asked for by name")
     if device.type == "cpu":
         return Choice("torch", "x is on the CPU, where Triton kernels only run under its interpreter")
-    if obstacle:
+    if obstacle := triton_obstacle(device, dtype):
         return Choice("torch", obstacle)
     return Choice("triton", f"Triton supports {_device_name(device)}")
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say what keeps the Triton kernels from running for this device and dtype, or None if nothing does."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install 'lorafa-kernels[triton]')"
+    try:
+        import triton
+    except ImportError as error:
+        return (
+            f"triton is not installed or cannot be imported ({error}): pip install 'lorafa-kernels[triton]'"
+        )
     if dtype not in KERNEL_DTYPES:
         return f"the kernels compute in fp32, bf16 and fp16, not {dtype}"
     if device.type == "cpu":
-        if _interpreted():
+        if triton.knobs.runtime.interpret:
             return None
         return (
             "x is on the CPU and Triton's interpreter is off (set TRITON_INTERPRET=1 before the first import)"
@@ -73,12 +75,6 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{_device_name(device)} has compute capability {major}.{minor}, the kernels need 8.0"
     return None
-
-
-def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def _device_name(device: torch.device) -> str:

@@ -116,7 +116,7 @@ def _cast(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tenso
         raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(FLOAT_DTYPES)}")
     device_type = x.device.type
     # As torch's own linear: autocast leaves fp64 alone.
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    autocast = ops.autocast_enabled(device_type) and x.dtype != torch.float64
     if autocast:
         x = x.to(torch.get_autocast_dtype(device_type))
     dtype = x.dtype

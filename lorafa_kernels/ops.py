@@ -106,9 +106,14 @@ def _backward_lora_B(dy, z, lora_B, impl):
     return _without_autocast(dy, run, (dy, z, lora_B.dtype))
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for this type of device; torch has no answer for tensors without data."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _without_autocast(x, run, args):
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return run(*args)
     return run(*args)

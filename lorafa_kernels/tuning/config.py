@@ -7,6 +7,7 @@ machine without a GPU.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, replace
 
 OPS = ("shrink", "expand", "grad")
@@ -49,10 +50,11 @@ class DeviceLimits:
         """The group of architectures that share their defaults."""
         if self.arch.startswith("gfx"):
             return "amd"
-        if not self.arch.startswith("sm_"):
+        number = re.match(r"sm_(\d+)", self.arch)
+        if not number:
             return "interpreter"
-        major = int(self.arch[3:]) // 10
-        return {8: "ampere", 9: "hopper", 10: "blackwell"}.get(major, "ampere")
+        # Consumer Blackwell (sm_120) has Ampere's tensor core instructions and little shared memory.
+        return {9: "hopper", 10: "blackwell"}.get(int(number[1]) // 10, "ampere")
 
 
 # Published limits, for compiling without the device. num_sms only decides how many blocks grad splits its
@@ -86,7 +88,7 @@ def default_config(op: str, limits: DeviceLimits, operand_bytes: int, M: int, R:
     else:
         config = _half_config(op, family, M, R)
     config = replace(config, BLOCK_R=min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R))))
-    while config.num_stages > 1 and shared_memory(op, config, operand_bytes) > limits.shared_memory:
+    while config.num_stages > 1 and shared_memory(op, config, operand_bytes, limits) > limits.shared_memory:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
 
@@ -100,38 +102,54 @@ def row_chunks(config: KernelConfig, limits: DeviceLimits, M: int, N: int) -> in
     return max(1, min(wanted, -(-M // config.BLOCK_M)))
 
 
-def shared_memory(op: str, config: KernelConfig, operand_bytes: int) -> int:
-    """Estimate the shared memory in bytes that the blocks in flight need.
+def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: DeviceLimits) -> int:
+    """Estimate the shared memory in bytes that a kernel needs: the blocks in flight and what is kept beside.
 
-    An upper estimate for operands of `operand_bytes`, with the low-rank factor as fp32: num_stages copies
-    of each block that the main loop loads, plus what is loaded once.
+    An upper estimate for operands of `operand_bytes` and a low-rank factor in fp32; the compile gate holds it
+    against the compiler.
     """
     M, N, K, R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    # Hopper's and Blackwell's tensor cores read operands from shared memory; elsewhere the block in use is in
+    # registers already.
+    from_shared = limits.family in ("hopper", "blackwell")
+    stages = config.num_stages if from_shared else max(1, config.num_stages - 1)
+    barriers = 64 if from_shared else 0
     if op == "shrink":
-        return config.num_stages * K * (M * operand_bytes + R * 4)
+        rounded_factor = K * R * operand_bytes
+        return stages * K * (M * operand_bytes + R * 4) + rounded_factor + barriers
     if op == "expand":
-        loop = config.num_stages * K * (M + N) * operand_bytes
-        once = R * (M + N) * operand_bytes
-        return max(loop, once)
-    return config.num_stages * M * (N + R) * operand_bytes + N * R * operand_bytes
+        loop = stages * K * (M + N) * operand_bytes
+        after_loop = max(R * (M + N), M * N) * operand_bytes
+        return max(loop, after_loop) + barriers
+    loop = stages * M * (N + R) * operand_bytes
+    lora_B = N * R * operand_bytes if from_shared else 0
+    dz = M * R * 4
+    return loop + lora_B + dz + barriers
 
 
-def all_default_configs(op: str, limits: DeviceLimits, operand_bytes: int) -> list[KernelConfig]:
-    """List every configuration that default_config can return for this kernel, device and operand size."""
-    rows = (1, 64, 65, 128, 129, 512, 513, 1 << 20)
-    ranks = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256)
-    found = (default_config(op, limits, operand_bytes, M, R) for M, R in itertools.product(rows, ranks))
-    return list(dict.fromkeys(found))
+def all_default_configs(
+    op: str, limits: DeviceLimits, operand_bytes: int
+) -> dict[KernelConfig, tuple[int, int]]:
+    """Return every configuration that default_config can return for this kernel, device and operand size, each
+    with an (M, R) that it is returned for."""
+    rows = (8192, 1 << 20, 513, 512, 129, 128, 65, 64, 1)
+    ranks = (256, 129, 128, 65, 64, 33, 32, 17, 16, 1)
+    found: dict[KernelConfig, tuple[int, int]] = {}
+    for M, R in itertools.product(rows, ranks):
+        found.setdefault(default_config(op, limits, operand_bytes, M, R), (M, R))
+    return found
 
 
 def _half_config(op: str, family: str, M: int, R: int) -> KernelConfig:
     amd = family == "amd"
     if op == "shrink":
-        return KernelConfig(64, 0, 64 if amd else 128, 128, 1, 4, 2 if amd else 3)
+        # A block of 128 × 128 of an fp32 factor on its way to 16 bits spills on sm_80 and sm_90.
+        return KernelConfig(64, 0, 64 if amd or R > 64 else 128, MAX_BLOCK_R, 1, 4, 2 if amd else 3)
     if op == "grad":
         # dB's accumulator is BLOCK_N × BLOCK_R fp32 in registers; a wider strip means fewer partial sums of
-        # dz to write.
-        return KernelConfig(64, 128, 0, MAX_BLOCK_R, 1, 4 if R <= 32 else 8, 2 if amd else 3)
+        # dz to write. Ampere holds the operands of both products in registers too and spills at 128 × 128.
+        BLOCK_N = 64 if family == "ampere" and R > 64 else 128
+        return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, 4 if R <= 32 else 8, 2 if amd else 3)
     if M <= 64:
         return KernelConfig(64, 64, 64 if amd else 128, 64, 8, 4, 2 if amd else 3)
     if amd:

@@ -1,0 +1,78 @@
+"""Decides, before anything imports Triton, whether kernels are interpreted (no GPU) or compiled (GPU), and
+offers the cases.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before conftest could set TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+try:
+    import triton  # noqa: F401
+
+    TRITON = True
+except ImportError:
+    TRITON = False
+
+DEVICES = ("cpu", "cuda")
+# In one process Triton either interprets or compiles, so on a machine with a GPU its kernels do not run on
+# CPU tensors.
+TRITON_DEVICE = "cuda" if GPU else "cpu"
+
+
+def on_device(device: str, *values, id: str | None = None):
+    """Return a pytest case that carries the marker `gpu` if it needs a GPU."""
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    return pytest.param(device, *values, marks=marks, id=id or "-".join((device, *map(str, values))))
+
+
+def implementation_cases() -> list:
+    """Cases (device, impl) for every implementation on every device."""
+    cases = [on_device(device, impl) for device in DEVICES for impl in ("reference", "torch")]
+    cases += [on_device(device, "triton") for device in (("cpu",) if not GPU else ("cuda",))]
+    return cases
+
+
+def pytest_configure(config):
+    # Several workers (pytest -n) share the cores.
+    torch.set_num_threads(1)
+
+
+def pytest_report_header(config):
+    kernels = "not installed" if not TRITON else "compiled" if GPU else "interpreted"
+    gpu = "yes" if GPU else "none, gpu tests deselected"
+    return f"torch {torch.__version__}, Triton kernels {kernels}, GPU: {gpu}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if GPU:
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(params=[on_device(device) for device in DEVICES])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[on_device(TRITON_DEVICE)])
+def triton_device(request) -> str:
+    pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

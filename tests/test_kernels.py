@@ -1,0 +1,192 @@
+"""What the Triton kernels promise beyond right values: they write all of their outputs and nothing else,
+call no library product, and
+address tensors of more than 2³¹ elements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import make_inputs
+from conftest import TRITON_DEVICE, on_device
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorafa_kernels import lorafa_linear, reference
+
+pytest.importorskip("triton")
+linear = pytest.importorskip("lorafa_kernels.kernels.linear")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GUARD = 512
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "mv", "dot")
+
+kernel_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+
+
+class RecordOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def run_layer(impl, device):
+    inputs = make_inputs(20, 24, 32, 4, torch.float32, device)
+    x, lora_B = inputs.x.requires_grad_(), inputs.lora_B.requires_grad_()
+    with RecordOperators() as record:
+        y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, inputs.bias, impl=impl)
+        torch.autograd.grad(y, (x, lora_B), inputs.dy)
+    return record.names
+
+
+def test_triton_calls_no_library_product(triton_device):
+    names = run_layer("triton", triton_device)
+    assert {"forward", "backward"} <= set(names), "the operators ran"
+    assert not set(names) & set(PRODUCTS), names
+    # The same recorder does see the products of the library plan.
+    assert set(run_layer("torch", triton_device)) & set(PRODUCTS)
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Make torch.empty return NaN-filled tensors between canary rows, and list (buffer, tensor) pairs."""
+    made = []
+    empty = torch.empty
+
+    def guarded_empty(*shape, dtype=None, device=None, **_):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = torch.Size(shape).numel()
+        buffer = empty(count + 2 * GUARD, dtype=dtype, device=device).fill_(float("nan"))
+        tensor = buffer[GUARD : GUARD + count].view(shape)
+        made.append((buffer, tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    return made
+
+
+@kernel_dtypes
+@pytest.mark.parametrize(
+    "shape", [(70, 40, 200, 9), (1, 1, 1, 1), (129, 130, 257, 140)], ids=["ragged", "ones", "two-rank-blocks"]
+)
+def test_outputs_are_written_whole_and_nothing_else(triton_device, guarded, dtype, shape):
+    M, K, N, R = shape
+    inputs = make_inputs(M, K, N, R, dtype, triton_device, factor_dtype=torch.float32)
+    guarded.clear()
+    _, z = linear.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, inputs.scaling)
+    linear.backward(inputs.dy, z, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling)
+    linear.backward_lora_B(inputs.dy, z, torch.float32)
+    # z, y, dz, dB, two partial sums, dx; dB and its partial sums once more.
+    assert len(guarded) == 9
+    for buffer, tensor in guarded:
+        assert torch.isfinite(tensor).all(), f"part of {tuple(tensor.shape)} was not written"
+        assert buffer[:GUARD].isnan().all(), f"written before the start of {tuple(tensor.shape)}"
+        assert buffer[GUARD + tensor.numel() :].isnan().all(), (
+            f"written past the end of {tuple(tensor.shape)}"
+        )
+
+
+def far_rows(rows: int, columns: int, dtype: torch.dtype, device: str, values: torch.Tensor) -> torch.Tensor:
+    """A (rows, columns) view whose last row starts more than 2³² elements behind the first. Only the rows
+    touched take memory.
+    """
+    stride = (1 << 32) // (rows - 1) + 1
+    storage = torch.empty((rows - 1) * stride + columns, dtype=dtype, device=device)
+    view = storage.as_strided((rows, columns), (stride, 1))
+    view.copy_(values)
+    return view
+
+
+@pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "dy", "z"])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_offsets_past_32_bits(triton_device, operand, layout):
+    inputs = make_inputs(5, 6, 7, 3, torch.float16, triton_device)
+    tensors = {name: getattr(inputs, name) for name in ("x", "weight", "lora_A", "lora_B", "dy")}
+    tensors["z"] = reference.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)[1]
+
+    def results(t):
+        y, z = linear.forward(t["x"], t["weight"], t["lora_A"], t["lora_B"], inputs.bias, 0.7)
+        dx, dB = linear.backward(t["dy"], t["z"], t["weight"], t["lora_A"], t["lora_B"], 0.7)
+        return y, z, dx, dB
+
+    want = results(tensors)
+    near = tensors[operand] if layout == "rows" else tensors[operand].t()
+    far = far_rows(*near.shape, near.dtype, triton_device, near)
+    got = results({**tensors, operand: far if layout == "rows" else far.t()})
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_results_of_more_than_32_bits():
+    """y, dx and dy of more than 2³¹ elements, checked at rows from both ends against the same rows alone."""
+    M, K, N, R = (1 << 31) // 4096 + 300, 64, 4096, 8
+    inputs = make_inputs(256, K, N, R, torch.bfloat16, "cuda", bias=False)
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    y, z = linear.forward(x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)
+    assert y.numel() > 1 << 31
+    for rows in (slice(0, 256), slice(M - 256, M)):
+        part, _ = linear.forward(x[rows], inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)
+        torch.testing.assert_close(y[rows], part)
+    dx, _ = linear.backward(y, z, inputs.weight, inputs.lora_A, inputs.lora_B, 0.7)
+    part = linear.backward_input(y[-256:], inputs.weight, inputs.lora_A, inputs.lora_B, 0.7)
+    torch.testing.assert_close(dx[-256:], part)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays():
+    inputs = make_inputs(256, 128, 192, 16, torch.bfloat16, "cuda")
+
+    def step():
+        y, z = linear.forward(
+            inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, inputs.scaling
+        )
+        return y, *linear.backward(inputs.dy, z, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    inputs.x.normal_()
+    inputs.dy.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_streams_do_not_share_state():
+    """Two layers at work on two streams give what each gives alone."""
+    inputs = [make_inputs(512, 256, 384, 16, torch.bfloat16, "cuda", seed=seed) for seed in (1, 2)]
+
+    def step(i):
+        y, z = linear.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.scaling)
+        return y, *linear.backward(i.dy, z, i.weight, i.lora_A, i.lora_B, i.scaling)
+
+    alone = [step(i) for i in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    together = [None, None]
+    for _ in range(20):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                together[index] = step(inputs[index])
+    torch.cuda.synchronize()
+    for got, want in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("triton_only", [on_device(TRITON_DEVICE)])
+@kernel_dtypes
+def test_dB_is_not_rounded_to_the_dtype_of_x(triton_only, dtype):
+    """dB is accumulated in fp32 and stored in lora_B's dtype: with fp32 lora_B it has bits that a 16-bit dB
+    could not have.
+    """
+    inputs = make_inputs(64, 32, 48, 6, dtype, triton_only, factor_dtype=torch.float32)
+    z = reference.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 1.0)[1]
+    dB = linear.backward_lora_B(inputs.dy, z, torch.float32)
+    exact = inputs.dy.double().T @ z.double()
+    # 64 products summed in fp32.
+    assert ((dB.double() - exact).norm() / exact.norm()).item() < 64 * torch.finfo(torch.float32).eps

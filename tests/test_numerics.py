@@ -1,0 +1,270 @@
+"""Section by section, the mathematics: every implementation computes y, dx and dB within the error budget
+of the contract.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import c_oracle
+import pytest
+import torch
+from accuracy import Inputs, check_accuracy, make_inputs, unit_roundoff
+from conftest import implementation_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafa_kernels import lorafa_linear
+
+SHAPES = [
+    pytest.param(dict(M=1, K=1, N=1, R=1), id="all-1"),
+    pytest.param(dict(M=1, K=390, N=300, R=8), id="one-row"),
+    pytest.param(dict(M=17, K=31, N=37, R=7), id="primes"),
+    pytest.param(dict(M=130, K=70, N=258, R=16), id="ragged"),
+    pytest.param(dict(M=128, K=256, N=128, R=64), id="even"),
+    pytest.param(dict(M=65, K=48, N=80, R=24), id="rank-not-a-power-of-2"),
+    pytest.param(dict(M=24, K=32, N=48, R=150), id="rank-above-K-and-block"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
+
+
+def layer(impl: str):
+    """y, dx and dB through the public function and autograd."""
+
+    def compute(inputs: Inputs) -> dict[str, torch.Tensor]:
+        x = inputs.x.detach().requires_grad_()
+        lora_B = inputs.lora_B.detach().requires_grad_()
+        y = lorafa_linear(
+            x, inputs.weight, inputs.lora_A, lora_B, inputs.bias, scaling=inputs.scaling, impl=impl
+        )
+        dx, dB = torch.autograd.grad(y, (x, lora_B), inputs.dy)
+        assert y.dtype == dx.dtype == inputs.x.dtype and dB.dtype == inputs.lora_B.dtype
+        return {"y": y.detach(), "dx": dx, "dB": dB}
+
+    return compute
+
+
+def oracle(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """y, dx and dB by the C library, which shares no code with torch."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    dtype, factor = names[inputs.x.dtype], names[inputs.lora_B.dtype]
+
+    def wide(tensor):
+        return None if tensor is None else tensor.double().numpy()
+
+    x, weight, A, B = (wide(t) for t in (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B))
+    z, y = c_oracle.forward(x, weight, A, B, wide(inputs.bias), inputs.scaling, dtype)
+    _, dx, dB = c_oracle.backward(wide(inputs.dy), z, weight, A, B, inputs.scaling, dtype, factor)
+    to = inputs.x.dtype
+    return {
+        "y": torch.from_numpy(y).to(to),
+        "dx": torch.from_numpy(dx).to(to),
+        "dB": torch.from_numpy(dB).to(inputs.lora_B.dtype),
+    }
+
+
+@implementations
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accuracy(device, impl, dtype, shape):
+    check_accuracy(layer(impl), **shape, dtype=dtype, device=device)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
+def test_accuracy_with_fp32_lora_B(device, impl, dtype):
+    shape = dict(M=70, K=48, N=96, R=12)
+    check_accuracy(layer(impl), **shape, dtype=dtype, device=device, factor_dtype=torch.float32, bias=False)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accuracy_of_the_c_oracle(dtype, shape):
+    check_accuracy(oracle, **shape, dtype=dtype, device="cpu")
+
+
+@dtypes
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32], ids=["same", "fp32-factors"])
+def test_reference_rounds_as_the_c_oracle(dtype, factor_dtype):
+    """Two independent writings of section 2 differ by the order of their sums only, so few elements round
+    apart.
+    """
+    inputs = make_inputs(64, 96, 80, 12, dtype, "cpu", factor_dtype=factor_dtype)
+    ours, theirs = layer("reference")(inputs), oracle(inputs)
+    for name, want in theirs.items():
+        got = ours[name]
+        # One unit in the last place of the output, and a sum of up to 96 fp32 products.
+        spacing = 2 * unit_roundoff(got.dtype) * want.double().abs()
+        summation = 96 * unit_roundoff(torch.float32) * want.double().abs().max()
+        assert ((got.double() - want.double()).abs() <= spacing + summation).all(), name
+        if got.dtype != torch.float32:
+            assert (got == want).float().mean() > 0.99, f"{name}: most elements round alike"
+
+
+@implementations
+@dtypes
+def test_strided_operands(device, impl, dtype):
+    """Transposed, sliced and stepped operands give the bits that their contiguous copies give."""
+    M, K, N, R = 66, 40, 56, 5
+
+    def transposed(t):
+        return t.t().contiguous().t()
+
+    def stepped(t):
+        wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), float("nan"), dtype=t.dtype, device=t.device)
+        view = wide[:, 3::2]
+        view.copy_(t)
+        return view
+
+    inputs = make_inputs(M, K, N, R, dtype, device)
+    want = layer(impl)(inputs)
+    for change in (transposed, stepped):
+        changed = Inputs(
+            x=change(inputs.x),
+            weight=change(inputs.weight),
+            lora_A=change(inputs.lora_A),
+            lora_B=change(inputs.lora_B),
+            bias=inputs.bias,
+            dy=change(inputs.dy),
+            scaling=inputs.scaling,
+        )
+        assert not changed.x.is_contiguous() and not changed.dy.is_contiguous()
+        got = layer(impl)(changed)
+        for name, tensor in want.items():
+            if impl == "triton":
+                assert torch.equal(got[name], tensor), name
+        check_accuracy(lambda _, got=got: got, M=M, K=K, N=N, R=R, dtype=dtype, device=device)
+
+
+@implementations
+def test_expanded_gradient_and_input(device, impl):
+    """sum().backward() sends a dy of stride 0; a broadcast input has one as well."""
+    inputs = make_inputs(33, 24, 40, 4, torch.float32, device)
+    x = inputs.x[:1].expand(33, 24).detach().requires_grad_()
+    lora_B = inputs.lora_B.detach().requires_grad_()
+    y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, scaling=0.5, impl=impl)
+    dx, dB = torch.autograd.grad(y.sum(), (x, lora_B))
+    inputs.x, inputs.dy, inputs.bias, inputs.scaling = x.detach().contiguous(), torch.ones_like(y), None, 0.5
+    same = layer(impl)(inputs)
+    torch.testing.assert_close({"y": y.detach(), "dx": dx, "dB": dB}, same)
+
+
+@implementations
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (5,), (2, 3, 4, 5)], ids=str)
+def test_shapes_of_x(device, impl, shape):
+    """Any number of leading dimensions, none, and empty ones."""
+    inputs = make_inputs(1, 5, 7, 2, torch.float32, device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    lora_B = inputs.lora_B.detach().requires_grad_()
+    y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, inputs.bias, impl=impl)
+    assert y.shape == (*shape[:-1], 7)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    if x.numel() == 0:
+        assert lora_B.grad.count_nonzero() == 0
+    flat = lorafa_linear(x.reshape(-1, 5), inputs.weight, inputs.lora_A, lora_B, inputs.bias, impl=impl)
+    torch.testing.assert_close(y.reshape(-1, 7), flat)
+
+
+@implementations
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_values_propagate(device, impl, bad):
+    """A NaN or Inf in x or dy reaches what the plain formula lets it reach, and no other row."""
+    inputs = make_inputs(20, 16, 24, 3, torch.float32, device)
+    inputs.x[4, 3] = bad
+    inputs.dy[9, 5] = bad
+    got, want = layer(impl)(inputs), layer("reference")(inputs)
+    for name in ("y", "dx", "dB"):
+        assert torch.equal(torch.isfinite(got[name]), torch.isfinite(want[name])), name
+    assert torch.isfinite(got["y"][[0, 5, 19]]).all() and not torch.isfinite(got["y"][4]).any()
+
+
+@implementations
+@dtypes
+def test_same_bits_from_run_to_run(device, impl, dtype):
+    inputs = make_inputs(150, 72, 200, 10, dtype, device)
+    first, second = layer(impl)(inputs), layer(impl)(inputs)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@implementations
+def test_inputs_are_not_written(device, impl):
+    inputs = make_inputs(20, 16, 24, 3, torch.float32, device)
+    before = {k: v.clone() for k, v in vars(inputs).items() if isinstance(v, torch.Tensor)}
+    layer(impl)(inputs)
+    for name, tensor in before.items():
+        assert torch.equal(getattr(inputs, name), tensor), name
+
+
+@implementations
+def test_single_gradients_equal_those_of_the_full_backward(device, impl):
+    """Asking for dx alone or dB alone changes no result beyond rounding."""
+    inputs = make_inputs(50, 40, 60, 6, torch.float32, device)
+    both = layer(impl)(inputs)
+    args = (inputs.weight, inputs.lora_A)
+    options = dict(scaling=inputs.scaling, impl=impl)
+    x = inputs.x.detach().requires_grad_()
+    y = lorafa_linear(x, *args, inputs.lora_B, inputs.bias, **options)
+    (dx,) = torch.autograd.grad(y, x, inputs.dy)
+    lora_B = inputs.lora_B.detach().requires_grad_()
+    y = lorafa_linear(inputs.x, *args, lora_B, inputs.bias, **options)
+    (dB,) = torch.autograd.grad(y, lora_B, inputs.dy)
+    torch.testing.assert_close(dx, both["dx"])
+    torch.testing.assert_close(dB, both["dB"])
+
+
+@implementations
+def test_retain_graph_twice(device, impl):
+    inputs = make_inputs(12, 8, 10, 2, torch.float32, device)
+    x, lora_B = inputs.x.detach().requires_grad_(), inputs.lora_B.detach().requires_grad_()
+    y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, impl=impl)
+    first = torch.autograd.grad(y, (x, lora_B), inputs.dy, retain_graph=True)
+    second = torch.autograd.grad(y, (x, lora_B), inputs.dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(impl, bias):
+    inputs = make_inputs(5, 4, 6, 3, torch.float64, "cpu", bias=bias)
+
+    def function(x, lora_B):
+        return lorafa_linear(
+            x, inputs.weight, inputs.lora_A, lora_B, inputs.bias, scaling=inputs.scaling, impl=impl
+        )
+
+    operands = inputs.x.requires_grad_(), inputs.lora_B.requires_grad_()
+    assert torch.autograd.gradcheck(function, operands)
+
+
+@pytest.mark.parametrize(("device", "impl"), implementation_cases())
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    M=st.integers(1, 150),
+    K=st.integers(1, 150),
+    N=st.integers(1, 150),
+    R=st.integers(1, 40),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    fp32_factors=st.booleans(),
+)
+def test_accuracy_at_random_shapes(device, impl, M, K, N, R, bias, dtype, fp32_factors):
+    """Large enough outputs only: small ones are pooled in test_accuracy."""
+    M, K, N = (max(size, 16) for size in (M, K, N))
+    factor = torch.float32 if fp32_factors else None
+    R = max(R, -(-256 // N))
+    check_accuracy(
+        layer(impl), M=M, K=K, N=N, R=R, dtype=dtype, device=device, bias=bias, factor_dtype=factor
+    )
+
+
+def test_kernel_module_names_match():
+    """The three implementations offer the same four operations, so that one can stand for another."""
+    pytest.importorskip("triton")
+    names = ("forward", "backward", "backward_input", "backward_lora_B")
+    for module in ("reference", "library", "kernels.linear"):
+        loaded = importlib.import_module(f"lorafa_kernels.{module}")
+        assert all(callable(getattr(loaded, name)) for name in names), module
