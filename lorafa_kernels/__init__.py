@@ -1,9 +1,33 @@
-"""Triton kernels for LoRA-FA (arXiv 2308.03303): adapted linear layers that keep M × R numbers for
-backward.
-"""
+"""Triton kernels for LoRA-FA (arXiv 2308.03303): adapted linear layers that keep M × R numbers."""
 
 from ._version import __version__
+from .adapt import (
+    LoRAFAConfig,
+    apply_lorafa,
+    disable_adapter,
+    lorafa_parameters,
+    merge_adapter,
+    unload_adapter,
+    unmerge_adapter,
+)
+from .checkpoint import load_adapter, lorafa_state_dict, save_adapter
+from .explain import explain
 from .functional import lorafa_linear
 from .nn import LoRAFALinear
 
-__all__ = ["LoRAFALinear", "__version__", "lorafa_linear"]
+__all__ = [
+    "LoRAFAConfig",
+    "LoRAFALinear",
+    "__version__",
+    "apply_lorafa",
+    "disable_adapter",
+    "explain",
+    "load_adapter",
+    "lorafa_linear",
+    "lorafa_parameters",
+    "lorafa_state_dict",
+    "merge_adapter",
+    "save_adapter",
+    "unload_adapter",
+    "unmerge_adapter",
+]

@@ -46,8 +46,7 @@ def lorafa_linear(
 
     Raises:
         ValueError: shapes that do not fit; a weight, bias or lora_A that requires grad; mixed devices; a
-        scaling or dropout_p
-            out of range; an unknown impl.
+            scaling or dropout_p out of range; an unknown impl.
         TypeError: dtypes that are not floating point or cannot be combined.
         RuntimeError: impl="triton" where it cannot run.
         NotImplementedError: dropout_p above 0.

@@ -70,40 +70,29 @@ def _needs_operator(impl: str, x: Tensor) -> bool:
     return torch.compiler.is_compiling() or choose(impl, x.device, x.dtype).impl == "triton"
 
 
-def _implementation(impl: str, x: Tensor) -> ModuleType:
-    name = choose(impl, x.device, x.dtype).impl
-    if name == "triton":
-        return importlib.import_module(".kernels.linear", __package__)
-    return library if name == "torch" else reference
-
-
 def _forward(x, weight, lora_A, lora_B, bias, scaling, impl):
     dtype = x.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    run = _implementation(impl, x).forward
-    return _without_autocast(x, run, (x, weight, lora_A, lora_B, bias, scaling))
+    return _run("forward", impl, x, weight, lora_A, lora_B, bias, scaling)
 
 
 def _backward(dy, z, weight, lora_A, lora_B, scaling, impl):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
-    run = _implementation(impl, dy).backward
-    return _without_autocast(dy, run, (dy, z, weight, lora_A, lora_B, scaling))
+    return _run("backward", impl, dy, z, weight, lora_A, lora_B, scaling)
 
 
 def _backward_input(dy, weight, lora_A, lora_B, scaling, impl):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
-    run = _implementation(impl, dy).backward_input
-    return _without_autocast(dy, run, (dy, weight, lora_A, lora_B, scaling))
+    return _run("backward_input", impl, dy, weight, lora_A, lora_B, scaling)
 
 
 def _backward_lora_B(dy, z, lora_B, impl):
-    run = _implementation(impl, dy).backward_lora_B
-    return _without_autocast(dy, run, (dy, z, lora_B.dtype))
+    return _run("backward_lora_B", impl, dy, z, lora_B.dtype)
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -111,12 +100,23 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(x, run, args):
-    device_type = x.device.type
-    if autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return run(*args)
-    return run(*args)
+def _run(operation: str, impl: str, x: Tensor, *rest):
+    """Call an operation of the chosen implementation, with autocast off and the device of x current."""
+    device = x.device
+    if autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return _run(operation, impl, x, *rest)
+    # Triton launches on the current device, wherever its arguments lie.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(operation, impl, x, *rest)
+    name = choose(impl, device, x.dtype).impl
+    module = _kernels() if name == "triton" else library if name == "torch" else reference
+    return getattr(module, operation)(x, *rest)
+
+
+def _kernels() -> ModuleType:
+    return importlib.import_module(".kernels.linear", __package__)
 
 
 def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl):

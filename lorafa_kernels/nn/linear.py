@@ -41,13 +41,12 @@ class LoRAFALinear(nn.Module):
         lora_alpha: scaling is lora_alpha / r, with use_rslora lora_alpha / √r (arXiv 2312.03732).
         lora_dropout: probability in [0, 1) of dropping an element of x before lora_A while training.
         init_lora_weights: True, Kaiming-uniform lora_A and zero lora_B (the layer starts as the base
-        layer); "gaussian", lora_A from
-            N(0, 1/r²) and zero lora_B; False, both Kaiming-uniform.
+            layer); "gaussian", lora_A from N(0, 1/r²) and zero lora_B; False, both Kaiming-uniform.
         adapter_dtype: dtype of lora_B.
 
     Raises:
         ValueError: r below 1, lora_dropout outside [0, 1), lora_alpha not finite, an unknown
-        init_lora_weights.
+            init_lora_weights.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear. With adapter_enabled=False the
     layer is the frozen base layer.
@@ -88,7 +87,7 @@ class LoRAFALinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> LoRAFALinear:
         """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks and
-        training flag: no copy.
+        training flag: no copy. Other attributes that were set on `linear` stay behind.
 
         Arguments and errors as in the class, and those of check_linear.
         """
@@ -105,9 +104,9 @@ class LoRAFALinear(nn.Module):
 
         Raises:
             TypeError: not an nn.Linear, or a subclass whose forward does something else (quantised and
-            parallel layers). ValueError: a weight that is not a plain 2-D floating-point Parameter, a
-            parametrised layer, a patched forward, or
-                the out_proj of nn.MultiheadAttention, whose forward is never called.
+                parallel layers).
+            ValueError: a weight that is not a plain floating-point Parameter, a parametrised layer, a
+                patched forward, or the out_proj of nn.MultiheadAttention, whose forward is never called.
         """
         kind = type(linear)
         if not isinstance(linear, nn.Linear):
@@ -251,7 +250,7 @@ class LoRAFALinear(nn.Module):
         if not self.merged:
             return
         kept = self._unmerged.pop()
-        kept.data = kept.data.to(self.weight.device)
+        kept.data = kept.data.to(self.weight.device, self.weight.dtype)
         self.weight = kept
         self.merged = False
 

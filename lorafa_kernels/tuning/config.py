@@ -122,7 +122,7 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
         after_loop = max(R * (M + N), M * N) * operand_bytes
         return max(loop, after_loop) + barriers
     loop = stages * M * (N + R) * operand_bytes
-    lora_B = N * R * operand_bytes if from_shared else 0
+    lora_B = 0 if limits.family == "amd" else N * R * operand_bytes
     dz = M * R * 4
     return loop + lora_B + dz + barriers
 
@@ -130,8 +130,10 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
 def all_default_configs(
     op: str, limits: DeviceLimits, operand_bytes: int
 ) -> dict[KernelConfig, tuple[int, int]]:
-    """Return every configuration that default_config can return for this kernel, device and operand size, each
-    with an (M, R) that it is returned for."""
+    """Return every configuration that default_config can return for this kernel, device and operand size.
+
+    Each comes with an (M, R) that it is returned for.
+    """
     rows = (8192, 1 << 20, 513, 512, 129, 128, 65, 64, 1)
     ranks = (256, 129, 128, 65, 64, 33, 32, 17, 16, 1)
     found: dict[KernelConfig, tuple[int, int]] = {}
@@ -142,14 +144,19 @@ def all_default_configs(
 
 def _half_config(op: str, family: str, M: int, R: int) -> KernelConfig:
     amd = family == "amd"
+    num_warps = 4 if R <= 32 else 8
     if op == "shrink":
-        # A block of 128 × 128 of an fp32 factor on its way to 16 bits spills on sm_80 and sm_90.
-        return KernelConfig(64, 0, 64 if amd or R > 64 else 128, MAX_BLOCK_R, 1, 4, 2 if amd else 3)
+        if amd:
+            return KernelConfig(64, 0, 64, MAX_BLOCK_R, 1, num_warps, 2)
+        # A factor's block of 128 × 128 spills on sm_80 and sm_90, one of 128 × 64 on sm_80.
+        if R > 64 or (R > 32 and family == "ampere"):
+            return KernelConfig(64, 0, 64, MAX_BLOCK_R, 1, num_warps, 4)
+        return KernelConfig(64, 0, 128, MAX_BLOCK_R, 1, num_warps, 3)
     if op == "grad":
         # dB's accumulator is BLOCK_N × BLOCK_R fp32 in registers; a wider strip means fewer partial sums of
         # dz to write. Ampere holds the operands of both products in registers too and spills at 128 × 128.
         BLOCK_N = 64 if family == "ampere" and R > 64 else 128
-        return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, 4 if R <= 32 else 8, 2 if amd else 3)
+        return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
     if M <= 64:
         return KernelConfig(64, 64, 64 if amd else 128, 64, 8, 4, 2 if amd else 3)
     if amd:

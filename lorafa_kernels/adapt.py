@@ -1,0 +1,698 @@
+"""Put LoRA-FA layers into a model, and take them out again.
+
+`LoRAFAConfig` says which linear layers are adapted and how; its field names, defaults and matching rules are
+those of PEFT 0.21's `LoraConfig`. `apply_lorafa` checks the whole model first, then replaces every matched
+`nn.Linear` by a `LoRAFALinear` that shares its Parameter objects, and freezes the rest. The other functions
+work on any model that holds a `LoRAFALinear`, whether `apply_lorafa` or its author put it there.
+
+Modules in `modules_to_save` are trained whole. They stay where they are and get trainable clones of their
+tensors; the originals wait outside of the state dict, in a plain attribute of the module that owns them, so
+that they follow deepcopy and pickle and come back with `disable_adapter` and `unload_adapter(merge=False)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .nn.linear import INITIALISATIONS, LoRAFALinear
+
+_LOG = logging.getLogger("lorafa_kernels")
+_ALL_LINEAR = "all-linear"
+_ASIDE = "_lorafa_aside"
+# torch.compile, FSDP1 and activation checkpointing put a component of their own into module names.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+@dataclass(frozen=True)
+class LoRAFAConfig:
+    """Which linear layers get an adapter, and what kind (fields, defaults and rules of PEFT 0.21's
+    `LoraConfig`).
+
+    r, lora_alpha: rank and numerator of the scaling, lora_alpha / r, or lora_alpha / √r with `use_rslora`.
+    target_modules: list: modules whose name is an entry or ends in "." + entry. str: a regular expression for
+        the whole name, or "all-linear": every linear layer but the output embedding.
+    exclude_modules: list or str like target_modules; these modules are left alone all the same.
+    modules_to_save: modules whose name ends in an entry are trained whole and saved with the adapter.
+    layers_to_transform: int or list: only layers of these indices. Goes with a list of target_modules, and
+        does not bind a module that the list names in full.
+    layers_pattern: str or list: the name before the index, "layers" say; any name without it.
+    rank_pattern, alpha_pattern: {regular expression for the end of a name: r or lora_alpha}; "^" asks for the
+        whole name, the first match counts.
+    lora_dropout: dropout on the adapter's input, in [0, 1).
+    init_lora_weights: as in `LoRAFALinear`: True, False or "gaussian".
+
+    Raises ValueError, naming the field, for a value that is none of these.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        object.__setattr__(self, "layers_to_transform", _indices(self.layers_to_transform))
+        object.__setattr__(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern, _rank))
+        object.__setattr__(self, "alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _alpha))
+
+        _rank("r", self.r)
+        _alpha("lora_alpha", self.lora_alpha)
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        # By type as well: 1 equals True, and a config file may hold anything.
+        if (
+            not isinstance(self.init_lora_weights, (bool, str))
+            or self.init_lora_weights not in INITIALISATIONS
+        ):
+            raise ValueError(
+                f"init_lora_weights must be one of {INITIALISATIONS}, got {self.init_lora_weights!r}"
+            )
+        if not self.target_modules:
+            raise ValueError(
+                "target_modules must say which layers to adapt: a list of module names, a regular "
+                f'expression, or "{_ALL_LINEAR}"; got {self.target_modules!r}'
+            )
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} goes with a list of target_modules, not with a str")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers to adapt")
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether target_modules is "all-linear", in any case."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == _ALL_LINEAR
+
+    def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """(r, lora_alpha) of the module `name`: of the first pattern that matches, else the common ones."""
+        return _lookup(self.rank_pattern, name, self.r), _lookup(self.alpha_pattern, name, self.lora_alpha)
+
+    def scaling(self, name: str) -> float:
+        """The factor on the adapter of the module `name`."""
+        r, lora_alpha = self.rank_and_alpha(name)
+        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _alpha(name: str, value: Any) -> None:
+    if not _is_number(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def _compiles(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from None
+
+
+def _strings(name: str, value: Any) -> list[str] | str | None:
+    """A checked copy of a field that holds names; a set is sorted, since its order is none."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _compiles(name, value)
+        return value
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)):
+        raise ValueError(f"{name} must be a list of str, got {value!r}")
+    entries = list(value)
+    if not all(isinstance(entry, str) and entry for entry in entries):
+        raise ValueError(f"{name} must hold non-empty str only, got {value!r}")
+    if name in ("modules_to_save", "layers_pattern"):
+        for entry in entries:
+            _compiles(name, entry)
+    return sorted(entries) if isinstance(value, (set, frozenset)) else entries
+
+
+def _indices(value: Any) -> list[int] | int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    entries = list(value) if isinstance(value, Iterable) else [None]
+    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
+        raise ValueError(f"layers_to_transform must be an int or a list of int, got {value!r}")
+    return entries
+
+
+def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must be a dict from str to numbers, got {value!r}")
+    for key, entry in value.items():
+        _compiles(name, key)
+        check(f"{name}[{key!r}]", entry)
+    return dict(value)
+
+
+def _ends(name: str) -> list[str]:
+    """The name and what follows each of its dots: what an entry of a list may be to match it."""
+    return [name, *(name[dot + 1 :] for dot, character in enumerate(name) if character == ".")]
+
+
+def _ends_as(name: str, expression: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({expression})", name) is not None
+
+
+def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if _ends_as(name, key)), default)
+
+
+def _layer_index(name: str, patterns: list[str]) -> int | None:
+    """Index of the layer that a module belongs to.
+
+    Without patterns it is the first all-digit component that two others precede and one follows.
+    """
+    if not patterns:
+        return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
+    for pattern in patterns:
+        if found := re.match(rf"(.*?\.)??(?:{pattern})\.(?P<lorafa_index>\d+)\.", name):
+            return int(found["lorafa_index"])
+    return None
+
+
+def _matcher(entries: list[str] | str | None) -> Callable[[str], bool]:
+    """The rule of target_modules and exclude_modules (with a set: lists may name 10,000 experts)."""
+    if isinstance(entries, str):
+        return lambda name: re.fullmatch(entries, name) is not None
+    known = frozenset(entries or ())
+    return lambda name: not known.isdisjoint(_ends(name))
+
+
+def _layer_filter(config: LoRAFAConfig) -> Callable[[str], bool]:
+    layers, patterns = config.layers_to_transform, config.layers_pattern or []
+    if layers is None or layers == []:
+        return lambda name: True
+    indices = frozenset(layers if isinstance(layers, list) else [layers])
+    full_names = frozenset(config.target_modules)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return lambda name: name in full_names or _layer_index(name, patterns) in indices
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, a Linear with a transposed weight, recognised without importing transformers."""
+    return any(
+        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )
+
+
+def target_names(model: nn.Module, config: LoRAFAConfig) -> list[str]:
+    """Names of the modules that `config` adapts, in the model's order; a shared one by its first name."""
+    is_excluded, saved = _matcher(config.exclude_modules), config.modules_to_save or []
+    if config.all_linear:
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+        def is_target(name: str, module: nn.Module) -> bool:
+            return module is not output and (
+                isinstance(module, (nn.Linear, LoRAFALinear)) or _is_conv1d(module)
+            )
+    else:
+        matches, in_layers = _matcher(config.target_modules), _layer_filter(config)
+
+        def is_target(name: str, module: nn.Module) -> bool:
+            return matches(name) and in_layers(name)
+
+    return [
+        name
+        for name, module in modules_by_name(model).items()
+        if name
+        and is_target(name, module)
+        and not is_excluded(name)
+        and not any(re.fullmatch(rf"(.*\.)?(?:{entry})(\..*)?", name) for entry in saved)
+    ]
+
+
+def modules_by_name(model: nn.Module, *, aliases: bool = False) -> dict[str, nn.Module]:
+    """{name: module} without wrappers' name components; with aliases a shared module comes once per name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=not aliases):
+        found[".".join(part for part in name.split(".") if part not in _WRAPPERS)] = module
+    return found
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside (Distributed)DataParallel and torch.compile, whose names checkpoints use."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that gets an adapter of rank r: lora_A (r, in_features), lora_B (out_features, r)."""
+
+    linear: nn.Linear
+    r: int
+    lora_alpha: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config does to a model, by module name; `saved`: the outermost modules of modules_to_save."""
+
+    config: LoRAFAConfig
+    targets: dict[str, Target]
+    saved: dict[str, nn.Module]
+
+
+def plan_lorafa(model: nn.Module, config: LoRAFAConfig) -> Plan:
+    """Check `config` against `model` without touching it; the errors are those of `apply_lorafa`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
+    if not isinstance(config, LoRAFAConfig):
+        raise TypeError(f"config must be a LoRAFAConfig, got {type(config).__name__}")
+    if lorafa_layers(model):
+        raise ValueError("the model holds LoRA-FA layers already; unload_adapter(model) takes them out")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model is itself a Linear, which has no parent to replace it in: LoRAFALinear.from_linear"
+        )
+    saved = _plan_saved(model, config)
+    inside_saved = {id(inner): name for name, module in saved.items() for inner in module.modules()}
+    modules = modules_by_name(model)
+    targets = {}
+    for name in target_names(model, config):
+        module = modules[name]
+        if id(module) in inside_saved:
+            raise ValueError(
+                f"{name} is in target_modules and, with {inside_saved[id(module)]}, in modules_to_save"
+            )
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"target_modules matches {name}, a {type(module).__name__}, which is no torch.nn.Linear "
+                "(exclude_modules leaves it out)"
+            )
+        try:
+            LoRAFALinear.check_linear(module)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error} (exclude_modules leaves it out)") from error
+        targets[name] = Target(module, *config.rank_and_alpha(name))
+    if not targets:
+        raise ValueError(_nothing_matches(modules, config))
+    return Plan(config, targets, saved)
+
+
+def _plan_saved(model: nn.Module, config: LoRAFAConfig) -> dict[str, nn.Module]:
+    entries = config.modules_to_save or []
+    modules = modules_by_name(model, aliases=True)
+    saved: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        # PEFT compares ends of names without asking for a dot in front.
+        if not name or not name.endswith(tuple(entries)) or _is_inside(name, saved):
+            continue
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+            raise ValueError(
+                f"modules_to_save matches {name}, a {type(module).__name__}: name the modules inside"
+            )
+        for tensor_name, tensor in module.named_parameters():
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(
+                    f"modules_to_save: {name}.{tensor_name} is {tensor.dtype} and cannot be trained"
+                )
+        saved[name] = module
+    if entries and not saved:
+        raise ValueError(f"modules_to_save matches no module: {entries}")
+    inner = {id(module) for outer in saved.values() for module in outer.modules()}
+    for name, module in modules.items():
+        if id(module) in inner and not _is_inside(name, saved):
+            # PEFT would train a copy under the other name and leave this one frozen.
+            raise ValueError(
+                f"{name} is a module of modules_to_save under another name: list this one as well"
+            )
+    return saved
+
+
+def _is_inside(name: str, outer_names: Iterable[str]) -> bool:
+    return any(name == outer or name.startswith(outer + ".") for outer in outer_names)
+
+
+def _nothing_matches(modules: dict[str, nn.Module], config: LoRAFAConfig) -> str:
+    message = f"target_modules matches no module: {config.target_modules!r}"
+    for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        if getattr(config, name) is not None:
+            message += f", with {name}={getattr(config, name)!r}"
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears))
+    asked = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    close = [
+        near
+        for entry in asked
+        for near in difflib.get_close_matches(entry, linears if "." in entry else leaves, n=3, cutoff=0.5)
+    ]
+    if close:
+        return f"{message}. Close names: {', '.join(dict.fromkeys(close))}"
+    return f"{message}. The model's linear layers end in: {', '.join(leaves[:12]) or 'nothing, it has none'}"
+
+
+def _warn_unused(model: nn.Module, plan: Plan) -> None:
+    """An entry that matches nothing is most likely a slip, though PEFT's configs may hold some on purpose."""
+    config, names = plan.config, list(plan.targets)
+    saved = config.modules_to_save or []
+    unused = {
+        "rank_pattern": [key for key in config.rank_pattern if not any(_ends_as(n, key) for n in names)],
+        "alpha_pattern": [key for key in config.alpha_pattern if not any(_ends_as(n, key) for n in names)],
+        "modules_to_save": [entry for entry in saved if not any(n.endswith(entry) for n in plan.saved)],
+    }
+    ends = {end for name in modules_by_name(unwrap(model)) for end in _ends(name)}
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, name), list):
+            unused[name] = [entry for entry in getattr(config, name) if entry not in ends]
+    for name, entries in unused.items():
+        if entries:
+            warnings.warn(f"{name}: no module matches {', '.join(map(repr, entries))}", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One adapted layer: weight (out_features, in_features), rank r, scaling as LoRAFALinear applies it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What `apply_lorafa` did; `str()` of it is a short table. A shared parameter counts once."""
+
+    layers: tuple[AdaptedLayer, ...]
+    modules_to_save: tuple[str, ...]
+    trained_parameters: int
+    total_parameters: int
+
+    def __str__(self) -> str:
+        kinds: dict[tuple[str, int, int, int, float], int] = {}
+        for layer in self.layers:
+            kind = (
+                layer.name.rsplit(".", 1)[-1],
+                layer.in_features,
+                layer.out_features,
+                layer.r,
+                layer.scaling,
+            )
+            kinds[kind] = kinds.get(kind, 0) + 1
+        share = 100 * self.trained_parameters / max(1, self.total_parameters)
+        lines = [
+            f"LoRA-FA: {len(self.layers)} layers adapted, {self.trained_parameters:,} of "
+            f"{self.total_parameters:,} parameters trained ({share:.2f} %)"
+        ]
+        lines += [
+            f"  {count:4d} x {leaf}: {k} -> {n}, r={r}, scaling={scaling:g}"
+            for (leaf, k, n, r, scaling), count in kinds.items()
+        ]
+        lines += [f"  trained whole: {name}" for name in self.modules_to_save]
+        return "\n".join(lines)
+
+
+def apply_lorafa(
+    model: nn.Module, config: LoRAFAConfig, *, fuse: bool = True, norm: bool = True
+) -> nn.Module:
+    """Adapt `model` in place and return it.
+
+    Every `nn.Linear` that `config` matches becomes a `LoRAFALinear` that shares its weight and bias; a module
+    under several names becomes one shared `LoRAFALinear`. All parameters are frozen but lora_B and those of
+    `modules_to_save`. What was done is logged at INFO to the logger "lorafa_kernels" and kept as
+    `model.lorafa_report` (an `AdapterReport`), the config as `model.lorafa_config`. Source: arXiv 2308.03303.
+
+    `fuse` and `norm` are reserved for the fused blocks (q/k/v, gate/up, norm); they have no effect yet.
+
+    Raises ValueError or TypeError, and leaves the model untouched, if nothing matches (close names are
+    listed), a matched module is not a plain nn.Linear, a module is both adapted and saved, or the model is a
+    Linear itself or holds LoRA-FA layers already.
+    """
+    del fuse, norm
+    plan = plan_lorafa(model, config)
+    _warn_unused(model, plan)
+    apply_plan(model, plan)
+    return model
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Carry out a checked plan. Everything is built before the first module is replaced."""
+    model, config = unwrap(model), plan.config
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        layers = {
+            id(target.linear): LoRAFALinear.from_linear(
+                target.linear,
+                r=target.r,
+                lora_alpha=target.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                init_lora_weights=config.init_lora_weights,
+            )
+            for target in plan.targets.values()
+        }
+        clones = _clone_tensors(plan.saved.values())
+    except BaseException:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
+    for parameter, _ in trainable:
+        parameter.requires_grad_(False)
+    for module, aside in clones:
+        setattr(module, _ASIDE, aside)
+        _swap(module)
+    _replace(model, layers)
+    model.lorafa_config = config
+    model.lorafa_report = _report(model, plan)
+    _LOG.info("%s", model.lorafa_report)
+
+
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put replacements[id(old)] wherever `old` is a child."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+
+
+def _report(model: nn.Module, plan: Plan) -> AdapterReport:
+    layers = tuple(
+        AdaptedLayer(name, layer.in_features, layer.out_features, layer.r, layer.scaling)
+        for name, layer in lorafa_layers(model).items()
+    )
+    return AdapterReport(
+        layers,
+        tuple(plan.saved),
+        sum(parameter.numel() for parameter in lorafa_parameters(model)),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+@dataclass
+class _Aside:
+    """One module's own tensors that are out of place: the originals, or the trained ones while disabled."""
+
+    tensors: dict[str, Tensor]
+    holds_originals: bool
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def _clone_tensors(saved: Iterable[nn.Module]) -> list[tuple[nn.Module, _Aside]]:
+    """Trainable clones of all tensors of the saved modules; one shared within a module stays shared."""
+    clones: dict[int, tuple[nn.Module, _Aside]] = {}
+    for outer in saved:
+        memo: dict[int, Tensor] = {}
+        for module in outer.modules():
+            if id(module) in clones:
+                continue
+            for tensor in _own_tensors(module).values():
+                if id(tensor) not in memo:
+                    copy = tensor.detach().clone()
+                    memo[id(tensor)] = nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy
+            own = {name: memo[id(tensor)] for name, tensor in _own_tensors(module).items()}
+            clones[id(module)] = (module, _Aside(own, holds_originals=False))
+    return list(clones.values())
+
+
+def _swap(module: nn.Module) -> None:
+    """Exchange the tensors in place with those aside.
+
+    Those that come back follow what `.to()` did to those in place meanwhile. They stay the same objects, so
+    optimizers and ties to other modules hold.
+    """
+    aside: _Aside = getattr(module, _ASIDE)
+    for name, waiting in aside.tensors.items():
+        # Before the first exchange: a module is either in the one state or in the other.
+        if hasattr(waiting, "device_mesh") != hasattr(getattr(module, name), "device_mesh"):
+            raise RuntimeError(f"{name} of {type(module).__name__} is sharded: its original cannot come back")
+    for name, waiting in aside.tensors.items():
+        current = getattr(module, name)
+        if (waiting.device, waiting.dtype) != (current.device, current.dtype):
+            waiting.data = waiting.data.to(current.device, current.dtype)
+        setattr(module, name, waiting)
+        aside.tensors[name] = current
+    aside.holds_originals = not aside.holds_originals
+
+
+def _saved_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _ASIDE in module.__dict__]
+
+
+def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and persistent buffers, what its state dict holds without its children's."""
+    own = _own_tensors(module)
+    return {name: tensor for name, tensor in own.items() if name not in module._non_persistent_buffers_set}
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """{name: tensor} of the trained parameters and buffers of modules_to_save, once per name they have."""
+    found = {}
+    for prefix, module in modules_by_name(model, aliases=True).items():
+        aside: _Aside | None = module.__dict__.get(_ASIDE)
+        if aside is not None:
+            for name, current in persistent_tensors(module).items():
+                found[f"{prefix}.{name}"] = current if aside.holds_originals else aside.tensors[name]
+    return found
+
+
+def lorafa_layers(model: nn.Module) -> dict[str, LoRAFALinear]:
+    """{name: layer} of every LoRAFALinear in `model`, a shared one under its first name."""
+    return {
+        name: module for name, module in modules_by_name(model).items() if isinstance(module, LoRAFALinear)
+    }
+
+
+def _adapted(model: nn.Module) -> list[LoRAFALinear]:
+    layers = list(lorafa_layers(model).values())
+    if not layers:
+        raise ValueError("the model holds no LoRA-FA layer: apply_lorafa(model, config) puts them in")
+    return layers
+
+
+def lorafa_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What to hand to an optimizer: every lora_B (out_features, r), then the parameters of modules_to_save.
+
+    Each comes once. Raises ValueError if the model holds no LoRA-FA layer.
+    """
+    trained = [layer.lora_B for layer in _adapted(model)]
+    trained += [tensor for tensor in saved_tensors(model).values() if isinstance(tensor, nn.Parameter)]
+    return list({id(parameter): parameter for parameter in trained}.values())
+
+
+def merge_adapter(model: nn.Module, *, keep: str = "device") -> nn.Module:
+    """Install weight + scaling · lora_B lora_A (N, K) in every layer; `unmerge_adapter` takes it back.
+
+    The old weight is kept, on the CPU with keep="cpu". Layers that are merged already stay so; if one fails,
+    those merged by this call are unmerged again. Raises ValueError if the model holds no LoRA-FA layer.
+    """
+    done: list[LoRAFALinear] = []
+    try:
+        for layer in _adapted(model):
+            if not layer.merged:
+                layer.merge(keep=keep)
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge_adapter(model: nn.Module) -> nn.Module:
+    """Put the old weights back, same objects, same bits. Raises ValueError without a LoRA-FA layer."""
+    for layer in _adapted(model):
+        if layer.merged:
+            layer.unmerge()
+    return model
+
+
+def unload_adapter(model: nn.Module, merge: bool = True) -> nn.Module:
+    """Put an nn.Linear back for every LoRA-FA layer and return the model; the adapter is gone after that.
+
+    merge=True: with merged weights, and with the trained tensors in modules_to_save; no copy of the old is
+    kept. merge=False: with the original Parameter objects everywhere. requires_grad of what remains does not
+    change. Layers go one by one, so that one merged weight at a time is held beside the old one; after an
+    error a second call does the rest. Raises ValueError if the model holds no LoRA-FA layer.
+    """
+    layers = _adapted(model)
+    if isinstance(model, LoRAFALinear):
+        return model.to_linear(merge=merge)
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            parents.setdefault(id(child), []).append((parent, name))
+    layers.reverse()
+    while layers:
+        layer = layers.pop()
+        linear = layer.to_linear(merge=merge)
+        for parent, name in parents[id(layer)]:
+            setattr(parent, name, linear)
+    for module in _saved_modules(model):
+        if getattr(module, _ASIDE).holds_originals != merge:
+            _swap(module)
+        delattr(module, _ASIDE)
+    for name in ("lorafa_config", "lorafa_report"):
+        unwrap(model).__dict__.pop(name, None)
+    return model
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context the model computes as the frozen base model does, modules_to_save included.
+
+    On leaving, by an exception too, every layer gets back the flag that it had on entering, so that contexts
+    nest. No requires_grad changes. Raises ValueError without a LoRA-FA layer, RuntimeError if one is merged.
+    """
+    layers = _adapted(model)
+    if any(layer.merged for layer in layers):
+        raise RuntimeError(
+            "the adapter is merged into the weights: unmerge_adapter(model) before disable_adapter"
+        )
+    flags = [(layer, layer.adapter_enabled) for layer in layers]
+    trained = [module for module in _saved_modules(model) if getattr(module, _ASIDE).holds_originals]
+    try:
+        for layer in layers:
+            layer.adapter_enabled = False
+        for module in trained:
+            _swap(module)
+        yield model
+    finally:
+        for layer, flag in flags:
+            layer.adapter_enabled = flag
+        for module in trained:
+            if _ASIDE in module.__dict__ and not getattr(module, _ASIDE).holds_originals:
+                _swap(module)

@@ -1,0 +1,382 @@
+"""doctor: what is installed, what would run here, and whether it computes the right values.
+
+Prints plain ASCII to paste into an issue. The self-check runs every implementation that is available on
+small layers and compares y, dx and dB with the formula in fp64:
+
+    error   = |got - exact| / |exact|   (Frobenius norms; exact: in fp64 from the same rounded inputs)
+    allowed = 2 * error of plain PyTorch in the same dtype + unit roundoff of the output's dtype
+
+Without a GPU the Triton kernels run in Triton's interpreter. A process either interprets or compiles them,
+so that happens in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import __version__
+from .choice import choose, triton_obstacle
+from .explain import DEFAULT_M, describe_limits, explain
+from .functional import lorafa_linear
+
+CHECKED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {**CHECKED_DTYPES, "fp64": torch.float64}
+# (M, N, K, R). The first leaves a rest in every block, the second fills its blocks; on a GPU it has rows
+# enough for the large tiles, which would be slow in the interpreter. Every output has at least 256 elements,
+# so that one draw measures its error well.
+CPU_SHAPES = ((50, 258, 70, 7), (128, 256, 256, 16))
+GPU_SHAPES = ((50, 258, 70, 7), (640, 512, 512, 16))
+SCALING = 0.7
+INTERPRETER_LIMIT_S = 300
+
+
+@dataclass(frozen=True)
+class Check:
+    """The error of one output ("y", "dx" or "dB") at the shape where it came closest to what is allowed.
+
+    dtype is a key of CHECKED_DTYPES; shape is (M, N, K, R). `problem` says what was raised instead of a
+    result; the errors are then NaN.
+    """
+
+    impl: str
+    dtype: str
+    output: str
+    shape: tuple[int, int, int, int]
+    error: float = float("nan")
+    plain: float = float("nan")
+    allowed: float = float("nan")
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """The error as a share of what is allowed; inf where it is no number."""
+        return math.inf if math.isnan(self.error) else self.error / self.allowed
+
+
+@dataclass
+class Operands:
+    """A layer's operands as LoRAFALinear holds them: lora_B fp32, everything else in the dtype of x."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor
+    dy: Tensor
+
+
+def add_command(subparsers) -> None:
+    """Add the command `doctor` to argparse's `subparsers`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="print versions, devices and the chosen implementation, and check the results",
+        description="Print versions, devices and the implementation that impl='auto' picks, then check every "
+        "available implementation against fp64. The output is made to be pasted into an issue. Exit code: 0 "
+        "if every check passed, 1 if one failed.",
+    )
+    parser.add_argument(
+        "--device",
+        action="append",
+        type=_device_argument,
+        metavar="DEVICE",
+        help="check this device only, such as cpu or cuda:0; may be repeated (default: the CPU, every GPU)",
+    )
+    parser.set_defaults(run=lambda options: run(options.device))
+
+
+def run(devices: list[torch.device] | None = None) -> int:
+    """Print the report for `devices` (default: the CPU and every GPU); return 0, or 1 if a check failed."""
+    if devices is None:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(gpus))]
+    _print_versions()
+    problems = _print_devices(devices)
+    _print_numerics()
+    problems += _print_checks(devices)
+    _print("")
+    if problems:
+        _print(f"FAILED: {len(problems)} of the above")
+        for problem in problems:
+            _print(f"  {problem}")
+        return 1
+    _print("everything passed")
+    return 0
+
+
+def check(impl: str, device: torch.device, dtype: str) -> list[Check]:
+    """Measure y, dx and dB of `impl` in `dtype`, a key of CHECKED_DTYPES, on small layers.
+
+    Raises nothing that the implementation raises: that is a Check which did not pass.
+    """
+    worst: dict[str, Check] = {}
+    for shape in CPU_SHAPES if device.type == "cpu" else GPU_SHAPES:
+        try:
+            found = _measure(impl, device, dtype, shape)
+        except Exception as error:
+            return [Check(impl, dtype, "y, dx, dB", shape, problem=_describe(error))]
+        for one in found:
+            if one.output not in worst or one.share > worst[one.output].share:
+                worst[one.output] = one
+    return list(worst.values())
+
+
+def _measure(impl: str, device: torch.device, dtype: str, shape: tuple[int, int, int, int]) -> list[Check]:
+    operands = make_operands(shape, CHECKED_DTYPES[dtype], device)
+    got = compute(operands, impl)
+    exact = plain_formula(operands, torch.float64, torch.device("cpu"))
+    plain = plain_formula(operands, CHECKED_DTYPES[dtype], device)
+    found = []
+    for output, tensor in got.items():
+        error = relative_error(tensor, exact[output])
+        plain_error = relative_error(plain[output], exact[output])
+        allowed = 2 * plain_error + torch.finfo(tensor.dtype).eps / 2
+        found.append(Check(impl, dtype, output, shape, error, plain_error, allowed))
+    return found
+
+
+def make_operands(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Operands:
+    """Draw operands of which the large product and the low-rank term both matter in y and dx."""
+    M, N, K, R = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size, scale=1.0, to=dtype):
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * scale).to(to).to(device)
+
+    return Operands(
+        x=draw(M, K),
+        weight=draw(N, K, scale=K**-0.5),
+        lora_A=draw(R, K, scale=K**-0.5),
+        lora_B=draw(N, R, scale=R**-0.5, to=torch.float32),
+        bias=draw(N),
+        dy=draw(M, N),
+    )
+
+
+def compute(operands: Operands, impl: str) -> dict[str, Tensor]:
+    """y (M, N), dx (M, K) and dB (N, R) through the public function and autograd."""
+    x = operands.x.detach().requires_grad_()
+    lora_B = operands.lora_B.detach().requires_grad_()
+    y = lorafa_linear(x, operands.weight, operands.lora_A, lora_B, operands.bias, scaling=SCALING, impl=impl)
+    dx, dB = torch.autograd.grad(y, (x, lora_B), operands.dy)
+    return {"y": y.detach(), "dx": dx, "dB": dB}
+
+
+def plain_formula(operands: Operands, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """y, dx and dB by the formula that people write, with autograd, computed in `dtype` on `device`.
+
+    lora_B is rounded to the dtype of x first, which is what the operator promises to do with it.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(operands.x.dtype).to(device=device, dtype=dtype)
+
+    x = convert(operands.x).requires_grad_()
+    lora_B = convert(operands.lora_B).requires_grad_()
+    low_rank = F.linear(F.linear(x, convert(operands.lora_A)), lora_B)
+    y = F.linear(x, convert(operands.weight), convert(operands.bias)) + SCALING * low_rank
+    dx, dB = torch.autograd.grad(y, (x, lora_B), convert(operands.dy))
+    return {"y": y.detach(), "dx": dx, "dB": dB}
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Return |got - exact| / |exact| in Frobenius norms; NaN or inf if `got` is not finite everywhere."""
+    return ((got.to(device="cpu", dtype=torch.float64) - exact).norm() / exact.norm()).item()
+
+
+def print_interpreted_checks() -> None:
+    """Check the Triton kernels on the CPU and print the results as one line of JSON, for interpreted_checks.
+
+    For a process that was started with TRITON_INTERPRET=1.
+    """
+    checks = [found for dtype in CHECKED_DTYPES for found in check("triton", torch.device("cpu"), dtype)]
+    print(json.dumps([dataclasses.asdict(found) for found in checks]))
+
+
+def interpreted_checks() -> list[Check]:
+    """Check the Triton kernels in Triton's interpreter, in a process of its own."""
+    here = str(Path(__file__).resolve().parent.parent)
+    paths = [here, os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONIOENCODING": "utf-8",
+    }
+    command = "from lorafa_kernels.doctor import print_interpreted_checks; print_interpreted_checks()"
+
+    def failed(problem: str) -> list[Check]:
+        return [Check("triton", "all", "y, dx, dB", CPU_SHAPES[0], problem=problem)]
+
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=INTERPRETER_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return failed(f"the interpreter took more than {INTERPRETER_LIMIT_S} s")
+    except OSError as error:
+        return failed(f"the interpreter's process could not be started: {error}")
+    lines = child.stdout.strip().splitlines()
+    if child.returncode or not lines:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        return failed(f"the interpreter's process ended with code {child.returncode}: {last}")
+    return [Check(**{**found, "shape": tuple(found["shape"])}) for found in json.loads(lines[-1])]
+
+
+def _print_versions() -> None:
+    cuda, hip = torch.version.cuda, torch.version.hip
+    _print(f"lorafa_kernels {__version__}")
+    _print(f"Python         {platform.python_version()} ({platform.python_implementation()})")
+    _print(f"torch          {torch.__version__}")
+    _print(f"GPU runtime    {f'HIP {hip}' if hip else f'CUDA {cuda}' if cuda else 'none in this torch'}")
+    _print(f"Triton         {_triton_version()}")
+    _print(f"platform       {platform.platform()}, {os.cpu_count()} cores")
+    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if name in os.environ:
+            _print(f"environment    {name}={os.environ[name]}")
+
+
+def _print_devices(devices: list[torch.device]) -> list[str]:
+    problems = []
+    _print("\ndevices, and what impl='auto' picks there")
+    if (torch.version.cuda or torch.version.hip) and not torch.cuda.is_available():
+        _print("  torch is built for GPUs but sees none: is the driver there, and new enough?")
+    for device in devices:
+        try:
+            lines = _describe_device(device)
+        except Exception as error:
+            problems.append(f"{device}: cannot say what runs there: {_describe(error)}")
+            lines = [f"{device}: FAILED: {_describe(error)}"]
+        _print("\n".join(f"  {line}" for line in lines))
+    return problems
+
+
+def _describe_device(device: torch.device) -> list[str]:
+    lines = [str(device)]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        obstacle = triton_obstacle(device, torch.float32)
+        lines = [
+            f"{device}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB",
+            f"  Triton kernels: {f'not supported: {obstacle}' if obstacle else 'supported'}",
+        ]
+    picked: dict[tuple[str, str], list[str]] = {}
+    for name, dtype in DTYPES.items():
+        choice = choose("auto", device, dtype)
+        picked.setdefault((choice.impl, choice.reason), []).append(name)
+    lines += [f"  {', '.join(names)}: {impl} ({reason})" for (impl, reason), names in picked.items()]
+    explanation = explain((DEFAULT_M, 4096, 4096, 16), device=device, dtype=torch.bfloat16)
+    if explanation.limits is not None:
+        lines.append(f"  kernels: {describe_limits(explanation.limits)}")
+    return lines
+
+
+def _print_numerics() -> None:
+    matmul = torch.backends.cuda.matmul
+    _print("\nnumerics")
+    _print(f"  fp32 products on a GPU: {'TF32' if matmul.fp32_precision == 'tf32' else 'IEEE fp32'}")
+    for name in ("bf16", "fp16"):
+        allowed = "yes" if getattr(matmul, f"allow_{name}_reduced_precision_reduction") else "no"
+        _print(f"  library GEMMs on a GPU may reduce {name} products in {name}: {allowed}")
+
+
+def _print_checks(devices: list[torch.device]) -> list[str]:
+    problems = []
+    compiled = False
+    _print("\nself-check: error against fp64, plain PyTorch's, what is allowed (2 x plain + unit roundoff)")
+    for device in devices:
+        _print(f"  {device}")
+        for impl in ("reference", "torch"):
+            problems += _print_results(device, (check(impl, device, dtype) for dtype in CHECKED_DTYPES))
+        if device.type == "cpu":
+            continue
+        obstacle = triton_obstacle(device, torch.float32)
+        if obstacle:
+            _print(f"    triton: not available: {obstacle}")
+            continue
+        compiled = True
+        _print("    triton: the first run compiles the kernels, which can take a minute")
+        problems += _print_results(device, (check("triton", device, dtype) for dtype in CHECKED_DTYPES))
+    if not compiled:
+        problems += _print_interpreted()
+    return problems
+
+
+def _print_interpreted() -> list[str]:
+    if not _triton_installed():
+        _print(f"  triton: not available: {triton_obstacle(torch.device('cpu'), torch.float32)}")
+        return []
+    device = "cpu, Triton's interpreter"
+    _print(f"  {device} (proves the kernels' values, says nothing about speed or about compiling them)")
+    return _print_results(device, [interpreted_checks()])
+
+
+def _print_results(device, results) -> list[str]:
+    """Print a line for each Check of each list in `results` as they come; return the failed ones."""
+    failed = []
+    for found in (found for checks in results for found in checks):
+        what = f"{found.impl:9s} {found.dtype:4s} {found.output:2s}"
+        if found.problem:
+            text = found.problem
+        else:
+            text = f"error {found.error:.2e}  plain {found.plain:.2e}  allowed {found.allowed:.2e}"
+        sizes = "M={} N={} K={} R={}".format(*found.shape)
+        _print(f"    {what}  {text}  {'ok' if found.passed else f'FAILED at {sizes}'}")
+        if not found.passed:
+            failed.append(f"{found.impl} on {device}, {found.dtype}, {found.output} at {sizes}: {text}")
+    return failed
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_version() -> str:
+    if not _triton_installed():
+        return "not installed"
+    try:
+        import triton
+    except Exception as error:
+        return f"installed, but cannot be imported: {_describe(error)}"
+    return triton.__version__
+
+
+def _describe(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _device_argument(text: str) -> torch.device:
+    try:
+        return explain((1, 1, 1, 1), device=text).device
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _print(text: str) -> None:
+    # ASCII whatever the terminal's encoding: a driver's or an error's text must not end the report.
+    print(text.encode("ascii", "backslashreplace").decode("ascii"), flush=True)

@@ -1,0 +1,253 @@
+"""explain: which implementation a LoRA-FA layer runs with, in which steps, and why.
+
+Decides nothing itself: choice.py names the implementation, tuning/config.py the kernels' configurations. The
+steps are in words, one per launch or library product of kernels/linear.py, library.py and reference.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+
+from .choice import choose
+from .functional import FLOAT_DTYPES
+from .nn.linear import LoRAFALinear
+from .tuning.config import OPS, DeviceLimits, KernelConfig, default_config
+
+DEFAULT_M = 2048
+
+
+class Step(NamedTuple):
+    """One launch of a Triton kernel, or one product of PyTorch's: what is called, and what it computes."""
+
+    call: str
+    formula: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs for x (M, K), weight (N, K) and rank R, and why. str() of it is a text to read, in ASCII.
+
+    impl: "triton", "torch" or "reference"; "linear" for a layer whose adapter is merged or switched off.
+    reason: why that one. device, dtype: those of x. forward, backward: the steps in the order in which they
+    run. limits, configs: what the kernels' configurations depend on, and the configuration of each kernel
+    in use; None and empty unless impl is "triton".
+    """
+
+    impl: str
+    reason: str
+    device: torch.device
+    dtype: torch.dtype
+    M: int
+    N: int
+    K: int
+    R: int
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    limits: DeviceLimits | None = None
+    configs: Mapping[str, KernelConfig] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        lines = [
+            f"M={self.M} N={self.N} K={self.K} R={self.R}, {_name(self.dtype)} on {self.device}",
+            f"implementation: {self.impl} ({self.reason})",
+        ]
+        for title, steps in (("forward", self.forward), ("backward", self.backward)):
+            lines.append(f"{title}:")
+            lines += [f"  {step.call}: {step.formula}" for step in steps]
+        if self.limits is not None:
+            lines.append(f"kernels: {describe_limits(self.limits)}")
+            lines += [f"  {name}: {_describe_config(config)}" for name, config in self.configs.items()]
+        return "\n".join(lines)
+
+
+_PLANS = {
+    "triton": {
+        "forward": (
+            Step("shrink", "z = s * (x @ lora_A.T)"),
+            Step("expand", "y = x @ weight.T + z @ lora_B.T + bias"),
+        ),
+        "dx and dB": (
+            Step("grad", "parts of dz = s * (dy @ lora_B) and of dB = dy.T @ z, in one pass over dy"),
+            Step("grad_sum", "dz and dB, adding the parts in a fixed order"),
+            Step("expand", "dx = dy @ weight + dz @ lora_A"),
+        ),
+        "dx": (
+            Step("shrink", "dz = s * (dy @ lora_B)"),
+            Step("expand", "dx = dy @ weight + dz @ lora_A"),
+        ),
+    },
+    "torch": {
+        "forward": (
+            Step("addmm", "z = s * (x @ lora_A.T)"),
+            Step("linear", "y = z @ lora_B.T + bias"),
+            Step("addmm_", "y += x @ weight.T"),
+        ),
+        "dx": (
+            Step("addmm", "dz = s * (dy @ lora_B)"),
+            Step("mm", "dx = dz @ lora_A"),
+            Step("addmm_", "dx += dy @ weight"),
+        ),
+        "dB": (Step("mm", "dB = dy.T @ z"),),
+    },
+    "reference": {
+        "forward": (
+            Step("matmul", "z = s * (x @ lora_A.T), operands widened"),
+            Step("matmul", "x @ weight.T, operands widened"),
+            Step("matmul", "z @ lora_B.T, operands widened; y = the sum of both + bias"),
+        ),
+        "dx": (
+            Step("matmul", "dz = s * (dy @ lora_B), operands widened"),
+            Step("matmul", "dy @ weight, operands widened"),
+            Step("matmul", "dz @ lora_A, operands widened; dx = the sum of both"),
+        ),
+        "dB": (Step("matmul", "dB = dy.T @ z, operands widened"),),
+    },
+    "linear": {
+        "forward": (Step("linear", "y = x @ weight.T + bias"),),
+        "dx": (Step("mm", "dx = dy @ weight"),),
+    },
+}
+
+
+def explain(
+    layer_or_shapes: LoRAFALinear | Sequence[int],
+    *,
+    M: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Explanation:
+    """Say which implementation and plan runs for a layer or for shapes, and why.
+
+    Args:
+        layer_or_shapes: a LoRAFALinear, which need not hold data (the meta device will do), or (M, N, K, R):
+            rows of x, out_features, in_features and rank.
+        M: rows of x, that is the product of its leading dimensions, for a layer; 2048 if left out.
+        device: where x is. Default: the layer's; for shapes a GPU if there is one, else the CPU.
+        dtype: dtype of x, under autocast that of autocast. Default: that of the layer's weight; for shapes
+            bf16 on a GPU and fp32 elsewhere.
+        impl: "auto", "triton", "torch" or "reference". Default: the layer's; "auto" for shapes.
+
+    The backward steps are those for the gradients of x and lora_B, of x alone if the layer's lora_B is
+    frozen. A first layer, whose x needs no gradient, runs fewer.
+
+    Raises:
+        TypeError: something that is neither a LoRAFALinear nor shapes; sizes that are not integers; M beside
+            shapes; a dtype that is not fp32, bf16, fp16 or fp64.
+        ValueError: not four sizes, or one out of range; an unknown impl; a device that is not there.
+        RuntimeError: impl="triton" where it cannot run, as the layer itself would raise.
+    """
+    layer = layer_or_shapes if isinstance(layer_or_shapes, LoRAFALinear) else None
+    if layer is not None:
+        sizes = (DEFAULT_M if M is None else M, layer.out_features, layer.in_features, layer.r)
+        device = layer.weight.device if device is None else device
+        dtype = layer.weight.dtype if dtype is None else dtype
+        impl = layer.impl if impl is None else impl
+    else:
+        sizes = _sizes_of(layer_or_shapes)
+        if M is not None:
+            raise TypeError(f"M={M!r} beside shapes {sizes}: M is their first entry")
+        impl = "auto" if impl is None else impl
+    _check_sizes(*sizes)
+    device = _device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, FLOAT_DTYPES))}")
+    impl, reason = _implementation(layer, impl, device, dtype)
+    forward, backward = _steps(layer, impl, dtype)
+    limits, configs = None, {}
+    if impl == "triton":
+        # Imports Triton, which the other implementations run without.
+        limits = importlib.import_module(".kernels.tile", __package__).device_limits(device)
+        used = {step.call for step in forward + backward}
+        M, _, _, R = sizes
+        configs = {op: default_config(op, limits, dtype.itemsize, M, R) for op in OPS if op in used}
+    return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, configs)
+
+
+def describe_limits(limits: DeviceLimits) -> str:
+    """Say in words which defaults the kernels take on a device, and from what."""
+    if limits.family == "interpreter":
+        return "defaults of Triton's interpreter"
+    return (
+        f"defaults of {limits.family} for {limits.arch}, {limits.shared_memory // 1024} KiB of shared memory "
+        f"per block, {limits.num_sms} multiprocessors"
+    )
+
+
+def _implementation(
+    layer: LoRAFALinear | None, impl: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
+    if layer is not None and layer.merged:
+        return "linear", "the adapter is merged into the weight; unmerge() before training"
+    if layer is not None and not layer.adapter_enabled:
+        return "linear", "the adapter is switched off: adapter_enabled is False"
+    choice = choose(impl, device, dtype)
+    if device.type == "meta":
+        return choice.impl, f"{choice.reason}; pass device= to explain a run where there is data"
+    return choice.impl, choice.reason
+
+
+def _steps(
+    layer: LoRAFALinear | None, impl: str, dtype: torch.dtype
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    plan = _PLANS[impl]
+    forward = plan["forward"]
+    if layer is not None and layer.bias is None:
+        forward = tuple(Step(call, formula.replace(" + bias", "")) for call, formula in forward)
+    if layer is not None and not layer.lora_B.requires_grad:
+        backward = plan["dx"]
+    else:
+        backward = plan.get("dx and dB") or plan["dx"] + plan.get("dB", ())
+    if layer is not None and layer.weight.dtype != dtype:
+        cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, a temporary")
+        forward, backward = (cast, *forward), (cast, *backward)
+    return forward, backward
+
+
+def _sizes_of(shapes: object) -> tuple[int, int, int, int]:
+    if not isinstance(shapes, (tuple, list)):
+        raise TypeError(
+            f"expected a LoRAFALinear or the sizes (M, N, K, R), got {type(shapes).__name__}; of a model, "
+            "pass one of its LoRAFALinear layers"
+        )
+    if len(shapes) != 4:
+        raise ValueError(f"got {len(shapes)} sizes {tuple(shapes)}, expected four: (M, N, K, R)")
+    return tuple(shapes)
+
+
+def _check_sizes(M: int, N: int, K: int, R: int) -> None:
+    for name, size, least in (("M", M, 0), ("N", N, 0), ("K", K, 0), ("R", R, 1)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} is {size!r}, expected an integer")
+        if size < least:
+            raise ValueError(f"{name} is {size}, expected at least {least}")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected one such as 'cpu' or 'cuda:0'") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device {device} is not there: torch sees {count} GPUs")
+    return device
+
+
+def _describe_config(config: KernelConfig) -> str:
+    names = (item.name for item in fields(config))
+    return " ".join(f"{name}={getattr(config, name)}" for name in names if getattr(config, name))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,135 @@
+"""Imports point downward, kernels and the reference never meet, and nothing optional is imported at the
+top.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorafa_kernels
+
+PACKAGE = Path(lorafa_kernels.__file__).parent
+# Lowest first: a module may import what stands before it. Modules of one level do not import each other.
+LEVELS = [
+    {"_version", "reference", "library", "tuning.config"},
+    {"choice", "kernels.tile"},
+    {"kernels.shrink", "kernels.expand", "kernels.grad"},
+    {"kernels.linear"},
+    {"ops"},
+    {"autograd"},
+    {"functional"},
+    {"nn.linear"},
+    {"adapt", "explain"},
+    {"checkpoint", "doctor"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+ALLOWED_THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
+
+
+def modules() -> dict[str, Path]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in files}
+
+
+def imported(name: str, path: Path, top_level_only: bool = False) -> set[str]:
+    """Absolute names of what a module imports."""
+    package = ["lorafa_kernels", *name.split(".")[:-1]]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{prefix}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """Reduce imported names to modules of this package."""
+    known = modules()
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] != "lorafa_kernels":
+            continue
+        for end in (len(parts), len(parts) - 1):
+            candidate = ".".join(parts[1:end])
+            if candidate in known:
+                found.add(candidate)
+                break
+            if f"{candidate}.__init__" in known:
+                break
+    return found
+
+
+PLAIN = [name for name in modules() if not name.endswith("__init__")]
+
+
+def test_every_module_has_its_level():
+    assert set(PLAIN) == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_imports_point_downward(name):
+    for other in own(imported(name, modules()[name])):
+        assert LEVEL[other] < LEVEL[name], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_third_party_imports(name):
+    names = {n.split(".")[0] for n in imported(name, modules()[name])}
+    third_party = names - set(sys.stdlib_module_names) - {"lorafa_kernels"}
+    assert third_party <= ALLOWED_THIRD_PARTY
+    if not name.startswith("kernels."):
+        top = {n.split(".")[0] for n in imported(name, modules()[name], top_level_only=True)}
+        assert "triton" not in top, "Triton is imported lazily outside of kernels/"
+
+
+def test_reference_and_kernels_never_meet():
+    known = modules()
+    for name in PLAIN:
+        found = own(imported(name, known[name]))
+        if name.startswith("kernels."):
+            assert not found & {"reference", "library"}
+        if name in ("reference", "library", "tuning.config"):
+            assert not found
+
+
+def test_public_names():
+    names = {n for n in lorafa_kernels.__all__ if n != "__version__"}
+    assert names == {
+        "LoRAFAConfig",
+        "LoRAFALinear",
+        "apply_lorafa",
+        "disable_adapter",
+        "explain",
+        "load_adapter",
+        "lorafa_linear",
+        "lorafa_parameters",
+        "lorafa_state_dict",
+        "merge_adapter",
+        "save_adapter",
+        "unload_adapter",
+        "unmerge_adapter",
+    }
+    assert all(hasattr(lorafa_kernels, name) for name in names)
+
+
+def test_import_needs_nothing_optional():
+    """A fresh process imports the package with every optional package blocked."""
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'peft', 'transformers', 'rich', 'matplotlib'): sys.modules[name] = None\n"
+        "import lorafa_kernels\n"
+        "print(lorafa_kernels.__version__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == lorafa_kernels.__version__, result.stderr

@@ -1,0 +1,249 @@
+"""explain says what runs: its steps are compared with the launches and library products that a layer makes."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import TRITON
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorafa_kernels import LoRAFALinear
+from lorafa_kernels.choice import choose
+from lorafa_kernels.explain import explain
+from lorafa_kernels.tuning.config import DeviceLimits, default_config, shared_memory
+
+M, N, K, R = 12, 24, 40, 4
+
+
+class Products(TorchDispatchMode):
+    """Records the library products that run, and casts of tensors of the weight's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            self.calls.append(name)
+        elif name == "_to_copy" and args[0].shape == (N, K):
+            self.calls.append("cast")
+        return func(*args, **(kwargs or {}))
+
+
+def products(steps, bias: bool) -> list[str]:
+    """The products that PyTorch runs for an explanation's steps."""
+    names = {"matmul": "mm", "linear": "addmm" if bias else "mm"}
+    return [names.get(step.call, step.call) for step in steps]
+
+
+def run(layer, dtype=torch.float32, autocast=None) -> tuple[list[str], list[str]]:
+    """The products of one forward and one backward of `layer` on the CPU."""
+    x = torch.randn(M, K, dtype=dtype, requires_grad=True)
+    with Products() as forward, torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = layer(x)
+    dy = torch.randn_like(y)
+    with Products() as backward:
+        y.backward(dy)
+    return forward.calls, backward.calls
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["dx-and-dB", "dx-alone"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_library_products_are_those_that_run(impl, frozen, bias):
+    layer = LoRAFALinear(K, N, bias=bias, r=R)
+    layer.impl = impl
+    layer.lora_B.requires_grad_(not frozen)
+    told = explain(layer, M=M)
+    assert (told.impl, told.M, told.N, told.K, told.R) == (impl, M, N, K, R)
+    assert (products(told.forward, bias), products(told.backward, bias)) == run(layer)
+    assert told.limits is None and not told.configs
+    assert ("bias" in str(told)) == bias
+
+
+def test_autocast_casts_the_weight_each_time():
+    layer = LoRAFALinear(K, N, r=R)
+    told = explain(layer, M=M, device="cpu", dtype=torch.bfloat16)
+    assert told.forward[0].call == "cast"
+    forward, backward = run(layer, autocast=torch.bfloat16)
+    assert (products(told.forward, True), products(told.backward, True)) == (forward, backward)
+
+
+@pytest.mark.parametrize("state", ["merged", "switched off"])
+def test_merged_or_disabled_layer_is_a_plain_linear(state):
+    layer = LoRAFALinear(K, N, r=R).eval()
+    if state == "merged":
+        layer.merge()
+    else:
+        layer.adapter_enabled = False
+    told = explain(layer, M=M)
+    assert told.impl == "linear" and state in told.reason
+    assert (products(told.forward, True), products(told.backward, True)) == run(layer)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["dx-and-dB", "dx-alone"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_triton_launches_and_configs_are_those_that_run(triton_device, monkeypatch, dtype, frozen):
+    launches = []
+
+    class Recorder:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launches.append((self.name, options))
+                return self.kernel[grid](*args, **options)
+
+            return launch
+
+    for name, file in (("shrink", "shrink"), ("expand", "expand"), ("grad", "grad"), ("grad_sum", "grad")):
+        module = importlib.import_module(f"lorafa_kernels.kernels.{file}")
+        kernel = f"_{name}_kernel"
+        monkeypatch.setattr(module, kernel, Recorder(name, getattr(module, kernel)))
+    layer = LoRAFALinear(K, N, r=R, device=triton_device, dtype=dtype)
+    layer.impl = "triton"
+    layer.lora_B.requires_grad_(not frozen)
+    y = layer(torch.randn(M, K, device=triton_device, dtype=dtype, requires_grad=True))
+    y.backward(torch.randn_like(y))
+
+    told = explain(layer, M=M)
+    assert [name for name, _ in launches] == [step.call for step in told.forward + told.backward]
+    assert set(told.configs) == {name for name, _ in launches} - {"grad_sum"}
+    for name, options in launches:
+        config = asdict(told.configs[name]) if name in told.configs else {}
+        for option in config.keys() & options.keys():
+            assert options[option] == config[option], f"{name}: {option}"
+    assert "BLOCK_M" in str(told)
+
+
+@pytest.fixture
+def unknown_gpu(monkeypatch):
+    """A GPU of an architecture that nobody has heard of, with little shared memory."""
+    pytest.importorskip("triton")
+    limits = DeviceLimits("sm_990", 40 * 1024, 7)
+    tile = importlib.import_module("lorafa_kernels.kernels.tile")
+    monkeypatch.setattr(tile, "device_limits", lambda device: limits)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (99, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard-of 9000")
+    choose.cache_clear()
+    yield limits
+    choose.cache_clear()
+
+
+def test_unknown_gpu_gets_defaults_that_fit(unknown_gpu):
+    told = explain((2048, 4096, 4096, 16))
+    assert (told.impl, told.device, told.dtype) == ("triton", torch.device("cuda"), torch.bfloat16)
+    assert "Unheard-of 9000" in told.reason and "sm_990" in str(told)
+    assert set(told.configs) == {"shrink", "expand", "grad"}
+    for op, config in told.configs.items():
+        assert config == default_config(op, unknown_gpu, 2, 2048, 16)
+        assert config.num_stages == 1 or shared_memory(op, config, 2) <= unknown_gpu.shared_memory
+
+
+def test_old_gpu_and_fp64_say_why_not_triton(unknown_gpu, monkeypatch):
+    assert "float64" in explain((8, 8, 8, 8), dtype=torch.float64).reason
+    choose.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    told = explain((8, 8, 8, 8))
+    assert told.impl == "torch" and "7.5" in told.reason
+
+
+def test_defaults_come_from_the_layer():
+    layer = LoRAFALinear(K, N, r=R, dtype=torch.float64)
+    layer.impl = "reference"
+    told = explain(layer)
+    assert (told.impl, told.dtype, told.device) == ("reference", torch.float64, torch.device("cpu"))
+    assert (told.N, told.K, told.R) == (N, K, R) and told.M > 0
+    assert explain(layer, impl="torch").impl == "torch"
+
+
+def test_shapes_on_the_cpu():
+    told = explain((M, N, K, R), device="cpu")
+    assert (told.impl, told.dtype) == ("torch", torch.float32)
+    assert told.reason == choose("auto", torch.device("cpu"), torch.float32).reason
+    assert explain([0, N, K, R], device="cpu").M == 0
+
+
+def test_layer_without_data():
+    layer = LoRAFALinear(K, N, r=R, device="meta")
+    told = explain(layer)
+    assert told.device.type == "meta" and "pass device=" in told.reason
+    assert explain(layer, device="cpu") == explain((2048, N, K, R), device="cpu")
+
+
+def test_text_is_ascii_and_complete():
+    text = str(explain((M, N, K, R), device="cpu"))
+    assert text.isascii()
+    for fact in ("M=12 N=24 K=40 R=4", "float32 on cpu", "torch (x is on the CPU", "forward", "backward"):
+        assert fact in text
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "error", "message"),
+    [
+        pytest.param(
+            torch.nn.Linear(2, 2), {}, TypeError, "LoRAFALinear or the sizes .M, N, K, R.", id="layer"
+        ),
+        pytest.param((1, 2, 3), {}, ValueError, "3 sizes .1, 2, 3., expected four", id="three-sizes"),
+        pytest.param((1, 2, 3, 0), {}, ValueError, "R is 0, expected at least 1", id="rank-0"),
+        pytest.param((-1, 2, 3, 4), {}, ValueError, "M is -1", id="negative"),
+        pytest.param((1, 2.0, 3, 4), {}, TypeError, "N is 2.0, expected an integer", id="float"),
+        pytest.param((1, 2, True, 4), {}, TypeError, "K is True", id="bool"),
+        pytest.param((1, 2, 3, 4), {"M": 5}, TypeError, "M=5 beside shapes", id="M-twice"),
+        pytest.param((1, 2, 3, 4), {"impl": "cuda"}, ValueError, "impl='cuda' is not known", id="impl"),
+        pytest.param(
+            (1, 2, 3, 4), {"dtype": torch.int8}, TypeError, "torch.int8, expected one of", id="dtype"
+        ),
+        pytest.param((1, 2, 3, 4), {"device": "gpu"}, ValueError, "device is 'gpu'", id="device"),
+        pytest.param(
+            (1, 2, 3, 4), {"device": "cuda:99"}, ValueError, "cuda:99 is not there", id="no-such-gpu"
+        ),
+        pytest.param(
+            (1, 2, 3, 4),
+            {"impl": "triton", "device": "cpu", "dtype": torch.float64},
+            RuntimeError,
+            "cannot run",
+            id="triton-impossible",
+        ),
+    ],
+)
+def test_errors(shapes, options, error, message):
+    with pytest.raises(error, match=message):
+        explain(shapes, **options)
+
+
+def in_a_fresh_process(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
+    ).stdout
+
+
+def test_works_with_triton_missing():
+    out = in_a_fresh_process(
+        "import sys; sys.modules['triton'] = None\n"
+        "from lorafa_kernels.explain import explain\n"
+        "print(explain((8, 8, 8, 8), device='cpu').impl)\n"
+        "try: explain((8, 8, 8, 8), device='cpu', impl='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert out.startswith("torch\n") and "triton is not installed" in out
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_leaves_triton_alone_for_other_implementations():
+    out = in_a_fresh_process(
+        "import sys\n"
+        "from lorafa_kernels.explain import explain\n"
+        "explain((8, 8, 8, 8), device='cpu', impl='torch')\n"
+        "print('triton' in sys.modules)\n"
+    )
+    assert out == "False\n"
