@@ -126,7 +126,7 @@ def test_strided_operands(device, impl, dtype):
             weight=change(inputs.weight),
             lora_A=change(inputs.lora_A),
             lora_B=change(inputs.lora_B),
-            bias=inputs.bias,
+            bias=stepped(inputs.bias[None])[0],
             dy=change(inputs.dy),
             scaling=inputs.scaling,
         )

@@ -110,6 +110,8 @@ def expand(P: Tensor, Q: Tensor, L: Tensor, F: Tensor, bias: Tensor | None = Non
     C = torch.empty((M, N), dtype=P.dtype, device=P.device)
     if M == 0 or N == 0:
         return C
+    if bias is not None:
+        bias = bias.contiguous()
     config = default_config("expand", device_limits(P.device), P.element_size(), M, R)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     _expand_kernel[grid](
