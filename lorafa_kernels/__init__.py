@@ -11,7 +11,7 @@ from .adapt import (
     unmerge_adapter,
 )
 from .checkpoint import load_adapter, lorafa_state_dict, save_adapter
-from .explain import explain
+from .explanation import explain
 from .functional import lorafa_linear
 from .nn import LoRAFALinear
 

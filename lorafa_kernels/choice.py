@@ -57,7 +57,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say what keeps the Triton kernels from running for this device and dtype, or None if nothing does."""
     try:
         import triton
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises more than ImportError
         return (
             f"triton is not installed or cannot be imported ({error}): pip install 'lorafa-kernels[triton]'"
         )

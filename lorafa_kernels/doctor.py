@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -25,13 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from . import __version__
+from .accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 from .choice import choose, triton_obstacle
-from .explain import DEFAULT_M, describe_limits, explain
-from .functional import lorafa_linear
+from .explanation import DEFAULT_M, describe_limits, explain
 
 CHECKED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**CHECKED_DTYPES, "fp64": torch.float64}
@@ -40,7 +37,6 @@ DTYPES = {**CHECKED_DTYPES, "fp64": torch.float64}
 # so that one draw measures its error well.
 CPU_SHAPES = ((50, 258, 70, 7), (128, 256, 256, 16))
 GPU_SHAPES = ((50, 258, 70, 7), (640, 512, 512, 16))
-SCALING = 0.7
 INTERPRETER_LIMIT_S = 300
 
 
@@ -69,18 +65,6 @@ class Check:
     def share(self) -> float:
         """The error as a share of what is allowed; inf where it is no number."""
         return math.inf if math.isnan(self.error) else self.error / self.allowed
-
-
-@dataclass
-class Operands:
-    """A layer's operands as LoRAFALinear holds them: lora_B fp32, everything else in the dtype of x."""
-
-    x: Tensor
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor
-    dy: Tensor
 
 
 def add_command(subparsers) -> None:
@@ -139,66 +123,18 @@ def check(impl: str, device: torch.device, dtype: str) -> list[Check]:
 
 
 def _measure(impl: str, device: torch.device, dtype: str, shape: tuple[int, int, int, int]) -> list[Check]:
-    operands = make_operands(shape, CHECKED_DTYPES[dtype], device)
-    got = compute(operands, impl)
-    exact = plain_formula(operands, torch.float64, torch.device("cpu"))
-    plain = plain_formula(operands, CHECKED_DTYPES[dtype], device)
+    M, N, K, R = shape
+    # As LoRAFALinear holds them: lora_B in fp32.
+    operands = draw_operands(M, K, N, R, CHECKED_DTYPES[dtype], device, factor_dtype=torch.float32)
+    got = lorafa_results(operands, impl)
+    exact, plain = plain_formula(operands, torch.float64), plain_formula(operands)
     found = []
     for output, tensor in got.items():
         error = relative_error(tensor, exact[output])
         plain_error = relative_error(plain[output], exact[output])
-        allowed = 2 * plain_error + torch.finfo(tensor.dtype).eps / 2
+        allowed = allowed_error(plain_error, tensor.dtype)
         found.append(Check(impl, dtype, output, shape, error, plain_error, allowed))
     return found
-
-
-def make_operands(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Operands:
-    """Draw operands of which the large product and the low-rank term both matter in y and dx."""
-    M, N, K, R = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size, scale=1.0, to=dtype):
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) * scale).to(to).to(device)
-
-    return Operands(
-        x=draw(M, K),
-        weight=draw(N, K, scale=K**-0.5),
-        lora_A=draw(R, K, scale=K**-0.5),
-        lora_B=draw(N, R, scale=R**-0.5, to=torch.float32),
-        bias=draw(N),
-        dy=draw(M, N),
-    )
-
-
-def compute(operands: Operands, impl: str) -> dict[str, Tensor]:
-    """y (M, N), dx (M, K) and dB (N, R) through the public function and autograd."""
-    x = operands.x.detach().requires_grad_()
-    lora_B = operands.lora_B.detach().requires_grad_()
-    y = lorafa_linear(x, operands.weight, operands.lora_A, lora_B, operands.bias, scaling=SCALING, impl=impl)
-    dx, dB = torch.autograd.grad(y, (x, lora_B), operands.dy)
-    return {"y": y.detach(), "dx": dx, "dB": dB}
-
-
-def plain_formula(operands: Operands, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """y, dx and dB by the formula that people write, with autograd, computed in `dtype` on `device`.
-
-    lora_B is rounded to the dtype of x first, which is what the operator promises to do with it.
-    """
-
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(operands.x.dtype).to(device=device, dtype=dtype)
-
-    x = convert(operands.x).requires_grad_()
-    lora_B = convert(operands.lora_B).requires_grad_()
-    low_rank = F.linear(F.linear(x, convert(operands.lora_A)), lora_B)
-    y = F.linear(x, convert(operands.weight), convert(operands.bias)) + SCALING * low_rank
-    dx, dB = torch.autograd.grad(y, (x, lora_B), convert(operands.dy))
-    return {"y": y.detach(), "dx": dx, "dB": dB}
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Return |got - exact| / |exact| in Frobenius norms; NaN or inf if `got` is not finite everywhere."""
-    return ((got.to(device="cpu", dtype=torch.float64) - exact).norm() / exact.norm()).item()
 
 
 def print_interpreted_checks() -> None:
@@ -327,7 +263,9 @@ def _print_checks(devices: list[torch.device]) -> list[str]:
 
 
 def _print_interpreted() -> list[str]:
-    if not _triton_installed():
+    try:
+        import triton  # noqa: F401
+    except ImportError:
         _print(f"  triton: not available: {triton_obstacle(torch.device('cpu'), torch.float32)}")
         return []
     device = "cpu, Triton's interpreter"
@@ -351,17 +289,13 @@ def _print_results(device, results) -> list[str]:
     return failed
 
 
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _triton_version() -> str:
-    if not _triton_installed():
-        return "not installed"
     try:
         import triton
+    except ModuleNotFoundError as error:
+        return "not installed" if error.name == "triton" else f"cannot be imported: {_describe(error)}"
     except Exception as error:
-        return f"installed, but cannot be imported: {_describe(error)}"
+        return f"cannot be imported: {_describe(error)}"
     return triton.__version__
 
 

@@ -23,8 +23,8 @@ LEVELS = [
     {"ops"},
     {"autograd"},
     {"functional"},
-    {"nn.linear"},
-    {"adapt", "explain"},
+    {"accuracy", "nn.linear"},
+    {"adapt", "explanation"},
     {"checkpoint", "doctor"},
     {"__main__"},
 ]

@@ -8,16 +8,16 @@ import math
 
 import pytest
 import torch
-from accuracy import make_inputs
 from conftest import implementation_cases
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear
+from lorafa_kernels.accuracy import draw_operands
 
 M, K, N, R = 4, 6, 8, 2
 
 
 def call(**changes):
-    i = make_inputs(M, K, N, R, torch.float32, "cpu")
+    i = draw_operands(M, K, N, R, torch.float32, "cpu")
     arguments = dict(x=i.x, weight=i.weight, lora_A=i.lora_A, lora_B=i.lora_B, bias=i.bias)
     return lorafa_linear(**{**arguments, **changes})
 
@@ -144,7 +144,7 @@ def test_layer_options(options, words):
 @pytest.mark.parametrize("wanted", ["x", "lora_B"])
 def test_double_backward_is_refused(device, impl, wanted):
     """Also where dy needs no gradient, and the first gradient would pass for a constant."""
-    i = make_inputs(M, K, N, R, torch.float32, device)
+    i = draw_operands(M, K, N, R, torch.float32, device)
     operands = dict(x=i.x.requires_grad_(), lora_B=i.lora_B.requires_grad_())
     y = lorafa_linear(i.x, i.weight, i.lora_A, i.lora_B, impl=impl)
     (gradient,) = torch.autograd.grad(y.sum(), operands[wanted], create_graph=True)

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import make_inputs
 from conftest import TRITON_DEVICE, on_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import lorafa_linear, reference
+from lorafa_kernels.accuracy import draw_operands
 
 pytest.importorskip("triton")
 linear = pytest.importorskip("lorafa_kernels.kernels.linear")
@@ -32,7 +32,7 @@ class RecordOperators(TorchDispatchMode):
 
 
 def run_layer(impl, device):
-    inputs = make_inputs(20, 24, 32, 4, torch.float32, device)
+    inputs = draw_operands(20, 24, 32, 4, torch.float32, device)
     x, lora_B = inputs.x.requires_grad_(), inputs.lora_B.requires_grad_()
     with RecordOperators() as record:
         y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, inputs.bias, impl=impl)
@@ -72,7 +72,7 @@ def guarded(monkeypatch):
 )
 def test_outputs_are_written_whole_and_nothing_else(triton_device, guarded, dtype, shape):
     M, K, N, R = shape
-    inputs = make_inputs(M, K, N, R, dtype, triton_device, factor_dtype=torch.float32)
+    inputs = draw_operands(M, K, N, R, dtype, triton_device, factor_dtype=torch.float32)
     guarded.clear()
     _, z = linear.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, inputs.scaling)
     linear.backward(inputs.dy, z, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling)
@@ -101,7 +101,7 @@ def far_rows(rows: int, columns: int, dtype: torch.dtype, device: str, values: t
 @pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "dy", "z"])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_offsets_past_32_bits(triton_device, operand, layout):
-    inputs = make_inputs(5, 6, 7, 3, torch.float16, triton_device)
+    inputs = draw_operands(5, 6, 7, 3, torch.float16, triton_device)
     tensors = {name: getattr(inputs, name) for name in ("x", "weight", "lora_A", "lora_B", "dy")}
     tensors["z"] = reference.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)[1]
 
@@ -122,7 +122,7 @@ def test_offsets_past_32_bits(triton_device, operand, layout):
 def test_results_of_more_than_32_bits():
     """y, dx and dy of more than 2³¹ elements, checked at rows from both ends against the same rows alone."""
     M, K, N, R = (1 << 31) // 4096 + 300, 64, 4096, 8
-    inputs = make_inputs(256, K, N, R, torch.bfloat16, "cuda", bias=False)
+    inputs = draw_operands(256, K, N, R, torch.bfloat16, "cuda", bias=False)
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
     y, z = linear.forward(x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)
     assert y.numel() > 1 << 31
@@ -136,7 +136,7 @@ def test_results_of_more_than_32_bits():
 
 @pytest.mark.gpu
 def test_cuda_graph_replays():
-    inputs = make_inputs(256, 128, 192, 16, torch.bfloat16, "cuda")
+    inputs = draw_operands(256, 128, 192, 16, torch.bfloat16, "cuda")
 
     def step():
         y, z = linear.forward(
@@ -159,7 +159,7 @@ def test_cuda_graph_replays():
 @pytest.mark.gpu
 def test_streams_do_not_share_state():
     """Two layers at work on two streams give what each gives alone."""
-    inputs = [make_inputs(512, 256, 384, 16, torch.bfloat16, "cuda", seed=seed) for seed in (1, 2)]
+    inputs = [draw_operands(512, 256, 384, 16, torch.bfloat16, "cuda", seed=seed) for seed in (1, 2)]
 
     def step(i):
         y, z = linear.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.scaling)
@@ -184,7 +184,7 @@ def test_dB_is_not_rounded_to_the_dtype_of_x(triton_only, dtype):
     """dB is accumulated in fp32 and stored in lora_B's dtype: with fp32 lora_B it has bits that a 16-bit dB
     could not have.
     """
-    inputs = make_inputs(64, 32, 48, 6, dtype, triton_only, factor_dtype=torch.float32)
+    inputs = draw_operands(64, 32, 48, 6, dtype, triton_only, factor_dtype=torch.float32)
     z = reference.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 1.0)[1]
     dB = linear.backward_lora_B(inputs.dy, z, torch.float32)
     exact = inputs.dy.double().T @ z.double()

@@ -11,10 +11,10 @@ import pickle
 
 import pytest
 import torch
-from accuracy import unit_roundoff
 from torch import nn
 
 from lorafa_kernels import LoRAFALinear
+from lorafa_kernels.accuracy import unit_roundoff
 
 
 def snapshot(layer: LoRAFALinear) -> dict[str, torch.Tensor]:

@@ -9,12 +9,13 @@ import importlib
 import c_oracle
 import pytest
 import torch
-from accuracy import Inputs, check_accuracy, make_inputs, unit_roundoff
+from accuracy import check_accuracy
 from conftest import implementation_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafa_kernels import lorafa_linear
+from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, unit_roundoff
 
 SHAPES = [
     pytest.param(dict(M=1, K=1, N=1, R=1), id="all-1"),
@@ -33,20 +34,16 @@ implementations = pytest.mark.parametrize(("device", "impl"), implementation_cas
 def layer(impl: str):
     """y, dx and dB through the public function and autograd."""
 
-    def compute(inputs: Inputs) -> dict[str, torch.Tensor]:
-        x = inputs.x.detach().requires_grad_()
-        lora_B = inputs.lora_B.detach().requires_grad_()
-        y = lorafa_linear(
-            x, inputs.weight, inputs.lora_A, lora_B, inputs.bias, scaling=inputs.scaling, impl=impl
-        )
-        dx, dB = torch.autograd.grad(y, (x, lora_B), inputs.dy)
-        assert y.dtype == dx.dtype == inputs.x.dtype and dB.dtype == inputs.lora_B.dtype
-        return {"y": y.detach(), "dx": dx, "dB": dB}
+    def compute(inputs: Operands) -> dict[str, torch.Tensor]:
+        found = lorafa_results(inputs, impl)
+        assert found["y"].dtype == found["dx"].dtype == inputs.x.dtype
+        assert found["dB"].dtype == inputs.lora_B.dtype
+        return found
 
     return compute
 
 
-def oracle(inputs: Inputs) -> dict[str, torch.Tensor]:
+def oracle(inputs: Operands) -> dict[str, torch.Tensor]:
     """y, dx and dB by the C library, which shares no code with torch."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
     dtype, factor = names[inputs.x.dtype], names[inputs.lora_B.dtype]
@@ -91,7 +88,7 @@ def test_reference_rounds_as_the_c_oracle(dtype, factor_dtype):
     """Two independent writings of section 2 differ by the order of their sums only, so few elements round
     apart.
     """
-    inputs = make_inputs(64, 96, 80, 12, dtype, "cpu", factor_dtype=factor_dtype)
+    inputs = draw_operands(64, 96, 80, 12, dtype, "cpu", factor_dtype=factor_dtype)
     ours, theirs = layer("reference")(inputs), oracle(inputs)
     for name, want in theirs.items():
         got = ours[name]
@@ -118,10 +115,10 @@ def test_strided_operands(device, impl, dtype):
         view.copy_(t)
         return view
 
-    inputs = make_inputs(M, K, N, R, dtype, device)
+    inputs = draw_operands(M, K, N, R, dtype, device)
     want = layer(impl)(inputs)
     for change in (transposed, stepped):
-        changed = Inputs(
+        changed = Operands(
             x=change(inputs.x),
             weight=change(inputs.weight),
             lora_A=change(inputs.lora_A),
@@ -141,7 +138,7 @@ def test_strided_operands(device, impl, dtype):
 @implementations
 def test_expanded_gradient_and_input(device, impl):
     """sum().backward() sends a dy of stride 0; a broadcast input has one as well."""
-    inputs = make_inputs(33, 24, 40, 4, torch.float32, device)
+    inputs = draw_operands(33, 24, 40, 4, torch.float32, device)
     x = inputs.x[:1].expand(33, 24).detach().requires_grad_()
     lora_B = inputs.lora_B.detach().requires_grad_()
     y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, scaling=0.5, impl=impl)
@@ -155,7 +152,7 @@ def test_expanded_gradient_and_input(device, impl):
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (5,), (2, 3, 4, 5)], ids=str)
 def test_shapes_of_x(device, impl, shape):
     """Any number of leading dimensions, none, and empty ones."""
-    inputs = make_inputs(1, 5, 7, 2, torch.float32, device)
+    inputs = draw_operands(1, 5, 7, 2, torch.float32, device)
     x = torch.randn(shape, device=device, requires_grad=True)
     lora_B = inputs.lora_B.detach().requires_grad_()
     y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, inputs.bias, impl=impl)
@@ -172,7 +169,7 @@ def test_shapes_of_x(device, impl, shape):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_values_propagate(device, impl, bad):
     """A NaN or Inf in x or dy reaches what the plain formula lets it reach, and no other row."""
-    inputs = make_inputs(20, 16, 24, 3, torch.float32, device)
+    inputs = draw_operands(20, 16, 24, 3, torch.float32, device)
     inputs.x[4, 3] = bad
     inputs.dy[9, 5] = bad
     got, want = layer(impl)(inputs), layer("reference")(inputs)
@@ -184,7 +181,7 @@ def test_non_finite_values_propagate(device, impl, bad):
 @implementations
 @dtypes
 def test_same_bits_from_run_to_run(device, impl, dtype):
-    inputs = make_inputs(150, 72, 200, 10, dtype, device)
+    inputs = draw_operands(150, 72, 200, 10, dtype, device)
     first, second = layer(impl)(inputs), layer(impl)(inputs)
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -192,7 +189,7 @@ def test_same_bits_from_run_to_run(device, impl, dtype):
 
 @implementations
 def test_inputs_are_not_written(device, impl):
-    inputs = make_inputs(20, 16, 24, 3, torch.float32, device)
+    inputs = draw_operands(20, 16, 24, 3, torch.float32, device)
     before = {k: v.clone() for k, v in vars(inputs).items() if isinstance(v, torch.Tensor)}
     layer(impl)(inputs)
     for name, tensor in before.items():
@@ -202,7 +199,7 @@ def test_inputs_are_not_written(device, impl):
 @implementations
 def test_single_gradients_equal_those_of_the_full_backward(device, impl):
     """Asking for dx alone or dB alone changes no result beyond rounding."""
-    inputs = make_inputs(50, 40, 60, 6, torch.float32, device)
+    inputs = draw_operands(50, 40, 60, 6, torch.float32, device)
     both = layer(impl)(inputs)
     args = (inputs.weight, inputs.lora_A)
     options = dict(scaling=inputs.scaling, impl=impl)
@@ -218,7 +215,7 @@ def test_single_gradients_equal_those_of_the_full_backward(device, impl):
 
 @implementations
 def test_retain_graph_twice(device, impl):
-    inputs = make_inputs(12, 8, 10, 2, torch.float32, device)
+    inputs = draw_operands(12, 8, 10, 2, torch.float32, device)
     x, lora_B = inputs.x.detach().requires_grad_(), inputs.lora_B.detach().requires_grad_()
     y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, impl=impl)
     first = torch.autograd.grad(y, (x, lora_B), inputs.dy, retain_graph=True)
@@ -229,7 +226,7 @@ def test_retain_graph_twice(device, impl):
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(impl, bias):
-    inputs = make_inputs(5, 4, 6, 3, torch.float64, "cpu", bias=bias)
+    inputs = draw_operands(5, 4, 6, 3, torch.float64, "cpu", bias=bias)
 
     def function(x, lora_B):
         return lorafa_linear(

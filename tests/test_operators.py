@@ -11,18 +11,18 @@ import textwrap
 
 import pytest
 import torch
-from accuracy import make_inputs
 from conftest import implementation_cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafa_kernels import LoRAFALinear, ops
+from lorafa_kernels.accuracy import draw_operands
 
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 OPERATORS = ("forward", "backward", "backward_input", "backward_lora_B")
 
 
 def operator_arguments(name: str, device: str, impl: str, dtype=torch.float32, bias=True) -> tuple:
-    i = make_inputs(10, 12, 14, 3, dtype, device, bias=bias, factor_dtype=torch.float32)
+    i = draw_operands(10, 12, 14, 3, dtype, device, bias=bias, factor_dtype=torch.float32)
     z = torch.randn(10, 3, device=device, dtype=dtype)
     return {
         "forward": (i.x, i.weight, i.lora_A, i.lora_B, i.bias, 0.5, impl),

@@ -9,11 +9,11 @@ import weakref
 
 import pytest
 import torch
-from accuracy import make_inputs
 from conftest import implementation_cases
 from torch import nn
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear
+from lorafa_kernels.accuracy import draw_operands
 
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 M, K, N, R = 12, 20, 28, 4
@@ -200,7 +200,7 @@ def test_saved_objects_survive_a_storage_swap(device, impl):
     """An engine that shards parameters frees their storage after forward and fills it again before
     backward.
     """
-    inputs = make_inputs(M, K, N, R, torch.float32, device)
+    inputs = draw_operands(M, K, N, R, torch.float32, device)
     weight = nn.Parameter(inputs.weight, requires_grad=False)
     x = inputs.x.requires_grad_()
     y = lorafa_linear(x, weight, inputs.lora_A, inputs.lora_B, impl=impl)

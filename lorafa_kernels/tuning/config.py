@@ -76,7 +76,8 @@ def default_config(op: str, limits: DeviceLimits, operand_bytes: int, M: int, R:
     elements and rank R.
 
     A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
-    pipeline stages until the blocks in flight fit its shared memory. Raises ValueError for an unknown op.
+    pipeline stages and then smaller rank blocks until what is in flight fits its shared memory. Raises
+    ValueError for an unknown op.
     """
     if op not in OPS:
         raise ValueError(f"unknown kernel {op!r}: one of {', '.join(OPS)}")
@@ -88,8 +89,13 @@ def default_config(op: str, limits: DeviceLimits, operand_bytes: int, M: int, R:
     else:
         config = _half_config(op, family, M, R)
     config = replace(config, BLOCK_R=min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R))))
-    while config.num_stages > 1 and shared_memory(op, config, operand_bytes, limits) > limits.shared_memory:
-        config = replace(config, num_stages=config.num_stages - 1)
+    while shared_memory(op, config, operand_bytes, limits) > limits.shared_memory:
+        if config.num_stages > 1:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.BLOCK_R > MIN_BLOCK:
+            config = replace(config, BLOCK_R=config.BLOCK_R // 2)
+        else:
+            break
     return config
 
 
@@ -109,10 +115,11 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
     against the compiler.
     """
     M, N, K, R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
-    # Hopper's and Blackwell's tensor cores read operands from shared memory; elsewhere the block in use is in
-    # registers already.
+    # Hopper's and Blackwell's tensor cores read 16-bit operands from shared memory; elsewhere the block in
+    # use is in registers already. TF32 makes copies of fp32 operands.
     from_shared = limits.family in ("hopper", "blackwell")
-    stages = config.num_stages if from_shared else max(1, config.num_stages - 1)
+    all_stages = from_shared or operand_bytes >= 4
+    stages = config.num_stages if all_stages else max(1, config.num_stages - 1)
     barriers = 64 if from_shared else 0
     if op == "shrink":
         rounded_factor = K * R * operand_bytes

@@ -1,0 +1,109 @@
+"""The accuracy that is promised, measured one way by the tests, the doctor and the benchmarks.
+
+    error   = ‖got − exact‖ / ‖exact‖     Frobenius norms; exact: the formula in fp64 from the same rounded
+    inputs allowed = 2 · error of the plain PyTorch formula in the same dtype + unit roundoff of the
+    output's dtype
+
+Measured well on outputs of 256 elements or more; smaller ones are to be pooled over many draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .functional import lorafa_linear
+
+
+@dataclass
+class Operands:
+    """Operands of one layer and its output's gradient, shapes as in reference.py.
+
+    lora_B, and nothing else, may be of another dtype than x.
+    """
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    scaling: float
+
+
+def draw_operands(
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    bias: bool = True,
+    factor_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    scaling: float = 0.7,
+) -> Operands:
+    """Draw operands in `dtype`, lora_B in `factor_dtype` (default `dtype`), the same on every device.
+
+    They are scaled so that the base product and the low-rank term both matter in y and dx.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, scale=1.0, dtype=dtype):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+
+    return Operands(
+        x=draw(M, K),
+        weight=draw(N, K, scale=max(K, 1) ** -0.5),
+        lora_A=draw(R, K, scale=max(K, 1) ** -0.5),
+        lora_B=draw(N, R, scale=R**-0.5, dtype=factor_dtype or dtype),
+        bias=draw(N) if bias else None,
+        dy=draw(M, N),
+        scaling=scaling,
+    )
+
+
+def lorafa_results(operands: Operands, impl: str) -> dict[str, Tensor]:
+    """Return y (M, N), dx (M, K) and dB (N, R) through lorafa_linear and autograd."""
+    x, lora_B = (tensor.detach().requires_grad_() for tensor in (operands.x, operands.lora_B))
+    y = lorafa_linear(
+        x, operands.weight, operands.lora_A, lora_B, operands.bias, scaling=operands.scaling, impl=impl
+    )
+    dx, dB = torch.autograd.grad(y, (x, lora_B), operands.dy)
+    return {"y": y.detach(), "dx": dx, "dB": dB}
+
+
+def plain_formula(operands: Operands, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return y, dx and dB by the formula that people write, with autograd, computed in `dtype` (default:
+    x's).
+
+    lora_B is rounded to the dtype of x first, which is what the operator promises to do with it.
+    """
+    own = operands.x.dtype
+    to = dtype or own
+    x = operands.x.to(to).detach().requires_grad_()
+    lora_B = operands.lora_B.to(own).to(to).detach().requires_grad_()
+    bias = None if operands.bias is None else operands.bias.to(to)
+    low_rank = F.linear(F.linear(x, operands.lora_A.to(own).to(to)), lora_B)
+    y = F.linear(x, operands.weight.to(to), bias) + operands.scaling * low_rank
+    dx, dB = torch.autograd.grad(y, (x, lora_B), operands.dy.to(to))
+    return {"y": y.detach(), "dx": dx, "dB": dB}
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Return ‖got − exact‖ / ‖exact‖; NaN or inf if `got` is not finite everywhere."""
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Return half the distance from 1 to the next number of `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def allowed_error(plain_error: float, dtype: torch.dtype) -> float:
+    """Return the error that an output of `dtype` may have where the plain formula has `plain_error`."""
+    return 2 * plain_error + unit_roundoff(dtype)

@@ -1,0 +1,272 @@
+"""python -m lorafa_kernels doctor: tells what is here, passes what is right and fails what is wrong."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accuracy import Budget
+from conftest import TRITON
+
+import lorafa_kernels
+from lorafa_kernels import doctor, library
+from lorafa_kernels.__main__ import main
+from lorafa_kernels.accuracy import draw_operands, lorafa_results
+from lorafa_kernels.choice import choose
+
+CPU = torch.device("cpu")
+BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
+RUN = "from lorafa_kernels.__main__ import main\nraise SystemExit(main(['doctor', '--device', 'cpu']))\n"
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    # conftest may have set it, and a user has not.
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def results(out: str, impl: str) -> list[str]:
+    """The lines that give an error of `impl`."""
+    return [line for line in out.splitlines() if line.split()[:1] == [impl] and "allowed" in line]
+
+
+def assert_all_passed(out: str, impl: str) -> None:
+    found = [(dtype, output) for _, dtype, output, *_ in map(str.split, results(out, impl))]
+    assert found == [(dtype, output) for dtype in ("fp32", "bf16", "fp16") for output in ("y", "dx", "dB")]
+    assert all(line.endswith("  ok") for line in results(out, impl))
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_report_with_triton():
+    done = run("-m", "lorafa_kernels", "doctor", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    import triton
+
+    for fact in (
+        f"lorafa_kernels {lorafa_kernels.__version__}",
+        f"{'.'.join(map(str, sys.version_info[:3]))} (CPython)",
+        torch.__version__,
+        f"Triton         {triton.__version__}",
+        "fp32, bf16, fp16, fp64: torch (x is on the CPU",
+        "fp32 products on a GPU",
+        "interpreter (proves the kernels' values, says nothing about speed",
+        "everything passed",
+    ):
+        assert fact in done.stdout, fact
+    for impl in ("reference", "torch", "triton"):
+        assert_all_passed(done.stdout, impl)
+    assert done.stdout.isascii() and not done.stderr
+
+
+def test_report_without_triton():
+    done = run("-c", BLOCK_TRITON + RUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Triton         not installed" in done.stdout
+    assert "triton: not available: triton is not installed" in done.stdout
+    assert not results(done.stdout, "triton")
+    for impl in ("reference", "torch"):
+        assert_all_passed(done.stdout, impl)
+
+
+def test_triton_that_cannot_be_imported_is_told_from_none(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: wrong ELF class')")
+    done = run(
+        "-c",
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from lorafa_kernels import doctor\n"
+        "doctor._print_versions(); print(doctor._print_interpreted())",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Triton         cannot be imported: ImportError: libtriton.so: wrong ELF class" in done.stdout
+    assert "triton: not available" in done.stdout and done.stdout.endswith("[]\n")
+
+
+def test_wrong_implementation_fails_and_is_named():
+    plant = (
+        "from lorafa_kernels import library\n"
+        "right = library.forward\n"
+        "def wrong(*args):\n"
+        "    y, z = right(*args)\n"
+        "    return y * 1.01, z\n"
+        "library.forward = wrong\n"
+    )
+    done = run("-c", BLOCK_TRITON + plant + RUN)
+    assert done.returncode == 1, done.stdout + done.stderr
+    summary = done.stdout[done.stdout.index("\nFAILED") :]
+    assert "torch on cpu, fp32, y at M=" in summary
+    assert "dB" not in summary and "reference" not in summary
+    assert_all_passed(done.stdout, "reference")
+
+
+def test_raising_implementation_is_reported_in_any_locale():
+    plant = (
+        "from lorafa_kernels import reference\n"
+        "def wrong(*args):\n"
+        "    raise ValueError('no x \\u00d7 A today\\nsecond line')\n"
+        "reference.backward = wrong\n"
+    )
+    done = run("-c", BLOCK_TRITON + plant + RUN, LC_ALL="C", PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0")
+    assert done.returncode == 1, done.stdout + done.stderr
+    summary = done.stdout[done.stdout.index("\nFAILED: 3") :]
+    assert r"reference on cpu, bf16, y, dx, dB" in summary and r"ValueError: no x \xd7 A today" in summary
+    assert_all_passed(done.stdout, "torch")
+
+
+@pytest.mark.gpu
+def test_report_on_a_gpu():
+    pytest.importorskip("triton")
+    done = run("-m", "lorafa_kernels", "doctor", "--device", "cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert torch.cuda.get_device_name() in done.stdout and "Triton kernels: supported" in done.stdout
+    assert "interpreter" not in done.stdout
+    for impl in ("reference", "torch", "triton"):
+        assert_all_passed(done.stdout, impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_errors_and_budget_are_those_of_the_contract(impl, dtype):
+    for found in doctor.check(impl, CPU, dtype):
+        M, N, K, R = found.shape
+        operands = draw_operands(M, K, N, R, doctor.CHECKED_DTYPES[dtype], CPU, factor_dtype=torch.float32)
+        budget = Budget()
+        budget.add(operands, lorafa_results(operands, impl))
+        budget.check()
+        got, plain, exact = budget._sums[found.output]
+        assert math.sqrt(got / exact) == pytest.approx(found.error)
+        assert math.sqrt(plain / exact) == pytest.approx(found.plain)
+        roundoff = torch.finfo(torch.float32 if found.output == "dB" else operands.x.dtype).eps / 2
+        assert found.allowed == 2 * found.plain + roundoff
+
+
+def test_every_output_is_large_enough_to_measure():
+    for M, N, K, R in (*doctor.CPU_SHAPES, *doctor.GPU_SHAPES):
+        assert min(M * N, M * K, N * R) >= 256
+
+
+@pytest.mark.parametrize("shape", [0, 1])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_not_finite_at_one_shape_fails(monkeypatch, wrong, shape):
+    right = library.forward
+
+    def forward(x, *args):
+        y, z = right(x, *args)
+        if x.shape[0] == doctor.CPU_SHAPES[shape][0]:
+            y[0, 0] = wrong
+        return y, z
+
+    monkeypatch.setattr(library, "forward", forward)
+    assert [(one.output, one.passed) for one in doctor.check("torch", CPU, "fp32")] == [
+        ("y", False),
+        ("dx", True),
+        ("dB", True),
+    ]
+
+
+def test_wrong_kernels_fail(triton_device, monkeypatch):
+    from lorafa_kernels.kernels import linear
+
+    right = linear.backward
+
+    def backward(*args):
+        dx, dB = right(*args)
+        return dx, dB * 1.02
+
+    monkeypatch.setattr(linear, "backward", backward)
+    found = doctor.check("triton", torch.device(triton_device), "bf16")
+    assert [one.output for one in found if not one.passed] == ["dB"]
+
+
+@pytest.mark.parametrize(
+    ("child", "problem"),
+    [
+        pytest.param(
+            "import sys; print('[]'); print('a\\nboom', file=sys.stderr); sys.exit(3)",
+            "ended with code 3: boom",
+            id="exit",
+        ),
+        pytest.param("import os; os.abort()", "ended with code -6: no message", id="signal"),
+        pytest.param("pass", "ended with code 0: no message", id="silent"),
+        pytest.param("import time; time.sleep(60)", "took more than", id="hangs"),
+    ],
+)
+def test_interpreter_that_dies_is_a_failed_check(monkeypatch, child, problem):
+    real = subprocess.run
+    monkeypatch.setattr(doctor, "INTERPRETER_LIMIT_S", 1 if "sleep" in child else 60)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **options: real([sys.executable, "-c", child], **options)
+    )
+    (found,) = doctor.interpreted_checks()
+    assert not found.passed and problem in found.problem
+
+
+def test_old_gpu_is_listed_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old 2000")
+    properties = SimpleNamespace(name="Old 2000", major=7, minor=5, total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    choose.cache_clear()
+    assert not doctor._print_devices([torch.device("cuda:0")])
+    choose.cache_clear()
+    out = capsys.readouterr().out
+    assert "cuda:0: Old 2000, compute capability 7.5, 16 GiB" in out
+    why = "Old 2000 has compute capability 7.5" if TRITON else "triton is not installed"
+    assert f"Triton kernels: not supported: {why}" in out
+    assert "torch (" in out
+
+
+def test_device_that_breaks_is_a_problem_and_not_the_end(monkeypatch, capsys):
+    def broken(device):
+        raise RuntimeError("the driver is on fire")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    problems = doctor._print_devices([torch.device("cuda:0"), CPU])
+    assert len(problems) == 1 and "the driver is on fire" in problems[0]
+    assert "x is on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param([], "the following arguments are required: COMMAND", id="none"),
+        pytest.param(["doctr"], "invalid choice: 'doctr'", id="unknown"),
+        pytest.param(["doctor", "--device", "gpu"], "device is 'gpu'", id="device"),
+        pytest.param(["doctor", "--device", "cuda:99"], "cuda:99 is not there", id="no-gpu"),
+        pytest.param(["doctor", "--fast"], "unrecognized arguments: --fast", id="option"),
+    ],
+)
+def test_wrong_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_interrupt_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "check", interrupted)
+    assert main(["doctor", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
