@@ -83,14 +83,14 @@ _PLANS = {
     },
     "torch": {
         "forward": (
-            Step("addmm", "z = s * (x @ lora_A.T)"),
+            Step("addmm_", "z = s * (x @ lora_A.T)"),
             Step("linear", "y = z @ lora_B.T + bias"),
             Step("addmm_", "y += x @ weight.T"),
         ),
         "dx": (
-            Step("addmm", "dz = s * (dy @ lora_B)"),
+            Step("mm", "dz = dy @ lora_B"),
             Step("mm", "dx = dz @ lora_A"),
-            Step("addmm_", "dx += dy @ weight"),
+            Step("addmm_", "dx = s * dx + dy @ weight"),
         ),
         "dB": (Step("mm", "dB = dy.T @ z"),),
     },

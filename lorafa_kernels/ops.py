@@ -10,9 +10,10 @@ they are cast to it here, in a temporary that dies with the call. All outputs ar
 operators have no derivative of their own (autograd.py has it) and compute with autocast switched off: it
 would change the dtypes of the products within.
 
-The functions of this module call torch.ops.lorafa_kernels.* where that is needed: for the Triton kernels,
-which shape propagation must not enter, and under a compiler. Plans made of PyTorch's own operators are
-called directly, which saves the dispatcher's ~5 µs a call on the CPU.
+The functions of this module call the operators torch.ops.lorafa_kernels.* where that is needed: for the
+Triton kernels, which shape propagation must not enter, under a compiler, and where there is something to
+cast. Otherwise a plan made of PyTorch's own operators is called directly, which saves the dispatcher's ~5 µs
+a call on the CPU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from .choice import choose
 
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
+# Made of PyTorch's own operators, and therefore open to a direct call.
+_PLANS = {"torch": library, "reference": reference}
 
 
 def forward(
@@ -40,34 +43,45 @@ def forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    call = _forward_op if _needs_operator(impl, x) else _forward
-    return call(x, weight, lora_A, lora_B, bias, scaling, impl)
+    if plan := _direct_plan(impl, x, weight, bias):
+        return plan.forward(x, weight, lora_A, lora_B, bias, scaling)
+    return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl)
 
 
 def backward(
     dy: Tensor, z: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    call = _backward_op if _needs_operator(impl, dy) else _backward
-    return call(dy, z, weight, lora_A, lora_B, scaling, impl)
+    if plan := _direct_plan(impl, dy, weight):
+        return plan.backward(dy, z, weight, lora_A, lora_B, scaling)
+    return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl)
 
 
 def backward_input(
     dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    call = _backward_input_op if _needs_operator(impl, dy) else _backward_input
-    return call(dy, weight, lora_A, lora_B, scaling, impl)
+    if plan := _direct_plan(impl, dy, weight):
+        return plan.backward_input(dy, weight, lora_A, lora_B, scaling)
+    return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
     """Compute dB (N, R) alone, in the dtype of lora_B, of which no value is read."""
-    call = _backward_lora_B_op if _needs_operator(impl, dy) else _backward_lora_B
-    return call(dy, z, lora_B, impl)
+    if plan := _direct_plan(impl, dy):
+        return plan.backward_lora_B(dy, z, lora_B.dtype)
+    return _backward_lora_B_op(dy, z, lora_B, impl)
 
 
-def _needs_operator(impl: str, x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or choose(impl, x.device, x.dtype).impl == "triton"
+def _direct_plan(impl: str, x: Tensor, *base: Tensor | None) -> ModuleType | None:
+    """Return the plan if it can be called as it is, where the weight and bias in `base` need no cast."""
+    if torch.compiler.is_compiling() or autocast_enabled(x.device.type):
+        return None
+    dtype = x.dtype
+    for tensor in base:
+        if tensor is not None and tensor.dtype != dtype:
+            return None
+    return _PLANS.get(choose(impl, x.device, dtype).impl)
 
 
 def _forward(x, weight, lora_A, lora_B, bias, scaling, impl):
@@ -111,12 +125,8 @@ def _run(operation: str, impl: str, x: Tensor, *rest):
         with torch.cuda.device(device):
             return _run(operation, impl, x, *rest)
     name = choose(impl, device, x.dtype).impl
-    module = _kernels() if name == "triton" else library if name == "torch" else reference
-    return getattr(module, operation)(x, *rest)
-
-
-def _kernels() -> ModuleType:
-    return importlib.import_module(".kernels.linear", __package__)
+    plan = _PLANS.get(name) or importlib.import_module(".kernels.linear", __package__)
+    return getattr(plan, operation)(x, *rest)
 
 
 def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl):
