@@ -62,6 +62,7 @@ def test_quick_run_writes_a_complete_file(tmp_path, capsys):
     assert torch.get_num_threads() == threads
     result = json.loads(out.read_text())
     assert result["quick"] is True
+    assert result["environment"]["machine"]["threads"] == threads
     assert set(result["environment"]) == {"date", "machine", "versions", "commit", "dirty"}
     rows = result["rows"]
     assert {row["case"]["dtype"] for row in rows} == {"fp32", "bf16"}
@@ -228,7 +229,7 @@ def test_first_gpu_measures_forward_and_backward(tmp_path):
     assert [(row.status, row.reason) for row in rows] == [("ok", None)] * 8
     assert [row.part for row in rows] == ["forward"] * 4 + ["backward"] * 4
     assert all(set(row.ratios) == {first_gpu.EAGER, FROZEN} - {row.contender} for row in rows)
-    assert first_gpu.report(rows, tmp_path) == 0
+    assert first_gpu.report(environment.environment(), rows, tmp_path) == 0
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("first-")
     assert len(json.loads(path.read_text())["rows"]) == 8
@@ -239,5 +240,5 @@ def test_first_gpu_shows_a_wrong_kernel_as_failed(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(first_gpu, "contenders", lambda: wrong)
     rows = first_gpu.run(DEVICE, shapes=((48, 32),), M=16, ranks=(4,), rounds=1)
     assert [row.status for row in rows] == ["failed", "ok", "ok", "ok"] * 2
-    assert first_gpu.report(rows, tmp_path) == 1
+    assert first_gpu.report(environment.environment(), rows, tmp_path) == 1
     assert "outside the error budget" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Measurements and checks that write the result files in bench/results."""

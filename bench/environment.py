@@ -1,0 +1,102 @@
+"""What every result file says about where its numbers come from, and how result files are written."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(threads: int | None = None) -> dict:
+    """Return machine, date (UTC), versions and commit, as JSON types; what cannot be found out is None.
+
+    Call it before measuring: it notes how busy the machine is with other work. threads: those that will be
+    used, if not as many as PyTorch uses now.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": threads or torch.get_num_threads(),
+            "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            "gpu": _gpu(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "peft", "lorafa_kernels")},
+        },
+        **_commit(),
+    }
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Write `result` to `path`: all of it, or, after an error or Ctrl-C, the previous file untouched."""
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or None
+
+
+def _gpu() -> dict | None:
+    if not torch.cuda.is_available():
+        return None
+    limits = torch.cuda.get_device_properties(0)
+    return {
+        "name": limits.name,
+        "capability": f"{limits.major}.{limits.minor}",
+        "memory_gib": round(limits.total_memory / 2**30, 1),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "runtime": torch.version.cuda or torch.version.hip,
+    }
+
+
+def _version(name: str) -> str | None:
+    # The package itself first: a checkout need not be installed, and Triton comes under several names.
+    with contextlib.suppress(ImportError):
+        if name in ("lorafa_kernels", "triton", "torch"):
+            return importlib.import_module(name).__version__
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
+def _commit() -> dict:
+    """Return the commit, and whether the tree differs from it elsewhere than in the results."""
+    top = _output("git", "rev-parse", "--show-toplevel")
+    if top and Path(top).resolve() == ROOT and (commit := _output("git", "rev-parse", "HEAD")):
+        changes = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
+        return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    return {"commit": os.environ.get("BENCH_COMMIT"), "dirty": None}
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=20)
+        return done.stdout.strip()
+    return None
