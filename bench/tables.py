@@ -53,7 +53,10 @@ def layer_table(result: dict) -> str:
         environment["versions"],
         environment["commit"],
     )
-    note = f"Forward + dx + dB of one layer, {result['rounds']} interleaved rounds; ratios are medians over the rounds (p20 to p80)."
+    note = (
+        f"Forward + dx + dB of one layer, {result['rounds']} interleaved rounds; ratios are medians over the "
+        "rounds (p20 to p80)."
+    )
     return f"{note} {source}\n\n{markdown(header, rows)}"
 
 
