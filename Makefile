@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test gate gpu lint format doctor bench-layer clean
+.PHONY: help demo test gate gpu lint format doctor bench-layer tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
@@ -12,6 +12,7 @@ help:
 	@echo "make gate         compile every kernel config for sm_80, sm_90, sm_100 and gfx942, write the result"
 	@echo "make gpu          the tests that need a GPU, then the first measurements, on the machine's own Python"
 	@echo "make bench-layer  one layer against PEFT on the CPU"
+	@echo "make tables       fill README's tables from the committed result files"
 	@echo "make doctor       versions, chosen implementation, self-check"
 	@echo "make lint         ruff; make format applies it"
 
@@ -39,12 +40,16 @@ test: $(VENV)/.dev
 gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --out bench/results/compile-gate.json
 
+# Not in .venv: whatever torch and Triton the machine with the GPU has.
 gpu:
 	$(PYTHON) -m pytest tests -m gpu -q
 	$(PYTHON) -m bench.first_gpu
 
 bench-layer: $(VENV)/.dev
 	$(BIN)/python -m bench.layer
+
+tables: $(VENV)/.dev
+	$(BIN)/python -m bench.tables
 
 doctor: $(VENV)/.dev
 	$(BIN)/python -m lorafa_kernels doctor

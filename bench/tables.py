@@ -1,4 +1,5 @@
 """Fill the tables of README.md and docs/ from committed result files: python -m bench.tables [--check]
+[--take-demo FILE]
 
 A table stands between two comments, <!-- NAME --> and <!-- /NAME -->, and is replaced whole. With --check
 nothing is written, and the exit code is 1 if a table is not what its result file gives.
@@ -11,8 +12,9 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from .environment import ROOT
+from .environment import ROOT, environment, write_json
 
 LAYER_RESULTS = "bench/results/cpu/layer.json"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
@@ -60,6 +62,42 @@ def layer_table(result: dict) -> str:
     return f"{note} {source}\n\n{markdown(header, rows)}"
 
 
+def demo_table(result: dict) -> str:
+    """One row a way of fine-tuning: what is trained, what is kept for backward, how long, how good."""
+    rows = []
+    for run in result["runs"]:
+        trained = run["test_accuracy"] is not None
+        rows.append(
+            [
+                run["name"],
+                f"{run['trained_parameters']:,}",
+                f"{run['saved_activation_bytes'] / 2**20:,.2f}",
+                f"{run['seconds']:.0f}" if trained else "not trained",
+                f"{run['test_accuracy']:.3f}" if trained else "–",
+            ]
+        )
+    machine, options, data = result["machine"], result["options"], result["data"]
+    versions = {name: machine[name] for name in ("python", "torch", "transformers", "lorafa-kernels")}
+    chip = {"cpu": machine["processor"], "threads": machine["threads"]}
+    source = provenance(DEMO_RESULTS, chip, result["date"], versions, result["commit"])
+    note = (
+        f"{options['steps']} steps of {options['batch_size']} snippets, r = {options['rank']} on 36 linear "
+        f"layers, {data['train_snippets']:,} snippets to train and {data['test_snippets']:,} to test."
+    )
+    header = ["", "trained parameters", "kept for backward, MiB", "CPU seconds", "test accuracy"]
+    return f"{note} {source}\n\n{markdown(header, rows)}"
+
+
+def take_demo(path: Path) -> None:
+    """Keep a result of the demo as the one that README shows, with the commit and without the folder's
+    name.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["options"].pop("out", None)
+    now = environment()
+    write_json(ROOT / DEMO_RESULTS, {**result, "commit": now["commit"], "dirty": now["dirty"]})
+
+
 def baselines(result: dict) -> list[str]:
     """The baselines that ratios were formed with, in the order of their first use."""
     return list(dict.fromkeys(name for row in result["rows"] for name in row["ratios"]))
@@ -73,6 +111,7 @@ def ratio(row: dict, baseline: str) -> str:
 
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "layer-table": ("README.md", LAYER_RESULTS, layer_table),
+    "demo-table": ("README.md", DEMO_RESULTS, demo_table),
 }
 
 
@@ -90,7 +129,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if a table is out of date"
     )
-    check = parser.parse_args(argv).check
+    parser.add_argument(
+        "--take-demo", type=Path, metavar="FILE", help="results.json of a run of the demo to keep"
+    )
+    options = parser.parse_args(argv)
+    check = options.check
+    if options.take_demo:
+        take_demo(options.take_demo)
     stale = []
     for name, (page, source, render) in TABLES.items():
         path = ROOT / page

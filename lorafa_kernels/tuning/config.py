@@ -153,16 +153,16 @@ def _half_config(op: str, family: str, M: int, R: int) -> KernelConfig:
     amd = family == "amd"
     num_warps = 4 if R <= 32 else 8
     if op == "shrink":
-        if amd:
-            return KernelConfig(64, 0, 64, MAX_BLOCK_R, 1, num_warps, 2)
         # A factor's block of 128 × 128 spills on sm_80 and sm_90, one of 128 × 64 on sm_80.
-        if R > 64 or (R > 32 and family == "ampere"):
-            return KernelConfig(64, 0, 64, MAX_BLOCK_R, 1, num_warps, 4)
-        return KernelConfig(64, 0, 128, MAX_BLOCK_R, 1, num_warps, 3)
+        BLOCK_K = 64 if amd or R > 64 or (R > 32 and family == "ampere") else 128
+        return KernelConfig(64, 0, BLOCK_K, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
     if op == "grad":
         # dB's accumulator is BLOCK_N × BLOCK_R fp32 in registers; a wider strip means fewer partial sums of
         # dz to write. Ampere holds the operands of both products in registers too and spills at 128 × 128.
         BLOCK_N = 64 if family == "ampere" and R > 64 else 128
+        if family == "blackwell" and R <= 64:
+            # The accumulators are in tensor memory; ptxas squeezes eight warps into 64 registers and spills.
+            num_warps = 4
         return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
     if M <= 64:
         return KernelConfig(64, 64, 64 if amd else 128, 64, 8, 4, 2 if amd else 3)
@@ -179,7 +179,7 @@ def _fp32_config(op: str) -> KernelConfig:
     if op == "shrink":
         return KernelConfig(32, 0, 32, 32, 1, 4, 2)
     if op == "grad":
-        return KernelConfig(32, 64, 0, 32, 1, 4, 2)
+        return KernelConfig(64, 64, 0, 32, 1, 8, 2)
     return KernelConfig(64, 64, 16, 16, 8, 4, 2)
 
 

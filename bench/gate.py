@@ -1,0 +1,381 @@
+"""The compile gate: every kernel configuration that the heuristics can pick, compiled without the GPU.
+
+    python -m bench.gate --out bench/results/compile-gate.json
+
+The launchers run on meta tensors with their kernels replaced by a recorder, so what is compiled is what they
+would launch: the same arguments, specialised by Triton's own rules. A kernel fails that spills registers,
+needs more shared memory than the device has or `shared_memory` estimates, leaves the tensor cores unused for
+16-bit operands, waits for each product of expand on sm_90, or turns an IEEE fp32 product into TF32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from lorafa_kernels.kernels.tile import INTERPRETED
+from lorafa_kernels.tuning.config import (
+    KNOWN_DEVICES,
+    MIN_BLOCK,
+    OPS,
+    KernelConfig,
+    all_default_configs,
+    default_config,
+    shared_memory,
+)
+
+from .environment import environment
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = {"shrink": ("z", "dz"), "expand": ("y", "dx"), "grad": ("dz, dB", "dB")}
+# K and N. even: multiples of every block; ragged: aligned rows, a masked last block; odd: unaligned rows.
+SIZES = {"even": (4096, 4096), "ragged": (4112, 4112), "odd": (4099, 4101)}
+INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async.sync",
+    "mma": "mma.sync.",
+    "tcgen05": "tcgen05.mma",
+    "mfma": "v_mfma",
+}
+# Which of them 16-bit products must use, by family of architectures.
+EXPECTED = {"ampere": ("mma",), "hopper": ("wgmma",), "blackwell": ("tcgen05", "mma"), "amd": ("mfma",)}
+TENSOR_MEMORY_COLUMNS = 512
+SUM_KERNEL = "grad_sum_kernel"
+# ptxas: it could not leave a wgmma in flight and put a wait behind each.
+SERIALIZED = ("C7510", "C7514", "C7515")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher; M and R make the heuristics pick the configuration under test."""
+
+    arch: str
+    op: str
+    dtype: str
+    factor_dtype: str  # of lora_A and lora_B
+    layout: str  # the launcher's result: which product of the layer
+    sizes: str
+    M: int
+    R: int
+    bias: bool = False
+    asked_tf32: bool = False
+
+    @property
+    def config(self) -> KernelConfig:
+        return default_config(self.op, KNOWN_DEVICES[self.arch], DTYPES[self.dtype].itemsize, self.M, self.R)
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what a launcher passes to it."""
+
+    def __init__(self, kernel: triton.JITFunction, calls: list):
+        self.kernel = kernel
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
+
+
+def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
+    """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
+    module = importlib.import_module(f"lorafa_kernels.kernels.{case.op}")
+    calls: list = []
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    launched = {name: Recorder(kernel, calls) for name, kernel in kernels.items() if name.endswith("_kernel")}
+    K, N = SIZES[case.sizes]
+    dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
+    tensor = functools.partial(torch.empty, device="meta", dtype=dtype)
+    x, dy, weight, z = tensor(case.M, K), tensor(case.M, N), tensor(N, K), tensor(case.M, case.R)
+    lora_A, lora_B = tensor(case.R, K, dtype=factor_dtype), tensor(N, case.R, dtype=factor_dtype)
+    bias = tensor(N) if case.bias else None
+    # As in kernels/linear.py.
+    calls_of = {
+        "z": lambda: module.shrink(x, lora_A.t(), 2.0),
+        "dz": lambda: module.shrink(dy, lora_B, 2.0),
+        "y": lambda: module.expand(x, weight.t(), z, lora_B.t(), bias),
+        "dx": lambda: module.expand(dy, weight, z, lora_A),
+        "dz, dB": lambda: module.grad(dy, z, lora_B, 2.0, factor_dtype),
+        "dB": lambda: module.grad(dy, z, None, 1.0, factor_dtype),
+    }
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.asked_tf32 else "ieee"
+    with mock.patch.multiple(module, device_limits=lambda device: KNOWN_DEVICES[case.arch], **launched):
+        calls_of[case.layout]()
+    return calls
+
+
+def target_of(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def source(arch: str, kernel: triton.JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """Return what triton.compile takes for one launch, specialised as JITFunction.run does it."""
+    backend = make_backend(target_of(arch))
+    kwargs = {"debug": False, **kwargs}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return ASTSource(kernel, signature, constexprs, attrs), options.__dict__
+
+
+def resources(arch: str, compiled) -> dict:
+    """Return registers per thread and bytes (AMD: registers) spilled."""
+    if arch.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        count = {
+            key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        }
+        spills = count["vgpr_spill_count"] + count["sgpr_spill_count"] + count["private_segment_fixed_size"]
+        return {"registers": count["vgpr_count"], "spills": spills}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+
+
+def measure(case: Case, launch: int) -> dict:
+    """Compile one launch of a case and return its row of the result."""
+    begin = time.perf_counter()
+    kernel, args, kwargs = record(case)[launch]
+    src, options = source(case.arch, kernel, args, kwargs)
+    row = {
+        "kernel": kernel.__name__.strip("_"),
+        **{key: value for key, value in asdict(case).items() if key != "op"},
+        "config": asdict(case.config),
+    }
+    if row["kernel"] != SUM_KERNEL and any(
+        kwargs.get(key, size) != size for key, size in row["config"].items()
+    ):
+        return {**row, "failures": ["launched with another configuration"]}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = triton.compile(src, target=target_of(case.arch), options=options)
+    except Exception as error:
+        print(f"{describe({**row, 'failures': ['does not compile']})}\n{error}", file=sys.stderr)
+        return {**row, "failures": [f"does not compile: {type(error).__name__}"]}
+    assembly = compiled.asm["amdgcn" if case.arch.startswith("gfx") else "ptx"]
+    counts = {name: assembly.count(text) for name, text in INSTRUCTIONS.items()}
+    row |= {
+        **resources(case.arch, compiled),
+        "shared_memory": compiled.metadata.shared,
+        "estimate": shared_memory(
+            case.op, case.config, DTYPES[case.dtype].itemsize, KNOWN_DEVICES[case.arch]
+        ),
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
+        "instructions": {name: count for name, count in counts.items() if count},
+        "tf32": len(re.findall("tf32|xf32", assembly)),
+        # How many products may be in flight behind each wait for wgmma; 0 waits for the one just started.
+        "pendings": sorted({int(n) for n in re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])}),
+        "serialized": any(code in log.getvalue() for code in SERIALIZED),
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+    return {**row, "failures": failures(case, row)}
+
+
+def failures(case: Case, row: dict) -> list[str]:
+    """Name the rules that a row breaks."""
+    found = []
+    limits = KNOWN_DEVICES[case.arch]
+    # Rows at odd addresses cannot be copied asynchronously and pass through registers, two bytes at a time.
+    if row["spills"] and case.sizes != "odd":
+        found.append(f"spills {row['spills']}")
+    if row["shared_memory"] > limits.shared_memory:
+        found.append(f"shared memory {row['shared_memory']} of {limits.shared_memory}")
+    if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
+        found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
+    if row["kernel"] == SUM_KERNEL:
+        return found
+    if row["shared_memory"] > row["estimate"]:
+        found.append(f"shared memory {row['shared_memory']} above the estimate {row['estimate']}")
+    expected = EXPECTED[limits.family]
+    if case.dtype != "fp32" and not any(row["instructions"].get(name) for name in expected):
+        found.append(f"no {' or '.join(expected)}")
+    if bool(row["tf32"]) != case.asked_tf32:
+        found.append("no TF32 product where TF32 was asked for" if case.asked_tf32 else "TF32 product")
+    asynchronous = case.op == "expand" and limits.family == "hopper" and case.dtype != "fp32"
+    waits = row["serialized"] or max(row["pendings"], default=0) == 0
+    if asynchronous and waits and case.sizes != "odd":
+        found.append("no product is left in flight")
+    return found
+
+
+def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
+    """Every configuration, in the layouts and dtypes that change the code.
+
+    Left out: a 16-bit factor where K is even (a mask needs more registers, not fewer), and fp16 beyond one
+    configuration per kernel (the same instructions as bf16). R = 8 and odd sizes stand for unaligned rows,
+    at the smallest rank block.
+    """
+    for arch in archs:
+        for op in ops:
+            for dtype, layout in itertools.product(DTYPES, LAYOUTS[op]):
+                configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize)
+                for index, (config, (M, R)) in enumerate(configs.items()):
+                    case = Case(arch, op, dtype, "fp32", layout, "even", M, R, bias=layout == "y")
+                    ragged = replace(case, sizes="ragged")
+                    if dtype == "fp16":
+                        if index == 0:
+                            yield case
+                        continue
+                    yield case
+                    yield ragged
+                    if layout == "y":
+                        yield replace(case, bias=False)
+                    if config.BLOCK_R == MIN_BLOCK:
+                        yield replace(case, R=8)
+                        yield replace(case, sizes="odd")
+                    if dtype == "bf16":
+                        yield replace(ragged, factor_dtype="bf16")
+                    elif index == 0 and arch.startswith("sm_"):
+                        yield replace(case, asked_tf32=True)
+
+
+def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
+    """The default configuration of each kernel for many rows, in the commonest dtypes."""
+    for arch, op in itertools.product(archs, ops):
+        layouts = LAYOUTS[op] if op == "expand" else LAYOUTS[op][:1]
+        for R, layout in itertools.product((16, 64), layouts):
+            yield Case(arch, op, "bf16", "fp32", layout, "even", 8192, R, bias=layout == "y")
+        if arch == "sm_90":
+            fp32 = Case(arch, op, "fp32", "fp32", layouts[0], "even", 8192, 16)
+            yield from (fp32, replace(fp32, asked_tf32=True))
+
+
+def distinct_launches(cases: Iterator[Case]) -> list[tuple[Case, int]]:
+    """Return the launches of all cases, without those that compile to the same code as an earlier one."""
+    found: dict[tuple, tuple[Case, int]] = {}
+    for case in cases:
+        for launch, (kernel, args, kwargs) in enumerate(record(case)):
+            src, options = source(case.arch, kernel, args, kwargs)
+            found.setdefault((case.arch, src.hash(), str(sorted(options.items()))), (case, launch))
+    return list(found.values())
+
+
+def start_worker(cache_dir: str) -> None:
+    # The parent handles Ctrl-C; a worker finishes the compile it is in.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    # A compile from the cache would have no log of ptxas and no time.
+    triton.knobs.cache.dir = cache_dir
+    triton.knobs.nvidia.dump_ptxas_log = True
+
+
+def compile_all(launches: list[tuple[Case, int]], workers: int, console: Console) -> list[dict]:
+    """Compile in worker processes and return the rows in the order of `launches`."""
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: dict[int, dict] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="compile-gate-") as cache_dir,
+        ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(cache_dir,)
+        ) as pool,
+        Progress(*columns, console=console) as progress,
+    ):
+        task = progress.add_task("", total=len(launches))
+        try:
+            futures = {pool.submit(measure, *launch): index for index, launch in enumerate(launches)}
+            for future in as_completed(futures):
+                row = rows[futures[future]] = future.result()
+                if row["failures"]:
+                    progress.console.print(describe(row), style="red", highlight=False, soft_wrap=True)
+                progress.advance(task)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [rows[index] for index in range(len(launches))]
+
+
+def describe(row: dict) -> str:
+    what = (
+        f"{row['arch']} {row['kernel']} {row['layout']} {row['dtype']}/{row['factor_dtype']} {row['sizes']}"
+    )
+    return f"{what} M={row['M']} R={row['R']} {tuple(row['config'].values())}: {'; '.join(row['failures'])}"
+
+
+def write(path: Path, result: dict) -> None:
+    """Write the result as JSON with one row a line; a reader sees the old file or the new one."""
+    head = {key: value for key, value in result.items() if key != "rows"}
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--arch", nargs="+", choices=sorted(KNOWN_DEVICES), default=ARCHS)
+    parser.add_argument("--kernel", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument(
+        "--quick", action="store_true", help="only the defaults for many rows at R = 16 and 64"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="compiles at a time")
+    options = parser.parse_args(argv)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: the kernels would be interpreted; unset it to compile them")
+    console = Console(stderr=True)
+    begin = time.perf_counter()
+    cases = (quick_cases if options.quick else all_cases)(tuple(options.arch), tuple(options.kernel))
+    try:
+        rows = compile_all(distinct_launches(cases), options.workers, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing written")
+        return 130
+    failed = [row for row in rows if row["failures"]]
+    now = environment()
+    result = {
+        "what": "kernels compiled for GPUs that were not present: resources and instructions of the code",
+        "command": "python -m bench.gate",
+        "quick": options.quick,
+        "date": now["date"],
+        "commit": now["commit"],
+        "dirty": now["dirty"],
+        "versions": {
+            "triton": now["versions"]["triton"],
+            "torch": now["versions"]["torch"],
+            "ptxas": triton.knobs.nvidia.ptxas.version,
+        },
+        "seconds": round(time.perf_counter() - begin),
+        "failed": len(failed),
+        "rows": rows,
+    }
+    write(options.out, result)
+    for row in failed:
+        print(describe(row))
+    print(f"{len(rows)} kernels compiled in {result['seconds']} s, {len(failed)} failed: {options.out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
