@@ -19,6 +19,7 @@ from .environment import ROOT, environment, write_json
 LAYER_RESULTS = "bench/results/cpu/layer.json"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
 GATE_RESULTS = "bench/results/compile-gate.json"
+FROZEN = "frozen nn.Linear"
 
 
 def provenance(path: str, machine: dict, date: str, versions: dict, commit: str | None) -> str:
@@ -35,31 +36,58 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def layer_table(result: dict) -> str:
-    """One row a case: each contender's median time, and its paired ratio to PEFT with A frozen and to the
-    frozen linear.
-    """
-    rows = []
+    """One row a case: the frozen linear's median time, and everyone's paired ratio to it with its spread."""
+    cases: dict[str, dict[str, dict]] = {}
     for row in result["rows"]:
-        label = row["case"]["label"]
-        if row["ms"] is None:
-            rows.append([label, row["contender"], f"{row['status']}: {row['reason']}", "", ""])
-            continue
-        time = f"{row['ms']['median']:.3f}" if row["ms"]["median"] < 10 else f"{row['ms']['median']:.1f}"
-        rows.append([label, row["contender"], time, *(ratio(row, name) for name in baselines(result))])
-    header = ["case", "layer", "ms (median)", *(f"over {name}" for name in baselines(result))]
-    environment = result["environment"]
-    source = provenance(
-        LAYER_RESULTS,
-        environment["machine"],
-        environment["date"],
-        environment["versions"],
-        environment["commit"],
-    )
+        cases.setdefault(row["case"]["label"], {})[row["contender"]] = row
+    others = [name for name in dict.fromkeys(row["contender"] for row in result["rows"]) if name != FROZEN]
+    rows = []
+    for label, of_case in cases.items():
+        times = [ratio_to_frozen(of_case[name]) if name in of_case else "–" for name in others]
+        rows.append([label, f"{of_case[FROZEN]['ms']['median']:.3g}", *times])
+    header = ["M×K×N", f"{FROZEN}, ms", *others]
+    now = result["environment"]
+    source = provenance(LAYER_RESULTS, now["machine"], now["date"], now["versions"], now["commit"])
     note = (
-        f"Forward + dx + dB of one layer, {result['rounds']} interleaved rounds; ratios are medians over the "
-        "rounds (p20 to p80)."
+        f"Forward + dx + dB of one layer: time over that of the {FROZEN} (forward + dx) in the same round, "
+        f"median of {result['rounds']} interleaved rounds (p20–p80). Host time: so small that it is Python's."
     )
     return f"{note} {source}\n\n{markdown(header, rows)}"
+
+
+def ratio_to_frozen(row: dict) -> str:
+    """A ratio with its spread, or why there is none."""
+    if row["ms"] is None:
+        return f"{row['status']}: {row['reason']}"
+    ratio = row["ratios"][FROZEN]
+    return f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
+
+
+def gate_table(result: dict) -> str:
+    """One row a kernel's product and rank: registers per thread and shared memory, by architecture."""
+    chosen: dict[tuple, dict[str, str]] = {}
+    for row in result["rows"]:
+        common = (row["dtype"], row["factor_dtype"], row["sizes"], row["M"], row["asked_tf32"])
+        if common != ("bf16", "fp32", "even", 8192, False):
+            continue
+        block_r = row["config"]["BLOCK_R"]
+        if block_r not in (16, 64) or (row["layout"] == "y" and not row["bias"]):
+            continue
+        cell = f"{row['registers']} / {row['shared_memory'] / 1024:.0f}"
+        key = (row["kernel"].removesuffix("_kernel"), row["layout"], block_r)
+        chosen.setdefault(key, {}).setdefault(row["arch"], cell)
+    archs = list(dict.fromkeys(row["arch"] for row in result["rows"]))
+    rows = [
+        [f"{kernel}: {layout}, BLOCK_R = {block_r}", *(cells.get(arch, "–") for arch in archs)]
+        for (kernel, layout, block_r), cells in sorted(chosen.items())
+    ]
+    note = (
+        f"{len(result['rows'])} compilations, {result['failed']} failed. Below: registers per thread / shared "
+        "memory in KB of the defaults for bf16 with fp32 lora_B at M = 8192, none of which spills. From "
+        f"`{GATE_RESULTS}`: Triton {result['versions']['triton']}; {result['date'][:10]}; commit "
+        f"{result['commit'][:12]}."
+    )
+    return f"{note}\n\n{markdown(['', *archs], rows)}"
 
 
 def demo_table(result: dict) -> str:
@@ -98,19 +126,9 @@ def take_demo(path: Path) -> None:
     write_json(ROOT / DEMO_RESULTS, {**result, "commit": now["commit"], "dirty": now["dirty"]})
 
 
-def baselines(result: dict) -> list[str]:
-    """The baselines that ratios were formed with, in the order of their first use."""
-    return list(dict.fromkeys(name for row in result["rows"] for name in row["ratios"]))
-
-
-def ratio(row: dict, baseline: str) -> str:
-    """A ratio with its spread, or a dash where a contender is not compared with that baseline."""
-    found = row["ratios"].get(baseline)
-    return f"{found['median']:.2f} ({found['p20']:.2f}–{found['p80']:.2f})" if found else "–"
-
-
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "layer-table": ("README.md", LAYER_RESULTS, layer_table),
+    "gate-table": ("docs/design.md", GATE_RESULTS, gate_table),
     "demo-table": ("README.md", DEMO_RESULTS, demo_table),
 }
 
