@@ -82,7 +82,7 @@ def gate_table(result: dict) -> str:
         for (kernel, layout, block_r), cells in sorted(chosen.items())
     ]
     note = (
-        f"{len(result['rows'])} compilations, {result['failed']} failed. Below: registers per thread / shared "
+        f"{len(result['rows'])} compilations, {result['failed']} failed. Registers per thread / shared "
         "memory in KB of the defaults for bf16 with fp32 lora_B at M = 8192, none of which spills. From "
         f"`{GATE_RESULTS}`: Triton {result['versions']['triton']}; {result['date'][:10]}; commit "
         f"{result['commit'][:12]}."
