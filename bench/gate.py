@@ -47,6 +47,7 @@ from lorafa_kernels.tuning.config import (
     KernelConfig,
     all_default_configs,
     default_config,
+    rows_aligned,
     shared_memory,
 )
 
@@ -88,7 +89,9 @@ class Case:
 
     @property
     def config(self) -> KernelConfig:
-        return default_config(self.op, KNOWN_DEVICES[self.arch], DTYPES[self.dtype].itemsize, self.M, self.R)
+        operand_bytes = DTYPES[self.dtype].itemsize
+        aligned = rows_aligned(operand_bytes, *SIZES[self.sizes])
+        return default_config(self.op, KNOWN_DEVICES[self.arch], operand_bytes, self.M, self.R, aligned)
 
 
 class Recorder:
@@ -205,8 +208,7 @@ def failures(case: Case, row: dict) -> list[str]:
     """Name the rules that a row breaks."""
     found = []
     limits = KNOWN_DEVICES[case.arch]
-    # Rows at odd addresses cannot be copied asynchronously and pass through registers, two bytes at a time.
-    if row["spills"] and case.sizes != "odd":
+    if row["spills"]:
         found.append(f"spills {row['spills']}")
     if row["shared_memory"] > limits.shared_memory:
         found.append(f"shared memory {row['shared_memory']} of {limits.shared_memory}")
@@ -223,6 +225,7 @@ def failures(case: Case, row: dict) -> list[str]:
         found.append("no TF32 product where TF32 was asked for" if case.asked_tf32 else "TF32 product")
     asynchronous = case.op == "expand" and limits.family == "hopper" and case.dtype != "fp32"
     waits = row["serialized"] or max(row["pendings"], default=0) == 0
+    # Rows at odd addresses pass through registers on their way to shared memory.
     if asynchronous and waits and case.sizes != "odd":
         found.append("no product is left in flight")
     return found
@@ -239,8 +242,12 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
         for op in ops:
             for dtype, layout in itertools.product(DTYPES, LAYOUTS[op]):
                 configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize)
-                for index, (config, (M, R)) in enumerate(configs.items()):
+                for index, (config, (M, R, aligned)) in enumerate(configs.items()):
                     case = Case(arch, op, dtype, "fp32", layout, "even", M, R, bias=layout == "y")
+                    if not aligned:
+                        if dtype != "fp16":
+                            yield replace(case, sizes="odd")
+                        continue
                     ragged = replace(case, sizes="ragged")
                     if dtype == "fp16":
                         if index == 0:
@@ -252,7 +259,8 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
                         yield replace(case, bias=False)
                     if config.BLOCK_R == MIN_BLOCK:
                         yield replace(case, R=8)
-                        yield replace(case, sizes="odd")
+                        if op != "expand" or dtype == "fp32":
+                            yield replace(case, sizes="odd")
                     if dtype == "bf16":
                         yield replace(ragged, factor_dtype="bf16")
                     elif index == 0 and arch.startswith("sm_"):

@@ -16,7 +16,7 @@ import torch
 from .choice import choose
 from .functional import FLOAT_DTYPES
 from .nn.linear import LoRAFALinear
-from .tuning.config import OPS, DeviceLimits, KernelConfig, default_config
+from .tuning.config import OPS, DeviceLimits, KernelConfig, default_config, rows_aligned
 
 DEFAULT_M = 2048
 
@@ -166,8 +166,9 @@ def explain(
         # Imports Triton, which the other implementations run without.
         limits = importlib.import_module(".kernels.tile", __package__).device_limits(device)
         used = {step.call for step in forward + backward}
-        M, _, _, R = sizes
-        configs = {op: default_config(op, limits, dtype.itemsize, M, R) for op in OPS if op in used}
+        M, N, K, R = sizes
+        aligned = rows_aligned(dtype.itemsize, K, N)
+        configs = {op: default_config(op, limits, dtype.itemsize, M, R, aligned) for op in OPS if op in used}
     return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, configs)
 
 

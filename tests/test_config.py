@@ -50,9 +50,9 @@ def blocks(config) -> list[int]:
     return [size for size in (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R) if size]
 
 
-@given(ops, devices, operand_bytes, sizes, ranks)
-def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes, M, R):
-    config = default_config(op, limits, operand_bytes, M, R)
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
+def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes, M, R, aligned):
+    config = default_config(op, limits, operand_bytes, M, R, aligned)
     assert shared_memory(op, config, operand_bytes, limits) <= limits.shared_memory
     assert config.num_warps in (4, 8)
     assert config.num_stages >= 1
@@ -63,22 +63,22 @@ def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes,
     assert config.BLOCK_R <= MAX_BLOCK_R
 
 
-@given(ops, devices, operand_bytes, sizes, ranks)
-def test_rank_block_covers_the_rank_up_to_its_cap(op, limits, operand_bytes, M, R):
-    config = default_config(op, limits, operand_bytes, M, R)
-    cap = default_config(op, limits, operand_bytes, M, 1 << 20).BLOCK_R
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
+def test_rank_block_covers_the_rank_up_to_its_cap(op, limits, operand_bytes, M, R, aligned):
+    config = default_config(op, limits, operand_bytes, M, R, aligned)
+    cap = default_config(op, limits, operand_bytes, M, 1 << 20, aligned).BLOCK_R
     assert min(R, cap) <= config.BLOCK_R < 2 * max(R, MIN_BLOCK)
 
 
-@given(ops, devices, operand_bytes, sizes, ranks)
-def test_equal_arguments_give_equal_configs(op, limits, operand_bytes, M, R):
-    first, second = (default_config(op, replace(limits), operand_bytes, M, R) for _ in range(2))
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
+def test_equal_arguments_give_equal_configs(op, limits, operand_bytes, M, R, aligned):
+    first, second = (default_config(op, replace(limits), operand_bytes, M, R, aligned) for _ in range(2))
     assert first == second
 
 
-@given(ops, devices, operand_bytes, sizes, ranks)
-def test_all_default_configs_lists_every_config(op, limits, operand_bytes, M, R):
-    config = default_config(op, limits, operand_bytes, M, R)
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
+def test_all_default_configs_lists_every_config(op, limits, operand_bytes, M, R, aligned):
+    config = default_config(op, limits, operand_bytes, M, R, aligned)
     listed = all_default_configs(op, limits, operand_bytes)
     assert config in listed
     assert default_config(op, limits, operand_bytes, *listed[config]) == config

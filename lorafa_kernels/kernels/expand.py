@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import default_config
+from ..tuning.config import default_config, rows_aligned
 from .tile import device_limits, emulate_bf16, input_precision, load, offsets, round_as, store
 
 
@@ -112,7 +112,8 @@ def expand(P: Tensor, Q: Tensor, L: Tensor, F: Tensor, bias: Tensor | None = Non
         return C
     if bias is not None:
         bias = bias.contiguous()
-    config = default_config("expand", device_limits(P.device), P.element_size(), M, R)
+    aligned = rows_aligned(P.element_size(), K, N)
+    config = default_config("expand", device_limits(P.device), P.element_size(), M, R, aligned)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     _expand_kernel[grid](
         P,

@@ -71,9 +71,16 @@ KNOWN_DEVICES = {
 INTERPRETER = DeviceLimits("cpu", 1 << 30, 2)
 
 
-def default_config(op: str, limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
+def rows_aligned(operand_bytes: int, *sizes: int) -> bool:
+    """Whether rows of `sizes` elements all start at multiples of 16 bytes in a contiguous tensor."""
+    return all(size * operand_bytes % 16 == 0 for size in sizes)
+
+
+def default_config(
+    op: str, limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
+) -> KernelConfig:
     """Return the default configuration of kernel `op` for x or dy with M rows of `operand_bytes`-byte
-    elements and rank R.
+    elements and rank R; `aligned` is rows_aligned of the wide sizes.
 
     A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
     pipeline stages and then smaller rank blocks until what is in flight fits its shared memory. Raises
@@ -87,7 +94,7 @@ def default_config(op: str, limits: DeviceLimits, operand_bytes: int, M: int, R:
     elif operand_bytes >= 4:
         config = _fp32_config(op)
     else:
-        config = _half_config(op, family, M, R)
+        config = _half_config(op, family, M, R, aligned)
     config = replace(config, BLOCK_R=min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R))))
     while shared_memory(op, config, operand_bytes, limits) > limits.shared_memory:
         if config.num_stages > 1:
@@ -126,7 +133,7 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
         return stages * K * (M * operand_bytes + R * 4) + rounded_factor + barriers
     if op == "expand":
         loop = stages * K * (M + N) * operand_bytes
-        after_loop = max(R * (M + N), M * N) * operand_bytes
+        after_loop = max(R * (M * operand_bytes + N * 4), M * N * operand_bytes)
         return max(loop, after_loop) + barriers
     loop = stages * M * (N + R) * operand_bytes
     lora_B = 0 if limits.family == "amd" else N * R * operand_bytes
@@ -136,20 +143,20 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
 
 def all_default_configs(
     op: str, limits: DeviceLimits, operand_bytes: int
-) -> dict[KernelConfig, tuple[int, int]]:
+) -> dict[KernelConfig, tuple[int, int, bool]]:
     """Return every configuration that default_config can return for this kernel, device and operand size.
 
-    Each comes with an (M, R) that it is returned for.
+    Each comes with an (M, R, aligned) that it is returned for.
     """
     rows = (8192, 1 << 20, 513, 512, 129, 128, 65, 64, 1)
     ranks = (256, 129, 128, 65, 64, 33, 32, 17, 16, 1)
-    found: dict[KernelConfig, tuple[int, int]] = {}
-    for M, R in itertools.product(rows, ranks):
-        found.setdefault(default_config(op, limits, operand_bytes, M, R), (M, R))
+    found: dict[KernelConfig, tuple[int, int, bool]] = {}
+    for aligned, M, R in itertools.product((True, False), rows, ranks):
+        found.setdefault(default_config(op, limits, operand_bytes, M, R, aligned), (M, R, aligned))
     return found
 
 
-def _half_config(op: str, family: str, M: int, R: int) -> KernelConfig:
+def _half_config(op: str, family: str, M: int, R: int, aligned: bool) -> KernelConfig:
     amd = family == "amd"
     num_warps = 4 if R <= 32 else 8
     if op == "shrink":
@@ -164,6 +171,9 @@ def _half_config(op: str, family: str, M: int, R: int) -> KernelConfig:
             # The accumulators are in tensor memory; ptxas squeezes eight warps into 64 registers and spills.
             num_warps = 4
         return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
+    if not aligned:
+        # Such rows cannot be copied asynchronously: they pass through registers, and larger blocks spill.
+        return KernelConfig(64, 64, 32, 64, 8, 4, 2)
     if M <= 64:
         return KernelConfig(64, 64, 64 if amd else 128, 64, 8, 4, 2 if amd else 3)
     if amd:
