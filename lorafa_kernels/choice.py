@@ -61,6 +61,8 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return (
             f"triton is not installed or cannot be imported ({error}): pip install 'lorafa-kernels[triton]'"
         )
+    if not hasattr(triton, "knobs"):
+        return f"triton {getattr(triton, '__version__', '')} is too old, the kernels need 3.6"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels compute in fp32, bf16 and fp16, not {dtype}"
     if device.type == "cpu":

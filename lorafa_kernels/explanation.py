@@ -88,9 +88,9 @@ _PLANS = {
             Step("addmm_", "y += x @ weight.T"),
         ),
         "dx": (
-            Step("mm", "dz = dy @ lora_B"),
+            Step("addmm_", "dz = s * (dy @ lora_B)"),
             Step("mm", "dx = dz @ lora_A"),
-            Step("addmm_", "dx = s * dx + dy @ weight"),
+            Step("addmm_", "dx += dy @ weight"),
         ),
         "dB": (Step("mm", "dB = dy.T @ z"),),
     },

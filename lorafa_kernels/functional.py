@@ -53,7 +53,7 @@ def lorafa_linear(
     """
     K = x.shape[-1] if x.dim() else 0
     _check_shapes(x, weight, lora_A, lora_B, bias)
-    _check_frozen(weight, lora_A, bias)
+    check_frozen(weight, lora_A, bias)
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number, got {scaling}")
     if dropout_p != 0.0:
@@ -92,21 +92,25 @@ def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
             raise ValueError(f"{name} is on {tensor.device}, x on {device}: all must be on one device")
 
 
-def _check_frozen(weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> None:
+def check_frozen(weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError, naming it, if one of the frozen operands requires grad."""
     if not (weight.requires_grad or lora_A.requires_grad or (bias is not None and bias.requires_grad)):
         return
     for name, tensor in (("weight", weight), ("lora_A", lora_A), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
                 f"{name} requires grad, but LoRA-FA keeps it frozen and would give it no gradient: call "
-                f"{name}.requires_grad_(False); only lora_B is trained"
+                f"{name}.requires_grad_(False). For a whole model: model.requires_grad_(False), then "
+                "requires_grad_(True) on what lorafa_parameters(model) lists"
             )
 
 
 def _refuse_dropout(dropout_p: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    raise NotImplementedError(f"dropout_p={dropout_p}: dropout is not available yet, use 0")
+    raise NotImplementedError(
+        f"dropout of {dropout_p} is not available yet: set lora_dropout (or dropout_p) to 0, or call eval()"
+    )
 
 
 def _cast(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,9 +3,9 @@ it.
 
     forward    z  = s · (x lora_Aᵀ)                 one product, s applied to its accumulator
                y  = z lora_Bᵀ + bias, then y += x weightᵀ in place
-    backward   dz = dy lora_B
+    backward   dz = s · (dy lora_B)
                dB = dyᵀ z
-               dx = dz lora_A, then dx = s · dx + dy weight in place
+               dx = dz lora_A, then dx += dy weight in place
 
 Shapes as in reference.py. The rank-R product comes first because it only writes the output, while adding it
 afterwards would read the output once more; the large product then accumulates into it. No temporary of M·N
@@ -24,10 +24,7 @@ def forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
-    # beta=0 ignores what the new tensor holds; alpha multiplies the accumulator before the only rounding,
-    # where a multiplication afterwards would round 16-bit results twice.
-    z = x.new_empty((x.shape[0], lora_A.shape[0]))
-    z.addmm_(x, _in_dtype(lora_A, x.dtype).t(), beta=0, alpha=scaling)
+    z = _scaled_product(x, _in_dtype(lora_A, x.dtype).t(), scaling)
     y = F.linear(z, _in_dtype(lora_B, x.dtype), bias)
     return y.addmm_(x, weight.t()), z
 
@@ -41,8 +38,8 @@ def backward(
 
 def backward_input(dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Compute dx (M, K) alone."""
-    dz = dy.mm(_in_dtype(lora_B, dy.dtype))
-    return dz.mm(_in_dtype(lora_A, dy.dtype)).addmm_(dy, weight, beta=scaling)
+    dz = _scaled_product(dy, _in_dtype(lora_B, dy.dtype), scaling)
+    return dz.mm(_in_dtype(lora_A, dy.dtype)).addmm_(dy, weight)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,6 +47,13 @@ def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != dy.dtype and dy.is_cuda and torch.version.hip is None:
         return torch.mm(dy.t(), z, out_dtype=dtype)
     return _in_dtype(dy.t().mm(z), dtype)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    # beta=0 ignores what the new tensor holds; alpha multiplies the accumulator before the only rounding.
+    # Scaling afterwards would round 16-bit results twice, and in fp16 overflow where the scaled product fits.
+    product = left.new_empty((left.shape[0], right.shape[1]))
+    return product.addmm_(left, right, beta=0, alpha=scaling)
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,8 @@ dtype and what would be right.
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import implementation_cases
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear
 from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.choice import choose
 
 M, K, N, R = 4, 6, 8, 2
 
@@ -66,6 +69,11 @@ def test_dtypes_under_autocast():
         assert call(bias=torch.zeros(8).bfloat16()).dtype == torch.bfloat16
         with pytest.raises(TypeError, match=r"weight has dtype torch\.int8"):
             call(weight=torch.zeros(8, 6, dtype=torch.int8))
+        # fp64 is left alone, as by torch's own linear.
+        wide = dict(x=(4, 6), weight=(8, 6), lora_A=(2, 6), lora_B=(8, 2), bias=(8,))
+        assert (
+            call(**{k: torch.zeros(v, dtype=torch.float64) for k, v in wide.items()}).dtype == torch.float64
+        )
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "bias"])
@@ -121,6 +129,13 @@ def test_triton_does_not_take_fp64():
     assert call(**wide, impl="auto").dtype == torch.float64
 
 
+def test_triton_that_is_too_old(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    # Not through the cached choice of another test.
+    with pytest.raises(RuntimeError, match=r"is too old, the kernels need 3\.6"):
+        choose.__wrapped__("triton", torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize("r", [0, -1, 1.5, True])
 def test_rank(r):
     with pytest.raises(ValueError, match="r must be an integer of at least 1"):
@@ -131,7 +146,10 @@ def test_rank(r):
     ("options", "words"),
     [
         (dict(lora_alpha=math.inf), "lora_alpha must be finite"),
+        (dict(lora_alpha="16"), "lora_alpha must be finite"),
+        (dict(lora_dropout=None), "lora_dropout must be"),
         (dict(init_lora_weights="pissa"), "init_lora_weights must be"),
+        (dict(init_lora_weights=1), "init_lora_weights must be"),
         (dict(adapter_dtype=torch.int8), "adapter_dtype"),
     ],
 )

@@ -100,11 +100,17 @@ def test_training_moves_lora_B_alone(layer, x):
 
 @pytest.mark.parametrize("name", ["weight", "bias", "lora_A"])
 def test_thawed_parameter_is_an_error_that_names_it(layer, x, name):
-    getattr(layer, name).requires_grad_(True)
-    with pytest.raises(ValueError, match=rf"^{name} requires grad.*{name}\.requires_grad_\(False\)"):
+    layer.eval()
+    for merged, enabled in ((False, True), (True, True), (False, False)):
+        layer.adapter_enabled = enabled
+        if merged:
+            layer.merge()
+        getattr(layer, name).requires_grad_(True)
+        with pytest.raises(ValueError, match=rf"^{name} requires grad.*{name}\.requires_grad_\(False\)"):
+            layer(x)
+        getattr(layer, name).requires_grad_(False)
         layer(x)
-    getattr(layer, name).requires_grad_(False)
-    layer(x)
+        layer.unmerge()
 
 
 def test_train_eval_and_casts_keep_everything_frozen(layer, x):
@@ -163,9 +169,15 @@ def test_kept_weight_follows_casts(layer, x):
     weight = layer.weight
     layer.merge()
     layer.to(torch.float64)
+    assert weight.dtype == torch.float64
+    layer.unmerge()
+    assert layer.weight is weight
+    layer(x.double())
+    # A weight that was sent away is out of reach of a cast, and catches up when it comes back.
+    layer.merge(keep="cpu")
+    weight.data = weight.data.float()
     layer.unmerge()
     assert layer.weight is weight and weight.dtype == torch.float64
-    layer(x.double())
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -211,7 +223,11 @@ def test_state_dict_round_trip(layer, x):
 def test_to_linear(layer, x, merge):
     layer.eval()
     weight, y = layer.weight, layer(x)
+    calls = []
+    layer.register_forward_hook(lambda module, args, y: calls.append(type(module)))
     linear = layer.to_linear(merge)
+    linear(x)
+    assert calls == [nn.Linear]
     assert type(linear) is nn.Linear and linear.bias is layer.bias and not linear.training
     assert (linear.in_features, linear.out_features) == (12, 10)
     if merge:
@@ -271,6 +287,7 @@ UNSUITABLE = {
         "parametrised",
     ),
     "patched": (patched, ValueError, "patched"),
+    "lazy": (lambda: nn.LazyLinear(4), ValueError, "weight is a"),
     "integer": (integer_weight, ValueError, "weight is a Parameter of torch.int8"),
 }
 

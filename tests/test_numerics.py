@@ -9,13 +9,13 @@ import importlib
 import c_oracle
 import pytest
 import torch
-from accuracy import check_accuracy
+from accuracy import Budget, check_accuracy
 from conftest import implementation_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, unit_roundoff
+from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, plain_formula, unit_roundoff
 
 SHAPES = [
     pytest.param(dict(M=1, K=1, N=1, R=1), id="all-1"),
@@ -98,6 +98,22 @@ def test_reference_rounds_as_the_c_oracle(dtype, factor_dtype):
         assert ((got.double() - want.double()).abs() <= spacing + summation).all(), name
         if got.dtype != torch.float32:
             assert (got == want).float().mean() > 0.99, f"{name}: most elements round alike"
+
+
+@implementations
+@pytest.mark.parametrize("scaling", [1 / 128, 0.7, 16.0])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 9000.0])
+def test_accuracy_in_fp16_at_any_scale(device, impl, scaling, size):
+    """s is applied to the accumulator: applied later, large gradients overflow and small ones lose bits."""
+    inputs = draw_operands(64, 48, 64, 8, torch.float16, device, scaling=scaling)
+    inputs.dy = (inputs.dy.clamp(-4, 4) * size).half()
+    exact = plain_formula(inputs, torch.float64)
+    assert exact["dx"].abs().max() < 65504 or scaling > 1
+    got, plain = lorafa_results(inputs, impl), plain_formula(inputs)
+    if all(torch.isfinite(tensor).all() for tensor in plain.values()):
+        budget = Budget()
+        budget.add(inputs, got)
+        budget.check()
 
 
 @implementations

@@ -204,8 +204,11 @@ def test_saved_objects_survive_a_storage_swap(device, impl):
     weight = nn.Parameter(inputs.weight, requires_grad=False)
     x = inputs.x.requires_grad_()
     y = lorafa_linear(x, weight, inputs.lora_A, inputs.lora_B, impl=impl)
-    (want,) = torch.autograd.grad(y, x, inputs.dy, retain_graph=True)
-    values, size = weight.detach().clone(), weight.untyped_storage().nbytes()
+    values, size = 2 * weight.detach(), weight.untyped_storage().nbytes()
+    # Other values than before, so that a copy made in forward would show.
+    (want,) = torch.autograd.grad(
+        lorafa_linear(x, values, inputs.lora_A, inputs.lora_B, impl=impl), x, inputs.dy
+    )
     weight.untyped_storage().resize_(0)
     weight.untyped_storage().resize_(size)
     with torch.autograd._unsafe_preserve_version_counter(weight), torch.no_grad():

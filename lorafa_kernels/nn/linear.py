@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..functional import FLOAT_DTYPES, lorafa_linear
+from ..functional import FLOAT_DTYPES, check_frozen, lorafa_linear
 
 INITIALISATIONS = (True, False, "gaussian")
 _HOOKS = (
@@ -39,7 +39,8 @@ class LoRAFALinear(nn.Module):
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
         r: rank, at least 1.
         lora_alpha: scaling is lora_alpha / r, with use_rslora lora_alpha / √r (arXiv 2312.03732).
-        lora_dropout: probability in [0, 1) of dropping an element of x before lora_A while training.
+        lora_dropout: probability in [0, 1) of dropping an element of x before lora_A while training. Above
+            0 a training forward raises NotImplementedError: dropout is not available yet.
         init_lora_weights: True, Kaiming-uniform lora_A and zero lora_B (the layer starts as the base
             layer); "gaussian", lora_A from N(0, 1/r²) and zero lora_B; False, both Kaiming-uniform.
         adapter_dtype: dtype of lora_B.
@@ -134,7 +135,8 @@ class LoRAFALinear(nn.Module):
             tensor = getattr(linear, name)
             if tensor is None and name == "bias":
                 continue
-            if not isinstance(tensor, nn.Parameter) or tensor.dtype not in FLOAT_DTYPES:
+            plain = isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor)
+            if not plain or tensor.dtype not in FLOAT_DTYPES:
                 what = f"{type(tensor).__name__} of {getattr(tensor, 'dtype', 'no dtype')}"
                 raise ValueError(f"{name} is a {what}, expected a floating-point Parameter")
 
@@ -192,13 +194,12 @@ class LoRAFALinear(nn.Module):
         """Return y (..., out_features) for x (..., in_features). Raises as lorafa_linear; RuntimeError if
         trained while merged.
         """
-        if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "the adapter is merged into the weight: call unmerge() before training, or eval()"
-                )
-            return F.linear(x, self.weight, self.bias)
-        if not self.adapter_enabled:
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the weight: call unmerge() before training, or eval()"
+            )
+        if self.merged or not self.adapter_enabled:
+            check_frozen(self.weight, self.lora_A, self.bias)
             return F.linear(x, self.weight, self.bias)
         return lorafa_linear(
             x,
@@ -306,9 +307,14 @@ def check_adapter_options(
     """Raise ValueError for an adapter option out of its range, naming it."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r must be an integer of at least 1, got {r!r}")
-    if not math.isfinite(lora_alpha):
+    if not _is_real(lora_alpha) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
-    if not 0.0 <= lora_dropout < 1.0:
+    if not _is_real(lora_dropout) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
-    if init_lora_weights not in INITIALISATIONS:
+    # By type as well: 1 equals True.
+    if not isinstance(init_lora_weights, (bool, str)) or init_lora_weights not in INITIALISATIONS:
         raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
