@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test gate gpu lint format doctor bench-layer tables clean
+.PHONY: help demo test gate gpu lint format doctor bench bench-cpu report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
 	@echo "make gate         compile every kernel config for sm_80, sm_90, sm_100 and gfx942, write the result"
-	@echo "make gpu          the tests that need a GPU, then the first measurements, on the machine's own Python"
-	@echo "make bench-layer  one layer against PEFT on the CPU"
+	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
+	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
+	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"
+	@echo "make report       docs/performance.md and its plots from bench/results"
 	@echo "make tables       fill README's tables from the committed result files"
 	@echo "make doctor       versions, chosen implementation, self-check"
 	@echo "make lint         ruff; make format applies it"
@@ -43,10 +45,16 @@ gate: $(VENV)/.dev
 # Not in .venv: whatever torch and Triton the machine with the GPU has.
 gpu:
 	$(PYTHON) -m pytest tests -m gpu -q
-	$(PYTHON) -m bench.first_gpu
+	$(PYTHON) -m bench suite --no-tests
 
-bench-layer: $(VENV)/.dev
-	$(BIN)/python -m bench.layer
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench quick
+
+bench-cpu: $(VENV)/.dev
+	$(BIN)/python -m bench run --grid cpu --kinds ceilings time host memory block training --device cpu --fresh
+
+report: $(VENV)/.dev
+	$(BIN)/python -m bench report
 
 tables: $(VENV)/.dev
 	$(BIN)/python -m bench.tables

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +18,19 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Files of bench/ that change no measurement.
+PRESENTATION = (
+    "__main__.py",
+    "report.py",
+    "sections.py",
+    "points.py",
+    "plots.py",
+    "console.py",
+    "reading.py",
+    "compare.py",
+    "tables.py",
+    "gate.py",
+)
 
 
 def environment(threads: int | None = None) -> dict:
@@ -35,7 +50,9 @@ def environment(threads: int | None = None) -> dict:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "peft", "lorafa_kernels")},
+            **{
+                name: _version(name) for name in ("torch", "triton", "peft", "transformers", "lorafa_kernels")
+            },
         },
         **_commit(),
     }
@@ -69,9 +86,52 @@ def _gpu() -> dict | None:
         "name": limits.name,
         "capability": f"{limits.major}.{limits.minor}",
         "memory_gib": round(limits.total_memory / 2**30, 1),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "runtime": torch.version.cuda or torch.version.hip,
+        **_gpu_state(),
     }
+
+
+# nvidia-smi's names, and ours.
+_GPU_STATE = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock_mhz",
+    "clocks.max.sm": "sm_clock_max_mhz",
+    "clocks.mem": "memory_clock_mhz",
+    "power.limit": "power_limit_w",
+    "temperature.gpu": "temperature_c",
+}
+
+
+def _gpu_state() -> dict:
+    query = f"--query-gpu={','.join(_GPU_STATE)}"
+    line = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0")
+    values = (line or "").split(", ")
+    if len(values) != len(_GPU_STATE):
+        values = [None] * len(_GPU_STATE)
+    return dict(zip(_GPU_STATE.values(), values, strict=True))
+
+
+def device_slug(about: dict) -> str:
+    """Return the name of the device's folder of results: "cpu", or the GPU's name ("nvidia-h200")."""
+    gpu = about["machine"]["gpu"]
+    return re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-") if gpu else "cpu"
+
+
+def identity(about: dict) -> str:
+    """Return what two measurements must share to be parts of one: the measured and the measuring code, the
+    machine, and the versions; as a short hash.
+    """
+    machine = about["machine"]
+    gpu = machine["gpu"] and {name: machine["gpu"][name] for name in ("name", "driver", "runtime")}
+    parts = [machine["cpu"], machine["cores"], machine["threads"], gpu, about["versions"]]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for folder in ("lorafa_kernels", "bench"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name not in PRESENTATION:
+                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("tables/*.json")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _version(name: str) -> str | None:

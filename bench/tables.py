@@ -12,55 +12,17 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from . import results
 from .environment import ROOT, environment, write_json
+from .reading import markdown, provenance
+from .report import readme_table
 
-LAYER_RESULTS = "bench/results/cpu/layer.json"
+CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
 GATE_RESULTS = "bench/results/compile-gate.json"
-FROZEN = "frozen nn.Linear"
-
-
-def provenance(path: str, machine: dict, date: str, versions: dict, commit: str | None) -> str:
-    """Say where a table's numbers come from, in one line."""
-    chip = (machine.get("gpu") or {}).get("name") or f"{machine['cpu']}, {machine['threads']} threads"
-    named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return f"From `{path}`: {chip}; {date[:10]}; {named}; commit {(commit or 'unknown')[:12]}."
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table, numbers to the right of the first column."""
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def layer_table(result: dict) -> str:
-    """One row a case: the frozen linear's median time, and everyone's paired ratio to it with its spread."""
-    cases: dict[str, dict[str, dict]] = {}
-    for row in result["rows"]:
-        cases.setdefault(row["case"]["label"], {})[row["contender"]] = row
-    others = [name for name in dict.fromkeys(row["contender"] for row in result["rows"]) if name != FROZEN]
-    rows = []
-    for label, of_case in cases.items():
-        times = [ratio_to_frozen(of_case[name]) if name in of_case else "–" for name in others]
-        rows.append([label, f"{of_case[FROZEN]['ms']['median']:.3g}", *times])
-    header = ["M×K×N", f"{FROZEN}, ms", *others]
-    now = result["environment"]
-    source = provenance(LAYER_RESULTS, now["machine"], now["date"], now["versions"], now["commit"])
-    note = (
-        f"Forward + dx + dB of one layer: time over that of the {FROZEN} (forward + dx) in the same round, "
-        f"median of {result['rounds']} interleaved rounds (p20–p80). Host time: so small that it is Python's."
-    )
-    return f"{note} {source}\n\n{markdown(header, rows)}"
-
-
-def ratio_to_frozen(row: dict) -> str:
-    """A ratio with its spread, or why there is none."""
-    if row["ms"] is None:
-        return f"{row['status']}: {row['reason']}"
-    ratio = row["ratios"][FROZEN]
-    return f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
 
 
 def gate_table(result: dict) -> str:
@@ -126,10 +88,32 @@ def take_demo(path: Path) -> None:
     write_json(ROOT / DEMO_RESULTS, {**result, "commit": now["commit"], "dirty": now["dirty"]})
 
 
-TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
-    "layer-table": ("README.md", LAYER_RESULTS, layer_table),
-    "gate-table": ("docs/design.md", GATE_RESULTS, gate_table),
-    "demo-table": ("README.md", DEMO_RESULTS, demo_table),
+def cpu_table(records: list[dict]) -> str:
+    """One layer and one block on the CPU."""
+    return readme_table(records)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return results.read(path)[0]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page: render(read(source file)) is its text."""
+
+    page: str
+    source: str
+    read: Callable[[Path], dict | list]
+    render: Callable[[dict | list], str]
+
+
+TABLES = {
+    "gate-table": Table("docs/design.md", GATE_RESULTS, read_json, gate_table),
+    "demo-table": Table("README.md", DEMO_RESULTS, read_json, demo_table),
 }
 
 
@@ -155,12 +139,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.take_demo:
         take_demo(options.take_demo)
     stale = []
-    for name, (page, source, render) in TABLES.items():
-        path = ROOT / page
+    for name, table in TABLES.items():
+        path = ROOT / table.page
         before = path.read_text(encoding="utf-8")
-        after = fill(before, name, render(json.loads((ROOT / source).read_text(encoding="utf-8"))))
+        after = fill(before, name, table.render(table.read(ROOT / table.source)))
         if after != before:
-            stale.append(f"{page}: {name}")
+            stale.append(f"{table.page}: {name}")
             if not check:
                 path.write_text(after, encoding="utf-8")
     print(

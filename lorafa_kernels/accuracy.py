@@ -46,15 +46,18 @@ def draw_operands(
     factor_dtype: torch.dtype | None = None,
     seed: int = 0,
     scaling: float = 0.7,
+    generator: torch.Generator | None = None,
 ) -> Operands:
     """Draw operands in `dtype`, lora_B in `factor_dtype` (default `dtype`), the same on every device.
 
-    They are scaled so that the base product and the low-rank term both matter in y and dx.
+    They are scaled so that the base product and the low-rank term both matter in y and dx. generator: draws
+    on its own device instead, which is faster for large operands on a GPU; `seed` is then not used.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator or torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=1.0, dtype=dtype):
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+        wide = torch.randn(*shape, generator=generator, dtype=torch.float64, device=generator.device)
+        return wide.mul_(scale).to(device, dtype)
 
     return Operands(
         x=draw(M, K),
@@ -77,21 +80,32 @@ def lorafa_results(operands: Operands, impl: str) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": dx, "dB": dB}
 
 
-def plain_formula(operands: Operands, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return y, dx and dB by the formula that people write, with autograd, computed in `dtype` (default:
-    x's).
+def plain_formula(
+    operands: Operands,
+    dtype: torch.dtype | None = None,
+    mask: Tensor | None = None,
+    train_A: bool = False,
+) -> dict[str, Tensor]:
+    """Return y (M, N), dx (M, K) and dB (N, R), with train_A also dA (R, K), by the formula that people
+    write, with autograd, computed in `dtype` (default: x's).
 
-    lora_B is rounded to the dtype of x first, which is what the operator promises to do with it.
+    lora_B is rounded to the dtype of x first, which is what the operator promises to do with it. mask (M, K):
+    what the low-rank term's input is multiplied with, 0 or 1/(1 − p); None for no dropout.
     """
     own = operands.x.dtype
     to = dtype or own
-    x = operands.x.to(to).detach().requires_grad_()
-    lora_B = operands.lora_B.to(own).to(to).detach().requires_grad_()
+    x, lora_A, lora_B = (
+        tensor.to(own).to(to).detach() for tensor in (operands.x, operands.lora_A, operands.lora_B)
+    )
+    wanted = {"dx": x, "dB": lora_B} | ({"dA": lora_A} if train_A else {})
+    for tensor in wanted.values():
+        tensor.requires_grad_()
     bias = None if operands.bias is None else operands.bias.to(to)
-    low_rank = F.linear(F.linear(x, operands.lora_A.to(own).to(to)), lora_B)
+    dropped = x if mask is None else x * mask.to(to)
+    low_rank = F.linear(F.linear(dropped, lora_A), lora_B)
     y = F.linear(x, operands.weight.to(to), bias) + operands.scaling * low_rank
-    dx, dB = torch.autograd.grad(y, (x, lora_B), operands.dy.to(to))
-    return {"y": y.detach(), "dx": dx, "dB": dB}
+    found = torch.autograd.grad(y, tuple(wanted.values()), operands.dy.to(to))
+    return {"y": y.detach(), **dict(zip(wanted, found, strict=True))}
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -1,0 +1,264 @@
+"""python -m bench: what LoRA-FA layers cost here, beside everything one would use instead.
+
+    quick     a look in a minute on a CPU, then the report         (make bench)
+    run       cases and kinds of your choice
+    suite     what a first hour on a GPU needs, most telling first
+    report    docs/performance.md and its plots from bench/results; --compare REV-or-FILE
+    list      the known models, grids and contenders
+
+Everybody's results are checked against fp64 before they are timed; contenders take turns; ratios are formed
+within one run. See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from lorafa_kernels.tuning.models import MODELS
+
+from . import compare, report
+from .cases import (
+    DTYPES,
+    GRIDS,
+    RANKS,
+    ROWS,
+    Case,
+    cases,
+    find_layers,
+    grid,
+    layers_of,
+    unknown,
+    with_dropout,
+)
+from .console import show
+from .contenders import CONTENDERS, TITLES, layer_contenders
+from .environment import ROOT, device_slug, environment, identity
+from .jobs import KINDS, ROUNDS, Setting, jobs_of, known_ceilings, suite
+from .results import RESULTS, load
+from .runner import Job, Outcome, make_console, run
+
+QUICK_BUDGET = 140.0
+PAGE, PLOTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "plots"
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        return options.command(options)
+    except ValueError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has seen enough; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text)
+        found.set_defaults(command=command, name=name)
+        return found
+
+    def add_measuring(name: str, command, text: str) -> argparse.ArgumentParser:
+        found = add(name, command, text)
+        found.add_argument("--budget", type=float, metavar="SECONDS", help="stop before it takes longer")
+        found.add_argument(
+            "--out", type=Path, help="result file, or a folder for it (bench/results/DEVICE/GRID.jsonl)"
+        )
+        found.add_argument("--fresh", action="store_true", help="discard what the result file has")
+        found.add_argument("--rounds", type=int, help="interleaved rounds a case")
+        found.add_argument("--contenders", nargs="+", metavar="NAME", help="only these (list names them)")
+        found.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+        found.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+        return found
+
+    quick = add_measuring("quick", measure_quick, "A look in a minute on a CPU, then the report.")
+    quick.add_argument("--no-report", action="store_true", help="measure only")
+    # With what `make bench` installs first, less than four minutes.
+    quick.set_defaults(budget=QUICK_BUDGET)
+    chosen = add_measuring("run", measure_chosen, "Measure cases and kinds of your choice.")
+    chosen.add_argument("--grid", default=None, metavar="NAME", help=f"one of {', '.join(GRIDS)}")
+    chosen.add_argument(
+        "--layers", nargs="+", metavar="MODEL[/LAYER]", help="instead of a grid, with the next five"
+    )
+    chosen.add_argument("--rows", type=int, nargs="+", default=[2048], metavar="M", help=f"such as {ROWS}")
+    chosen.add_argument("--ranks", type=int, nargs="+", default=[16], metavar="R", help=f"such as {RANKS}")
+    chosen.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the base")
+    chosen.add_argument("--adapter", choices=DTYPES, help="of lora_B (default: fp32)")
+    chosen.add_argument("--dropout", type=float, default=0.0, help="probability")
+    chosen.add_argument("--kinds", nargs="+", default=["ceilings", "time"], metavar="KIND", help=f"{KINDS}")
+    first = add_measuring("suite", measure_suite, "What a first hour on a GPU needs, most telling first.")
+    first.add_argument("--no-tests", action="store_true", help="without the tests that need a GPU")
+    made = add("report", make_report, "Make docs/performance.md and its plots from bench/results.")
+    made.add_argument("--compare", metavar="REV-or-FILE", help="show what changed since, instead")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
+    add("list", list_names, "Print the known models, grids, kinds and contenders.")
+    return parser.parse_args(argv)
+
+
+def measure_quick(options: argparse.Namespace) -> int:
+    setting = make_setting(options)
+    setting.rounds = options.rounds or 15
+    kinds = [kind for kind in KINDS if kind != "kernel"]
+    jobs = jobs_of(grid("quick"), kinds, setting, compiled=False)
+    code = measure(options, jobs, setting, "quick")
+    if code == 0 and not options.no_report:
+        return make_report(argparse.Namespace(compare=None, results=RESULTS))
+    return code
+
+
+def measure_chosen(options: argparse.Namespace) -> int:
+    for kind in options.kinds:
+        if kind not in KINDS:
+            raise unknown("kind", kind, KINDS)
+    if options.layers and options.grid:
+        raise ValueError("--grid and --layers exclude each other")
+    setting = make_setting(options)
+    if options.layers:
+        name = "chosen"
+        adapter = options.adapter or "fp32"
+        wanted = cases(
+            find_layers(options.layers),
+            options.rows,
+            options.ranks,
+            ((options.dtype, adapter),),
+            (options.dropout,),
+        )
+    else:
+        name = options.grid or "quick"
+        wanted = grid(name)
+        if options.dropout:
+            wanted = with_dropout(wanted, options.dropout)
+    check_cases(wanted)
+    return measure(options, jobs_of(wanted, options.kinds, setting), setting, name)
+
+
+def measure_suite(options: argparse.Namespace) -> int:
+    setting = make_setting(options)
+    jobs = suite(setting, tests=not options.no_tests)
+    return measure(options, jobs, setting, "suite", elsewhere=RESULTS)
+
+
+def check_cases(wanted: list[Case]) -> None:
+    """Raise ValueError for sizes that make no layer."""
+    for case in wanted:
+        if case.M < 1 or case.R < 1 or not 0 <= case.dropout < 1:
+            raise ValueError(f"{case.label}: rows and rank must be at least 1, dropout in [0, 1)")
+    if not wanted:
+        raise ValueError("there is nothing to measure")
+
+
+def make_setting(options: argparse.Namespace) -> Setting:
+    """Read the device, the contenders and the rounds off the command line."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch finds no GPU here (torch.cuda.is_available() is False): use --device cpu")
+    for name in ("threads", "rounds", "budget"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    keys = tuple(layer_contenders(options.contenders))
+    return Setting(device, keys, options.rounds or ROUNDS[device])
+
+
+def measure(
+    options: argparse.Namespace, jobs: list[Job], setting: Setting, name: str, elsewhere: Path | None = None
+) -> int:
+    """Run the jobs, show what came out, and return 1 if anybody's results were wrong."""
+    about = environment()
+    if setting.device == "cpu":
+        about["machine"]["gpu"] = None
+    path = result_file(options.out, about, name)
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    setting.ceilings = known_ceilings(identity(about), path, elsewhere)
+    console = make_console()
+    command = f"python -m bench {options.name}"
+    outcome = run(
+        jobs,
+        path,
+        grid=name,
+        command=command,
+        budget=options.budget,
+        elsewhere=elsewhere,
+        console=console,
+        about=about,
+    )
+    if outcome.records:
+        show(outcome.records, console)
+    return conclude(outcome, path, console)
+
+
+def result_file(out: Path | None, about: dict, name: str) -> Path:
+    """Return the file that results go to: `out` if it is one, a file in it if it is a folder."""
+    folder = RESULTS / device_slug(about) if out is None else out
+    return folder if folder.suffix == ".jsonl" else folder / f"{name}.jsonl"
+
+
+def conclude(outcome: Outcome, path: Path, console) -> int:
+    """Say where the results are and what is missing."""
+    if not outcome.records and outcome.stopped == "complete":
+        console.print(f"{path}: everything is measured already (--fresh measures again)", highlight=False)
+        return 0
+    console.print(f"{len(outcome.records)} measurements in {path}", highlight=False, soft_wrap=True)
+    if outcome.left:
+        why = {"budget": "the budget was too small for", "interrupted": "interrupted before"}
+        console.print(
+            f"{why[outcome.stopped]} {len(outcome.left)} more; the same command goes on with them",
+            highlight=False,
+        )
+    if outcome.stopped == "interrupted":
+        return 130
+    failed = [row for record in outcome.records for row in record["rows"] if row.get("status") == "failed"]
+    if failed:
+        names = ", ".join(sorted({row["contender"] for row in failed}))
+        console.print(f"outside the error budget or broken: {names}", style="red")
+    return 1 if failed else 0
+
+
+def make_report(options: argparse.Namespace) -> int:
+    records, warnings = load(options.results)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if options.compare:
+        old = compare.load_old(options.compare, options.results)
+        compare.show(compare.compare(records, old), make_console())
+        return 0
+    report.write(options.results, PAGE, PLOTS)
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+def list_names(options: argparse.Namespace) -> int:
+    print("models and their linear layers (K -> N), one of each shape, for --layers:")
+    for model in MODELS:
+        shapes = ", ".join(f"{'+'.join(layer.names)} {layer.K}->{layer.N}" for layer in layers_of(model))
+        print(f"  {model}: {shapes}")
+    print("grids, for --grid:")
+    for name, make in GRIDS.items():
+        print(f"  {name}: {len(make())} cases. {make.__doc__.splitlines()[0]}")
+    print(f"kinds, for --kinds: {', '.join(KINDS)}")
+    print("contenders, for --contenders:")
+    for key in CONTENDERS:
+        print(f"  {key}: {TITLES[key]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What this machine can do at best, measured: matrix products and copies through PyTorch, on random data."""
+
+from __future__ import annotations
+
+import torch
+
+from .cases import DTYPES
+from .timing import WARM_UP, CPUTimer, EventTimer, interleave, summary
+
+# M, K, N of the product, bytes that are copied.
+SIZES = {
+    "cuda": ({"bf16": 8192, "fp16": 8192, "fp32": 4096}, 2**32),
+    "cpu": ({"fp32": 1024, "bf16": 1024}, 2**27),
+}
+ROUNDS = 15
+ESTIMATE = {"cuda": 3.0, "cpu": 8.0}
+
+
+def measure(device: str, sizes: tuple[dict[str, int], int] | None = None, rounds: int = ROUNDS) -> dict:
+    """Return rows: products in TFLOP/s by dtype, the copy in GB/s counting bytes read and written."""
+    products, copied = sizes or SIZES[device]
+    generator = torch.Generator(device).manual_seed(0)
+    steps = {}
+    for dtype, size in products.items():
+        left, right = (
+            torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2)
+        )
+        out = torch.empty_like(left)
+        steps[dtype] = lambda left=left, right=right, out=out: torch.mm(left, right, out=out)
+    source = torch.randint(0, 127, (copied,), generator=generator, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    steps["copy"] = lambda: target.copy_(source)
+    samples = {}
+    # One after the other: these are limits to compare with, not contenders.
+    for name, step in steps.items():
+        for _ in range(WARM_UP):
+            step()
+        timer = EventTimer([step]) if device == "cuda" else CPUTimer([step])
+        samples |= interleave({name: step}, rounds, timer, lambda: None)
+    rows = [
+        {
+            "what": "product",
+            "dtype": dtype,
+            "size": [size] * 3,
+            "tflops": summary([2 * size**3 / seconds * 1e-12 for seconds in samples[dtype]]),
+        }
+        for dtype, size in products.items()
+    ]
+    rate = summary([2 * copied / seconds * 1e-9 for seconds in samples["copy"]])
+    return {"rows": [*rows, {"what": "copy", "bytes": copied, "gb_per_s": rate}]}
+
+
+def rates(payload: dict | None, dtype: str) -> dict[str, float | None]:
+    """Return "product" in FLOP/s for this dtype and "copy" in bytes/s, None where not measured."""
+    found: dict[str, float | None] = {"product": None, "copy": None}
+    for row in (payload or {"rows": []})["rows"]:
+        if row["what"] == "copy":
+            found["copy"] = row["gb_per_s"]["median"] * 1e9
+        elif row["dtype"] == dtype:
+            found["product"] = row["tflops"]["median"] * 1e12
+    return found

@@ -1,0 +1,128 @@
+"""The tables of a run on a console: red where a check failed, yellow where something did not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .contenders import LORAFA
+from .contenders import TITLES as LAYER_TITLES
+from .kernels import LIBRARY
+from .reading import (
+    MEASURED,
+    MODES,
+    Record,
+    Row,
+    arranged,
+    case_order,
+    described,
+    label_of,
+    number,
+    ordered,
+    ratio,
+    reason_of,
+    reasons,
+    size,
+    spread,
+    status,
+    time_cell,
+    title_of,
+    titles_of,
+    usable,
+)
+
+COLOURS = {"failed": "red", "not run": "yellow"}
+Columns = dict[str, Callable[[Row], str]]
+MEMORY_COLUMNS: dict[str, Columns] = {
+    "layer": {
+        "kept for backward": lambda row: size(row.get("saved_bytes")),
+        "temporary, forward": lambda row: size(row.get("forward_temporary_bytes")),
+        "temporary, backward": lambda row: size(row.get("backward_temporary_bytes")),
+        "peak allocated": lambda row: size(row.get("peak_allocated_bytes")),
+    }
+}
+MEMORY_COLUMNS["block"] = {"in hidden states": lambda row: number(row.get("units"))} | MEMORY_COLUMNS["layer"]
+TRAINING_COLUMNS: Columns = {
+    "step, ms (p20–p80)": lambda row: spread(step) if (step := usable(row.get("step_ms"))) else "–",
+    "tokens/s": lambda row: number(row.get("tokens_per_s")),
+    "kept for backward": lambda row: size(row.get("saved_bytes")),
+    "peak allocated": lambda row: size(row.get("peak_allocated_bytes")),
+    "loss, first → last": lambda row: (
+        f"{number(row['losses'][0], 4)} → {number(row['losses'][-1], 4)}" if row.get("losses") else "–"
+    ),
+}
+
+
+def show(records: Sequence[Record], console: Console) -> None:
+    """Print the tables of a run: red where a check failed, yellow where something did not run."""
+    shown = sorted((described(r) for r in records if r["kind"] in MEASURED), key=case_order)
+    for record in (r for r in records if r["kind"] == "ceilings"):
+        show_ceilings(record, console)
+    for mode, title in MODES.items():
+        if times := [r for r in shown if r["kind"] == "time" and r.get("mode") == mode]:
+            show_times(times, title, console)
+    for scope in ("layer", "block"):
+        if kept := [r for r in shown if r["kind"] == "memory" and r["scope"] == scope]:
+            show_rows(kept, f"memory of a {scope}", MEMORY_COLUMNS[scope], console)
+    if runs := [r for r in shown if r["kind"] == "training"]:
+        show_rows(runs, "training", TRAINING_COLUMNS, console)
+
+
+def show_ceilings(record: Record, console: Console) -> None:
+    table = Table("ceiling", "median (p20–p80)", title="ceilings, through PyTorch")
+    for row in record["rows"]:
+        product = row["what"] == "product"
+        found = usable(row["tflops"] if product else row["gb_per_s"])
+        name = f"product {row['dtype']}, TFLOP/s" if product else "copy, GB/s read and written"
+        table.add_row(name, spread(found) if found else "–")
+    console.print(table)
+
+
+def show_times(records: Sequence[Record], title: str, console: Console) -> None:
+    """A line for each case and contender: times, ratio to the baseline, lorafa_kernels over it."""
+    rows = [row for record in records for row in record["rows"]]
+    if all(status(row) == "not run" for row in rows):
+        console.print(f"{title}: not run: {reasons(records)}", style="yellow", highlight=False)
+        return
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    layers = LAYER_TITLES is titles_of(records[0])
+    table = Table("case", "contender", *(f"{part}, ms" for part in parts), title=title)
+    if layers:
+        table.add_column("both: time / frozen nn.Linear")
+        table.add_column("both: lorafa_kernels / this")
+    for record in records:
+        titles = titles_of(record)
+        for index, key in enumerate(ordered((row["contender"] for row in record["rows"]), titles)):
+            rows = [row for row in record["rows"] if row["contender"] == key]
+            bad = [row for row in rows if status(row) != "ok"]
+            cells = [time_cell(record, key, part) for part in parts]
+            if not layers:
+                over = [ratio(record, key, part, LIBRARY) for part in parts]
+                cells = [f"{a} (×{b['median']:.3f})" if b else a for a, b in zip(cells, over, strict=True)]
+            else:
+                pairs = (ratio(record, key, "both"), ratio(record, LORAFA, "both", key))
+                cells += [spread(value) if value else "" for value in pairs]
+            worst = next((row for row in bad if status(row) == "failed"), bad[0] if bad else None)
+            if len(bad) == len(rows):
+                cells = [f"{status(worst)}: {reason_of(worst)}"]
+            name = label_of(record["case"]) if index == 0 else ""
+            table.add_row(name, titles.get(key, key), *cells, style=COLOURS.get(status(worst)))
+        table.add_section()
+    console.print(table)
+
+
+def show_rows(records: Sequence[Record], title: str, wanted: Columns, console: Console) -> None:
+    """A line for each case and contender of measurements without parts."""
+    table = Table("case", "contender", *wanted, title=title)
+    for record in records:
+        for index, row in enumerate(arranged(record["rows"], titles_of(record))):
+            name = [label_of(record["case"]) if index == 0 else "", title_of(record, row)]
+            sound = status(row) == "ok"
+            cells = (
+                [value(row) for value in wanted.values()] if sound else [f"{status(row)}: {reason_of(row)}"]
+            )
+            table.add_row(*name, *cells, style=COLOURS.get(status(row)))
+        table.add_section()
+    console.print(table)

@@ -1,0 +1,244 @@
+"""Who is measured: this library and everything that one would use instead, under names that every table
+carries.
+
+A contender is built on given operands and yields y = module(x); autograd gives dx, and the gradients of what
+it trains.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafa_kernels import LoRAFALinear
+from lorafa_kernels.accuracy import Operands
+from lorafa_kernels.choice import triton_obstacle
+
+from .cases import DTYPES, Case, unknown
+
+
+@dataclass
+class Layer:
+    """y (M, N) = module(x), x (M, K); lora_B (N, R) and lora_A (R, K) if it trains them."""
+
+    module: Callable[[Tensor], Tensor]
+    lora_B: Tensor | None = None
+    lora_A: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """build(operands, case) -> Layer; obstacle(case, device) -> why it cannot run there, or None.
+
+    adapted: whether there is an adapter at all. mask_dtype(case): of the tensor on which it calls torch's
+    dropout, as a key of DTYPES.
+    """
+
+    key: str
+    title: str
+    build: Callable[[Operands, Case], Layer]
+    obstacle: Callable[[Case, str], str | None] = lambda case, device: None
+    adapted: bool = True
+    mask_dtype: Callable[[Case], str] = lambda case: case.dtype
+
+
+def frozen_linear(operands: Operands) -> nn.Linear:
+    """Return an nn.Linear around the operands' weight (N, K) and bias, which need no gradient."""
+    N, K = operands.weight.shape
+    linear = nn.Linear(K, N, bias=operands.bias is not None, device="meta")
+    linear.weight = nn.Parameter(operands.weight, requires_grad=False)
+    if operands.bias is not None:
+        linear.bias = nn.Parameter(operands.bias, requires_grad=False)
+    return linear
+
+
+def _factor(operands: Operands, name: str, case: Case, trained: bool) -> nn.Parameter:
+    # A copy: contenders share the base and the input, and nothing else.
+    values = getattr(operands, name).to(DTYPES[case.adapter if trained else case.dtype], copy=True)
+    return nn.Parameter(values, requires_grad=trained)
+
+
+def build_frozen(operands: Operands, case: Case) -> Layer:
+    return Layer(frozen_linear(operands))
+
+
+def build_lorafa(operands: Operands, case: Case, impl: str = "auto") -> Layer:
+    layer = LoRAFALinear.from_linear(
+        frozen_linear(operands),
+        r=case.R,
+        lora_alpha=case.R * operands.scaling,
+        lora_dropout=case.dropout,
+        adapter_dtype=DTYPES[case.adapter],
+    )
+    layer.impl = impl
+    with torch.no_grad():
+        layer.lora_A.copy_(operands.lora_A)
+        layer.lora_B.copy_(operands.lora_B)
+    return Layer(layer, layer.lora_B)
+
+
+class Eager(nn.Module):
+    """The formula as people write it. With A frozen and no dropout autograd keeps x Aᵀ and not x."""
+
+    def __init__(self, operands: Operands, case: Case, train_A: bool):
+        super().__init__()
+        self.base = frozen_linear(operands)
+        self.lora_A = _factor(operands, "lora_A", case, trained=train_A)
+        self.lora_B = _factor(operands, "lora_B", case, trained=True)
+        self.scaling = operands.scaling
+        self.dropout = nn.Dropout(case.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return self.base(x) + self.scaling * low_rank
+
+
+def build_eager(operands: Operands, case: Case, train_A: bool = False) -> Layer:
+    module = Eager(operands, case, train_A)
+    return Layer(module, module.lora_B, module.lora_A if train_A else None)
+
+
+def build_compiled(operands: Operands, case: Case) -> Layer:
+    module = Eager(operands, case, train_A=False)
+    # The timed backward runs many times on one graph.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.reset()
+    return Layer(torch.compile(module, dynamic=False), module.lora_B)
+
+
+class _ProductThenAdd(torch.autograd.Function):
+    """y = x weightᵀ + bias, then y += s z lora_Bᵀ in place, and likewise for dx: the arrangement of Unsloth,
+    with A frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling):
+        factor = lora_B.to(x.dtype)
+        z = F.linear(x, lora_A)
+        y = F.linear(x, weight, bias).addmm_(z, factor.t(), alpha=scaling)
+        ctx.save_for_backward(z, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        z, weight, lora_A, lora_B = ctx.saved_tensors
+        dB = torch.empty_like(lora_B, dtype=dy.dtype).addmm_(dy.t(), z, beta=0, alpha=ctx.scaling)
+        dx = dy.mm(weight).addmm_(dy.mm(lora_B.to(dy.dtype)), lora_A, alpha=ctx.scaling)
+        return dx, None, None, dB.to(lora_B.dtype), None, None
+
+
+def build_addmm(operands: Operands, case: Case) -> Layer:
+    base = frozen_linear(operands)
+    lora_A = _factor(operands, "lora_A", case, trained=False)
+    lora_B = _factor(operands, "lora_B", case, trained=True)
+    scaling = operands.scaling
+    return Layer(lambda x: _ProductThenAdd.apply(x, base.weight, lora_A, lora_B, base.bias, scaling), lora_B)
+
+
+def build_peft(operands: Operands, case: Case, train_A: bool = False) -> Layer:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=case.R, lora_alpha=case.R * operands.scaling, lora_dropout=case.dropout, target_modules=["proj"]
+    )
+    base = nn.Sequential()
+    base.add_module("proj", frozen_linear(operands))
+    # True makes 16-bit adapters fp32, and is PEFT's default.
+    get_peft_model(base, config, autocast_adapter_dtype=case.adapter != case.dtype)
+    layer = base.proj
+    lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    lora_A.requires_grad_(train_A)
+    with torch.no_grad():
+        lora_A.copy_(operands.lora_A)
+        lora_B.copy_(operands.lora_B)
+    return Layer(layer, lora_B, lora_A if train_A else None)
+
+
+def _without_dropout(case: Case, device: str) -> str | None:
+    return "this arrangement has no dropout" if case.dropout else None
+
+
+def _without_peft(case: Case, device: str) -> str | None:
+    return None if importlib.util.find_spec("peft") else "peft is not installed"
+
+
+def _without_kernels(case: Case, device: str) -> str | None:
+    if device == "cpu":
+        return "needs a GPU: on a CPU the kernels run in Triton's interpreter, whose times mean nothing"
+    return triton_obstacle(torch.device(device), DTYPES[case.dtype])
+
+
+def _without_compiler(case: Case, device: str) -> str | None:
+    if case.dropout:
+        return "its dropout mask cannot be drawn again, so its values cannot be checked"
+    if not torch._dynamo.is_dynamo_supported():
+        return "torch.compile does not support this Python"
+    if device == "cpu" and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        return "torch.compile needs a C++ compiler on a CPU"
+    return None
+
+
+def _adapter_dtype(case: Case) -> str:
+    return case.adapter
+
+
+FROZEN, LORAFA = "frozen", "lorafa"
+_ALL = (
+    Contender(FROZEN, "frozen nn.Linear", build_frozen, adapted=False),
+    Contender(LORAFA, "lorafa_kernels", build_lorafa),
+    Contender(
+        "triton", "lorafa_kernels, Triton", partial(build_lorafa, impl="triton"), obstacle=_without_kernels
+    ),
+    Contender("library", "lorafa_kernels, library products (d′)", partial(build_lorafa, impl="torch")),
+    Contender("eager-lorafa", "eager LoRA-FA", build_eager),
+    Contender("eager-lora", "eager LoRA", partial(build_eager, train_A=True)),
+    Contender("addmm", "product, then addmm_ (as Unsloth)", build_addmm, obstacle=_without_dropout),
+    Contender(
+        "compiled-lorafa", "torch.compile of eager LoRA-FA", build_compiled, obstacle=_without_compiler
+    ),
+    Contender("peft-lorafa", "PEFT, A frozen", build_peft, _without_peft, mask_dtype=_adapter_dtype),
+    Contender(
+        "peft-lora",
+        "PEFT LoRA",
+        partial(build_peft, train_A=True),
+        _without_peft,
+        mask_dtype=_adapter_dtype,
+    ),
+)
+CONTENDERS = {contender.key: contender for contender in _ALL}
+TITLES = {contender.key: contender.title for contender in _ALL}
+# Rows of these get a ratio to every other contender, the others one to the frozen linear.
+OURS = (LORAFA, "triton", "library")
+
+
+def layer_contenders(keys: Iterable[str] | None = None) -> dict[str, Contender]:
+    """Return the contenders of these keys, all by default. Raises ValueError for an unknown key, listing the
+    known ones.
+    """
+    if keys is None:
+        return dict(CONTENDERS)
+    for key in keys:
+        if key not in CONTENDERS:
+            raise unknown("contender", key, CONTENDERS)
+    return {key: CONTENDERS[key] for key in CONTENDERS if key in keys}
+
+
+def gradients(layer: Layer, y: Tensor, operands: Operands, keep_graph: bool = False) -> tuple[Tensor, ...]:
+    """Return dx (M, K), then dB (N, R) and dA (R, K) where the layer trains them."""
+    trained = [factor for factor in (layer.lora_B, layer.lora_A) if factor is not None]
+    return torch.autograd.grad(y, (operands.x, *trained), operands.dy, retain_graph=keep_graph)
+
+
+def compute(layer: Layer, operands: Operands) -> dict[str, Tensor]:
+    """Return y, dx, and dB and dA where the layer trains them."""
+    y = layer.module(operands.x)
+    return dict(zip(("y", "dx", "dB", "dA"), (y.detach(), *gradients(layer, y, operands)), strict=False))

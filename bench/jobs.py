@@ -1,0 +1,233 @@
+"""The measurements of a grid as a list of jobs, in the order in which they tell most."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import ceilings, kernels, layers, memory, models, training
+from .cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid
+from .cases import layers as distinct_layers
+from .contenders import CONTENDERS
+from .environment import ROOT
+from .results import load, read
+from .runner import Job
+
+KINDS = ("ceilings", "time", "graph", "host", "kernel", "memory", "block", "training")
+# Rounds of interleaved samples, by device.
+ROUNDS = {"cuda": 15, "cpu": 21}
+BLOCKS = {
+    "cpu": (memory.BLOCK_CPU, memory.BLOCK_CPU_GQA),
+    "cuda": (memory.BLOCK_LLAMA_8B, memory.BLOCK_LLAMA_1B),
+}
+TRAININGS = {
+    "cpu": (training.TRAINING_TINY,),
+    "cuda": (training.TRAINING_1B, training.TRAINING_8B),
+}
+# Compiling takes longer than all that a quick look measures.
+COMPILED = "compiled-lorafa"
+TESTS_SECONDS = 150.0
+
+
+@dataclass
+class Setting:
+    """Where and with whom is measured. contenders: keys of layer contenders; ceilings: the payload of that
+    record, filled by its job or from an earlier part of the run.
+    """
+
+    device: str
+    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    rounds: int = 15
+    ceilings: dict | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def known_ceilings(identity: str, path: Path, elsewhere: Path | None) -> dict | None:
+    """Return the newest ceilings of this identity in the file or in the folder, or None."""
+    records = (load(elsewhere)[0] if elsewhere else []) + read(path)[0]
+    fitting = [
+        record
+        for record in records
+        if record["kind"] == "ceilings" and record["_run"]["identity"] == identity
+    ]
+    return fitting[-1] if fitting else None
+
+
+def ceilings_job(setting: Setting) -> Job:
+    def run(tick) -> dict:
+        setting.ceilings = ceilings.measure(setting.device)
+        return setting.ceilings
+
+    return Job("ceilings", "ceilings", ceilings.ESTIMATE[setting.device], run)
+
+
+def time_job(
+    case: Case, setting: Setting, mode: str = "eager", left_out: dict[str, str] | None = None
+) -> Job:
+    """left_out: contenders that are named as not run, with the reason."""
+    left_out = left_out or {}
+    keys = tuple(key for key in setting.contenders if key not in left_out)
+
+    def run(tick) -> dict:
+        rates = ceilings.rates(setting.ceilings, case.dtype)
+        payload = layers.time_case(
+            case, keys, setting.device, mode=mode, rounds=setting.rounds, ceilings=rates, tick=tick
+        )
+        parts = list(dict.fromkeys(row["part"] for row in payload["rows"]))
+        payload["rows"] += [
+            {"contender": key, "part": part, "status": "not run", "reason": reason, "errors": {}, "ms": None}
+            | {"ratios": {}}
+            for key, reason in left_out.items()
+            for part in parts
+        ]
+        return payload
+
+    seconds = layers.estimate(case, keys, setting.device, mode, setting.rounds)
+    describe = {"case": case.as_record(), "mode": mode, "rounds": setting.rounds}
+    return Job(f"{mode} {case.label}", "time", seconds, run, describe, setting.contenders)
+
+
+def kernel_job(case: Case, setting: Setting) -> Job:
+    def run(tick) -> dict:
+        rates = ceilings.rates(setting.ceilings, case.dtype)
+        return kernels.time_kernels(case, setting.device, rounds=setting.rounds, ceilings=rates, tick=tick)
+
+    describe = {"case": case.as_record(), "mode": "kernel", "rounds": setting.rounds}
+    seconds = kernels.estimate(case, setting.rounds) if setting.device == "cuda" else 0.1
+    return Job(f"kernel {case.label}", "time", seconds, run, describe, kernels.KERNELS)
+
+
+def memory_job(case: Case, setting: Setting) -> Job:
+    keys = tuple(key for key in setting.contenders if setting.device == "cuda" or key != COMPILED)
+    left_out = {COMPILED: "compiling takes long on a CPU"} if COMPILED not in keys else {}
+
+    def run(tick) -> dict:
+        payload = memory.layer_memory(case, keys, setting.device)
+        payload["rows"] += [
+            {"contender": key, "status": "not run", "reason": reason}
+            for key, reason in left_out.items()
+            if key in setting.contenders
+        ]
+        return payload
+
+    describe = {"scope": "layer", "case": case.as_record()}
+    seconds = memory.estimate(case, keys, setting.device)
+    return Job(f"memory {case.label}", "memory", seconds, run, describe, setting.contenders)
+
+
+def block_job(block: memory.BlockCase, setting: Setting) -> Job:
+    keys = models.BLOCK_KEYS
+
+    def run(tick) -> dict:
+        return memory.block_memory(block, keys, setting.device)
+
+    seconds = memory.estimate(block, keys, setting.device)
+    describe = {"scope": "block", "case": block.as_record()}
+    return Job(f"block {block.label}", "memory", seconds, run, describe, keys)
+
+
+def training_job(case: training.TrainingCase, setting: Setting) -> Job:
+    keys = models.TRAINING_KEYS
+
+    def run(tick) -> dict:
+        return training.train(case, keys, setting.device, tick)
+
+    seconds = training.estimate(case, keys, setting.device)
+    return Job(f"training {case.label}", "training", seconds, run, {"case": case.as_record()}, keys)
+
+
+def tests_job() -> Job:
+    """The tests that need a GPU, as a measurement: how many passed."""
+
+    def run(tick) -> dict:
+        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--maxfail=20", "-p"]
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(
+                [*command, "no:cacheprovider"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=2 * TESTS_SECONDS,
+            )
+            lines = done.stdout.strip().splitlines()
+            status = "ok" if done.returncode == 0 else "failed"
+            reason = lines[-1] if lines else done.stderr.strip()[-200:]
+        except subprocess.TimeoutExpired:
+            status, reason = "not run", f"stopped after {time.monotonic() - begin:.0f} s"
+        return {"rows": [{"contender": "tests that need a GPU", "status": status, "reason": reason}]}
+
+    return Job("tests", "tests", TESTS_SECONDS, run, {}, ("tests that need a GPU",))
+
+
+def jobs_of(
+    wanted: Iterable[Case], kinds: Iterable[str], setting: Setting, compiled: bool = True
+) -> list[Job]:
+    """Return the jobs of these kinds for these cases. compiled: whether torch.compile takes part in every
+    case, or in the first only.
+    """
+    wanted, kinds = list(wanted), set(kinds)
+    found = [ceilings_job(setting)] if "ceilings" in kinds else []
+    once = {COMPILED: "measured in the first case only: compiling takes long"}
+    if "time" in kinds:
+        found += [
+            time_job(case, setting, left_out=None if compiled or number == 0 else once)
+            for number, case in enumerate(wanted)
+        ]
+    if "host" in kinds:
+        quick = None if compiled else once
+        found += [time_job(case, setting, "host", quick) for case in HOST_CASES]
+    if "graph" in kinds:
+        # On a CPU one case is enough to say that there are none.
+        of_graphs = wanted if setting.device == "cuda" else wanted[:1]
+        found += [time_job(case, setting, "graph") for case in of_graphs]
+    if "kernel" in kinds:
+        of_kernels = wanted if setting.device == "cuda" else wanted[:1]
+        found += [kernel_job(case, setting) for case in of_kernels]
+    if "memory" in kinds:
+        found += [memory_job(case, setting) for case in wanted]
+    if "block" in kinds:
+        found += [block_job(block, setting) for block in BLOCKS[setting.device]]
+    if "training" in kinds:
+        found += [training_job(case, setting) for case in TRAININGS[setting.device]]
+    return found
+
+
+def suite(setting: Setting, tests: bool = True) -> list[Job]:
+    """Return what a first hour on a GPU needs, most telling first.
+
+    Ceilings; the tests; the large product against the device's library; whole layers at M = 8192 against the
+    arrangements of PyTorch; the pass over dy by rank; the host's time; training and the memory of blocks;
+    then other sizes, peers, graphs, and memory per layer.
+    """
+    if setting.device != "cuda":
+        return jobs_of(grid("quick"), KINDS, setting, compiled=False)
+    telling = [case for case in first_hour_grid() if case.M == 8192 and case.R in (16, 64)]
+    rest = [case for case in first_hour_grid() if case not in telling]
+    llama = find_layers(["Llama-3-8B"])
+    lean = tuple(
+        key
+        for key in setting.contenders
+        if key in ("frozen", "lorafa", "triton", "library", "eager-lorafa", "addmm")
+    )
+    peers = {key: "measured in other cases of this run" for key in setting.contenders if key not in lean}
+    few = cases(llama, (8192,), (16,))
+    products = cases(distinct_layers(("Llama-3-8B", "Llama-3.2-1B")), (8192,), (16,))
+    ranks = cases(find_layers(["Llama-3-8B/gate"]), (8192,), (16, 64, 128))
+    found = [ceilings_job(setting)]
+    found += [tests_job()] if tests else []
+    found += [kernel_job(case, setting) for case in products]
+    found += [time_job(case, setting, left_out=None if case in few else peers) for case in telling]
+    found += [kernel_job(case, setting) for case in ranks if case not in products]
+    found += [time_job(case, setting, "host") for case in HOST_CASES]
+    found += [training_job(case, setting) for case in TRAININGS["cuda"][:1]]
+    found += [block_job(block, setting) for block in BLOCKS["cuda"]]
+    found += [time_job(case, setting, left_out=peers) for case in rest]
+    found += [training_job(case, setting) for case in TRAININGS["cuda"][1:]]
+    found += [time_job(case, setting, "graph") for case in cases(llama, (1, 512), (16,))]
+    found += [memory_job(case, setting) for case in few]
+    return list({job.key: job for job in found}.values())

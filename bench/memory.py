@@ -1,0 +1,401 @@
+"""What a layer or a Transformer block keeps between forward and backward, and needs besides.
+
+    saved       bytes of what autograd keeps for backward, seen by saved_tensors_hooks: every storage once and
+                whole, without parameters and buffers. Parts: the input itself, where something keeps it;
+                positions, the cosine and sine that all layers of a model share; the rest.
+    temporary   of forward or backward: how far the peak of allocated bytes during the call lies above what
+                was there before it plus what it leaves or returns (for backward the gradients)
+    peak        of one forward and backward on a GPU: everything that is allocated, weights included, and
+                what the allocator holds (reserved). There is none on a CPU.
+
+Temporaries are counted in bytes asked of PyTorch's allocator; what a library takes elsewhere is not seen. On
+a CPU one thread computes, since some temporaries grow with the number of threads.
+A contender is measured only after its results were within the error budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import contenders as layer_level
+from . import models
+from .cases import DTYPES, Case
+from .judge import Judge, broken, draw
+from .layers import failure
+from .timing import one_thread
+
+Forward = Callable[[], Tensor]
+# From y to the gradients.
+Backward = Callable[[Tensor], tuple[Tensor, ...]]
+NUMBERS = (
+    "saved_bytes",
+    "parts",
+    "forward_temporary_bytes",
+    "backward_temporary_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+)
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """One layer of a model of models.SIZES on x (batch, sequence, hidden), adapters of rank `rank`.
+
+    compiled: whether the torch.compile contenders run; on a CPU they take a minute.
+    """
+
+    key: str
+    model: str
+    batch: int
+    sequence: int
+    rank: int = 16
+    dtype: str = "bf16"
+    compiled: bool = True
+
+    def __post_init__(self) -> None:
+        models.size_of(self.model)
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
+
+    def unit_bytes(self) -> int:
+        """Return the bytes of one hidden state."""
+        size = models.size_of(self.model)
+        return self.batch * self.sequence * size.hidden * DTYPES[self.dtype].itemsize
+
+    def as_record(self) -> dict:
+        """Return the case as JSON types, with its label."""
+        size = models.size_of(self.model)
+        return {
+            "label": self.label,
+            "model": self.model,
+            "batch": self.batch,
+            "sequence": self.sequence,
+            "hidden": size.hidden,
+            "intermediate": size.intermediate,
+            "heads": size.heads,
+            "kv_heads": size.kv_heads,
+            "rank": self.rank,
+            "dtype": self.dtype,
+        }
+
+
+BLOCK_CPU = BlockCase("block-cpu", "Llama block, MHA 512", 2, 128, rank=8, compiled=False)
+BLOCK_CPU_GQA = BlockCase("block-cpu-gqa", "Llama block, GQA 512", 2, 128, rank=8, compiled=False)
+BLOCK_CPU_MINILM = BlockCase("block-minilm", "MiniLM", 4, 64, rank=8, dtype="fp32", compiled=False)
+BLOCK_CPU_COMPILED = BlockCase("block-cpu-compiled", "Llama block, MHA 512", 4, 64, rank=8)
+BLOCK_LLAMA_1B = BlockCase("block-llama-1b", "Llama-3.2-1B", 4, 2048)
+BLOCK_LLAMA_8B = BlockCase("block-llama-8b", "Llama-3-8B", 2, 2048)
+BLOCKS = {
+    case.key: case
+    for case in (
+        BLOCK_CPU,
+        BLOCK_CPU_GQA,
+        BLOCK_CPU_MINILM,
+        BLOCK_CPU_COMPILED,
+        BLOCK_LLAMA_1B,
+        BLOCK_LLAMA_8B,
+    )
+}
+
+
+@one_thread()
+def layer_memory(
+    case: Case,
+    keys: Iterable[str],
+    device: str,
+    *,
+    known: dict[str, layer_level.Contender] | None = None,
+) -> dict:
+    """Measure the memory of one adapted layer and return the record's payload.
+
+    known: the contenders, those of `keys` by default. One that raises, or whose results are outside the error
+    budget, gets status "failed" and no number; one that cannot run here "not run" and the reason.
+    """
+    found = known or layer_level.layer_contenders(keys)
+    operands = draw(case, device)
+    rows = {}
+    judge = Judge(case, operands)
+    for key, contender in found.items():
+        row = rows[key] = _row(key)
+        if obstacle := contender.obstacle(case, device):
+            row.update(status="not run", reason=obstacle)
+            continue
+        try:
+            errors = judge.errors(contender, contender.build(operands, case))
+            if reason := broken(errors):
+                row.update(status="failed", reason=reason)
+        except Exception as error:
+            row.update(failure(error))
+    # Its fp64 tensors would be in every peak.
+    del judge
+    models.free()
+
+    own = (operands.weight, operands.lora_A, operands.lora_B, operands.bias)
+    for key, contender in found.items():
+        row = rows[key]
+        if row["status"] != "ok":
+            continue
+        try:
+            layer = contender.build(operands, case)
+            module = layer.module if isinstance(layer.module, nn.Module) else None
+            row.update(
+                measure(
+                    lambda layer=layer: layer.module(operands.x),
+                    lambda y, layer=layer: layer_level.gradients(layer, y, operands),
+                    device,
+                    {"input": [operands.x]},
+                    own=[*own, layer.lora_A, layer.lora_B, *_tensors_of(module)],
+                )
+            )
+        except Exception as error:
+            row.update(failure(error))
+        layer = module = None
+        models.free()
+    return {"scope": "layer", "case": case.as_record(), "rows": list(rows.values())}
+
+
+@one_thread()
+def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
+    """Measure the memory of one Transformer block, without and with gradient checkpointing, and return the
+    record's payload.
+
+    A contender that raises, or whose results are outside the error budget, gets status "failed" and no
+    number; one that cannot run here "not run" and the reason.
+    """
+    chosen = models.select(keys, "block")
+    rows = []
+    reference = None
+    for contender in chosen:
+        own_rows = [
+            {**_row(contender.key), "checkpointing": checkpointing, "errors": {}, "units": None}
+            for checkpointing in (False, True)
+        ]
+        rows += own_rows
+        if obstacle := contender.obstacle(device) or _not_compiled(case, contender):
+            for row in own_rows:
+                row.update(status="not run", reason=obstacle)
+            continue
+        try:
+            # Here, and not before the loop: without transformers there is nothing to build.
+            reference = reference or block_reference(case, device)
+            _measure_block(own_rows, case, contender, reference)
+        except Exception as error:
+            for row in own_rows:
+                row.update(failure(error))
+        models.free()
+    return {"scope": "block", "case": case.as_record(), "unit_bytes": case.unit_bytes(), "rows": rows}
+
+
+def _not_compiled(case: BlockCase, contender: models.Contender) -> str | None:
+    if contender.compiled and not case.compiled:
+        return "torch.compile is left out of this case, it takes a minute on a CPU"
+    return None
+
+
+def block_reference(case: BlockCase, device: str) -> models.Reference:
+    """Draw x and dy of a case and compute what its contenders are compared with."""
+    size = models.size_of(case.model)
+    plain = models.build_block(case.model, case.sequence, case.dtype, device)
+    models.adapt_eager(plain, size.linears, case.rank)
+    generator = torch.Generator().manual_seed(models.SEED)
+    shape = (case.batch, case.sequence, size.hidden)
+    x, dy = (torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype]) for _ in range(2))
+    return models.Reference(plain, case.dtype, lambda block, x: block(x), x, dy)
+
+
+def _measure_block(
+    rows: list[dict], case: BlockCase, contender: models.Contender, reference: models.Reference
+) -> None:
+    device = reference.device
+    block = models.build_block(case.model, case.sequence, case.dtype, device)
+    contender.adapt(block, models.size_of(case.model).linears, case.rank)
+    models.fill_adapters(block, case.dtype, zero_B=False)
+    called = block
+    if contender.compiled:
+        torch._dynamo.reset()
+        called = torch.compile(block, dynamic=False)
+    x, dy = reference.x.to(device).requires_grad_(), reference.dy.to(device)
+    wanted = (x, *(parameter for parameter in block.parameters() if parameter.requires_grad))
+    for row in rows:
+
+        def call(x: Tensor, checkpointing: bool = row["checkpointing"]) -> Tensor:
+            return checkpoint(called, x, use_reentrant=False) if checkpointing else called(x)
+
+        try:
+            row["errors"] = reference.errors(contender, block, lambda block, x, call=call: call(x))
+            if reason := broken(row["errors"]):
+                row.update(status="failed", reason=reason)
+                continue
+            numbers = measure(
+                lambda call=call: call(x),
+                lambda y: torch.autograd.grad(y, wanted, dy),
+                device,
+                {"input": [x], "positions": block.positions},
+                own=_tensors_of(block),
+            )
+            row.update(numbers, units=round(numbers["saved_bytes"] / case.unit_bytes(), 4))
+        except Exception as error:
+            row.update(failure(error))
+
+
+def _row(key: str) -> dict:
+    return {"contender": key, "status": "ok", "reason": None, **dict.fromkeys(NUMBERS)}
+
+
+def _tensors_of(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else [*module.parameters(), *module.buffers()]
+
+
+def measure(
+    forward: Forward,
+    backward: Backward,
+    device: str,
+    parts: dict[str, Iterable[Tensor]],
+    own: Iterable[Tensor | None],
+) -> dict:
+    """Return the numbers of a row (NUMBERS) for y = forward() and backward(y).
+
+    parts: tensors whose share of the saved bytes is told apart, by name. own: parameters and the like, which
+    do not count.
+    """
+    # Compiles, and lets libraries allocate the workspaces that they keep.
+    backward(forward())
+    y, saved = saved_bytes(forward, parts, own)
+    backward(y)
+    del y
+    _, forward_temporary, backward_temporary = allocations(forward, backward, device)
+    allocated, reserved = peaks(forward, backward, device)
+    return {
+        "saved_bytes": sum(saved.values()),
+        "parts": saved,
+        "forward_temporary_bytes": forward_temporary,
+        "backward_temporary_bytes": backward_temporary,
+        "peak_allocated_bytes": allocated,
+        "peak_reserved_bytes": reserved,
+    }
+
+
+def saved_bytes(
+    forward: Forward, parts: dict[str, Iterable[Tensor]], own: Iterable[Tensor | None]
+) -> tuple[Tensor, dict[str, int]]:
+    """Run forward; return its result and the bytes that it saved for backward, by part and as "rest".
+
+    Inside a checkpointed function nothing is seen but its arguments, as nothing else is kept.
+    """
+    elsewhere = {_address(tensor) for tensor in own if tensor is not None}
+    part_of = {_address(tensor): name for name, tensors in parts.items() for tensor in tensors}
+    # Held until the count is over: a freed address could be given to a second tensor.
+    kept: dict[tuple, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and _address(tensor) not in elsewhere:
+            kept[_address(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()
+    found = dict.fromkeys((*parts, "rest"), 0)
+    for address, storage in kept.items():
+        found[part_of.get(address, "rest")] += storage.nbytes()
+    return y, found
+
+
+def _address(tensor: Tensor) -> tuple:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def allocations(forward: Forward, backward: Backward, device: str) -> tuple[int, int, int]:
+    """Return what y = forward() leaves allocated, y included, and the temporary bytes of it and of
+    backward(y), as the module's docstring defines them.
+    """
+    return (_cuda_allocations if device == "cuda" else _cpu_allocations)(forward, backward)
+
+
+def _cuda_allocations(forward: Forward, backward: Backward) -> tuple[int, int, int]:
+    # Requested bytes: allocated ones are rounded up by as much as a block of the cache is larger.
+    def requested(what: str) -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{what}"]
+
+    before = requested("current")
+    torch.cuda.reset_peak_memory_stats()
+    y = forward()
+    after, peak = requested("current"), requested("peak")
+    torch.cuda.reset_peak_memory_stats()
+    gradients = backward(y)
+    of_backward = requested("peak") - after - _bytes(gradients)
+    return after - before, peak - after, max(0, of_backward)
+
+
+def _cpu_allocations(forward: Forward, backward: Backward) -> tuple[int, int, int]:
+    # Else the profiler notes its start and end on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        with torch.profiler.record_function("bench.forward"):
+            y = forward()
+        with torch.profiler.record_function("bench.backward"):
+            gradients = backward(y)
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns())
+
+    def levels(name: str) -> list[int]:
+        """Bytes above those at the span's start, after each allocation and release inside of it."""
+        (span,) = (event for event in events if event.name() == name)
+        begin = span.start_ns()
+        end = begin + span.duration_ns()
+        inside = [event.nbytes() for event in changes if begin <= event.start_ns() <= end]
+        return list(itertools.accumulate(inside, initial=0))
+
+    during_forward, during_backward = levels("bench.forward"), levels("bench.backward")
+    kept = during_forward[-1]
+    return kept, max(during_forward) - kept, max(0, max(during_backward) - _bytes(gradients))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({_address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def peaks(forward: Forward, backward: Backward, device: str) -> tuple[int | None, int | None]:
+    """Return the peak of allocated and of reserved bytes during one forward and backward; None on a CPU."""
+    if device != "cuda":
+        return None, None
+    models.free()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    gradients = backward(forward())
+    torch.cuda.synchronize()
+    del gradients
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def estimate(case: Case | BlockCase, keys: Iterable[str], device: str) -> float:
+    """Return roughly how many seconds layer_memory or block_memory takes, for budgets and progress bars."""
+    keys = list(keys)
+    if isinstance(case, Case):
+        product = 2 * case.M * case.K * case.N
+        rows, compiled, fixed = len(keys), 2 * ("compiled-lorafa" in keys), 0.05
+    else:
+        size = models.size_of(case.model)
+        one_layer = replace(size, layers=1, vocab=0).parameters()
+        product = 2 * case.batch * case.sequence * one_layer
+        compiled = sum(key.startswith("compiled") for key in keys)
+        rows = 2 * (len(keys) - (0 if case.compiled else compiled))
+        compiled *= case.compiled
+        fixed = 0.2
+    # Four forwards and backwards a row beside the check, and the fp64 reference.
+    rate, exact_rate, compiling = {
+        "cuda": (3e14, 1e13, 15.0),
+        "cpu": (1e11, 2e10, 20.0),
+    }[device]
+    return rows * (10 * product / rate + fixed) + 8 * product / exact_rate + compiled * compiling

@@ -1,0 +1,348 @@
+"""Reading result records: which of them count, what a row may say, in which words, and where it comes from.
+
+    newest(records)                    the records that count
+    status, time_of, ratio             what a row has; a row that is not "ok" has no time and no ratio, and no
+                                       ratio is formed with one as the baseline
+    cell, time_cell, number, spread    the same in words
+    Sources                            the runs that a device's records come from, and their marks
+
+Every number of the page, the plots, the console and a comparison passes through `status`, `time_of` and
+`ratio`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .cases import MODELS
+from .contenders import FROZEN
+from .contenders import TITLES as LAYER_TITLES
+from .environment import ROOT, device_slug
+from .kernels import TITLES as KERNEL_TITLES
+from .models import TITLES as MODEL_TITLES
+
+Record = dict
+Row = dict
+
+MEASURED = ("time", "memory", "training")
+MODES = {
+    "eager": "one layer",
+    "graph": "one layer in a CUDA graph",
+    "host": "host time of one layer",
+    "kernel": "kernels by themselves",
+}
+TARGET_ROWS = 8192
+PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
+
+
+def device_of(record: Record) -> str:
+    """Return "cpu" or the slug of the GPU's name, as in bench/results/<device>/."""
+    return device_slug(record["_run"]["environment"])
+
+
+def newest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
+    """Return the newest record of every (device, kind, key), without the lines that only frame a run."""
+    found: dict[tuple[str, str, str], Record] = {}
+    for record in records:
+        if record["kind"] in ("run", "end"):
+            continue
+        name = (device_of(record), record["kind"], record["key"])
+        if name not in found or record["date"] >= found[name]["date"]:
+            found[name] = described(record)
+    return found
+
+
+def described(record: Record) -> Record:
+    """A measurement that raised as a whole may not have come to describe its case: then by its key."""
+    return {"case": {"label": record["key"]}, "mode": "eager", "scope": "layer", **record}
+
+
+def status(row: Row | None) -> str | None:
+    """Return "ok", "failed" or "not run"; an error outside its budget is a failure whatever the row says."""
+    if row is None:
+        return None
+    if row.get("status") == "ok" and not all(error["kept"] for error in (row.get("errors") or {}).values()):
+        return "failed"
+    return row.get("status")
+
+
+def row_of(record: Record, contender: str, part: str | None = None, **wanted) -> Row | None:
+    """Return the contender's row, for this part where rows have parts."""
+    wanted |= {"contender": contender} | ({"part": part} if part else {})
+    rows = (row for row in record["rows"] if all(row.get(name) == value for name, value in wanted.items()))
+    return next(rows, None)
+
+
+def time_of(record: Record, contender: str, part: str) -> dict | None:
+    """Return the summary of a time in ms, or None where there is no sound one."""
+    row = row_of(record, contender, part)
+    return usable(row.get("ms")) if row and status(row) == "ok" else None
+
+
+def ratio(record: Record, contender: str, part: str, baseline: str = FROZEN) -> dict | None:
+    """Return the summary of the contender's time over the baseline's, or None where one of them is not
+    "ok".
+    """
+    row = row_of(record, contender, part)
+    if not row or status(row) != "ok" or status(row_of(record, baseline, part)) != "ok":
+        return None
+    return usable((row.get("ratios") or {}).get(baseline))
+
+
+def usable(summary: dict | None) -> dict | None:
+    """Return the summary if all of its numbers are there and positive."""
+    numbers = [(summary or {}).get(name) for name in ("median", "p20", "p80")]
+    return summary if all(number is not None and 0 < number < math.inf for number in numbers) else None
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in ratios))
+
+
+# Titles and orderings
+
+
+def titles_of(record: Record) -> dict[str, str]:
+    """Return the titles of a record's contenders."""
+    if record["kind"] == "training" or (record["kind"] == "memory" and record["scope"] == "block"):
+        return MODEL_TITLES
+    return KERNEL_TITLES if record.get("mode") == "kernel" else LAYER_TITLES
+
+
+def full_title(row: Row, titles: dict[str, str]) -> str:
+    return titles.get(row["contender"], row["contender"]) + (
+        ", checkpointing" if row.get("checkpointing") else ""
+    )
+
+
+def title_of(record: Record, row: Row) -> str:
+    return full_title(row, titles_of(record))
+
+
+def ordered(keys: Iterable[str], titles: dict[str, str]) -> list[str]:
+    """Return the distinct contender keys in the order of their titles, unknown ones last."""
+    known = list(titles)
+    return sorted(set(keys), key=lambda key: (known.index(key) if key in titles else len(known), key))
+
+
+def arranged(rows: Iterable[Row], titles: dict[str, str]) -> list[Row]:
+    """Sort rows: without checkpointing first, then as the contenders are ordered."""
+    rows = list(rows)
+    order = ordered((row["contender"] for row in rows), titles)
+    return sorted(rows, key=lambda row: (bool(row.get("checkpointing")), order.index(row["contender"])))
+
+
+def case_order(record: Record) -> tuple:
+    """Sort cases by model, projection, dtypes, rank and rows."""
+    case = record["case"]
+    models = list(MODELS)
+    model = case.get("model") or ""
+    numbers = [case.get(name) or 0 for name in ("R", "M")]
+    position = models.index(model) if model in models else len(models)
+    shape = (case.get("K") or 0, case.get("N") or 0, case.get("projection") or "")
+    dtypes = (case.get("dtype") or "", case.get("adapter") or "", case.get("dropout") or 0)
+    return (position, model, *shape, *dtypes, *numbers, case["label"])
+
+
+# Numbers and words
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Format to so many significant digits, without an exponent between 1e-4 and 1e15."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def spread(summary: dict, scale: float = 1.0) -> str:
+    """Format a median with p20–p80, all to the digits that the spread leaves."""
+    median, low, high = (summary[name] * scale for name in ("median", "p20", "p80"))
+    most = 3 if median >= 0.1 else 5
+    digits = max(0, min(most, 1 - math.floor(math.log10(max(high - low, median * 1e-3)))))
+    return f"{median:,.{digits}f} ({low:,.{digits}f}–{high:,.{digits}f})"
+
+
+def size(value: int | None) -> str:
+    """Format bytes."""
+    if value is None:
+        return "–"
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= factor:
+            return f"{number(value / factor)} {unit}"
+    return f"{value} B"
+
+
+def label_of(case: dict) -> str:
+    return re.sub(r"(?<=\d)x(?=\d)", "×", case["label"])
+
+
+def listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table, numbers to the right of the first column."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(record: Record, contender: str, part: str, baseline: str = FROZEN) -> str:
+    """A ratio with its spread, or the word that says why there is none."""
+    found = status(row_of(record, contender, part))
+    if found is None:
+        return "–"
+    if found != "ok":
+        return found
+    if value := ratio(record, contender, part, baseline):
+        return spread(value)
+    return "baseline failed" if status(row_of(record, baseline, part)) == "failed" else "–"
+
+
+def time_cell(record: Record, contender: str, part: str) -> str:
+    found = status(row_of(record, contender, part))
+    if found != "ok":
+        return found or "–"
+    value = time_of(record, contender, part)
+    return number(value["median"]) if value else "–"
+
+
+def reason_of(row: Row) -> str:
+    """Return why a row has no numbers, with the errors outside their budget."""
+    errors = [
+        f"{name}: error {number(error['error']) if error['error'] is not None else 'not finite'}, "
+        f"allowed {number(error['allowed'])}"
+        for name, error in (row.get("errors") or {}).items()
+        if not error["kept"]
+    ]
+    text = row.get("reason") or ("outside the error budget" if errors else "no reason given")
+    return f"{text} ({'; '.join(errors)})" if errors else text
+
+
+def reasons(records: Sequence[Record]) -> str:
+    """Say why nobody ran."""
+    found = {row.get("reason") or "no reason given" for record in records for row in record["rows"]}
+    return "; ".join(sorted(found))
+
+
+def device_title(device: str, records: list[Record]) -> tuple[str, str]:
+    """Return a section's heading and, on a CPU, what its numbers are good for."""
+    machines = [record["_run"]["environment"]["machine"] for record in records]
+    if device != "cpu":
+        return machines[0]["gpu"]["name"], ""
+    chips = list(dict.fromkeys(f"{m['cpu']}, {m['threads']} threads" for m in machines))
+    return (
+        f"CPU numbers: {listed(sorted(chips))}",
+        "These are CPU numbers: they compare the Python side and the arrangement of library products, and "
+        "say nothing about a GPU.",
+    )
+
+
+# What a number's line has to admit
+
+
+class Sources:
+    """Which runs the records of a device come from, and the marks of those that need one."""
+
+    def __init__(self, records: Sequence[Record], root: Path):
+        self.root = root
+        self.committed: dict[Path, set[str] | None] = {}
+        self.runs: dict[tuple[str, str], Record] = {}
+        for record in sorted(records, key=lambda record: (record["date"], record["key"])):
+            self.runs.setdefault((self.name(record), record["run"]), record)
+        self.order = sorted(self.runs, key=lambda name: (self.runs[name]["_run"]["date"], name))
+        self.seen: set[str] = set()
+
+    def name(self, record: Record) -> str:
+        """The result file's path in the repository, without the machine's folders."""
+        file = Path(record["_file"]).absolute()
+        for top in (ROOT, self.root.absolute()):
+            if file.is_relative_to(top):
+                return file.relative_to(top).as_posix()
+        return file.name
+
+    def marks(self, record: Record) -> str:
+        """† a line that is not committed, ‡ a tree with uncommitted changes; [n] the run, if several."""
+        found = ""
+        file = Path(record["_file"])
+        if file not in self.committed:
+            self.committed[file] = committed_lines(file)
+        lines = self.committed[file]
+        if lines is None:
+            self.seen.add("unknown")
+        elif record["_line"].strip() not in lines:
+            found += "†"
+        if record["_run"]["environment"].get("dirty"):
+            found += "‡"
+        self.seen.update(found)
+        if len(self.order) > 1:
+            found += f" [{self.order.index((self.name(record), record['run'])) + 1}]"
+        return found
+
+    def of(self, record: Record) -> str:
+        return label_of(record["case"]) + (f" {marks.strip()}" if (marks := self.marks(record)) else "")
+
+    def lines(self) -> list[str]:
+        """A line for each run: file, machine, date, versions, commit."""
+        numbered = len(self.order) > 1
+        return [
+            (f"[{index}] " if numbered else "") + origin(self.runs[name], name[0])
+            for index, name in enumerate(self.order, 1)
+        ]
+
+    def legend(self) -> str:
+        words = {
+            "†": "† the row's line is not in the committed version of its file.",
+            "‡": "‡ measured on a tree with uncommitted changes, so the commit does not say which code ran.",
+            "unknown": "Whether the lines are committed could not be checked: there is no git here.",
+        }
+        return " ".join(text for mark, text in words.items() if mark in self.seen)
+
+
+def provenance(path: str, machine: dict, date: str, versions: dict, commit: str | None) -> str:
+    """Say where a table's numbers come from, in one line."""
+    chip = (machine.get("gpu") or {}).get("name") or f"{machine['cpu']}, {machine['threads']} threads"
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return f"From `{path}`: {chip}; {date[:10]}; {named}; commit {(commit or 'unknown')[:12]}."
+
+
+def origin(record: Record, path: str) -> str:
+    """Say where a run's numbers come from, in one line."""
+    run = record["_run"]
+    now = run["environment"]
+    text = provenance(path, now["machine"], run["date"], now["versions"], now.get("commit"))
+    tree = {True: " with uncommitted changes", False: "", None: " (tree not checked)"}[now.get("dirty")]
+    gpu = now["machine"].get("gpu") or {}
+    state = [
+        f"{words} {gpu[name]}{unit}"
+        for name, words, unit in (
+            ("driver", "driver", ""),
+            ("runtime", "CUDA", ""),
+            ("sm_clock_mhz", "SM clock", " MHz"),
+            ("memory_clock_mhz", "memory clock", " MHz"),
+            ("power_limit_w", "power limit", " W"),
+        )
+        if gpu.get(name)
+    ]
+    return "; ".join([f"{text[:-1]}{tree}", *([", ".join(state)] if state else []), f"`{run['command']}`."])
+
+
+def committed_lines(file: Path) -> set[str] | None:
+    """Return the lines of the file's committed version, or None where git cannot tell."""
+    where = ["git", "-C", str(file.parent)]
+    try:
+        inside = subprocess.run([*where, "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True)
+        shown = subprocess.run([*where, "show", f"HEAD:./{file.name}"], capture_output=True)
+    except OSError:
+        return None
+    if inside.returncode:
+        return None
+    return {line.strip() for line in shown.stdout.decode("utf-8", "replace").splitlines()}

@@ -1,0 +1,133 @@
+"""What the results say, in Markdown: docs/performance.md with its plots, and README's table.
+
+    write(root, page, plots)     the page, from every result file below root
+    readme_table(records)        the short table of the CPU results
+
+What a device's part of the page says is in sections.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .contenders import FROZEN
+from .contenders import TITLES as LAYER_TITLES
+from .environment import ROOT
+from .models import TITLES as MODEL_TITLES
+from .points import PLOTS, draw
+from .reading import (
+    Record,
+    Sources,
+    arranged,
+    case_order,
+    cell,
+    device_of,
+    full_title,
+    label_of,
+    markdown,
+    newest,
+    number,
+    origin,
+    size,
+    status,
+    time_cell,
+)
+from .results import load
+from .sections import columns, device_section, rounds_text
+
+NOT_MEASURED_ON_A_GPU = "Speed on a GPU is not measured yet: there is no result file of one."
+INTRODUCTION = """# Performance
+
+Written by `python -m bench report` from the files below `bench/results/`. No number here was typed.
+
+- A time stands over that of a named baseline: the ratio of two times taken in the same round, as the median
+  of all rounds (p20–p80). 1.05 is 5 % slower than the baseline. The limit is the frozen `nn.Linear`: forward
+  and the gradient of its input.
+- Before anything is timed, its output and gradients are checked against fp64. What fails the check is listed
+  as failed: it has no time here, and nothing is compared with it.
+- What could not run is listed as not run, with the reason.
+- If something was measured several times, the newest run counts.
+- The floor is the least time that the FLOPs and bytes of LoRA-FA allow at the rates measured in the run."""
+
+
+def write(root: Path, page: Path, plots_dir: Path) -> list[str]:
+    """Write the page and its plots from every result file below `root`; return warnings about the files.
+
+    Plots of an earlier report that have no data any more are removed.
+    """
+    records, warnings = load(root)
+    sections = []
+    drawn: list[Path] = []
+    by_device: dict[str, list[Record]] = {}
+    for (device, _, _), record in newest(records).items():
+        by_device.setdefault(device, []).append(record)
+    devices = sorted(by_device, key=lambda device: (device == "cpu", device))
+    if not any(device != "cpu" for device in devices):
+        sections.append(f"## GPU\n\n{NOT_MEASURED_ON_A_GPU}")
+    for device in devices:
+        sources = Sources(by_device[device], root)
+        ends = [r for r in records if r["kind"] == "end" and device_of(r) == device]
+        pictures = draw(device, by_device[device], sources, plots_dir)
+        drawn += pictures.values()
+        links = {
+            name: f"![{name}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
+            for name, path in pictures.items()
+        }
+        sections.append(device_section(device, by_device[device], sources, links, ends))
+    if warnings:
+        sections.append(
+            "## Skipped\n\n" + "\n".join(f"- {_without_folders(text, root)}" for text in warnings)
+        )
+    for name in PLOTS:
+        for path in plots_dir.glob(f"{name}-*.png"):
+            if path not in drawn:
+                path.unlink()
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join([INTRODUCTION, *sections]) + "\n", encoding="utf-8")
+    return warnings
+
+
+def readme_table(records: Sequence[Record]) -> str:
+    """Return the CPU's newest results for README: one layer's ratios, and a block's memory in one line.
+
+    Raises ValueError if there are none.
+    """
+    found = [r for (device, _, _), r in newest(records).items() if device == "cpu"]
+    times = sorted((r for r in found if r["kind"] == "time" and r["mode"] == "eager"), key=case_order)
+    if not times:
+        raise ValueError("there are no CPU times of a layer among the results: run `python -m bench quick`")
+    sources = Sources(times, ROOT)
+    shown, absent = columns(times, LAYER_TITLES)
+    rows = [
+        [label_of(r["case"]), time_cell(r, FROZEN, "both"), *(cell(r, key, "both") for key in shown)]
+        for r in times
+    ]
+    note = (
+        "Forward + backward of one layer: time over that of the frozen nn.Linear (forward + dx) in the same "
+        f"round, median of {rounds_text(times)} interleaved rounds (p20–p80)."
+        f"{absent.replace(' (reasons below)', '')}"
+    )
+    header = ["M×K×N", "frozen nn.Linear, ms", *(LAYER_TITLES.get(key, key) for key in shown)]
+    lines = [" ".join([note, *(origin(sources.runs[name], name[0]) for name in sources.order)])]
+    lines.append(markdown(header, rows))
+    for record in sorted(
+        (r for r in found if r["kind"] == "memory" and r["scope"] == "block"), key=case_order
+    ):
+        kept = [
+            f"{full_title(row, MODEL_TITLES)} {number(row['units']) if status(row) == 'ok' else status(row)}"
+            for row in arranged(record["rows"], MODEL_TITLES)
+            if not row.get("checkpointing")
+        ]
+        if kept:
+            block = f"{label_of(record['case'])}; in hidden states of {size(record['unit_bytes'])}"
+            text = "Kept for backward by one block without checkpointing"
+            lines.append(f"{text} ({block}): {'; '.join(kept)}.")
+    return "\n\n".join(lines)
+
+
+def _without_folders(text: str, root: Path) -> str:
+    for top in (ROOT, root.absolute(), root):
+        text = text.replace(f"{top}{os.sep}", "")
+    return text

@@ -1,0 +1,324 @@
+"""Training of a Llama-shaped model with random weights on synthetic tokens: step time, memory and losses, one
+contender after the other on the same batches, without and with gradient checkpointing.
+
+The tokens follow a chain: each decides the next one, but for one in ten that is drawn at random. So the loss
+can fall, from ln(vocabulary) towards the entropy of the chain.
+
+Before it trains, a contender's logits, their gradient with respect to the embedded tokens and every dB of the
+first layers are compared with fp64 (models.Reference), with random lora_B. Training starts at lora_B = 0,
+where all are the base model: the first loss must be the base model's, up to a unit roundoff of the dtype for
+each of the two, and all losses must be finite. Who fails any of this gets no number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorafa_kernels.accuracy import unit_roundoff
+
+from . import models
+from .cases import DTYPES
+from .judge import broken
+from .layers import failure
+from .memory import saved_bytes
+from .timing import one_thread, summary
+
+WARM_UP_STEPS = 2
+CHECKED_LAYERS = 2
+CHECKED_TOKENS = 128
+ALPHABET = 64
+NOISE = 0.1
+NUMBERS = (
+    "step_ms",
+    "tokens_per_s",
+    "saved_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "trained_parameters",
+    "losses",
+)
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """`steps` steps of AdamW on batches (batch, sequence) for a model of models.SIZES, adapters of rank
+    `rank`; the first WARM_UP_STEPS are not timed. needs_gpu: too large for a CPU. What fits one computes
+    there on a single thread.
+    """
+
+    key: str
+    model: str
+    batch: int
+    sequence: int
+    steps: int
+    rank: int = 16
+    lr: float = 1e-3
+    dtype: str = "bf16"
+    needs_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        models.size_of(self.model)
+        if self.steps <= WARM_UP_STEPS:
+            raise ValueError(f"steps must be more than {WARM_UP_STEPS}, which are not timed: {self.steps}")
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
+
+    def as_record(self) -> dict:
+        """Return the case as JSON types, with its label."""
+        return {
+            "label": self.label,
+            "model": self.model,
+            "batch": self.batch,
+            "sequence": self.sequence,
+            "steps": self.steps,
+            "rank": self.rank,
+            "lr": self.lr,
+            "dtype": self.dtype,
+            "cpu_threads": 1,
+        }
+
+
+TRAINING_TINY = TrainingCase("training-tiny", "tiny Llama", 4, 64, 24, lr=1e-2)
+TRAINING_1B = TrainingCase("training-1b", "Llama-3.2-1B", 2, 2048, 8, needs_gpu=True)
+TRAINING_8B = TrainingCase("training-8b", "Llama-3-8B", 1, 2048, 8, needs_gpu=True)
+TRAININGS = {case.key: case for case in (TRAINING_TINY, TRAINING_1B, TRAINING_8B)}
+
+
+def batches(case: TrainingCase, device: str) -> Tensor:
+    """Draw the tokens of all steps, (steps, batch, sequence), the same on every device."""
+    generator = torch.Generator().manual_seed(models.SEED)
+    vocab = models.size_of(case.model).vocab
+    alphabet = torch.randperm(vocab, generator=generator)[:ALPHABET]
+    successor = torch.randperm(len(alphabet), generator=generator)
+    shape = (case.steps, case.batch, case.sequence)
+    tokens = torch.randint(len(alphabet), shape, generator=generator)
+    drawn = torch.rand(shape, generator=generator) < NOISE
+    for t in range(1, case.sequence):
+        tokens[..., t] = torch.where(drawn[..., t], tokens[..., t], successor[tokens[..., t - 1]])
+    return alphabet[tokens].to(device)
+
+
+@one_thread()
+def train(
+    case: TrainingCase,
+    keys: Iterable[str],
+    device: str,
+    tick: Callable[[float], object] = lambda fraction: None,
+) -> dict:
+    """Train every contender without and with gradient checkpointing and return the record's payload.
+
+    tick is called with the fraction that is done. A contender that raises, or whose numbers are wrong, gets
+    status "failed" and no number; one that cannot run here, or for which the memory does not suffice, "not
+    run" and the reason.
+    """
+    chosen = models.select(keys, "training")
+    rows = [
+        {"contender": contender.key, "checkpointing": checkpointing, "status": "ok", "reason": None}
+        | dict.fromkeys(NUMBERS)
+        for contender in chosen
+        for checkpointing in (False, True)
+    ]
+    by_contender = list(zip(chosen, rows[::2], rows[1::2], strict=True))
+    obstacles = {contender.key: _obstacle(case, contender, device) for contender in chosen}
+    base = None
+    for number, (contender, *own_rows) in enumerate(by_contender):
+
+        def part_done(fraction: float, number=number) -> None:
+            tick((number + fraction) / len(by_contender))
+
+        try:
+            if obstacle := obstacles[contender.key]:
+                _settle(own_rows, {"status": "not run", "reason": obstacle})
+                continue
+            base = base or _Base(case, device)
+            _train_contender(case, contender, base, own_rows, part_done)
+        except Exception as error:
+            _settle(own_rows, _failure(error))
+        finally:
+            models.free()
+            part_done(1.0)
+    return {"case": case.as_record(), "rows": rows}
+
+
+def _obstacle(case: TrainingCase, contender: models.Contender, device: str) -> str | None:
+    if case.needs_gpu and device != "cuda":
+        return "a model of this size needs a GPU"
+    return contender.obstacle(device)
+
+
+def _settle(rows: list[dict], found: dict) -> None:
+    """Give the rows that have no numbers yet a status and a reason."""
+    for row in rows:
+        if row["losses"] is None and row["status"] == "ok":
+            row.update(found)
+
+
+def _failure(error: Exception) -> dict:
+    found = failure(error)
+    if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found["reason"] = f"out of memory: {total - free} of {total} bytes were in use"
+    return found
+
+
+class _Base:
+    """What all contenders are compared with: fp64 results of the first layers, and the base model's loss on
+    the first batch.
+    """
+
+    def __init__(self, case: TrainingCase, device: str):
+        self.tokens = batches(case, device)
+        dtype = DTYPES[case.dtype]
+        model = models.build_causal_lm(case.model, case.dtype, device)
+        models.adapt_frozen(model, (), 0)
+        with torch.no_grad():
+            self.loss = _loss(model, self.tokens[0]).item()
+        with models.first_layers(model, CHECKED_LAYERS) as short:
+            models.adapt_eager(short, models.size_of(case.model).linears, case.rank)
+            x = short.get_input_embeddings()(self.tokens[0, :1, :CHECKED_TOKENS])
+            generator = torch.Generator(device).manual_seed(models.SEED)
+            shape = (*x.shape[:-1], models.size_of(case.model).vocab)
+            dy = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            self.reference = models.Reference(short, case.dtype, _logits, x.detach(), dy)
+        del model, short
+        models.free()
+
+
+def _logits(model: nn.Module, embedded: Tensor) -> Tensor:
+    return model(inputs_embeds=embedded, use_cache=False).logits
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def _train_contender(
+    case: TrainingCase,
+    contender: models.Contender,
+    base: _Base,
+    rows: list[dict],
+    tick: Callable[[float], object],
+) -> None:
+    """Fill in the rows, the first without and the second with gradient checkpointing."""
+    device = base.tokens.device.type
+    model = models.build_causal_lm(case.model, case.dtype, device)
+    adapted = contender.adapt(model, models.size_of(case.model).linears, case.rank)
+    if not contender.adapted:
+        # Else there would be no backward at all.
+        model.enable_input_require_grads()
+    model.train()
+    for number, row in enumerate(rows):
+        try:
+            if row["checkpointing"]:
+                models.checkpoint_layers(model)
+            models.fill_adapters(model, case.dtype, zero_B=False)
+            with models.first_layers(model, CHECKED_LAYERS):
+                errors = base.reference.errors(contender, model)
+            if reason := broken(errors):
+                row.update(status="failed", reason=reason)
+                continue
+            models.fill_adapters(model, case.dtype, zero_B=True)
+            numbers = _steps(
+                case,
+                model,
+                contender.optimizer(adapted, case.rank, case.lr),
+                base.tokens,
+                lambda fraction, number=number: tick((number + fraction) / 2),
+            )
+            if reason := _wrong_losses(case, numbers["losses"], base.loss):
+                row.update(status="failed", reason=reason)
+            else:
+                row.update(numbers)
+        except Exception as error:
+            row.update(_failure(error))
+        finally:
+            model.zero_grad()
+            models.free()
+
+
+def _wrong_losses(case: TrainingCase, losses: list[float], base_loss: float) -> str | None:
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return f"the loss of step {step} is not finite"
+    allowed = 2 * unit_roundoff(DTYPES[case.dtype])
+    error = abs(losses[0] - base_loss) / abs(base_loss)
+    if not error <= allowed:
+        return f"the first loss is off the base model's by {error:.3g}, allowed {allowed:.3g}"
+    return None
+
+
+def _steps(
+    case: TrainingCase,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    tokens: Tensor,
+    tick: Callable[[float], object],
+) -> dict:
+    """Count what one step keeps, train, and return the numbers of a row."""
+    on_gpu = tokens.is_cuda
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = (*model.parameters(), *model.buffers(), tokens)
+    loss, saved = saved_bytes(lambda: _loss(model, tokens[0]), {}, own)
+    loss.backward()
+    model.zero_grad()
+    del loss
+    models.free()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+
+    losses, clocks = [], [_now(on_gpu)]
+    for step in range(case.steps):
+        loss = _loss(model, tokens[step])
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        clocks.append(_now(on_gpu))
+        losses.append(loss.detach())
+        tick((step + 1) / case.steps)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = [_between(*pair) for pair in itertools.pairwise(clocks)][WARM_UP_STEPS:]
+    step_ms = summary(seconds, 1e3)
+    return {
+        "step_ms": step_ms,
+        "tokens_per_s": round(case.batch * case.sequence / step_ms["median"] * 1e3, 1),
+        "saved_bytes": sum(saved.values()),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "losses": [round(loss.item(), 6) for loss in losses],
+    }
+
+
+def _now(on_gpu: bool):
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin, end) -> float:
+    """Return seconds between two clocks of _now."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) * 1e-3
+
+
+def estimate(case: TrainingCase, keys: Iterable[str], device: str) -> float:
+    """Return roughly how many seconds train takes, for budgets and progress bars."""
+    if case.needs_gpu and device != "cuda":
+        return 0.1
+    weights = models.size_of(case.model).parameters()
+    # Forward and dx; with checkpointing the forward again; one step more to count what is kept.
+    flops = (case.steps + 1) * (4 + 6) * weights * case.batch * case.sequence
+    rate, building, fixed = {"cuda": (3e14, 1e10, 1.5), "cpu": (4e10, 1e8, 0.4)}[device]
+    return (len(list(keys)) + 1) * (flops / rate + weights / building + fixed)

@@ -1,0 +1,188 @@
+"""python -m bench: what a user types, and what comes back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import jobs, results, timing
+from bench.cases import HOST_CASES, grid
+from bench.contenders import CONTENDERS
+from bench.jobs import COMPILED, KINDS, Setting
+
+TINY = ["--layers", "MiniLM/query", "--rows", "16", "--ranks", "4", "--dtype", "fp32", "--rounds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setitem(timing.FLUSH_BYTES, "cpu", 2**10)
+
+
+def run(out, *more: str) -> int:
+    return command.main(["run", *TINY, "--device", "cpu", "--out", str(out), *more])
+
+
+def test_run_writes_a_file_and_shows_a_table(tmp_path, capsys):
+    assert run(tmp_path, "--kinds", "time", "--contenders", "frozen", "lorafa") == 0
+    records, warnings = results.load(tmp_path)
+    assert not warnings
+    assert [record["kind"] for record in records] == ["run", "time", "end"]
+    about = records[0]["environment"]
+    assert set(about) == {"date", "machine", "versions", "commit", "dirty"}
+    assert about["machine"]["threads"] == torch.get_num_threads()
+    assert {row["contender"] for row in records[1]["rows"]} == {"frozen", "lorafa"}
+    assert {row["status"] for row in records[1]["rows"]} == {"ok"}
+    shown = capsys.readouterr().out
+    assert "lorafa_kernels" in shown
+    assert str(tmp_path / "chosen.jsonl") in shown
+
+
+def test_fresh_discards_and_plain_appends(tmp_path):
+    options = ("--kinds", "time", "--contenders", "frozen")
+    path = tmp_path / "here.jsonl"
+    for more, runs in (((), 1), ((), 2), (("--fresh",), 1)):
+        assert run(path, *options, *more) == 0
+        assert len([record for record in results.read(path)[0] if record["kind"] == "run"]) == runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listed"),
+    [
+        (["run", "--grid", "targt"], ["unknown grid", "target", "first-hour"]),
+        (["run", "--layers", "Lama"], ["unknown model", "Llama-3-8B", "T5-base"]),
+        (["run", "--layers", "Llama-3-8B/quary"], ["unknown layer of Llama-3-8B", "gate", "down"]),
+        (["run", "--contenders", "peft"], ["unknown contender", *CONTENDERS]),
+        (["quick", "--contenders", "pefft-lora"], ["did you mean peft-lora", *CONTENDERS]),
+        (["run", "--kinds", "times"], ["unknown kind", *KINDS]),
+        (["run", "--rows", "0", "--layers", "MiniLM"], ["at least 1"]),
+        (["run", "--dropout", "1"], ["dropout in [0, 1)"]),
+        (["run", "--budget", "-1"], ["--budget must be positive"]),
+        (["run", "--grid", "quick", "--layers", "MiniLM"], ["exclude each other"]),
+        (["report", "--compare", "no-such-revision"], ["no-such-revision"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_says_what_would_be_right(arguments, listed, capsys, tmp_path):
+    more = [] if arguments[0] == "report" else ["--out", str(tmp_path), "--device", "cpu"]
+    assert command.main([*arguments, *more]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in listed), said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_said(capsys, tmp_path):
+    assert run(tmp_path, "--device", "cuda") == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_wrong_contender_fails_the_command(tmp_path, monkeypatch, capsys):
+    from bench import contenders
+
+    def planted(operands, case):
+        right = contenders.build_eager(operands, case)
+        right.module.scaling *= 2
+        return right
+
+    wrong = contenders.Contender("eager-lorafa", "planted", planted)
+    monkeypatch.setitem(contenders.CONTENDERS, "eager-lorafa", wrong)
+    options = ("--kinds", "time", "--contenders", "frozen", "lorafa", "eager-lorafa")
+    assert run(tmp_path, *options) == 1
+    shown = capsys.readouterr().out
+    assert "outside the error budget" in shown
+    assert "eager-lorafa" in shown
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    right = jobs.layers.time_case
+
+    def interrupted_later(case, *args, **options):
+        if case.M == 32:
+            raise KeyboardInterrupt
+        return right(case, *args, **options)
+
+    options = ("--kinds", "time", "--contenders", "frozen", "--rows", "16", "32")
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.layers, "time_case", interrupted_later)
+        assert run(tmp_path, *options) == 130
+    assert "goes on" in capsys.readouterr().out
+    assert run(tmp_path, *options) == 0
+    records, _ = results.load(tmp_path)
+    assert [record["case"]["M"] for record in records if record["kind"] == "time"] == [16, 32]
+
+
+def test_list_names_everything(capsys):
+    assert command.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*CONTENDERS, *KINDS, "Llama-3-70B", "first-hour"))
+
+
+def test_quick_names_everyone_and_compiles_once():
+    setting = Setting("cpu")
+    found = jobs.jobs_of(grid("quick"), KINDS, setting, compiled=False)
+    assert len({job.key for job in found}) == len(found)
+    kinds = [job.kind for job in found]
+    assert kinds[0] == "ceilings"
+    assert {"time", "memory", "training"} <= set(kinds)
+    timed = [job for job in found if job.key.startswith("eager")]
+    assert len(timed) == len(grid("quick"))
+    assert all(job.contenders == setting.contenders for job in timed)
+    # What is left out of a case is a row of it all the same.
+    case = HOST_CASES[0]
+    setting.rounds = 1
+    row = {
+        row["contender"]: row
+        for row in jobs.time_job(case, setting, "host", {COMPILED: "takes long"}).run(lambda f: None)["rows"]
+    }[COMPILED]
+    assert (row["status"], row["reason"], row["ms"]) == ("not run", "takes long", None)
+
+
+def test_suite_goes_in_the_order_of_what_tells_most():
+    found = jobs.suite(Setting("cuda"))
+    keys = [job.key for job in found]
+    assert len(set(keys)) == len(keys)
+    assert keys[:2] == ["ceilings", "tests"]
+
+    def first(start: str) -> int:
+        return next(number for number, key in enumerate(keys) if key.startswith(start))
+
+    order = ["kernel Llama-3-8B/q", "eager Llama-3", "kernel Llama-3-8B/gate 8192x4096x14336 R=64", "host"]
+    order += ["training Llama-3.2-1B", "block", "training Llama-3-8B", "graph", "memory"]
+    assert [first(start) for start in order] == sorted(first(start) for start in order)
+    timed = [job for job in found if job.key.startswith("eager")]
+    assert all(job.contenders == tuple(CONTENDERS) for job in timed)
+    target = [job for job in timed[:24] if " 8192x" in job.key]
+    assert len(target) == 24, "all cells that the target names come first"
+    assert "tests" not in [job.key for job in jobs.suite(Setting("cuda"), tests=False)]
+
+
+def test_suite_measures_only_what_no_committed_file_has(tmp_path, monkeypatch, capsys):
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    monkeypatch.setattr(command, "RESULTS", kept)
+    case = HOST_CASES[0]
+
+    def two(setting, tests):
+        only = Setting(setting.device, ("frozen",), 1)
+        return [jobs.ceilings_job(only), jobs.time_job(case, only, "host")]
+
+    monkeypatch.setattr(command, "suite", two)
+    monkeypatch.setitem(jobs.ceilings.SIZES, "cpu", ({"fp32": 32}, 1024))
+    arguments = ["suite", "--device", "cpu", "--budget", "540", "--out"]
+    assert command.main([*arguments, str(kept / "cpu")]) == 0
+    assert command.main([*arguments, str(out)]) == 0
+    assert "measured already" in capsys.readouterr().out
+    assert not out.exists()
+    text = (kept / "cpu" / "suite.jsonl").read_text().splitlines()
+    (kept / "cpu" / "suite.jsonl").write_text(
+        "\n".join(line for line in text if '"ceilings"' not in line[:20])
+    )
+    assert command.main([*arguments, str(out)]) == 0
+    assert [json.loads(line)["kind"] for line in (out / "suite.jsonl").read_text().splitlines()] == [
+        "run",
+        "ceilings",
+        "end",
+    ]

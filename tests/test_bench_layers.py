@@ -1,0 +1,256 @@
+"""bench: wrong results get no number, nobody is dropped silently, ratios are formed within rounds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from bench import cases, contenders, judge, kernels, layers, timing
+from bench.cases import Case
+from bench.contenders import CONTENDERS, FROZEN, Contender, Layer
+
+TINY = Case("test", "tiny", 24, 40, 32, 4, dtype="fp32", adapter="fp32")
+MIXED = Case("test", "tiny", 24, 40, 32, 4, bias=True, dtype="bf16", adapter="fp32")
+DROPOUT = Case("test", "tiny", 24, 40, 32, 4, dtype="fp32", adapter="fp32", dropout=0.25)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUICK = tuple(key for key in CONTENDERS if key != "compiled-lorafa")
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setitem(timing.FLUSH_BYTES, "cpu", 2**10)
+
+
+def measure(case=TINY, keys=QUICK, known=None, **options) -> dict[tuple[str, str], dict]:
+    payload = layers.time_case(case, keys, DEVICE, rounds=2, known=known, **options)
+    json.dumps(payload, allow_nan=False)
+    return {(row["contender"], row["part"]): row for row in payload["rows"]}
+
+
+def with_planted(build, **options) -> dict[str, Contender]:
+    return {
+        "planted": Contender("planted", "planted", build, **options),
+        **contenders.layer_contenders(QUICK),
+    }
+
+
+def scaled_wrongly(operands, case) -> Layer:
+    right = contenders.build_eager(operands, case)
+    right.module.scaling *= 1.05
+    return right
+
+
+def with_nan(operands, case) -> Layer:
+    right = contenders.build_eager(operands, case)
+    return Layer(lambda x: right.module(x) * float("nan"), right.lora_B)
+
+
+def raising(operands, case) -> Layer:
+    raise RuntimeError("does not run here\nsecond line")
+
+
+def with_wrong_dA(operands, case) -> Layer:
+    right = contenders.build_eager(operands, case, train_A=True)
+    right.lora_A.register_hook(lambda gradient: gradient * 1.5)
+    return right
+
+
+@pytest.mark.parametrize("case", [TINY, MIXED, DROPOUT], ids=lambda case: case.label)
+def test_everyone_is_checked_and_timed_or_says_why_not(case):
+    pytest.importorskip("peft")
+    rows = measure(case)
+    assert {key for key, _ in rows} == set(QUICK)
+    for (key, part), row in rows.items():
+        assert part in layers.PARTS
+        if row["status"] == "not run":
+            assert row["reason"]
+            assert (row["ms"], row["ratios"]) == (None, {})
+            continue
+        assert row["status"] == "ok", (key, row["reason"])
+        trained = {"frozen": set(), "eager-lora": {"dB", "dA"}, "peft-lora": {"dB", "dA"}}.get(key, {"dB"})
+        assert set(row["errors"]) == {"y", "dx"} | trained
+        assert 0 < row["ms"]["min"] <= row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+        assert (FROZEN in row["ratios"]) == (key != FROZEN)
+    idle = {key for (key, _), row in rows.items() if row["status"] == "not run"}
+    if DEVICE == "cpu":
+        assert idle == {"triton"} | ({"lorafa", "library", "addmm"} if case.dropout else set())
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (scaled_wrongly, "outside the error budget: y, dx, dB"),
+        (with_nan, "outside the error budget: y, dx, dB"),
+        (with_wrong_dA, "outside the error budget: dA"),
+        (raising, "RuntimeError: does not run here"),
+    ],
+    ids=["wrong", "nan", "wrong dA", "raising"],
+)
+def test_planted_failure_is_red_and_out_of_the_ratios(build, reason):
+    rows = measure(known=with_planted(build))
+    for part in layers.PARTS:
+        planted = rows["planted", part]
+        assert (planted["status"], planted["reason"]) == ("failed", reason)
+        assert (planted["ms"], planted["ratios"]) == (None, {})
+        assert "planted" not in rows["lorafa", part]["ratios"]
+        assert FROZEN in rows["lorafa", part]["ratios"]
+
+
+def test_failed_baseline_gives_nobody_a_ratio():
+    known = contenders.layer_contenders(("lorafa", "library"))
+    known[FROZEN] = Contender(FROZEN, "planted", with_nan, adapted=False)
+    rows = measure(known=known)
+    assert rows[FROZEN, "both"]["status"] == "failed"
+    assert rows["lorafa", "both"]["ms"] is not None
+    assert set(rows["lorafa", "both"]["ratios"]) == {"library"}
+
+
+def test_contender_that_fails_later_loses_its_times_too():
+    calls = itertools.count()
+
+    def build(operands, case) -> Layer:
+        right = contenders.build_eager(operands, case)
+
+        def module(x):
+            if next(calls) > 3:
+                raise RuntimeError("breaks in the middle")
+            return right.module(x)
+
+        return Layer(module, right.lora_B)
+
+    rows = measure(known=with_planted(build))
+    assert rows["planted", "both"]["status"] == "failed"
+    assert rows["planted", "both"]["ratios"] == {}
+
+
+def test_dropout_is_checked_with_the_mask_that_was_drawn():
+    def drops_too_little(operands, case) -> Layer:
+        right = contenders.build_eager(operands, case)
+        right.module.dropout.p = 0.2
+        return right
+
+    rows = measure(DROPOUT, known=with_planted(drops_too_little))
+    assert rows["eager-lorafa", "both"]["status"] == "ok"
+    assert rows["planted", "both"]["status"] == "failed"
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rows = measure()
+    assert (rows["peft-lora", "both"]["status"], rows["peft-lora", "both"]["reason"]) == (
+        "not run",
+        "peft is not installed",
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_what_needs_a_gpu_says_so():
+    graphs = measure(keys=("frozen", "lorafa"), mode="graph")
+    assert {row["reason"] for row in graphs.values()} == {"CUDA graphs need a GPU"}
+    rows = measure(keys=("frozen", "triton"))
+    assert "needs a GPU" in rows["triton", "both"]["reason"]
+
+
+def test_host_time_counts_calls_of_the_python_side():
+    rows = measure(keys=("frozen", "lorafa"), mode="host")
+    assert {part for _, part in rows} == {"forward", "both"}
+    assert rows["lorafa", "both"]["ms"]["median"] > 0
+
+
+def test_compiled_contender_is_right(monkeypatch):
+    (contender,) = contenders.layer_contenders(("compiled-lorafa",)).values()
+    if reason := contender.obstacle(TINY, DEVICE):
+        pytest.skip(reason)
+    # The compiler itself is what takes long; what is compared is the same.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    rows = measure(keys=("frozen", "compiled-lorafa"))
+    assert rows["compiled-lorafa", "backward"]["status"] == "ok", rows["compiled-lorafa", "backward"]
+
+
+def test_unknown_contender_lists_the_known_ones():
+    with pytest.raises(ValueError, match="did you mean lorafa") as raised:
+        contenders.layer_contenders(("lorfa",))
+    assert all(key in str(raised.value) for key in CONTENDERS)
+
+
+def test_ratios_are_formed_within_rounds_and_every_contender_starts_one():
+    # The clock runs slower from round to round; within each, "slow" takes twice the time of the baseline.
+    steps = {"frozen": lambda: 1.0, "slow": lambda: 2.0, "third": lambda: 3.0}
+    calls = itertools.count()
+    order = []
+
+    def seconds(step) -> float:
+        order.append(step())
+        return step() * 10 ** (next(calls) // len(steps))
+
+    samples = timing.interleave(steps, 3, seconds, lambda: None)
+    assert samples == {"frozen": [1, 10, 100], "slow": [2, 20, 200], "third": [3, 30, 300]}
+    assert order[::3] == [1.0, 2.0, 3.0]
+    row = layers.row_of("slow", "both", {"status": "ok"}, samples)
+    assert row["ms"]["p20"] < row["ms"]["p80"]
+    ratio = row["ratios"][FROZEN]
+    assert ratio["median"] == ratio["p20"] == ratio["p80"] == 2.0
+
+
+def test_memory_is_poisoned_only_inside():
+    before = torch.are_deterministic_algorithms_enabled()
+    with judge.poisoned_memory():
+        assert torch.empty(1000).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_wrong_shape_is_a_failure():
+    right = {"y": torch.ones(4, 4)}
+    with pytest.raises(ValueError, match=r"y has shape \(4, 3\), expected \(4, 4\)"):
+        judge.verdict({"y": torch.ones(4, 3)}, right, {"y": 0.0})
+
+
+def test_out_of_memory_is_not_a_wrong_result():
+    assert layers.failure(torch.OutOfMemoryError("CUDA out of memory"))["status"] == "not run"
+    assert layers.failure(RuntimeError("wrong"))["status"] == "failed"
+
+
+def test_kernels_are_checked_and_compared_with_library_products(monkeypatch):
+    pytest.importorskip("triton")
+    payload = kernels.time_kernels(MIXED, DEVICE, rounds=2, interpreted=True)
+    json.dumps(payload, allow_nan=False)
+    assert [(row["part"], row["contender"]) for row in payload["rows"]] == list(
+        itertools.product(kernels.PARTS, kernels.KERNELS)
+    )
+    assert {row["status"] for row in payload["rows"]} == {"ok"}, payload["rows"]
+    assert all(set(row["ratios"]) == {kernels.LIBRARY} for row in payload["rows"][1::2])
+
+
+def test_wrong_kernel_is_red(monkeypatch):
+    pytest.importorskip("triton")
+    from lorafa_kernels.kernels import shrink
+
+    right = shrink.shrink
+    monkeypatch.setattr(shrink, "shrink", lambda rows, factor, scaling: right(rows, factor, 1.1 * scaling))
+    payload = kernels.time_kernels(MIXED, DEVICE, rounds=1, interpreted=True)
+    (row,) = [row for row in payload["rows"] if row["status"] == "failed"]
+    assert (row["contender"], row["part"], row["ms"]) == (kernels.TRITON, "z", None)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_kernels_without_a_gpu_are_named_as_not_run():
+    rows = kernels.time_kernels(MIXED, "cpu", rounds=1)["rows"]
+    assert {(row["contender"], row["status"]) for row in rows} == {
+        (key, "not run") for key in kernels.KERNELS
+    }
+
+
+def test_peft_absent_from_the_interpreter(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    rows = measure(keys=("frozen", "peft-lora"))
+    assert rows["peft-lora", "both"]["status"] == "not run"
+
+
+def test_host_cases_are_small():
+    assert all(case.M * case.K * case.N < 2**16 for case in cases.HOST_CASES)
