@@ -1,1 +1,6 @@
-"""Measurements and checks that write the result files in bench/results."""
+"""Benchmarks: python -m bench."""
+
+import time
+
+# Before torch is imported, which a budget has to pay for too.
+STARTED = time.monotonic()

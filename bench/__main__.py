@@ -13,6 +13,7 @@ within one run. See docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 
 from lorafa_kernels.tuning.models import MODELS
 
-from . import compare, report
+from . import STARTED, compare, report
 from .cases import (
     DTYPES,
     GRIDS,
@@ -37,8 +38,8 @@ from .cases import (
 )
 from .console import show
 from .contenders import CONTENDERS, TITLES, layer_contenders
-from .environment import ROOT, device_slug, environment, identity
-from .jobs import KINDS, ROUNDS, Setting, jobs_of, known_ceilings, suite
+from .environment import ROOT, device_slug, environment
+from .jobs import KINDS, ROUNDS, Setting, jobs_of, suite
 from .results import RESULTS, load
 from .runner import Job, Outcome, make_console, run
 
@@ -150,7 +151,11 @@ def measure_chosen(options: argparse.Namespace) -> int:
 def measure_suite(options: argparse.Namespace) -> int:
     setting = make_setting(options)
     jobs = suite(setting, tests=not options.no_tests)
-    return measure(options, jobs, setting, "suite", elsewhere=RESULTS)
+    if options.fresh:
+        return measure(options, jobs, setting, "suite")
+    # A file of its own for every call: results of several calls can lie in one folder.
+    name = f"suite-{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}"
+    return measure(options, jobs, setting, name, elsewhere=(RESULTS,))
 
 
 def check_cases(wanted: list[Case]) -> None:
@@ -178,7 +183,11 @@ def make_setting(options: argparse.Namespace) -> Setting:
 
 
 def measure(
-    options: argparse.Namespace, jobs: list[Job], setting: Setting, name: str, elsewhere: Path | None = None
+    options: argparse.Namespace,
+    jobs: list[Job],
+    setting: Setting,
+    name: str,
+    elsewhere: tuple[Path, ...] = (),
 ) -> int:
     """Run the jobs, show what came out, and return 1 if anybody's results were wrong."""
     about = environment()
@@ -187,8 +196,9 @@ def measure(
     path = result_file(options.out, about, name)
     if options.fresh:
         path.unlink(missing_ok=True)
-    setting.ceilings = known_ceilings(identity(about), path, elsewhere)
     console = make_console()
+    if about["commit"] is None:
+        console.print("no commit is known: set BENCH_COMMIT to publish these results", style="yellow")
     command = f"python -m bench {options.name}"
     outcome = run(
         jobs,
@@ -196,7 +206,8 @@ def measure(
         grid=name,
         command=command,
         budget=options.budget,
-        elsewhere=elsewhere,
+        started=STARTED if options.budget else None,
+        elsewhere=(*elsewhere, path.parent) if elsewhere else (),
         console=console,
         about=about,
     )
@@ -218,13 +229,19 @@ def conclude(outcome: Outcome, path: Path, console) -> int:
         return 0
     console.print(f"{len(outcome.records)} measurements in {path}", highlight=False, soft_wrap=True)
     if outcome.left:
-        why = {"budget": "the budget was too small for", "interrupted": "interrupted before"}
+        why = {
+            "budget": "the budget was too small for",
+            "interrupted": "interrupted before",
+            "device lost": "the GPU no longer answers, before",
+        }
         console.print(
             f"{why[outcome.stopped]} {len(outcome.left)} more; the same command goes on with them",
             highlight=False,
         )
     if outcome.stopped == "interrupted":
         return 130
+    if outcome.stopped == "device lost":
+        return 1
     failed = [row for record in outcome.records for row in record["rows"] if row.get("status") == "failed"]
     if failed:
         names = ", ".join(sorted({row["contender"] for row in failed}))

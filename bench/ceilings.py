@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .cases import DTYPES
+from .environment import gpu_state
 from .timing import WARM_UP, CPUTimer, EventTimer, interleave, summary
 
 # M, K, N of the product, bytes that are copied.
@@ -35,8 +36,10 @@ def measure(device: str, sizes: tuple[dict[str, int], int] | None = None, rounds
     for name, step in steps.items():
         for _ in range(WARM_UP):
             step()
-        timer = EventTimer([step]) if device == "cuda" else CPUTimer([step])
-        samples |= interleave({name: step}, rounds, timer, lambda: None)
+        timer = EventTimer() if device == "cuda" else CPUTimer()
+        samples |= interleave({name: step}, rounds, timer, lambda: None)[0]
+    # Before any work a GPU stands at the clock of an idle one.
+    clocks = gpu_state() if device == "cuda" else None
     rows = [
         {
             "what": "product",
@@ -47,7 +50,7 @@ def measure(device: str, sizes: tuple[dict[str, int], int] | None = None, rounds
         for dtype, size in products.items()
     ]
     rate = summary([2 * copied / seconds * 1e-9 for seconds in samples["copy"]])
-    return {"rows": [*rows, {"what": "copy", "bytes": copied, "gb_per_s": rate}]}
+    return {"rows": [*rows, {"what": "copy", "bytes": copied, "gb_per_s": rate}], "clocks": clocks}
 
 
 def rates(payload: dict | None, dtype: str) -> dict[str, float | None]:

@@ -37,8 +37,8 @@ class Layer:
 class Contender:
     """build(operands, case) -> Layer; obstacle(case, device) -> why it cannot run there, or None.
 
-    adapted: whether there is an adapter at all. mask_dtype(case): of the tensor on which it calls torch's
-    dropout, as a key of DTYPES.
+    adapted: whether there is an adapter at all. compiled: by torch.compile. mask_dtype(case): of the tensor
+    on which it calls torch's dropout, as a key of DTYPES.
     """
 
     key: str
@@ -46,6 +46,7 @@ class Contender:
     build: Callable[[Operands, Case], Layer]
     obstacle: Callable[[Case, str], str | None] = lambda case, device: None
     adapted: bool = True
+    compiled: bool = False
     mask_dtype: Callable[[Case], str] = lambda case: case.dtype
 
 
@@ -107,8 +108,6 @@ def build_eager(operands: Operands, case: Case, train_A: bool = False) -> Layer:
 
 def build_compiled(operands: Operands, case: Case) -> Layer:
     module = Eager(operands, case, train_A=False)
-    # The timed backward runs many times on one graph.
-    torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
     return Layer(torch.compile(module, dynamic=False), module.lora_B)
 
@@ -203,7 +202,11 @@ _ALL = (
     Contender("eager-lora", "eager LoRA", partial(build_eager, train_A=True)),
     Contender("addmm", "product, then addmm_ (as Unsloth)", build_addmm, obstacle=_without_dropout),
     Contender(
-        "compiled-lorafa", "torch.compile of eager LoRA-FA", build_compiled, obstacle=_without_compiler
+        "compiled-lorafa",
+        "torch.compile of eager LoRA-FA",
+        build_compiled,
+        _without_compiler,
+        compiled=True,
     ),
     Contender("peft-lorafa", "PEFT, A frozen", build_peft, _without_peft, mask_dtype=_adapter_dtype),
     Contender(

@@ -87,7 +87,7 @@ def _gpu() -> dict | None:
         "capability": f"{limits.major}.{limits.minor}",
         "memory_gib": round(limits.total_memory / 2**30, 1),
         "runtime": torch.version.cuda or torch.version.hip,
-        **_gpu_state(),
+        **gpu_state(),
     }
 
 
@@ -102,7 +102,8 @@ _GPU_STATE = {
 }
 
 
-def _gpu_state() -> dict:
+def gpu_state() -> dict:
+    """Return driver, clocks (MHz), power limit (W) and temperature (°C) now, as nvidia-smi says them."""
     query = f"--query-gpu={','.join(_GPU_STATE)}"
     line = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0")
     values = (line or "").split(", ")
@@ -119,11 +120,11 @@ def device_slug(about: dict) -> str:
 
 def identity(about: dict) -> str:
     """Return what two measurements must share to be parts of one: the measured and the measuring code, the
-    machine, and the versions; as a short hash.
+    versions, and the GPU by name or the CPU with its threads; as a short hash.
     """
     machine = about["machine"]
-    gpu = machine["gpu"] and {name: machine["gpu"][name] for name in ("name", "driver", "runtime")}
-    parts = [machine["cpu"], machine["cores"], machine["threads"], gpu, about["versions"]]
+    chip = machine["gpu"]["name"] if machine["gpu"] else [machine[k] for k in ("cpu", "cores", "threads")]
+    parts = [chip, about["versions"]]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for folder in ("lorafa_kernels", "bench"):
         for path in sorted((ROOT / folder).rglob("*.py")):

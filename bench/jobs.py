@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from . import ceilings, kernels, layers, memory, models, training
 from .cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid
 from .cases import layers as distinct_layers
 from .contenders import CONTENDERS
 from .environment import ROOT
-from .results import load, read
 from .runner import Job
 
-KINDS = ("ceilings", "time", "graph", "host", "kernel", "memory", "block", "training")
+KINDS = ("ceilings", "time", "wall", "graph", "host", "kernel", "memory", "block", "training")
 # Rounds of interleaved samples, by device.
 ROUNDS = {"cuda": 15, "cpu": 21}
 BLOCKS = {
@@ -30,31 +28,20 @@ TRAININGS = {
 }
 # Compiling takes longer than all that a quick look measures.
 COMPILED = "compiled-lorafa"
-TESTS_SECONDS = 150.0
+LEFT_OUT = "left out of this case, to save time"
+TESTS_SECONDS = 100.0
 
 
 @dataclass
 class Setting:
     """Where and with whom is measured. contenders: keys of layer contenders; ceilings: the payload of that
-    record, filled by its job or from an earlier part of the run.
+    record, filled by its job.
     """
 
     device: str
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     rounds: int = 15
     ceilings: dict | None = None
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
-def known_ceilings(identity: str, path: Path, elsewhere: Path | None) -> dict | None:
-    """Return the newest ceilings of this identity in the file or in the folder, or None."""
-    records = (load(elsewhere)[0] if elsewhere else []) + read(path)[0]
-    fitting = [
-        record
-        for record in records
-        if record["kind"] == "ceilings" and record["_run"]["identity"] == identity
-    ]
-    return fitting[-1] if fitting else None
 
 
 def ceilings_job(setting: Setting) -> Job:
@@ -62,7 +49,7 @@ def ceilings_job(setting: Setting) -> Job:
         setting.ceilings = ceilings.measure(setting.device)
         return setting.ceilings
 
-    return Job("ceilings", "ceilings", ceilings.ESTIMATE[setting.device], run)
+    return Job("ceilings", "ceilings", ceilings.ESTIMATE[setting.device], run, always=True)
 
 
 def time_job(
@@ -79,8 +66,8 @@ def time_job(
         )
         parts = list(dict.fromkeys(row["part"] for row in payload["rows"]))
         payload["rows"] += [
-            {"contender": key, "part": part, "status": "not run", "reason": reason, "errors": {}, "ms": None}
-            | {"ratios": {}}
+            {"contender": key, "part": part, "status": "not run", "reason": reason, "left_out": True}
+            | {"errors": {}, "ms": None, "ratios": {}}
             for key, reason in left_out.items()
             for part in parts
         ]
@@ -88,7 +75,8 @@ def time_job(
 
     seconds = layers.estimate(case, keys, setting.device, mode, setting.rounds)
     describe = {"case": case.as_record(), "mode": mode, "rounds": setting.rounds}
-    return Job(f"{mode} {case.label}", "time", seconds, run, describe, setting.contenders)
+    key = f"{mode} {case.label}"
+    return Job(key, "time", seconds, run, describe, keys, setting.rounds)
 
 
 def kernel_job(case: Case, setting: Setting) -> Job:
@@ -98,7 +86,8 @@ def kernel_job(case: Case, setting: Setting) -> Job:
 
     describe = {"case": case.as_record(), "mode": "kernel", "rounds": setting.rounds}
     seconds = kernels.estimate(case, setting.rounds) if setting.device == "cuda" else 0.1
-    return Job(f"kernel {case.label}", "time", seconds, run, describe, kernels.KERNELS)
+    key = f"kernel {case.label}"
+    return Job(key, "time", seconds, run, describe, kernels.KERNELS, setting.rounds)
 
 
 def memory_job(case: Case, setting: Setting) -> Job:
@@ -108,7 +97,7 @@ def memory_job(case: Case, setting: Setting) -> Job:
     def run(tick) -> dict:
         payload = memory.layer_memory(case, keys, setting.device)
         payload["rows"] += [
-            {"contender": key, "status": "not run", "reason": reason}
+            {"contender": key, "status": "not run", "reason": reason, "left_out": True}
             for key, reason in left_out.items()
             if key in setting.contenders
         ]
@@ -116,7 +105,7 @@ def memory_job(case: Case, setting: Setting) -> Job:
 
     describe = {"scope": "layer", "case": case.as_record()}
     seconds = memory.estimate(case, keys, setting.device)
-    return Job(f"memory {case.label}", "memory", seconds, run, describe, setting.contenders)
+    return Job(f"memory {case.label}", "memory", seconds, run, describe, keys)
 
 
 def block_job(block: memory.BlockCase, setting: Setting) -> Job:
@@ -142,26 +131,27 @@ def training_job(case: training.TrainingCase, setting: Setting) -> Job:
 
 def tests_job() -> Job:
     """The tests that need a GPU, as a measurement: how many passed."""
+    name = "tests that need a GPU"
 
     def run(tick) -> dict:
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--maxfail=20", "-p"]
-        begin = time.monotonic()
+        # Workers compile beside each other; the tests leave memory enough for as many.
+        workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--maxfail=20", *workers]
         try:
             done = subprocess.run(
-                [*command, "no:cacheprovider"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=2 * TESTS_SECONDS,
+                command, cwd=ROOT, capture_output=True, text=True, timeout=1.5 * TESTS_SECONDS
             )
-            lines = done.stdout.strip().splitlines()
-            status = "ok" if done.returncode == 0 else "failed"
-            reason = lines[-1] if lines else done.stderr.strip()[-200:]
-        except subprocess.TimeoutExpired:
-            status, reason = "not run", f"stopped after {time.monotonic() - begin:.0f} s"
-        return {"rows": [{"contender": "tests that need a GPU", "status": status, "reason": reason}]}
+        except subprocess.TimeoutExpired as error:
+            printed = (error.stdout or b"").decode(errors="replace")
+            reason = f"stopped after {error.timeout:.0f} s: {printed[-200:]}"
+            return {"rows": [{"contender": name, "status": "not run", "reason": reason}], "retry": reason}
+        lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
+        status = "ok" if done.returncode == 0 else "failed"
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        row = {"contender": name, "status": status, "reason": lines[-1], "failed": failed[:20]}
+        return {"rows": [row]}
 
-    return Job("tests", "tests", TESTS_SECONDS, run, {}, ("tests that need a GPU",))
+    return Job("tests", "tests", TESTS_SECONDS, run, {}, (name,))
 
 
 def jobs_of(
@@ -172,12 +162,14 @@ def jobs_of(
     """
     wanted, kinds = list(wanted), set(kinds)
     found = [ceilings_job(setting)] if "ceilings" in kinds else []
-    once = {COMPILED: "measured in the first case only: compiling takes long"}
+    once = {COMPILED: "left out of all cases but the first: compiling takes long"}
     if "time" in kinds:
         found += [
             time_job(case, setting, left_out=None if compiled or number == 0 else once)
             for number, case in enumerate(wanted)
         ]
+    if "wall" in kinds:
+        found += [time_job(case, setting, "wall") for case in wanted]
     if "host" in kinds:
         quick = None if compiled else once
         found += [time_job(case, setting, "host", quick) for case in HOST_CASES]
@@ -202,7 +194,7 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
 
     Ceilings; the tests; the large product against the device's library; whole layers at M = 8192 against the
     arrangements of PyTorch; the pass over dy by rank; the host's time; training and the memory of blocks;
-    then other sizes, peers, graphs, and memory per layer.
+    then other sizes, memory per layer, and CUDA graphs.
     """
     if setting.device != "cuda":
         return jobs_of(grid("quick"), KINDS, setting, compiled=False)
@@ -214,7 +206,8 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
         for key in setting.contenders
         if key in ("frozen", "lorafa", "triton", "library", "eager-lorafa", "addmm")
     )
-    peers = {key: "measured in other cases of this run" for key in setting.contenders if key not in lean}
+    peers = {key: LEFT_OUT for key in setting.contenders if key not in lean}
+    compiled = {COMPILED: LEFT_OUT} if COMPILED in setting.contenders else {}
     few = cases(llama, (8192,), (16,))
     products = cases(distinct_layers(("Llama-3-8B", "Llama-3.2-1B")), (8192,), (16,))
     ranks = cases(find_layers(["Llama-3-8B/gate"]), (8192,), (16, 64, 128))
@@ -223,11 +216,13 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     found += [kernel_job(case, setting) for case in products]
     found += [time_job(case, setting, left_out=None if case in few else peers) for case in telling]
     found += [kernel_job(case, setting) for case in ranks if case not in products]
-    found += [time_job(case, setting, "host") for case in HOST_CASES]
+    found += [time_job(case, setting, "host", compiled) for case in HOST_CASES]
     found += [training_job(case, setting) for case in TRAININGS["cuda"][:1]]
     found += [block_job(block, setting) for block in BLOCKS["cuda"]]
     found += [time_job(case, setting, left_out=peers) for case in rest]
+    found += [time_job(case, setting, "wall", peers) for case in rest if case.M <= 512]
     found += [training_job(case, setting) for case in TRAININGS["cuda"][1:]]
-    found += [time_job(case, setting, "graph") for case in cases(llama, (1, 512), (16,))]
     found += [memory_job(case, setting) for case in few]
+    # Last: a capture that fails can leave the process unable to go on.
+    found += [time_job(case, setting, "graph", compiled) for case in cases(llama, (1, 512), (16,))]
     return list({job.key: job for job in found}.values())

@@ -99,9 +99,14 @@ class Judge:
         """Return the verdict on y, dx, and the gradients of what the layer trains."""
         mask = self._mask(contender)
         torch.manual_seed(SEED)
-        with poisoned_memory():
+        # A compiler would compile for poisoned memory, and once more for what is timed.
+        with contextlib.nullcontext() if contender.compiled else poisoned_memory():
             got = compute(layer, self.operands)
         return verdict(got, *self._right(contender, mask))
+
+    def errors_of(self, contender: Contender, got: dict[str, Tensor]) -> dict[str, dict]:
+        """Return the verdict on results that were computed without dropout."""
+        return verdict(got, *self._right(contender, None))
 
     def _right(self, contender: Contender, mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, float]]:
         key = (contender.adapted, contender.mask_dtype(self.case) if self.case.dropout else None)
@@ -120,4 +125,6 @@ class Judge:
         if not p or not contender.adapted:
             return None
         torch.manual_seed(SEED)
-        return F.dropout(torch.ones_like(self.operands.x, dtype=DTYPES[contender.mask_dtype(self.case)]), p)
+        like = torch.ones_like(self.operands.x, dtype=DTYPES[contender.mask_dtype(self.case)])
+        # 1/(1 − p) itself, and not rounded to the dtype in which the mask was drawn.
+        return (F.dropout(like, p) != 0).double() / (1 - p)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafa_kernels import library
 from lorafa_kernels.accuracy import Operands, relative_error
 
 from .cases import Case
@@ -50,7 +51,8 @@ def subjects(operands: Operands, case: Case) -> dict[str, dict[str, Callable[[],
     """Return by part and contender how to make the subject; exact results are in fp64."""
     x, dy = operands.x.detach(), operands.dy
     weight, lora_A, bias, s = operands.weight, operands.lora_A, operands.bias, operands.scaling
-    lora_B = operands.lora_B.to(x.dtype)
+    # In the adapter's dtype, as the layer hands it over; its values fit the base's.
+    lora_B = operands.lora_B
     z = (s * (x.double() @ lora_A.double().t())).to(x.dtype)
     dz = (s * (dy.double() @ lora_B.double())).to(x.dtype)
     from lorafa_kernels.kernels.expand import expand
@@ -63,7 +65,7 @@ def subjects(operands: Operands, case: Case) -> dict[str, dict[str, Callable[[],
     def y(adapted: bool) -> Subject:
         def formula(x, weight, bias, z, lora_B):
             base = F.linear(x, weight, bias)
-            return {"y": base + z @ lora_B.t() if adapted else base}
+            return {"y": base + z @ lora_B.to(z.dtype).t() if adapted else base}
 
         inputs = (x, weight, bias, z, lora_B)
         compute = (lambda: {"y": expand(x, weight.t(), z, lora_B.t(), bias)}) if adapted else None
@@ -91,11 +93,12 @@ def subjects(operands: Operands, case: Case) -> dict[str, dict[str, Callable[[],
 
     def both_gradients(kernel: bool) -> Subject:
         def formula(dy, z, lora_B):
-            return {"dz": s * (dy @ lora_B), "dB": dy.t() @ z}
+            return {"dz": s * (dy @ lora_B.to(dy.dtype)), "dB": dy.t() @ z}
 
         def products():
             dz = dy.new_empty((dy.shape[0], case.R))
-            return {"dz": dz.addmm_(dy, lora_B, beta=0, alpha=s), "dB": dy.t() @ z}
+            dz.addmm_(dy, lora_B.to(dy.dtype), beta=0, alpha=s)
+            return {"dz": dz, "dB": library.backward_lora_B(dy, z, lora_B.dtype)}
 
         def one_pass():
             dz, dB = grad(dy, z, lora_B, s, lora_B.dtype)
@@ -150,11 +153,12 @@ def time_kernels(
                 else:
                     steps[key] = prepare(subject.compute, "eager")
             except Exception as error:
-                row.update(failure(error))
-        samples = {}
-        if steps:
-            timer = timer_for(device, "eager")(list(steps.values()))
-            samples = interleave(steps, rounds, timer, lambda: None)
+                row.update(failure(error, key))
+        timer = timer_for(device, "eager")()
+        fraction = number / len(PARTS)
+        samples, raised = interleave(steps, rounds, timer, lambda fraction=fraction: tick(fraction))
+        for key, error in raised.items():
+            found[key].update(failure(error, key))
         for key, row in found.items():
             ratios = {}
             if key != LIBRARY and key in samples and LIBRARY in samples:

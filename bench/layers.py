@@ -1,16 +1,18 @@
 """One layer timed: everybody is checked, then those who passed take turns.
 
-Parts: forward with what training keeps; backward on a graph that stays; both as one. Modes: "eager" as one
-calls it; "graph" replayed from a CUDA graph; "host" the time that the Python side takes for a call, at a
-shape where nothing else does.
+Parts: forward with what training keeps; backward on a graph that stays; both as one. Modes: "eager", the time
+that the device takes; "wall", what a program waits for, the Python side included; "graph", replayed from a
+CUDA graph; "host", the time that the Python side takes, at a shape where nothing else does.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
+import torch._functorch.config as functorch_config
 
 from lorafa_kernels.accuracy import Operands
 
@@ -18,29 +20,46 @@ from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders
 from .judge import Judge, broken, draw
 from .timing import (
+    SAMPLE_SECONDS,
     WARM_UP,
     CPUTimer,
     EventTimer,
     HostTimer,
     Step,
+    WallTimer,
     captured,
     interleave,
     one_thread,
     summary,
+    synchronize,
 )
 
 PARTS = ("forward", "backward", "both")
-MODES = ("eager", "graph", "host")
+MODES = ("eager", "wall", "graph", "host")
+# What a graph captures is a whole step; the Python side of a backward alone is autograd's.
+PARTS_OF = {
+    "eager": PARTS,
+    "wall": PARTS,
+    "graph": ("forward", "both"),
+    "host": ("forward", "both"),
+}
+GRADIENTS = ("dx", "dB", "dA")
 
 
-def steps_of(layer: Layer, operands: Operands) -> dict[str, Step]:
+class DeviceLost(Exception):
+    """The GPU no longer answers: nothing after this in the process can be trusted."""
+
+
+def steps_of(layer: Layer, operands: Operands, parts: Iterable[str]) -> dict[str, Step]:
     """Return what is timed for each part."""
-    y = layer.module(operands.x)
-    return {
+    steps: dict[str, Step] = {
         "forward": lambda: layer.module(operands.x),
-        "backward": lambda: gradients(layer, y, operands, keep_graph=True),
         "both": lambda: gradients(layer, layer.module(operands.x), operands),
     }
+    if "backward" in parts:
+        y = layer.module(operands.x)
+        steps["backward"] = lambda: gradients(layer, y, operands, keep_graph=True)
+    return {part: steps[part] for part in parts}
 
 
 def estimate(case: Case, keys: Iterable[str], device: str, mode: str, rounds: int) -> float:
@@ -49,13 +68,14 @@ def estimate(case: Case, keys: Iterable[str], device: str, mode: str, rounds: in
         return 0.1
     flops = sum(case.flops().values())
     rate = {"cuda": 5e14, "cpu": 4e10}[device]
-    step = flops / rate + {"cuda": 5e-4, "cpu": 1e-2}[device]
-    if mode == "host" or device == "cpu":
-        step = max(step, 0.02)
-    contenders = len(list(keys))
-    compiling = (15 if device == "cpu" else 8) * ("compiled-lorafa" in keys)
-    checking = (4 * flops / rate * 10 if device == "cuda" else 4 * flops / rate) + 0.1
-    return contenders * (2 * step * rounds + checking) + compiling
+    sample = flops / rate + {"cuda": 2e-3, "cpu": 1e-2}[device]
+    if mode in ("host", "wall") or device == "cpu":
+        sample = max(sample, SAMPLE_SECONDS)
+    keys = list(keys)
+    compiling = (15 if device == "cpu" else 10) * ("compiled-lorafa" in keys)
+    # Kernels are compiled when they are first called.
+    checking = 4 * flops / (rate / 10 if device == "cuda" else rate) + {"cuda": 0.3, "cpu": 0.1}[device]
+    return len(keys) * (len(PARTS_OF[mode]) * sample * rounds * 2 / 3 + checking) + compiling
 
 
 def time_case(
@@ -69,14 +89,22 @@ def time_case(
     tick: Callable[[float], object] = lambda fraction: None,
     known: dict[str, Contender] | None = None,
 ) -> dict:
-    """Measure the contenders `keys` of one case and return the record's payload (README of bench/results).
+    """Measure the contenders `keys` of one case and return the record's payload (docs/benchmarks.md).
 
     ceilings: FLOP/s of the case's dtype ("product") and bytes/s ("copy"), for the floor. tick is called with
     the fraction that is done. A contender that raises, or whose results are outside the budget, gets status
-    "failed" and no time; one that cannot run here "not run" and the reason.
+    "failed" and no time; one that cannot run here "not run" and the reason. Raises DeviceLost.
     """
-    with one_thread() if mode == "host" else contextlib.nullcontext():
-        rows = rows_of(case, known or layer_contenders(keys), device, mode, rounds, tick)
+    contenders = known or layer_contenders(keys)
+    with contextlib.ExitStack() as stack:
+        # The timed backward runs many times on one graph.
+        stack.enter_context(functorch_config.patch(donated_buffer=False))
+        if mode == "host":
+            stack.enter_context(one_thread())
+        if device == "cuda" and mode == "graph":
+            # All on one stream: a capture must not meet a graph that another stream built.
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+        rows = rows_of(case, contenders, device, mode, rounds, tick)
     ceilings = ceilings or {}
     return {
         "case": case.as_record(),
@@ -98,40 +126,49 @@ def rows_of(
     tick: Callable[[float], object],
 ) -> list[dict]:
     """Check everybody, then time who passed, part by part; return a row for each contender and part."""
-    operands = draw(case, device)
-    steps, verdicts = check(case, operands, contenders, device, mode)
+    parts = PARTS_OF[mode]
+    judge = Judge(case, draw(case, device))
+    steps, verdicts = check(judge, contenders, device, mode, tick)
+    if mode != "graph":
+        # Its fp64 tensors are as large as everything else together.
+        del judge
     rows = []
-    parts = PARTS if mode != "host" else ("forward", "both")
     for number, part in enumerate(parts):
-        now = {name: of_layer[part] for name, of_layer in steps.items()}
-        for name, step in list(now.items()):
+        own = {key: dict(found) for key, found in verdicts.items()}
+        ready: dict[str, Step] = {}
+        for key, of_layer in steps.items():
+            tick(number / len(parts))
             try:
-                now[name] = prepare(step, mode)
+                ready[key] = prepare(of_layer[part], mode)
+                if mode == "graph":
+                    own[key].update(judged_replay(judge, contenders[key], ready[key], part))
+                    if own[key]["status"] != "ok":
+                        del ready[key]
             except Exception as error:
-                now.pop(name)
-                verdicts[name].update(failure(error))
-        samples: dict[str, list[float]] = {}
-        if now:
-            timer = timer_for(device, mode)(list(now.values()))
-            done = iter(range(1, rounds + 1))
-            samples = interleave(
-                now,
-                rounds,
-                timer,
-                lambda number=number, done=done: tick((number + next(done) / rounds) / len(parts)),
-            )
-        rows += [row_of(key, part, verdicts[key], samples) for key in contenders]
+                ready.pop(key, None)
+                own[key].update(failure(error, key))
+        done = iter(range(1, rounds + 1))
+        samples, raised = interleave(
+            ready,
+            rounds,
+            timer_for(device, mode)(),
+            lambda number=number, done=done: tick((number + next(done) / rounds) / len(parts)),
+        )
+        for key, error in raised.items():
+            own[key].update(failure(error, key))
+        rows += [row_of(key, part, own[key], samples) for key in contenders]
     return rows
 
 
 def check(
-    case: Case, operands: Operands, contenders: dict[str, Contender], device: str, mode: str
+    judge: Judge, contenders: dict[str, Contender], device: str, mode: str, tick: Callable[[float], object]
 ) -> tuple[dict[str, dict[str, Step]], dict[str, dict]]:
     """Build and check everybody. Return the steps of those who passed, and everybody's verdict."""
-    judge = Judge(case, operands)
+    case, operands = judge.case, judge.operands
     steps: dict[str, dict[str, Step]] = {}
     verdicts: dict[str, dict] = {}
     for key, contender in contenders.items():
+        tick(0.0)
         found = verdicts[key] = {"status": "ok", "reason": None, "errors": {}}
         if mode == "graph" and device != "cuda":
             found.update(status="not run", reason="CUDA graphs need a GPU")
@@ -145,35 +182,51 @@ def check(
             if reason := broken(found["errors"]):
                 found.update(status="failed", reason=reason)
             else:
-                steps[key] = steps_of(layer, operands)
+                # A leaf of its own, that no other contender's graph hangs on.
+                x = operands.x.detach().requires_grad_()
+                steps[key] = steps_of(layer, replace(operands, x=x), PARTS_OF[mode])
         except Exception as error:
-            found.update(failure(error))
+            found.update(failure(error, key))
     return steps, verdicts
 
 
-def failure(error: Exception) -> dict[str, str]:
-    """Return status and reason of a row whose contender raised."""
+def judged_replay(judge: Judge, contender: Contender, replay: Step, part: str) -> dict:
+    """Return status, reason and errors of what a captured step leaves when it is replayed."""
+    results = replay()
+    torch.cuda.synchronize()
+    named = {"y": results.detach()} if part == "forward" else dict(zip(GRADIENTS, results, strict=False))
+    errors = judge.errors_of(contender, named)
+    reason = broken(errors)
+    return {"status": "failed" if reason else "ok", "reason": reason, "errors": errors}
+
+
+def failure(error: Exception, key: str = "") -> dict[str, str]:
+    """Return status and reason of a row whose contender `key` raised. Raises DeviceLost if it took the GPU
+    along.
+    """
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if isinstance(error, torch.OutOfMemoryError):
         return {"status": "not run", "reason": "out of memory"}
     if isinstance(error, NotImplementedError):
         return {"status": "not run", "reason": reason}
+    try:
+        synchronize()
+    except Exception:
+        raise DeviceLost(f"{key} {reason}".strip()) from error
     return {"status": "failed", "reason": reason}
 
 
 def prepare(step: Step, mode: str) -> Step:
     """Warm a step up, and capture it where graphs are measured."""
-    if mode == "graph":
-        step = captured(step)
     for _ in range(WARM_UP):
         step()
-    return step
+    return captured(step, torch.cuda.current_stream()) if mode == "graph" else step
 
 
-def timer_for(device: str, mode: str) -> Callable[[list[Step]], Callable[[Step], float]]:
+def timer_for(device: str, mode: str) -> Callable[[], Callable[[Step], float]]:
     """Return the clock for this device and mode."""
-    if mode == "host":
-        return HostTimer
+    if mode in ("host", "wall"):
+        return HostTimer if mode == "host" else WallTimer
     return EventTimer if device == "cuda" else CPUTimer
 
 

@@ -134,7 +134,7 @@ def layer_memory(
             if reason := broken(errors):
                 row.update(status="failed", reason=reason)
         except Exception as error:
-            row.update(failure(error))
+            row.update(failure(error, row["contender"]))
     # Its fp64 tensors would be in every peak.
     del judge
     models.free()
@@ -157,7 +157,7 @@ def layer_memory(
                 )
             )
         except Exception as error:
-            row.update(failure(error))
+            row.update(failure(error, row["contender"]))
         layer = module = None
         models.free()
     return {"scope": "layer", "case": case.as_record(), "rows": list(rows.values())}
@@ -190,7 +190,7 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
             _measure_block(own_rows, case, contender, reference)
         except Exception as error:
             for row in own_rows:
-                row.update(failure(error))
+                row.update(failure(error, row["contender"]))
         models.free()
     return {"scope": "block", "case": case.as_record(), "unit_bytes": case.unit_bytes(), "rows": rows}
 
@@ -244,7 +244,7 @@ def _measure_block(
             )
             row.update(numbers, units=round(numbers["saved_bytes"] / case.unit_bytes(), 4))
         except Exception as error:
-            row.update(failure(error))
+            row.update(failure(error, row["contender"]))
 
 
 def _row(key: str) -> dict:

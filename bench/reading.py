@@ -32,6 +32,7 @@ Row = dict
 MEASURED = ("time", "memory", "training")
 MODES = {
     "eager": "one layer",
+    "wall": "wall time of one layer",
     "graph": "one layer in a CUDA graph",
     "host": "host time of one layer",
     "kernel": "kernels by themselves",
@@ -49,7 +50,7 @@ def newest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
     """Return the newest record of every (device, kind, key), without the lines that only frame a run."""
     found: dict[tuple[str, str, str], Record] = {}
     for record in records:
-        if record["kind"] in ("run", "end"):
+        if record["kind"] in ("run", "begin", "end"):
             continue
         name = (device_of(record), record["kind"], record["key"])
         if name not in found or record["date"] >= found[name]["date"]:

@@ -2,15 +2,19 @@
 
 A run begins with a line of kind "run", which says machine, date, versions and commit, and ends with one of
 kind "end". Every other line names its run and has a key that is the same for the same measurement in every
-run.
+run. A line of kind "begin" stands before each measurement, so that one which takes the process along can be
+told.
 """
 
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .environment import ROOT
@@ -37,7 +41,9 @@ class Store:
             # A line that an earlier run was cut in must not swallow this one.
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = "\n" + line
-            os.write(descriptor, line.encode())
+            data = line.encode()
+            if os.write(descriptor, data) != len(data):
+                raise OSError(errno.ENOSPC, "the line was not written whole", str(self.path))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -63,7 +69,7 @@ def parse(text: str, name: Path | str) -> tuple[list[dict], list[str]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not {"kind", "run", "date"} <= record.keys():
+        if not _is_record(record):
             warnings.append(f"{name}, line {number}: damaged, skipped")
             continue
         if record["kind"] == "run":
@@ -73,6 +79,13 @@ def parse(text: str, name: Path | str) -> tuple[list[dict], list[str]]:
             continue
         found.append({**record, "_run": runs[record["run"]], "_file": Path(name), "_line": line})
     return found, warnings
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict):
+        return False
+    texts = ["kind", "run", "date", *(["identity", "grid"] if record.get("kind") == "run" else [])]
+    return all(isinstance(record.get(name), str) for name in texts)
 
 
 def read(path: Path) -> tuple[list[dict], list[str]]:
@@ -92,21 +105,51 @@ def load(root: Path = RESULTS) -> tuple[list[dict], list[str]]:
     return sorted(found, key=lambda record: record["date"]), warnings
 
 
-def unfinished(path: Path, identity: str, grid: str) -> tuple[str | None, set[str]]:
-    """Return the run to go on with, and the keys that it has: the last run in the file, if it is of this
-    identity and grid and was not completed; else None.
+@dataclass(frozen=True)
+class History:
+    """What earlier calls left: the records by key, the keys of what broke or took its call along (suspect),
+    and the run to go on with.
     """
-    records, _ = read(path)
-    runs = [record for record in records if record["kind"] == "run"]
-    if not runs or (runs[-1]["identity"], runs[-1]["grid"]) != (identity, grid):
-        return None, set()
-    own = [record for record in records if record["run"] == runs[-1]["run"]]
-    if any(record["kind"] == "end" and record["stopped"] == "complete" for record in own):
-        return None, set()
-    return runs[-1]["run"], {record["key"] for record in own if "key" in record}
+
+    records: dict[str, dict]
+    suspect: frozenset[str]
+    run: str | None = None
+
+    def has(self, key: str, contenders: Iterable[str], rounds: int) -> bool:
+        """Whether this was measured with all these contenders and at least so many rounds, and need not be
+        again.
+        """
+        record = self.records.get(key)
+        if record is None or record.get("retry"):
+            return False
+        there = {row.get("contender") for row in record["rows"] if not row.get("left_out")}
+        return set(contenders) <= there and record.get("rounds", rounds) >= rounds
 
 
-def measured(root: Path, identity: str) -> set[str]:
-    """Return the keys that any file below `root` has from code, machine and versions of this identity."""
-    records, _ = load(root)
-    return {record["key"] for record in records if "key" in record and record["_run"]["identity"] == identity}
+def history(records: Iterable[dict], identity: str, grid: str | None = None) -> History:
+    """Return the history of this identity; with a grid, only of its last run, and only if that was not
+    completed.
+    """
+    own = [record for record in records if record["_run"]["identity"] == identity]
+    run = None
+    if grid is not None:
+        runs = [record["run"] for record in own if record["kind"] == "run" and record["grid"] == grid]
+        run = runs[-1] if runs else None
+        own = [record for record in own if record["run"] == run]
+        if any(record["kind"] == "end" and record["stopped"] == "complete" for record in own):
+            return History({}, frozenset())
+    measured: dict[str, dict] = {}
+    begun: dict[str, str] = {}
+    suspect = set()
+    for record in own:
+        kind, now = record["kind"], record["run"]
+        if kind in ("run", "begin") and now in begun:
+            suspect.add(begun.pop(now))
+        if kind == "begin":
+            begun[now] = record["key"]
+        elif kind != "run":
+            begun.pop(now, None)
+        if "rows" in record:
+            measured[record["key"]] = record
+            (suspect.add if record.get("retry") else suspect.discard)(record["key"])
+    return History(measured, frozenset(suspect | set(begun.values())), run)

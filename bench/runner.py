@@ -14,7 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .environment import environment, identity
-from .results import Store, measured, unfinished
+from .layers import DeviceLost
+from .results import Store, history, load, read
+
+
+class BudgetSpent(BaseException):
+    """Raised inside a measurement when the time is up. Not an Exception: no contender has failed."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Job:
     """One measurement, one line in the result file.
 
     key: its name in every run. seconds: how long it takes, roughly. run(tick) -> the record's payload; tick
-    takes the fraction that is done. describe and contenders: what to write down if it raises.
+    takes the fraction that is done. describe: what to write down if it raises. contenders and rounds: what an
+    earlier measurement must have to stand for this one. always: measured in every call.
     """
 
     key: str
@@ -31,11 +37,15 @@ class Job:
     run: Callable[[Callable[[float], object]], dict]
     describe: dict = field(default_factory=dict)
     contenders: tuple[str, ...] = ()
+    rounds: int = 0
+    always: bool = False
 
 
 @dataclass
 class Outcome:
-    """What became of a run: its records, the keys that were left, and why it stopped."""
+    """What became of a run: its records, the keys that were left, and why it stopped: "complete", "budget",
+    "interrupted", or "device lost".
+    """
 
     records: list[dict]
     left: list[str]
@@ -49,29 +59,34 @@ def run(
     grid: str,
     command: str,
     budget: float | None = None,
-    elsewhere: Path | None = None,
+    started: float | None = None,
+    elsewhere: tuple[Path, ...] = (),
     console: Console | None = None,
     about: dict | None = None,
 ) -> Outcome:
-    """Measure what `path` lacks of `jobs`, append each result at once, and return the new records.
+    """Measure what is lacking of `jobs`, append each result to `path` at once, and return the new records.
 
-    budget: seconds; a job that would not fit any more, by its estimate scaled with how the others did, is
-    left out. elsewhere: a folder whose results of the same identity need not be measured again. Ctrl-C stops
-    after the line in work; what was measured stays.
+    budget: seconds since `started` (time.monotonic; default now). A job that would not fit any more, by its
+    estimate scaled with how the others did, is left out; one that takes longer than that is cut at its next
+    tick. elsewhere: folders whose results of the same identity count as measured; without any, those of the
+    unfinished run in `path` do. What took an earlier call along comes last. Ctrl-C keeps what was measured.
     """
-    begin = time.monotonic()
+    started = time.monotonic() if started is None else started
     about = about or environment()
     own = identity(about)
-    continued, done = unfinished(path, own, grid)
     if elsewhere:
-        done |= measured(elsewhere, own)
-    todo = [job for job in jobs if job.key not in done]
-    if not todo:
+        past = history([record for folder in elsewhere for record in load(folder)[0]], own)
+    else:
+        past = history(read(path)[0], own, grid)
+    lacking = [job for job in jobs if not past.has(job.key, job.contenders, job.rounds)]
+    if not lacking:
         return Outcome([], [], "complete")
-    store = Store(path, continued)
+    todo = [job for job in jobs if job.always or job in lacking]
+    todo.sort(key=lambda job: job.key in past.suspect)
+    store = Store(path, past.run)
     # Also when it goes on: the machine may be busier now.
     store.append("run", command=command, grid=grid, identity=own, environment=about)
-    records, left, stopped = [], [], "complete"
+    records, left, stopped = [], [job.key for job in todo], "complete"
     spent = expected = 0.0
     with _progress(console) as progress:
         bar = progress.add_task("", total=sum(job.seconds for job in todo))
@@ -80,41 +95,49 @@ def run(
             for number, job in enumerate(todo):
                 # Half the trust in what was seen so far, so that one odd job does not decide.
                 pace = (spent + expected + 5) / (2 * expected + 5)
-                if budget is not None and time.monotonic() - begin + job.seconds * pace > budget:
-                    left.append(job.key)
+                now = time.monotonic()
+                if budget is not None and now - started + job.seconds * pace > budget:
                     progress.update(bar, completed=(base := base + job.seconds), refresh=True)
                     continue
                 progress.update(bar, description=f"{number + 1}/{len(todo)} {job.key[:60]}", refresh=True)
 
                 def tick(fraction: float, job=job, base=base) -> None:
                     progress.update(bar, completed=base + fraction * job.seconds, refresh=True)
+                    if budget is not None and time.monotonic() - started > budget:
+                        raise BudgetSpent
 
-                started = time.monotonic()
+                store.append("begin", key=job.key)
                 try:
                     payload = job.run(tick)
+                except BudgetSpent:
+                    break
+                except DeviceLost as error:
+                    payload, stopped = _failed(job, error, "not run"), "device lost"
                 except Exception as error:
-                    payload = _failed(job, error)
-                seconds = time.monotonic() - started
+                    payload = _failed(job, error, "failed")
+                seconds = time.monotonic() - now
                 records.append(store.append(job.kind, key=job.key, seconds=round(seconds, 2), **payload))
+                if not payload.get("retry"):
+                    left.remove(job.key)
                 spent, expected = spent + seconds, expected + job.seconds
                 progress.update(bar, completed=(base := base + job.seconds), refresh=True)
+                if stopped != "complete":
+                    break
         except KeyboardInterrupt:
             stopped = "interrupted"
-            finished = {record["key"] for record in records}
-            left = [job.key for job in todo if job.key not in finished]
     if left and stopped == "complete":
         stopped = "budget"
     store.append("end", done=len(records), left=left, stopped=stopped)
     return Outcome(records, left, stopped)
 
 
-def _failed(job: Job, error: Exception) -> dict:
+def _failed(job: Job, error: Exception, status: str) -> dict:
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     rows = [
-        {"contender": key, "part": "both", "status": "failed", "reason": reason, "ms": None, "ratios": {}}
+        {"contender": key, "part": "both", "status": status, "reason": reason, "ms": None, "ratios": {}}
         for key in job.contenders
     ]
-    return {**job.describe, "rows": rows, "failed": reason}
+    return {**job.describe, "rows": rows, "retry": reason}
 
 
 def _progress(console: Console | None) -> Progress:

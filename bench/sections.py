@@ -85,6 +85,7 @@ def device_section(
         layer_text(by_mode["eager"], sources, links.get("overhead")),
         directions_text(by_mode["eager"], sources, links.get("roofline")),
         ours_text(by_mode["eager"], sources),
+        wall_text(by_mode["wall"], sources),
         graph_text(by_mode["graph"], sources),
         host_text(by_mode["host"], sources),
         kernels_text(by_mode["kernel"], sources),
@@ -220,7 +221,26 @@ def against(record: Record, baseline: str) -> str:
 
 def graph_text(records: list[Record], sources: Sources) -> str:
     """Replayed from CUDA graphs, the baseline too."""
-    title = "### In CUDA graphs, forward + backward: time / time of the frozen nn.Linear in a CUDA graph"
+    return against_frozen(
+        records,
+        sources,
+        "### In CUDA graphs, forward + backward: time / time of the frozen nn.Linear in a CUDA graph",
+        "Everybody is replayed from a graph, the baseline too: median (p20–p80).",
+    )
+
+
+def wall_text(records: list[Record], sources: Sources) -> str:
+    """What a program waits for."""
+    return against_frozen(
+        records,
+        sources,
+        "### What a program waits for, forward + backward: wall time / that of the frozen nn.Linear",
+        "Many calls in a row until the last is done, the Python side included: median (p20–p80).",
+    )
+
+
+def against_frozen(records: list[Record], sources: Sources, title: str, note: str) -> str:
+    """A table of forward + backward over the frozen linear, or why there is none."""
     if not records:
         return ""
     shown, absent = columns(records, LAYER_TITLES)
@@ -231,8 +251,7 @@ def graph_text(records: list[Record], sources: Sources) -> str:
         [sources.of(r), time_cell(r, FROZEN, "both"), *(cell(r, key, "both") for key in shown)]
         for r in records
     ]
-    note = f"Everybody is replayed from a graph, the baseline too: median (p20–p80).{absent}"
-    return "\n\n".join([title, note, folded(header, rows)])
+    return "\n\n".join([title, f"{note}{absent}", folded(header, rows)])
 
 
 def host_text(records: list[Record], sources: Sources) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,9 +18,11 @@ import torch
 Step = Callable[[], object]
 SAMPLE_SECONDS = 0.02
 WARM_UP = 3
-# Written before each sample. On a GPU it empties the L2, and takes so long (0.2 ms and more) that the host
-# has queued the step's kernels by the time they start: launch gaps of up to that long are not timed.
-FLUSH_BYTES = {"cuda": 2**30, "cpu": 2**26}
+# Read before each sample: no dirty line is left in the cache whose write-back would fall into the sample.
+FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}
+# The GPU waits this long before each sample, about 1 ms, so that the host has queued the step's kernels by
+# the time they start, and launch gaps are not timed.
+SLEEP_CYCLES = 2_000_000
 
 
 def summary(samples: list[float], scale: float = 1.0) -> dict[str, float]:
@@ -32,15 +35,16 @@ def summary(samples: list[float], scale: float = 1.0) -> dict[str, float]:
 
 
 class EventTimer:
-    """Seconds that the device takes for a step, starting with a cold L2."""
+    """Seconds that the device takes for a step, starting with a cold L2 and everything queued."""
 
-    def __init__(self, steps: list[Step]):
-        self.flush = torch.empty(FLUSH_BYTES["cuda"], dtype=torch.int8, device="cuda")
+    def __init__(self):
+        self.flush = torch.ones(FLUSH_BYTES["cuda"] // 4, device="cuda")
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
     def __call__(self, step: Step) -> float:
-        self.flush.zero_()
+        self.flush.sum()
+        torch.cuda._sleep(SLEEP_CYCLES)
         self.start.record()
         step()
         self.end.record()
@@ -53,13 +57,15 @@ class CPUTimer:
     resolution; the first of them starts with cold caches.
     """
 
-    def __init__(self, steps: list[Step]):
-        self.flush = torch.empty(FLUSH_BYTES["cpu"], dtype=torch.int8)
-        self.calls = calls_per_sample(steps)
+    def __init__(self):
+        self.flush = torch.ones(FLUSH_BYTES["cpu"] // 4)
+        self.calls: dict[Step, int] = {}
 
     def __call__(self, step: Step) -> float:
-        self.flush.zero_()
-        return host_seconds(step, self.calls)
+        if step not in self.calls:
+            self.calls[step] = calls_per_sample(step)
+        self.flush.sum()
+        return host_seconds(step, self.calls[step])
 
 
 class HostTimer:
@@ -67,12 +73,30 @@ class HostTimer:
     done.
     """
 
-    def __init__(self, steps: list[Step]):
-        self.calls = calls_per_sample(steps)
+    def __init__(self):
+        self.calls: dict[Step, int] = {}
 
     def __call__(self, step: Step) -> float:
+        if step not in self.calls:
+            self.calls[step] = calls_per_sample(step)
         synchronize()
-        return host_seconds(step, self.calls)
+        return host_seconds(step, self.calls[step])
+
+
+class WallTimer(HostTimer):
+    """Seconds of one call as a program sees them: so many calls that nothing is hidden in a queue, until the
+    last is done.
+    """
+
+    def __call__(self, step: Step) -> float:
+        if step not in self.calls:
+            self.calls[step] = calls_per_sample(step)
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(self.calls[step]):
+            step()
+        synchronize()
+        return (time.perf_counter() - begin) / self.calls[step]
 
 
 def synchronize() -> None:
@@ -89,29 +113,37 @@ def host_seconds(step: Step, calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def calls_per_sample(steps: list[Step]) -> int:
-    """Choose so many calls, the same for all steps, that a sample takes SAMPLE_SECONDS."""
-    return max(1, math.ceil(SAMPLE_SECONDS / min(host_seconds(step, 1) for step in steps)))
+def calls_per_sample(step: Step) -> int:
+    """Choose so many calls that a sample takes SAMPLE_SECONDS."""
+    synchronize()
+    return max(1, math.ceil(SAMPLE_SECONDS / host_seconds(step, 1)))
 
 
 def interleave(
     steps: dict[str, Step], rounds: int, seconds: Callable[[Step], float], advance: Callable[[], object]
-) -> dict[str, list[float]]:
-    """Time every step once a round, each round starting with the next one; return the samples in seconds."""
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Time every step once a round, each round in an order of its own, the same in every run.
+
+    Return the samples in seconds, and what those raised that have none because of it.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
+    raised: dict[str, Exception] = {}
+    shuffled = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(rounds):
-            for name in order:
-                samples[name].append(seconds(steps[name]))
-            order.append(order.pop(0))
+            for name in shuffled.sample(sorted(samples), len(samples)):
+                try:
+                    samples[name].append(seconds(steps[name]))
+                except Exception as error:
+                    raised[name] = error
+                    del samples[name]
             advance()
     finally:
         if collecting:
             gc.enable()
-    return samples
+    return {name: samples[name] for name in steps if name in samples}, raised
 
 
 @contextlib.contextmanager
@@ -127,17 +159,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def captured(step: Step) -> Step:
-    """Capture a step in a CUDA graph and return its replay. Raises what the capture raises."""
-    # Warm-up beside the capture's stream, so that what is built at the first call is built outside it.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+def captured(step: Step, stream: torch.cuda.Stream) -> Step:
+    """Capture a step in a CUDA graph on the stream that it was warmed up on, and return its replay, which
+    returns the captured results. Raises what the capture raises.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         kept = step()
 
     def replay() -> object:

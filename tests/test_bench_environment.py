@@ -77,6 +77,6 @@ def test_folder_of_results_is_named_after_the_device():
 
 def test_gpu_state_is_read_where_there_is_a_tool(monkeypatch):
     monkeypatch.setattr(environment, "_output", lambda *command: "570.1, 1980, 1980, 3201, 700.00, 31")
-    assert environment._gpu_state()["sm_clock_mhz"] == "1980"
+    assert environment.gpu_state()["sm_clock_mhz"] == "1980"
     monkeypatch.setattr(environment, "_output", lambda *command: None)
-    assert set(environment._gpu_state().values()) == {None}
+    assert set(environment.gpu_state().values()) == {None}

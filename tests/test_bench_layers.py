@@ -27,17 +27,18 @@ def _short_samples(monkeypatch):
     monkeypatch.setitem(timing.FLUSH_BYTES, "cpu", 2**10)
 
 
-def measure(case=TINY, keys=QUICK, known=None, **options) -> dict[tuple[str, str], dict]:
-    payload = layers.time_case(case, keys, DEVICE, rounds=2, known=known, **options)
+def measure(case=TINY, keys=QUICK, known=None, device=DEVICE, **options) -> dict[tuple[str, str], dict]:
+    payload = layers.time_case(case, keys, device, rounds=2, known=known, **options)
     json.dumps(payload, allow_nan=False)
     return {(row["contender"], row["part"]): row for row in payload["rows"]}
 
 
-def with_planted(build, **options) -> dict[str, Contender]:
-    return {
-        "planted": Contender("planted", "planted", build, **options),
-        **contenders.layer_contenders(QUICK),
-    }
+def planted(build) -> Contender:
+    return Contender("planted", "planted", build)
+
+
+def with_planted(build) -> dict[str, Contender]:
+    return {"planted": planted(build), **contenders.layer_contenders(QUICK)}
 
 
 def scaled_wrongly(operands, case) -> Layer:
@@ -111,22 +112,63 @@ def test_failed_baseline_gives_nobody_a_ratio():
     assert set(rows["lorafa", "both"]["ratios"]) == {"library"}
 
 
-def test_contender_that_fails_later_loses_its_times_too():
+class BreaksInBackward(torch.autograd.Function):
+    left = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        BreaksInBackward.left -= 1
+        if BreaksInBackward.left < 0:
+            raise RuntimeError("breaks in the middle")
+        return dy
+
+
+@pytest.mark.parametrize("calls", [1, 5], ids=["warm-up", "timed"])
+def test_contender_that_breaks_later_keeps_only_the_parts_before(calls):
+    def build(operands, case) -> Layer:
+        right = contenders.build_eager(operands, case)
+        BreaksInBackward.left = calls
+        return Layer(lambda x: BreaksInBackward.apply(right.module(x)), right.lora_B)
+
+    rows = measure(known={**contenders.layer_contenders(("frozen", "lorafa")), "planted": planted(build)})
+    assert rows["planted", "forward"]["status"] == "ok"
+    for part in ("backward", "both"):
+        row = rows["planted", part]
+        assert (row["status"], row["ms"], row["ratios"]) == ("failed", None, {})
+        assert "breaks in the middle" in row["reason"]
+        assert rows["lorafa", part]["status"] == "ok"
+        assert set(rows["lorafa", part]["ratios"]) == {FROZEN}
+
+
+def test_out_of_memory_in_the_middle_costs_one_contender_alone():
     calls = itertools.count()
 
     def build(operands, case) -> Layer:
         right = contenders.build_eager(operands, case)
 
         def module(x):
-            if next(calls) > 3:
-                raise RuntimeError("breaks in the middle")
+            if next(calls) == 5:
+                raise torch.OutOfMemoryError("out of memory")
             return right.module(x)
 
         return Layer(module, right.lora_B)
 
-    rows = measure(known=with_planted(build))
-    assert rows["planted", "both"]["status"] == "failed"
-    assert rows["planted", "both"]["ratios"] == {}
+    rows = measure(known={**contenders.layer_contenders(("frozen", "lorafa")), "planted": planted(build)})
+    assert (rows["planted", "forward"]["status"], rows["planted", "forward"]["ms"]) == ("not run", None)
+    assert rows["lorafa", "forward"]["status"] == "ok"
+
+
+def test_lost_device_is_not_a_failed_contender(monkeypatch):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(layers, "synchronize", lost)
+    with pytest.raises(layers.DeviceLost, match=r"planted RuntimeError: does not run here"):
+        measure(known=with_planted(raising))
 
 
 def test_dropout_is_checked_with_the_mask_that_was_drawn():
@@ -173,13 +215,40 @@ def test_compiled_contender_is_right(monkeypatch):
     assert rows["compiled-lorafa", "backward"]["status"] == "ok", rows["compiled-lorafa", "backward"]
 
 
+@pytest.mark.parametrize("mode", layers.MODES)
+@pytest.mark.gpu
+def test_everyone_runs_on_a_gpu_in_every_mode(mode):
+    rows = measure(MIXED, device="cuda", mode=mode)
+    for (key, part), row in rows.items():
+        assert row["status"] == "ok" or key.startswith("peft"), (key, part, row["reason"])
+
+
+@pytest.mark.gpu
+def test_dropout_is_checked_on_a_gpu():
+    rows = measure(DROPOUT, device="cuda", keys=("frozen", "eager-lorafa", "eager-lora"))
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+
+
+def test_mask_is_scaled_exactly():
+    operands = judge.draw(DROPOUT, "cpu")
+    mask = judge.Judge(DROPOUT, operands)._mask(CONTENDERS["eager-lorafa"])
+    assert mask.unique().tolist() == [0.0, 1 / (1 - DROPOUT.dropout)]
+    assert mask.dtype == torch.float64
+
+
+def test_wall_time_is_measured_until_the_last_call_is_done():
+    rows = measure(keys=("frozen", "lorafa"), mode="wall")
+    assert {part for _, part in rows} == set(layers.PARTS)
+    assert rows["lorafa", "both"]["ratios"][FROZEN]["median"] > 0
+
+
 def test_unknown_contender_lists_the_known_ones():
     with pytest.raises(ValueError, match="did you mean lorafa") as raised:
         contenders.layer_contenders(("lorfa",))
     assert all(key in str(raised.value) for key in CONTENDERS)
 
 
-def test_ratios_are_formed_within_rounds_and_every_contender_starts_one():
+def test_ratios_are_formed_within_rounds_and_the_order_changes():
     # The clock runs slower from round to round; within each, "slow" takes twice the time of the baseline.
     steps = {"frozen": lambda: 1.0, "slow": lambda: 2.0, "third": lambda: 3.0}
     calls = itertools.count()
@@ -187,11 +256,14 @@ def test_ratios_are_formed_within_rounds_and_every_contender_starts_one():
 
     def seconds(step) -> float:
         order.append(step())
-        return step() * 10 ** (next(calls) // len(steps))
+        return step() * 2 ** (next(calls) // len(steps))
 
-    samples = timing.interleave(steps, 3, seconds, lambda: None)
-    assert samples == {"frozen": [1, 10, 100], "slow": [2, 20, 200], "third": [3, 30, 300]}
-    assert order[::3] == [1.0, 2.0, 3.0]
+    samples, raised = timing.interleave(steps, 30, seconds, lambda: None)
+    assert not raised
+    slower = [2.0**number for number in range(30)]
+    assert samples == {name: [step() * times for times in slower] for name, step in steps.items()}
+    neighbours = {tuple(order[number : number + 2]) for number in range(0, 90, 3)}
+    assert len(neighbours) == 6, "everyone follows everyone else at some time"
     row = layers.row_of("slow", "both", {"status": "ok"}, samples)
     assert row["ms"]["p20"] < row["ms"]["p80"]
     ratio = row["ratios"][FROZEN]
