@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
-	@echo "make gate         compile every kernel config for sm_80, sm_90, sm_100 and gfx942, write the result"
+	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
 	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"

@@ -26,6 +26,7 @@ PRESENTATION = (
     "points.py",
     "plots.py",
     "console.py",
+    "predictions.py",
     "reading.py",
     "compare.py",
     "tables.py",
@@ -85,6 +86,7 @@ def _gpu() -> dict | None:
     return {
         "name": limits.name,
         "capability": f"{limits.major}.{limits.minor}",
+        "multiprocessors": limits.multi_processor_count,
         "memory_gib": round(limits.total_memory / 2**30, 1),
         "runtime": torch.version.cuda or torch.version.hip,
         **gpu_state(),

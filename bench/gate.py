@@ -5,7 +5,9 @@
 The launchers run on meta tensors with their kernels replaced by a recorder, so what is compiled is what they
 would launch: the same arguments, specialised by Triton's own rules. A kernel fails that spills registers,
 needs more shared memory than the device has or `shared_memory` estimates, leaves the tensor cores unused for
-16-bit operands, waits for each product of expand on sm_90, or turns an IEEE fp32 product into TF32.
+16-bit operands, or turns an IEEE fp32 product into TF32. So does one that is launched to overlap another
+without the instructions for it, or has them without; and on sm_90 an expand that waits for each of its
+products, and a kernel that leaves too little of a multiprocessor to the one that it is to overlap.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ from lorafa_kernels.tuning.config import (
     KNOWN_DEVICES,
     MIN_BLOCK,
     OPS,
+    OVERLAP_REGISTERS,
+    OVERLAP_SHARED_MEMORY,
+    SPLIT_ROWS,
     KernelConfig,
     all_default_configs,
     default_config,
@@ -53,7 +58,9 @@ from lorafa_kernels.tuning.config import (
 
 from .environment import environment
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+# With the instructions of sm_80.
+NEIGHBOURS = ("sm_86", "sm_89", "sm_120")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"shrink": ("z", "dz"), "expand": ("y", "dx"), "grad": ("dz, dB", "dB")}
 # K and N. even: multiples of every block; ragged: aligned rows, a masked last block; odd: unaligned rows.
@@ -67,7 +74,11 @@ INSTRUCTIONS = {
 # Which of them 16-bit products must use, by family of architectures.
 EXPECTED = {"ampere": ("mma",), "hopper": ("wgmma",), "blackwell": ("tcgen05", "mma"), "amd": ("mfma",)}
 TENSOR_MEMORY_COLUMNS = 512
-SUM_KERNEL = "grad_sum_kernel"
+SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel")
+MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad")
+# Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
+SM_SHARED_MEMORY = 228 * 1024
+SM_REGISTERS = 65536
 # ptxas: it could not leave a wgmma in flight and put a wait behind each.
 SERIALIZED = ("C7510", "C7514", "C7515")
 
@@ -86,12 +97,22 @@ class Case:
     R: int
     bias: bool = False
     asked_tf32: bool = False
+    recompute: bool = False  # as in default_config
+    pdl: bool = True  # asked for; sm_90 and newer have it
 
     @property
     def config(self) -> KernelConfig:
         operand_bytes = DTYPES[self.dtype].itemsize
         aligned = rows_aligned(operand_bytes, *SIZES[self.sizes])
-        return default_config(self.op, KNOWN_DEVICES[self.arch], operand_bytes, self.M, self.R, aligned)
+        limits = KNOWN_DEVICES[self.arch]
+        return default_config(self.op, limits, operand_bytes, self.M, self.R, aligned, self.recompute)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether its kernels run beside others: expand, and what writes z or dz before it."""
+        writes_low_rank = self.layout not in ("y", "dx", "dB")
+        takes_part = writes_low_rank or self.config.variant != "recompute"
+        return self.pdl and self.layout != "dB" and takes_part and KNOWN_DEVICES[self.arch].dependent_launch
 
 
 class Recorder:
@@ -107,27 +128,41 @@ class Recorder:
 
 def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
-    module = importlib.import_module(f"lorafa_kernels.kernels.{case.op}")
+    modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
+    shrink, expand, _, recompute, grad = modules
     calls: list = []
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
-    launched = {name: Recorder(kernel, calls) for name, kernel in kernels.items() if name.endswith("_kernel")}
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
     tensor = functools.partial(torch.empty, device="meta", dtype=dtype)
     x, dy, weight, z = tensor(case.M, K), tensor(case.M, N), tensor(N, K), tensor(case.M, case.R)
     lora_A, lora_B = tensor(case.R, K, dtype=factor_dtype), tensor(N, case.R, dtype=factor_dtype)
     bias = tensor(N) if case.bias else None
+    pdl, config = {"pdl": case.pdl}, {"config": case.config}
     # As in kernels/linear.py.
     calls_of = {
-        "z": lambda: module.shrink(x, lora_A.t(), 2.0),
-        "dz": lambda: module.shrink(dy, lora_B, 2.0),
-        "y": lambda: module.expand(x, weight.t(), z, lora_B.t(), bias),
-        "dx": lambda: module.expand(dy, weight, z, lora_A),
-        "dz, dB": lambda: module.grad(dy, z, lora_B, 2.0, factor_dtype),
-        "dB": lambda: module.grad(dy, z, None, 1.0, factor_dtype),
+        "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl),
+        "dz": lambda: shrink.shrink(dy, lora_B, 2.0, **pdl),
+        "y": lambda: expand.expand(x, weight.t(), z, lora_B.t(), bias, **pdl),
+        "dx": lambda: expand.expand(dy, weight, z, lora_A, **pdl),
+        "dz, dB": lambda: grad.grad(dy, z, lora_B, 2.0, factor_dtype, **pdl),
+        "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype),
     }
+    if case.config.variant == "recompute":
+        calls_of = {
+            "y": lambda: recompute.recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, 2.0, **config),
+            "dx": lambda: recompute.recompute(dy, weight, lora_B, lora_A, None, 2.0, want_L=False, **config),
+        }
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.asked_tf32 else "ieee"
-    with mock.patch.multiple(module, device_limits=lambda device: KNOWN_DEVICES[case.arch], **launched):
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            patches = {
+                name: Recorder(value, calls)
+                for name, value in vars(module).items()
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+            }
+            if hasattr(module, "device_limits"):
+                patches["device_limits"] = lambda device: KNOWN_DEVICES[case.arch]
+            stack.enter_context(mock.patch.multiple(module, **patches))
         calls_of[case.layout]()
     return calls
 
@@ -168,14 +203,16 @@ def resources(arch: str, compiled) -> dict:
 def measure(case: Case, launch: int) -> dict:
     """Compile one launch of a case and return its row of the result."""
     begin = time.perf_counter()
-    kernel, args, kwargs = record(case)[launch]
+    recorded = record(case)
+    kernel, args, kwargs = recorded[launch]
     src, options = source(case.arch, kernel, args, kwargs)
     row = {
         "kernel": kernel.__name__.strip("_"),
-        **{key: value for key, value in asdict(case).items() if key != "op"},
+        **{key: value for key, value in asdict(case).items() if key != "recompute"},
+        "last": launch == len(recorded) - 1,
         "config": asdict(case.config),
     }
-    if row["kernel"] != SUM_KERNEL and any(
+    if row["kernel"] not in SUM_KERNELS and any(
         kwargs.get(key, size) != size for key, size in row["config"].items()
     ):
         return {**row, "failures": ["launched with another configuration"]}
@@ -187,6 +224,7 @@ def measure(case: Case, launch: int) -> dict:
         return {**row, "failures": [f"does not compile: {type(error).__name__}"]}
     assembly = compiled.asm["amdgcn" if case.arch.startswith("gfx") else "ptx"]
     counts = {name: assembly.count(text) for name, text in INSTRUCTIONS.items()}
+    ttgir = compiled.asm["ttgir"]
     row |= {
         **resources(case.arch, compiled),
         "shared_memory": compiled.metadata.shared,
@@ -196,12 +234,25 @@ def measure(case: Case, launch: int) -> dict:
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
         "instructions": {name: count for name, count in counts.items() if count},
         "tf32": len(re.findall("tf32|xf32", assembly)),
-        # How many products may be in flight behind each wait for wgmma; 0 waits for the one just started.
-        "pendings": sorted({int(n) for n in re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])}),
+        "threads": compiled.metadata.num_warps * compiled.metadata.warp_size,
+        # How many products may be in flight behind each wait for wgmma, in the order of the code, where the K
+        # loop comes first; 0 waits for the one just started.
+        "pendings": [int(n) for n in re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", ttgir)],
+        "dependent_launch": sorted(set(re.findall(r"griddepcontrol\.(\w+)", assembly))),
+        "launched_dependent": bool(getattr(compiled.metadata, "launch_pdl", False)),
+        "reads_before_wait": reads_before_wait(ttgir),
         "serialized": any(code in log.getvalue() for code in SERIALIZED),
         "seconds": round(time.perf_counter() - begin, 2),
     }
     return {**row, "failures": failures(case, row)}
+
+
+def reads_before_wait(ttgir: str) -> bool:
+    """Whether a kernel that waits for the one before it copies L or writes C above the wait."""
+    wait = ttgir.find("griddepcontrol.wait")
+    must_follow = r"async_tma_copy_global_to_local %L\b|async_tma_copy_local_to_global|tt\.store"
+    first = re.search(must_follow, ttgir)
+    return wait >= 0 and first is not None and first.start() < wait
 
 
 def failures(case: Case, row: dict) -> list[str]:
@@ -214,20 +265,53 @@ def failures(case: Case, row: dict) -> list[str]:
         found.append(f"shared memory {row['shared_memory']} of {limits.shared_memory}")
     if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
-    if row["kernel"] == SUM_KERNEL:
+    found += overlap_failures(case, row)
+    if row["kernel"] in SUM_KERNELS:
         return found
     if row["shared_memory"] > row["estimate"]:
         found.append(f"shared memory {row['shared_memory']} above the estimate {row['estimate']}")
     expected = EXPECTED[limits.family]
+    if case.config.BLOCK_M < 64:
+        # Less than what a warpgroup or a tensor core with its own memory multiplies at once.
+        expected = (*expected, "mma")
     if case.dtype != "fp32" and not any(row["instructions"].get(name) for name in expected):
         found.append(f"no {' or '.join(expected)}")
     if bool(row["tf32"]) != case.asked_tf32:
         found.append("no TF32 product where TF32 was asked for" if case.asked_tf32 else "TF32 product")
-    asynchronous = case.op == "expand" and limits.family == "hopper" and case.dtype != "fp32"
-    waits = row["serialized"] or max(row["pendings"], default=0) == 0
-    # Rows at odd addresses pass through registers on their way to shared memory.
-    if asynchronous and waits and case.sizes != "odd":
-        found.append("no product is left in flight")
+    if (
+        case.op == "expand"
+        and case.config.variant == "tma"
+        and (row["serialized"] or row["pendings"][:1] != [1])
+    ):
+        found.append("no product of the K loop is left in flight")
+    return found
+
+
+def overlap_failures(case: Case, row: dict) -> list[str]:
+    """Name the rules of programmatic dependent launch that a row breaks."""
+    found = []
+    is_expand = row["kernel"].startswith("expand")
+    instructions = (["wait"] if is_expand else ["launch_dependents"]) if case.overlaps and row["last"] else []
+    if row["dependent_launch"] != instructions:
+        found.append(f"griddepcontrol {row['dependent_launch']}, expected {instructions}")
+    if row["launched_dependent"] != (case.overlaps and is_expand):
+        found.append(f"launch_pdl is {row['launched_dependent']}")
+    if row["reads_before_wait"]:
+        found.append("reads z or writes the result before it waits")
+    if not instructions or case.arch != "sm_90" or case.dtype == "fp32" or case.sizes == "odd":
+        return found
+    registers = -(-row["registers"] // 8) * 8 * row["threads"]
+    if not is_expand:
+        memory, most = OVERLAP_SHARED_MEMORY, OVERLAP_REGISTERS
+    elif case.config.variant == "tma" and case.R * DTYPES[case.dtype].itemsize % 16 == 0:
+        memory = SM_SHARED_MEMORY - 2 * 1024 - OVERLAP_SHARED_MEMORY
+        most = SM_REGISTERS - OVERLAP_REGISTERS
+    else:
+        return found
+    if row["shared_memory"] > memory:
+        found.append(f"shared memory {row['shared_memory']} of {memory} that overlap")
+    if registers > most:
+        found.append(f"{registers} registers of {most} that overlap")
     return found
 
 
@@ -236,17 +320,23 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
 
     Left out: a 16-bit factor where K is even (a mask needs more registers, not fewer), and fp16 beyond one
     configuration per kernel (the same instructions as bf16). R = 8 and odd sizes stand for unaligned rows,
-    at the smallest rank block.
+    at the smallest rank block; for TMA R = 4 does. Architectures with the instructions of sm_80 and other
+    limits: one case for each configuration.
     """
     for arch in archs:
         for op in ops:
             for dtype, layout in itertools.product(DTYPES, LAYOUTS[op]):
                 configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize)
-                for index, (config, (M, R, aligned)) in enumerate(configs.items()):
-                    case = Case(arch, op, dtype, "fp32", layout, "even", M, R, bias=layout == "y")
+                for index, (config, (M, R, aligned, recompute)) in enumerate(configs.items()):
+                    case = Case(arch, op, dtype, "fp32", layout, "even", M, R, recompute=recompute)
+                    case = replace(case, bias=layout == "y")
                     if not aligned:
                         if dtype != "fp16":
                             yield replace(case, sizes="odd")
+                        continue
+                    if arch in NEIGHBOURS:
+                        if dtype != "fp16":
+                            yield case
                         continue
                     ragged = replace(case, sizes="ragged")
                     if dtype == "fp16":
@@ -257,25 +347,37 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
                     yield ragged
                     if layout == "y":
                         yield replace(case, bias=False)
-                    if config.BLOCK_R == MIN_BLOCK:
+                    if config.variant == "tma":
+                        yield replace(case, R=4)
+                        yield replace(case, pdl=False)
+                    elif config.BLOCK_R == MIN_BLOCK:
                         yield replace(case, R=8)
                         if op != "expand" or dtype == "fp32":
                             yield replace(case, sizes="odd")
                     if dtype == "bf16":
                         yield replace(ragged, factor_dtype="bf16")
+                        if op != "expand" and index == 0:
+                            yield replace(case, pdl=False)
                     elif index == 0 and arch.startswith("sm_"):
                         yield replace(case, asked_tf32=True)
 
 
 def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
-    """The default configuration of each kernel for many rows, in the commonest dtypes."""
+    """The default configuration of each kernel for many and for few rows, in the commonest dtypes: on sm_90
+    at R = 16 and 64, elsewhere at the larger.
+    """
     for arch, op in itertools.product(archs, ops):
-        layouts = LAYOUTS[op] if op == "expand" else LAYOUTS[op][:1]
-        for R, layout in itertools.product((16, 64), layouts):
-            yield Case(arch, op, "bf16", "fp32", layout, "even", 8192, R, bias=layout == "y")
-        if arch == "sm_90":
+        hopper = arch == "sm_90"
+        layouts = LAYOUTS[op] if hopper or op == "expand" else LAYOUTS[op][:1]
+        for R in (16, 64) if hopper else (64,):
+            for layout in layouts:
+                yield Case(arch, op, "bf16", "fp32", layout, "even", 8192, R, bias=layout == "y")
+        if op == "expand":
+            yield Case(arch, op, "bf16", "fp32", "y", "even", 16, 64, bias=True, recompute=True)
+        if hopper:
+            few = Case(arch, op, "bf16", "fp32", layouts[0], "even", SPLIT_ROWS, 16)
             fp32 = Case(arch, op, "fp32", "fp32", layouts[0], "even", 8192, 16)
-            yield from (fp32, replace(fp32, asked_tf32=True))
+            yield from (few, replace(few, pdl=False), fp32, replace(fp32, asked_tf32=True))
 
 
 def distinct_launches(cases: Iterator[Case]) -> list[tuple[Case, int]]:

@@ -1,22 +1,28 @@
-"""Each kernel of this library by itself, beside what the library of the device does for the same data.
+"""Each kernel of this library by itself, and the ways to put them together, beside what the library of the
+device does for the same data.
 
-    y, dx     the large product with the rank-R step, beside the bare product
-    z         the product with the narrow factor, beside the same product
-    dz, dB    one pass over dy, beside two products
+    y, dx       the large product with the rank-R step, by the default kernel and by the portable one, beside
+                the bare product
+    z           the product with the narrow factor, beside the same product
+    z, y        both in a row, with the second started while the first runs and without
+    dz, dB      one pass over dy, and two, beside two products
+    dz, dB, dx  the whole backward
 
-A ratio below 1 + the share of the rank-R step says that the kernel's main loop keeps up.
+A ratio of y or dx below 1 + R/K (R/N) says that the kernel's main loop keeps up with the library's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from lorafa_kernels import library
 from lorafa_kernels.accuracy import Operands, relative_error
+from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
 
 from .cases import Case
 from .contenders import CONTENDERS
@@ -25,21 +31,29 @@ from .layers import failure, prepare, timer_for
 from .timing import Step, interleave, summary
 
 LIBRARY, TRITON = "cublas", "triton"
+PORTABLE, SERIAL, TWO_PASSES = "triton-portable", "triton-serial", "triton-two-passes"
 TITLES = {
     LIBRARY: "library product(s) of the device",
     TRITON: "lorafa_kernels, Triton",
+    PORTABLE: "lorafa_kernels, portable kernel",
+    SERIAL: "lorafa_kernels, no dependent launch",
+    TWO_PASSES: "lorafa_kernels, two passes over dy",
 }
 KERNELS = tuple(TITLES)
-PARTS = ("y", "dx", "z", "dz, dB")
+# Without TMA; the tile that the default has for many rows.
+PORTABLE_CONFIG = KernelConfig(128, 256, 64, 64, 8, 8, 3)
+Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel and what it must return: `compute()` against `exact` within twice the error of `plain`."""
+    """A kernel, or several in a row, and what it must return: `compute()` against `exact` within twice the
+    error of `plain`.
+    """
 
-    compute: Callable[[], dict[str, Tensor]]
-    exact: dict[str, Tensor]
-    plain: dict[str, Tensor]
+    compute: Callable[[], Results]
+    exact: Results
+    plain: Results
 
     def errors(self) -> dict[str, dict]:
         plain = {name: relative_error(self.plain[name], self.exact[name]) for name in self.exact}
@@ -47,77 +61,135 @@ class Subject:
             return verdict(self.compute(), self.exact, plain)
 
 
-def subjects(operands: Operands, case: Case) -> dict[str, dict[str, Callable[[], Subject]]]:
-    """Return by part and contender how to make the subject; exact results are in fp64."""
-    x, dy = operands.x.detach(), operands.dy
-    weight, lora_A, bias, s = operands.weight, operands.lora_A, operands.bias, operands.scaling
-    # In the adapter's dtype, as the layer hands it over; its values fit the base's.
-    lora_B = operands.lora_B
-    z = (s * (x.double() @ lora_A.double().t())).to(x.dtype)
-    dz = (s * (dy.double() @ lora_B.double())).to(x.dtype)
+class Formulas:
+    """The results of the parts by the formula, and by each contender, for one case.
+
+    lora_B is in the adapter's dtype, as the layer hands it over; its values fit the base's.
+    """
+
+    def __init__(self, operands: Operands):
+        self.x, self.dy = operands.x.detach(), operands.dy
+        self.weight, self.bias = operands.weight, operands.bias
+        self.lora_A, self.lora_B, self.s = operands.lora_A, operands.lora_B, operands.scaling
+        dtype = self.x.dtype
+        self.z = (self.s * (self.x.double() @ self.lora_A.double().t())).to(dtype)
+        self.dz = (self.s * (self.dy.double() @ self.lora_B.double())).to(dtype)
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        names = ("x", "dy", "weight", "bias", "lora_A", "lora_B", "z", "dz")
+        own = self.x.dtype
+        found = {name: getattr(self, name) for name in names}
+        return {name: t if t is None else t.to(own).to(dtype) for name, t in found.items()}
+
+    def results(self, part: str, dtype: torch.dtype, adapted: bool = True) -> Results:
+        """Return the results of a part in `dtype`; adapted=False: of the bare product."""
+        at = self.inputs(dtype)
+        found: Results = {}
+        z, dz = at["z"], at["dz"]
+        if part in ("z", "z, y"):
+            z = found["z"] = self.s * (at["x"] @ at["lora_A"].t())
+        if part.startswith("dz"):
+            dz = found["dz"] = self.s * (at["dy"] @ at["lora_B"])
+            found["dB"] = at["dy"].t() @ at["z"]
+        if part.endswith("y"):
+            y = at["x"] @ at["weight"].t()
+            y = y if at["bias"] is None else y + at["bias"]
+            found["y"] = y + z @ at["lora_B"].t() if adapted else y
+        if part.endswith("dx"):
+            dx = at["dy"] @ at["weight"]
+            found["dx"] = dx + dz @ at["lora_A"] if adapted else dx
+        if part == "dz, dB, dx":
+            # The operators return no dz.
+            del found["dz"]
+        return found
+
+
+def subjects(operands: Operands) -> dict[str, dict[str, Callable[[], Subject]]]:
+    """Return by part and contender how to make the subject."""
+    from lorafa_kernels.kernels import linear
     from lorafa_kernels.kernels.expand import expand
     from lorafa_kernels.kernels.grad import grad
     from lorafa_kernels.kernels.shrink import shrink
 
-    def wide(*tensors: Tensor | None) -> list[Tensor | None]:
-        return [tensor if tensor is None else tensor.double() for tensor in tensors]
+    f = Formulas(operands)
+    x, dy, weight, bias, z, dz, s = f.x, f.dy, f.weight, f.bias, f.z, f.dz, f.s
+    lora_A, lora_B = f.lora_A, f.lora_B
 
-    def y(adapted: bool) -> Subject:
-        def formula(x, weight, bias, z, lora_B):
-            base = F.linear(x, weight, bias)
-            return {"y": base + z @ lora_B.to(z.dtype).t() if adapted else base}
+    def scaled_product(left: Tensor, right: Tensor) -> Tensor:
+        out = left.new_empty((left.shape[0], right.shape[1]))
+        return out.addmm_(left, right.to(left.dtype), beta=0, alpha=s)
 
-        inputs = (x, weight, bias, z, lora_B)
-        compute = (lambda: {"y": expand(x, weight.t(), z, lora_B.t(), bias)}) if adapted else None
-        return Subject(compute or (lambda: formula(*inputs)), formula(*wide(*inputs)), formula(*inputs))
+    def one_pass() -> Results:
+        return dict(zip(("dz", "dB"), grad(dy, z, lora_B, s, lora_B.dtype), strict=True))
 
-    def dx(adapted: bool) -> Subject:
-        def formula(dy, weight, dz, lora_A):
-            return {"dx": dy @ weight + dz @ lora_A if adapted else dy @ weight}
+    def two_passes() -> Results:
+        return {"dz": shrink(dy, lora_B, s), "dB": grad(dy, z, None, 1.0, lora_B.dtype)[1]}
 
-        inputs = (dy, weight, dz, lora_A)
-        compute = (lambda: {"dx": expand(dy, weight, dz, lora_A)}) if adapted else None
-        return Subject(compute or (lambda: formula(*inputs)), formula(*wide(*inputs)), formula(*inputs))
+    def two_products() -> Results:
+        return {"dz": scaled_product(dy, lora_B), "dB": library.backward_lora_B(dy, z, lora_B.dtype)}
 
-    def low_rank(kernel: bool) -> Subject:
-        def formula(x, lora_A):
-            return {"z": s * (x @ lora_A.t())}
+    def forward(module, **plan) -> Results:
+        return dict(zip(("y", "z"), module.forward(x, weight, lora_A, lora_B, bias, s, **plan), strict=True))
 
-        def product():
-            z = x.new_empty((x.shape[0], case.R))
-            return {"z": z.addmm_(x, lora_A.t(), beta=0, alpha=s)}
+    def backward(module, **plan) -> Results:
+        found = module.backward(dy, z, weight, lora_A, lora_B, s, **plan)
+        return dict(zip(("dx", "dB"), found, strict=True))
 
-        inputs = (x, lora_A)
-        compute = (lambda: {"z": shrink(x, lora_A.t(), s)}) if kernel else product
-        return Subject(compute, formula(*wide(*inputs)), formula(*inputs))
-
-    def both_gradients(kernel: bool) -> Subject:
-        def formula(dy, z, lora_B):
-            return {"dz": s * (dy @ lora_B.to(dy.dtype)), "dB": dy.t() @ z}
-
-        def products():
-            dz = dy.new_empty((dy.shape[0], case.R))
-            dz.addmm_(dy, lora_B.to(dy.dtype), beta=0, alpha=s)
-            return {"dz": dz, "dB": library.backward_lora_B(dy, z, lora_B.dtype)}
-
-        def one_pass():
-            dz, dB = grad(dy, z, lora_B, s, lora_B.dtype)
-            return {"dz": dz, "dB": dB}
-
-        inputs = (dy, z, lora_B)
-        return Subject(one_pass if kernel else products, formula(*wide(*inputs)), formula(*inputs))
-
-    makers = {"y": y, "dx": dx, "z": low_rank, "dz, dB": both_gradients}
-    return {
-        part: {LIBRARY: lambda make=make: make(False), TRITON: lambda make=make: make(True)}
-        for part, make in makers.items()
+    overlapped, serial = KernelPlan(pdl=True), KernelPlan(pdl=False)
+    computed: dict[str, dict[str, Callable[[], Results]]] = {
+        "y": {
+            LIBRARY: lambda: {"y": torch.nn.functional.linear(x, weight, bias)},
+            TRITON: lambda: {"y": expand(x, weight.t(), z, lora_B.t(), bias)},
+            PORTABLE: lambda: {"y": expand(x, weight.t(), z, lora_B.t(), bias, config=PORTABLE_CONFIG)},
+        },
+        "dx": {
+            LIBRARY: lambda: {"dx": dy @ weight},
+            TRITON: lambda: {"dx": expand(dy, weight, dz, lora_A)},
+            PORTABLE: lambda: {"dx": expand(dy, weight, dz, lora_A, config=PORTABLE_CONFIG)},
+        },
+        "z": {
+            LIBRARY: lambda: {"z": scaled_product(x, lora_A.t())},
+            TRITON: lambda: {"z": shrink(x, lora_A.t(), s)},
+        },
+        "z, y": {
+            LIBRARY: partial(forward, library),
+            TRITON: partial(forward, linear, plan=overlapped),
+            SERIAL: partial(forward, linear, plan=serial),
+        },
+        "dz, dB": {LIBRARY: two_products, TRITON: one_pass, TWO_PASSES: two_passes},
+        "dz, dB, dx": {
+            LIBRARY: partial(backward, library),
+            TRITON: partial(backward, linear, plan=overlapped),
+            SERIAL: partial(backward, linear, plan=serial),
+            TWO_PASSES: partial(backward, linear, plan=KernelPlan(pdl=True, one_pass=False)),
+        },
     }
+
+    def make(part: str, key: str, compute: Callable[[], Results]) -> Subject:
+        adapted = key != LIBRARY or part not in ("y", "dx")
+        exact = f.results(part, torch.float64, adapted)
+        return Subject(compute, exact, f.results(part, x.dtype, adapted))
+
+    return {
+        part: {key: partial(make, part, key, compute) for key, compute in of_part.items()}
+        for part, of_part in computed.items()
+    }
+
+
+PARTS = {
+    "y": (LIBRARY, TRITON, PORTABLE),
+    "dx": (LIBRARY, TRITON, PORTABLE),
+    "z": (LIBRARY, TRITON),
+    "z, y": (LIBRARY, TRITON, SERIAL),
+    "dz, dB": (LIBRARY, TRITON, TWO_PASSES),
+    "dz, dB, dx": (LIBRARY, TRITON, SERIAL, TWO_PASSES),
+}
 
 
 def estimate(case: Case, rounds: int) -> float:
     """Return roughly how many seconds time_kernels takes on a GPU, mostly compiling and checking."""
     flops = sum(case.flops().values())
-    return 4 + flops * (4 * rounds / 5e14 + 4 / 3e13)
+    return 6 + flops * (6 * rounds / 5e14 + 12 / 3e13)
 
 
 def time_kernels(
@@ -136,11 +208,12 @@ def time_kernels(
     ceilings = ceilings or {}
     rows = []
     obstacle = None if interpreted else CONTENDERS["triton"].obstacle(case, device)
-    makers = {part: {} for part in PARTS} if obstacle else subjects(draw(case, device), case)
-    for number, part in enumerate(PARTS):
+    makers = {} if obstacle else subjects(draw(case, device))
+    for number, (part, keys) in enumerate(PARTS.items()):
         found: dict[str, dict] = {}
         steps: dict[str, Step] = {}
-        for key in KERNELS:
+        for key in keys:
+            tick(number / len(PARTS))
             row = found[key] = {"status": "ok", "reason": None, "errors": {}}
             if obstacle:
                 row.update(status="not run", reason=obstacle)
@@ -152,6 +225,8 @@ def time_kernels(
                     row.update(status="failed", reason=reason)
                 else:
                     steps[key] = prepare(subject.compute, "eager")
+                # Its fp64 results are as large as everything else together.
+                del subject
             except Exception as error:
                 row.update(failure(error, key))
         timer = timer_for(device, "eager")()
@@ -166,7 +241,6 @@ def time_kernels(
                 ratios[LIBRARY] = summary([a / b for a, b in pairs])
             times = summary(samples[key], 1e3) if key in samples else None
             rows.append({"contender": key, "part": part, **row, "ms": times, "ratios": ratios})
-        tick((number + 1) / len(PARTS))
     return {
         "case": case.as_record(),
         "mode": "kernel",

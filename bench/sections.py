@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from .cases import LLAMA_3, TARGET_RANKS, target_grid
 from .contenders import FROZEN, LORAFA, OURS
 from .contenders import TITLES as LAYER_TITLES
-from .kernels import LIBRARY, TRITON
+from .kernels import LIBRARY
 from .kernels import PARTS as KERNEL_PARTS
 from .kernels import TITLES as KERNEL_TITLES
 from .models import TITLES as MODEL_TITLES
+from .predictions import predictions
 from .reading import (
     MEASURED,
     MODES,
@@ -57,13 +58,6 @@ MARGIN = 0.02
 # Of which contenders' losses the deviation is told.
 LOSSES = (LORAFA, "peft-lorafa-16bit")
 LONG_TABLE, LONG_LIST = 40, 12
-
-
-def predictions(case: dict) -> dict[str, float] | None:
-    """Return the cost model's ratio of lorafa_kernels to the frozen nn.Linear for "forward", "backward" and
-    "both", or None where there is no prediction.
-    """
-    return None
 
 
 def device_section(
@@ -130,7 +124,7 @@ def layer_text(records: list[Record], sources: Sources, picture: str | None) -> 
     if not records:
         return "### One layer, forward + backward\n\nNot measured."
     shown, absent = columns(records, LAYER_TITLES)
-    predicted = {id(record): predictions(record["case"]) for record in records}
+    predicted = {id(record): predictions(record) for record in records}
     extra = ["predicted: lorafa_kernels"] if any(predicted.values()) else []
     header = ["M×K×N", "frozen nn.Linear, ms", "floor, ms", "frozen / floor", *extra]
     rows = []
@@ -288,13 +282,16 @@ def kernels_text(records: list[Record], sources: Sources) -> str:
         return f"{title}\n\nNot run: {reasons(records)}."
     note = (
         "y and dx: the product with the rank-R step over the bare product. z: the product with the narrow "
-        "factor over the same product. dz, dB: one pass over dy over two products. Median (p20–p80)."
+        "factor over the same product. z, y: both in a row over the library plan. dz, dB: one pass over dy "
+        "over two products. dz, dB, dx: the whole backward over the library plan. Median (p20–p80)."
     )
-    header = ["M×K×N", "", "library, ms", "lorafa_kernels, Triton"]
+    others = [key for key in KERNEL_TITLES if key != LIBRARY]
+    header = ["M×K×N", "", "library, ms", *(KERNEL_TITLES[key] for key in others)]
     rows = [
-        [sources.of(r), part, time_cell(r, LIBRARY, part), cell(r, TRITON, part, LIBRARY)]
+        [sources.of(r), part, time_cell(r, LIBRARY, part)]
+        + [cell(r, key, part, LIBRARY) if key in keys else "" for key in others]
         for r in records
-        for part in KERNEL_PARTS
+        for part, keys in KERNEL_PARTS.items()
     ]
     return "\n\n".join([title, note, folded(header, rows)])
 

@@ -32,16 +32,18 @@ def gate_table(result: dict) -> str:
         common = (row["dtype"], row["factor_dtype"], row["sizes"], row["M"], row["asked_tf32"])
         if common != ("bf16", "fp32", "even", 8192, False):
             continue
-        block_r = row["config"]["BLOCK_R"]
-        if block_r not in (16, 64) or (row["layout"] == "y" and not row["bias"]):
+        kernel = row["kernel"].removesuffix("_kernel")
+        # expand walks R in blocks, and the second stages only add up.
+        size = ("BLOCK_R", row["config"]["BLOCK_R"]) if kernel.startswith("expand") else ("R", row["R"])
+        if size[1] not in (16, 64) or kernel.endswith("_sum") or (row["layout"] == "y" and not row["bias"]):
             continue
         cell = f"{row['registers']} / {row['shared_memory'] / 1024:.0f}"
-        key = (row["kernel"].removesuffix("_kernel"), row["layout"], block_r)
+        key = (kernel, row["layout"], *size)
         chosen.setdefault(key, {}).setdefault(row["arch"], cell)
     archs = list(dict.fromkeys(row["arch"] for row in result["rows"]))
     rows = [
-        [f"{kernel}: {layout}, BLOCK_R = {block_r}", *(cells.get(arch, "–") for arch in archs)]
-        for (kernel, layout, block_r), cells in sorted(chosen.items())
+        [f"{kernel}: {layout}, {what} = {value}", *(cells.get(arch, "–") for arch in archs)]
+        for (kernel, layout, what, value), cells in sorted(chosen.items())
     ]
     note = (
         f"{len(result['rows'])} compilations, {result['failed']} failed. Registers per thread / shared "

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, doctor
+from .tuning import command as tune
 
 # Each has add_command(subparsers), which sets `run`: parsed arguments -> exit code.
-COMMANDS = (doctor,)
+COMMANDS = (doctor, tune)
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 for success, 1 for a failure that the command reports,
-    130 when interrupted from the keyboard.
+    """Run one command and return its exit code: 0 for success, 1 for a failure that the command reports, 2
+    where it cannot run on this machine, 130 when interrupted from the keyboard.
 
     Raises SystemExit with code 2 for arguments that argparse refuses, and 0 after --help and --version.
     """

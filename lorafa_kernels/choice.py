@@ -1,16 +1,23 @@
-"""Which implementation runs, and why: the one place that decides it.
+"""Which implementation and plan run, and why: the one place that decides it.
 
 The rule of impl="auto": "triton" for fp32, bf16 and fp16 tensors on a GPU that Triton supports (NVIDIA from
-sm_80 on, AMD), else "torch". An implementation asked for by name runs or raises; it is never replaced by
-another.
+sm_80 on, AMD), else "torch". There each operation runs with the plan that tuning/plan.py gives it: the fused
+kernels, or the library's products where those are faster. An implementation asked for by name runs or raises;
+it is never replaced by another: impl="triton" takes plans of the fused kernels alone.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 
 import torch
+
+from .tuning.lookup import forget
+from .tuning.pin import Pin, forget_environment
+from .tuning.plan import Plan, make_plan
+from .tuning.recipe import NAMES, Device, Problem
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,11 +40,12 @@ def check_impl(impl: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def choose(impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(impl: str, device: torch.device, dtype: torch.dtype, pinned_kernels: bool = False) -> Choice:
     """Decide which implementation runs for x of `dtype` on `device`.
 
-    Raises ValueError for an unknown `impl`, and RuntimeError that says what is missing where impl="triton"
-    cannot run.
+    pinned_kernels: a plan that needs the Triton kernels is pinned for the operation. It concerns impl="auto"
+    alone. Raises ValueError for an unknown `impl`, and RuntimeError that says what is missing where
+    impl="triton" or the pinned kernels cannot run.
     """
     check_impl(impl)
     if impl in ("torch", "reference"):
@@ -46,11 +54,60 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if obstacle := triton_obstacle(device, dtype):
             raise RuntimeError(f'impl="triton" cannot run: {obstacle}')
         return Choice("triton", "asked for by name")
+    if pinned_kernels:
+        if obstacle := triton_obstacle(device, dtype):
+            raise RuntimeError(f"the plan that is pinned cannot run: {obstacle}")
+        return Choice("triton", "the plan that is pinned needs the kernels")
     if device.type == "cpu":
         return Choice("torch", "x is on the CPU, where Triton kernels only run under its interpreter")
     if obstacle := triton_obstacle(device, dtype):
         return Choice("torch", obstacle)
     return Choice("triton", f"Triton supports {_device_name(device)}")
+
+
+def choose_plan(
+    impl: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    bias: bool,
+    pin: Pin | None = None,
+) -> Plan:
+    """Decide with which plan operation `op` runs where choose() gives "triton"; sizes as in Problem.
+
+    M is rounded to 16 steps an octave first, so that rows of ever new number find their plan made. Raises
+    RuntimeError, saying what is missing, for a pinned plan that cannot run.
+    """
+    shift = max(0, M.bit_length() - 5)
+    return _plan(impl, op, device, dtype, ((M + (1 << shift) - 1) >> shift) << shift, N, K, R, bias, pin)
+
+
+def forget_plans() -> None:
+    """Decide anew: after another table was written or the environment changed."""
+    choose.cache_clear()
+    _plan.cache_clear()
+    planned_device.cache_clear()
+    forget()
+    forget_environment()
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(impl, op, device, dtype, M, N, K, R, bias, pin) -> Plan:
+    names = ("fused",) if impl == "triton" else NAMES
+    return make_plan(Problem(op, dtype, M, N, K, R, bias), planned_device(device), pin=pin, names=names)
+
+
+@functools.lru_cache(maxsize=64)
+def planned_device(device: torch.device) -> Device:
+    """Return what plans depend on for a device on which the Triton kernels run. Imports Triton."""
+    tile = importlib.import_module(".kernels.tile", __package__)
+    version = importlib.import_module("triton").__version__
+    name = "Triton's interpreter" if device.type == "cpu" else _device_name(device)
+    return Device(name, tile.device_limits(device), version)
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

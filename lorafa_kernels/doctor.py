@@ -27,8 +27,10 @@ import torch
 
 from . import __version__
 from .accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
-from .choice import choose, triton_obstacle
-from .explanation import DEFAULT_M, describe_limits, explain
+from .choice import choose, planned_device, triton_obstacle
+from .explanation import DEFAULT_M, describe_limits, describe_plan, explain
+from .tuning.lookup import CACHE_VARIABLE, cache_path, shipped_table, user_table
+from .tuning.pin import PLAN_VARIABLE
 
 CHECKED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**CHECKED_DTYPES, "fp64": torch.float64}
@@ -190,7 +192,13 @@ def _print_versions() -> None:
     _print(f"GPU runtime    {f'HIP {hip}' if hip else f'CUDA {cuda}' if cuda else 'none in this torch'}")
     _print(f"Triton         {_triton_version()}")
     _print(f"platform       {platform.platform()}, {os.cpu_count()} cores")
-    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+    for name in (
+        "TRITON_INTERPRET",
+        "CUDA_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+        PLAN_VARIABLE,
+        CACHE_VARIABLE,
+    ):
         if name in os.environ:
             _print(f"environment    {name}={os.environ[name]}")
 
@@ -228,6 +236,22 @@ def _describe_device(device: torch.device) -> list[str]:
     explanation = explain((DEFAULT_M, 4096, 4096, 16), device=device, dtype=torch.bfloat16)
     if explanation.limits is not None:
         lines.append(f"  kernels: {describe_limits(explanation.limits)}")
+        lines += [f"  {line}" for line in _describe_tables(device)]
+        lines.append(f"  plans for {str(explanation).splitlines()[0]}")
+        for op, planned in explanation.plans.items():
+            lines.append(f"    {op}")
+            lines += [f"      {line}" for line in describe_plan(op, planned)]
+    return lines
+
+
+def _describe_tables(device: torch.device) -> list[str]:
+    """Say which tables of measured plans there are for a device."""
+    planned = planned_device(device)
+    lines = []
+    for name, table in (("user cache", user_table(planned)), ("shipped table", shipped_table(planned))):
+        entries = "none" if table is None else f"{len(table.entries)} entries, Triton {table.triton}"
+        lines.append(f"{name}: {entries}")
+    lines[0] += f" ({cache_path(planned)})"
     return lines
 
 

@@ -1,22 +1,24 @@
 """explain: which implementation a LoRA-FA layer runs with, in which steps, and why.
 
-Decides nothing itself: choice.py names the implementation, tuning/config.py the kernels' configurations. The
-steps are in words, one per launch or library product of kernels/linear.py, library.py and reference.py.
+Decides nothing itself: choice.py names the implementation and the plans, tuning/ the kernels' configurations.
+The steps are in words, one per launch or library product of kernels/linear.py, library.py and reference.py.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
 
-from .choice import choose
+from .choice import choose, choose_plan, planned_device
 from .functional import FLOAT_DTYPES
 from .nn.linear import LoRAFALinear
-from .tuning.config import OPS, DeviceLimits, KernelConfig, default_config, rows_aligned
+from .tuning.config import DeviceLimits, KernelConfig
+from .tuning.pin import pinned
+from .tuning.plan import Plan
+from .tuning.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
 
 DEFAULT_M = 2048
 
@@ -34,8 +36,9 @@ class Explanation:
 
     impl: "triton", "torch" or "reference"; "linear" for a layer whose adapter is merged or switched off.
     reason: why that one. device, dtype: those of x. forward, backward: the steps in the order in which they
-    run. limits, configs: what the kernels' configurations depend on, and the configuration of each kernel
-    in use; None and empty unless impl is "triton".
+    run. Only where impl is "triton", the other two being None and empty: limits, what the kernels'
+    configurations depend on, and plans, those of "forward" and of "backward" (or "backward_input") with the
+    configuration of each kernel in use.
     """
 
     impl: str
@@ -49,7 +52,7 @@ class Explanation:
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
     limits: DeviceLimits | None = None
-    configs: Mapping[str, KernelConfig] = field(default_factory=dict, hash=False)
+    plans: Mapping[str, Planned] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         lines = [
@@ -59,28 +62,23 @@ class Explanation:
         for title, steps in (("forward", self.forward), ("backward", self.backward)):
             lines.append(f"{title}:")
             lines += [f"  {step.call}: {step.formula}" for step in steps]
+            for op, planned in self.plans.items():
+                if op.startswith(title):
+                    lines += [f"  {line}" for line in describe_plan(op, planned)]
         if self.limits is not None:
             lines.append(f"kernels: {describe_limits(self.limits)}")
-            lines += [f"  {name}: {_describe_config(config)}" for name, config in self.configs.items()]
-        return "\n".join(lines)
+        return "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")
 
 
-_PLANS = {
-    "triton": {
-        "forward": (
-            Step("shrink", "z = s * (x @ lora_A.T)"),
-            Step("expand", "y = x @ weight.T + z @ lora_B.T + bias"),
-        ),
-        "dx and dB": (
-            Step("grad", "parts of dz = s * (dy @ lora_B) and of dB = dy.T @ z, in one pass over dy"),
-            Step("grad_sum", "dz and dB, adding the parts in a fixed order"),
-            Step("expand", "dx = dy @ weight + dz @ lora_A"),
-        ),
-        "dx": (
-            Step("shrink", "dz = s * (dy @ lora_B)"),
-            Step("expand", "dx = dy @ weight + dz @ lora_A"),
-        ),
-    },
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the configuration of each kernel that it calls: the plan's own or the heuristics'."""
+
+    plan: Plan
+    configs: Mapping[str, KernelConfig] = field(hash=False)
+
+
+_PRODUCTS = {
     "torch": {
         "forward": (
             Step("addmm_", "z = s * (x @ lora_A.T)"),
@@ -159,17 +157,40 @@ def explain(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, FLOAT_DTYPES))}")
-    impl, reason = _implementation(layer, impl, device, dtype)
-    forward, backward = _steps(layer, impl, dtype)
-    limits, configs = None, {}
+    frozen_B = layer is not None and not layer.lora_B.requires_grad
+    ops = ("forward", "backward_input" if frozen_B else "backward")
+    asked = impl
+    impl, reason = _implementation(layer, asked, device, dtype, ops)
+    products = _PRODUCTS["torch" if impl == "triton" else impl]
+    steps = {"forward": products["forward"], "backward_input": products["dx"]}
+    steps["backward"] = products["dx"] + products.get("dB", ())
+    limits, plans = None, {}
     if impl == "triton":
-        # Imports Triton, which the other implementations run without.
-        limits = importlib.import_module(".kernels.tile", __package__).device_limits(device)
-        used = {step.call for step in forward + backward}
+        limits = planned_device(device).limits
         M, N, K, R = sizes
-        aligned = rows_aligned(dtype.itemsize, K, N)
-        configs = {op: default_config(op, limits, dtype.itemsize, M, R, aligned) for op in OPS if op in used}
-    return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, configs)
+        bias = layer is None or layer.bias is not None
+        for op in ops:
+            problem = Problem(op, dtype, M, N, K, R, bias and op == "forward")
+            if planned := _planned(asked, problem, device, limits):
+                plans[op] = planned
+                steps[op] = _plan_steps(planned.plan, problem, limits)
+    forward, backward = (steps[op] for op in ops)
+    forward, backward = _for_layer(layer, dtype, forward, backward)
+    return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, plans)
+
+
+def describe_plan(op: str, planned: Planned) -> list[str]:
+    """Say in lines which plan an operation has, where it is from, what is predicted, and its blocks."""
+    plan = planned.plan
+    lines = [
+        f"plan: {describe(plan.recipe, op)}",
+        f"source: {plan.source} ({plan.reason})",
+    ]
+    if plan.predicted:
+        times = "; ".join(f"{name} {us:.1f} us" for name, us in plan.predicted)
+        lines.append(f"predicted: {times}")
+    lines += [f"{name} blocks: {_describe_config(config)}" for name, config in planned.configs.items()]
+    return lines
 
 
 def describe_limits(limits: DeviceLimits) -> str:
@@ -183,29 +204,72 @@ def describe_limits(limits: DeviceLimits) -> str:
 
 
 def _implementation(
-    layer: LoRAFALinear | None, impl: str, device: torch.device, dtype: torch.dtype
+    layer: LoRAFALinear | None,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ops: tuple[str, str],
 ) -> tuple[str, str]:
     if layer is not None and layer.merged:
         return "linear", "the adapter is merged into the weight; unmerge() before training"
     if layer is not None and not layer.adapter_enabled:
         return "linear", "the adapter is switched off: adapter_enabled is False"
-    choice = choose(impl, device, dtype)
+    # Of an operation that is pinned to the kernels, if one is: there the kernels must be able to run.
+    choices = [choose(impl, device, dtype, _pinned_kernels(impl, op)) for op in ops]
+    choice = next((one for one in choices if one.impl == "triton"), choices[0])
     if device.type == "meta":
         return choice.impl, f"{choice.reason}; pass device= to explain a run where there is data"
     return choice.impl, choice.reason
 
 
-def _steps(
-    layer: LoRAFALinear | None, impl: str, dtype: torch.dtype
+def _planned(impl: str, problem: Problem, device: torch.device, limits: DeviceLimits) -> Planned | None:
+    """The plan of an operation, or None where it runs without one."""
+    p = problem
+    if choose(impl, device, p.dtype, _pinned_kernels(impl, p.op)).impl != "triton":
+        return None
+    plan = choose_plan(impl, p.op, device, p.dtype, p.M, p.N, p.K, p.R, p.bias, pinned())
+    return Planned(plan, kernel_configs(plan.recipe, replace(p, M=max(1, p.M)), limits))
+
+
+def _pinned_kernels(impl: str, op: str) -> bool:
+    pin = pinned() if impl in ("auto", "triton") else None
+    return pin is not None and pin.needs_kernels(op)
+
+
+def _plan_steps(plan: Plan, problem: Problem, limits: DeviceLimits) -> tuple[Step, ...]:
+    """The steps of a plan: of the kernels' launches in order, or of the library's products."""
+    products = _PRODUCTS["torch"]
+    if plan.name == "library" and problem.op == "forward":
+        return products["forward"]
+    if plan.name == "library" and not (problem.op == "backward" and plan.kernels.one_pass):
+        return products["dx"] + (products["dB"] if problem.op == "backward" else ())
+    problem = replace(problem, M=max(1, problem.M))
+    names = launches(plan.recipe, problem, limits)
+    configs = kernel_configs(plan.recipe, problem, limits)
+    forward = problem.op == "forward"
+    both = grad_makes_dz(problem, configs)
+    made = {
+        "shrink": "z = s * (x @ lora_A.T)" if forward else "dz = s * (dy @ lora_B)",
+        "shrink_sum": f"{'z' if forward else 'dz'}, adding the parts of shrink in a fixed order",
+        "expand": "y = x @ weight.T + z @ lora_B.T + bias" if forward else "dx = dy @ weight + dz @ lora_A",
+        "recompute": "y = x @ weight.T + z @ lora_B.T + bias and z = s * (x @ lora_A.T)"
+        if forward
+        else "dx = dy @ weight + dz @ lora_A, where dz = s * (dy @ lora_B)",
+        "grad": "parts of dz = s * (dy @ lora_B) and of dB = dy.T @ z, in one pass over dy"
+        if both
+        else "dB = dy.T @ z",
+        "grad_sum": "dz and dB, adding the parts in a fixed order" if both else "dB, adding the parts",
+    }
+    steps = tuple(Step(name, made[name]) for name in names)
+    return steps + products["dx"][1:] if plan.name == "library" else steps
+
+
+def _for_layer(
+    layer: LoRAFALinear | None, dtype: torch.dtype, forward: tuple[Step, ...], backward: tuple[Step, ...]
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    plan = _PLANS[impl]
-    forward = plan["forward"]
+    """Fit steps to a layer without a bias, or whose weight is of another dtype."""
     if layer is not None and layer.bias is None:
         forward = tuple(Step(call, formula.replace(" + bias", "")) for call, formula in forward)
-    if layer is not None and not layer.lora_B.requires_grad:
-        backward = plan["dx"]
-    else:
-        backward = plan.get("dx and dB") or plan["dx"] + plan.get("dB", ())
     if layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, a temporary")
         forward, backward = (cast, *forward), (cast, *backward)
@@ -246,8 +310,8 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _describe_config(config: KernelConfig) -> str:
-    names = (item.name for item in fields(config))
-    return " ".join(f"{name}={getattr(config, name)}" for name in names if getattr(config, name))
+    values = ((item, getattr(config, item.name)) for item in fields(config))
+    return " ".join(f"{item.name}={value}" for item, value in values if value and value != item.default)
 
 
 def _name(dtype: torch.dtype) -> str:

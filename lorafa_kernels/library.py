@@ -38,7 +38,11 @@ def backward(
 
 def backward_input(dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Compute dx (M, K) alone."""
-    dz = _scaled_product(dy, _in_dtype(lora_B, dy.dtype), scaling)
+    return input_gradient(dy, _scaled_product(dy, _in_dtype(lora_B, dy.dtype), scaling), weight, lora_A)
+
+
+def input_gradient(dy: Tensor, dz: Tensor, weight: Tensor, lora_A: Tensor) -> Tensor:
+    """Compute dx (M, K) where dz (M, R) is known, scaling included."""
     return dz.mm(_in_dtype(lora_A, dy.dtype)).addmm_(dy, weight)
 
 

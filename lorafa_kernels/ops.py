@@ -12,8 +12,9 @@ would change the dtypes of the products within.
 
 The functions of this module call the operators torch.ops.lorafa_kernels.* where that is needed: for the
 Triton kernels, which shape propagation must not enter, under a compiler, and where there is something to
-cast. Otherwise a plan made of PyTorch's own operators is called directly, which saves the dispatcher's ~5 µs
-a call on the CPU.
+cast. Otherwise what is made of PyTorch's own operators alone is called directly, which saves the
+dispatcher's ~5 µs a call on the CPU. Under a compiler the plan is chosen when the operator runs, for the
+sizes it then has.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor
 
 from . import library, reference
-from .choice import choose
+from .choice import choose, choose_plan
+from .tuning.pin import pinned
+from .tuning.plan import Plan
 
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 # Made of PyTorch's own operators, and therefore open to a direct call.
-_PLANS = {"torch": library, "reference": reference}
+_MODULES = {"torch": library, "reference": reference}
 
 
 def forward(
@@ -43,8 +46,8 @@ def forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    if plan := _direct_plan(impl, x, weight, bias):
-        return plan.forward(x, weight, lora_A, lora_B, bias, scaling)
+    if module := _direct("forward", impl, x, lora_A, weight, bias):
+        return module.forward(x, weight, lora_A, lora_B, bias, scaling)
     return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl)
 
 
@@ -52,8 +55,8 @@ def backward(
     dy: Tensor, z: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    if plan := _direct_plan(impl, dy, weight):
-        return plan.backward(dy, z, weight, lora_A, lora_B, scaling)
+    if module := _direct("backward", impl, dy, lora_A, weight):
+        return module.backward(dy, z, weight, lora_A, lora_B, scaling)
     return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl)
 
 
@@ -61,27 +64,64 @@ def backward_input(
     dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    if plan := _direct_plan(impl, dy, weight):
-        return plan.backward_input(dy, weight, lora_A, lora_B, scaling)
+    if module := _direct("backward_input", impl, dy, lora_A, weight):
+        return module.backward_input(dy, weight, lora_A, lora_B, scaling)
     return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
     """Compute dB (N, R) alone, in the dtype of lora_B, of which no value is read."""
-    if plan := _direct_plan(impl, dy):
-        return plan.backward_lora_B(dy, z, lora_B.dtype)
+    if module := _direct("backward_lora_B", impl, dy, lora_B):
+        return module.backward_lora_B(dy, z, lora_B.dtype)
     return _backward_lora_B_op(dy, z, lora_B, impl)
 
 
-def _direct_plan(impl: str, x: Tensor, *base: Tensor | None) -> ModuleType | None:
-    """Return the plan if it can be called as it is, where the weight and bias in `base` need no cast."""
+def _direct(
+    op: str, impl: str, x: Tensor, factor: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> ModuleType | None:
+    """Return the module to call as it is, where neither `weight` nor `bias` needs a cast, or None.
+
+    factor: lora_A (R, K), or lora_B (N, R) where there is no weight.
+    """
     if torch.compiler.is_compiling() or autocast_enabled(x.device.type):
         return None
     dtype = x.dtype
-    for tensor in base:
-        if tensor is not None and tensor.dtype != dtype:
-            return None
-    return _PLANS.get(choose(impl, x.device, dtype).impl)
+    if weight is not None and weight.dtype != dtype:
+        return None
+    if bias is not None and bias.dtype != dtype:
+        return None
+    name, plan = _decide(op, impl, x, factor, weight, bias)
+    if plan is None:
+        return _MODULES.get(name)
+    return library if plan.name == "library" and not _takes_grad_kernel(op, plan) else None
+
+
+def _decide(
+    op: str, impl: str, x: Tensor, factor: Tensor, weight: Tensor | None, bias: Tensor | None = None
+) -> tuple[str, Plan | None]:
+    """Return the implementation of an operation, and its plan if that is "triton" and sizes are known.
+
+    Arguments as of _direct.
+    """
+    pin = pinned() if impl in ("auto", "triton") else None
+    kernels = pin is not None and pin.needs_kernels(op)
+    name = choose(impl, x.device, x.dtype, kernels).impl
+    M = x.shape[0]
+    # While shapes are propagated a size can be a symbol, and nothing is computed.
+    if name != "triton" or type(M) is not int:
+        return name, None
+    if weight is None:
+        N, R = factor.shape
+        K = 0
+    else:
+        N, K = weight.shape
+        R = factor.shape[0]
+    return name, choose_plan(impl, op, x.device, x.dtype, M, N, K, R, bias is not None, pin)
+
+
+def _takes_grad_kernel(op: str, plan: Plan) -> bool:
+    """Whether a plan of the library's products takes dz and dB from the kernel that reads dy once."""
+    return op == "backward" and plan.kernels.one_pass
 
 
 def _forward(x, weight, lora_A, lora_B, bias, scaling, impl):
@@ -90,23 +130,27 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, impl):
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    return _run("forward", impl, x, weight, lora_A, lora_B, bias, scaling)
+    decided = _decide("forward", impl, x, lora_A, weight, bias)
+    return _run("forward", decided, x, weight, lora_A, lora_B, bias, scaling)
 
 
 def _backward(dy, z, weight, lora_A, lora_B, scaling, impl):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
-    return _run("backward", impl, dy, z, weight, lora_A, lora_B, scaling)
+    decided = _decide("backward", impl, dy, lora_A, weight)
+    return _run("backward", decided, dy, z, weight, lora_A, lora_B, scaling)
 
 
 def _backward_input(dy, weight, lora_A, lora_B, scaling, impl):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
-    return _run("backward_input", impl, dy, weight, lora_A, lora_B, scaling)
+    decided = _decide("backward_input", impl, dy, lora_A, weight)
+    return _run("backward_input", decided, dy, weight, lora_A, lora_B, scaling)
 
 
 def _backward_lora_B(dy, z, lora_B, impl):
-    return _run("backward_lora_B", impl, dy, z, lora_B.dtype)
+    decided = _decide("backward_lora_B", impl, dy, lora_B, None)
+    return _run("backward_lora_B", decided, dy, z, lora_B.dtype)
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -114,19 +158,31 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _run(operation: str, impl: str, x: Tensor, *rest):
-    """Call an operation of the chosen implementation, with autocast off and the device of x current."""
+def _run(op: str, decided: tuple[str, Plan | None], x: Tensor, *rest):
+    """Call an operation as decided, with autocast off and the device of x current."""
     device = x.device
     if autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
-            return _run(operation, impl, x, *rest)
+            return _run(op, decided, x, *rest)
     # Triton launches on the current device, wherever its arguments lie.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _run(operation, impl, x, *rest)
-    name = choose(impl, device, x.dtype).impl
-    plan = _PLANS.get(name) or importlib.import_module(".kernels.linear", __package__)
-    return getattr(plan, operation)(x, *rest)
+            return _run(op, decided, x, *rest)
+    name, plan = decided
+    if plan is None:
+        return getattr(_MODULES[name], op)(x, *rest)
+    if plan.name == "fused":
+        kernels = importlib.import_module(".kernels.linear", __package__)
+        return getattr(kernels, op)(x, *rest, plan=plan.kernels)
+    if _takes_grad_kernel(op, plan):
+        return _backward_with_one_pass(plan, x, *rest)
+    return getattr(library, op)(x, *rest)
+
+
+def _backward_with_one_pass(plan, dy, z, weight, lora_A, lora_B, scaling):
+    kernels = importlib.import_module(".kernels.grad", __package__)
+    dz, dB = kernels.grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.kernels.grad)
+    return library.input_gradient(dy, dz, weight, lora_A), dB
 
 
 def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl):

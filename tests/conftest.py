@@ -4,8 +4,10 @@ offers the cases.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -15,6 +17,10 @@ if not GPU:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before conftest could set TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Neither a plan that the user pinned nor one that was measured on this machine may change what is tested.
+os.environ.pop("LORAFA_KERNELS_PLAN", None)
+os.environ["LORAFA_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "lorafa-kernels-no-such-cache")
 
 try:
     import triton  # noqa: F401
@@ -71,6 +77,25 @@ def device(request) -> str:
 def triton_device(request) -> str:
     pytest.importorskip("triton")
     return request.param
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A function (limits, name, capability) that makes torch see one GPU, to choose what would run there."""
+    pytest.importorskip("triton")
+    from lorafa_kernels.choice import forget_plans
+
+    def install(limits, name: str, capability: tuple[int, int]) -> None:
+        tile = importlib.import_module("lorafa_kernels.kernels.tile")
+        monkeypatch.setattr(tile, "device_limits", lambda device: limits)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        forget_plans()
+
+    yield install
+    forget_plans()
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import compare, console, contenders, models, plots, points, reading, report, sections
+from bench import compare, console, contenders, models, plots, points, reading, report
 from bench.cases import Case, cases, find_layers, target_grid
+from bench.predictions import predictions
 from bench.results import load, parse
 
 BLOCK, TRAINING = "block tiny", "training tiny"
@@ -577,12 +578,24 @@ def test_the_console_shows_red_rows_without_numbers():
     assert "training" in text and "tiny block" in text and "TFLOP/s" in text
 
 
-def test_a_prediction_gets_a_column(root, no_plots, monkeypatch):
+def test_predictions_stand_beside_measurements_on_a_gpu_alone(root, no_plots):
     write_run(root)
     assert "predicted" not in page_of(root)
-    monkeypatch.setattr(sections, "predictions", lambda case: {"both": 1.0625})
+    cases_of_8192 = [case for case in GPU_CASES if case.M == 8192]
+    records = [time_record(case, 1.0, gpu=True) for case in cases_of_8192]
+    write_run(root, gpu=True, records=records)
     page = page_of(root)
-    assert "predicted: lorafa_kernels" in page and "| 1.06 |" in page
+    assert "predicted: lorafa_kernels" in page
+    about = run_record("r", True, "2026-11-24T10:00:00+00:00")
+    for record in records:
+        found = predictions({**record, "_run": about})
+        case = record["case"]
+        assert 1 < found["both"] < (1.2 if min(case["K"], case["N"]) >= 2048 else 2), record["key"]
+        low, high = sorted((found["forward"], found["backward"]))
+        assert low <= found["both"] <= high
+        assert f"| {reading.number(found['both'])} |" in page
+    about["environment"]["machine"]["gpu"]["capability"] = "99.0"
+    assert predictions({**records[0], "_run": about}) is None
 
 
 # Comparing

@@ -7,20 +7,27 @@ import sys
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafa_kernels.tuning.config import (
+    DIRECT_BLOCKS,
     INTERPRETER,
     KNOWN_DEVICES,
     MAX_BLOCK_R,
     MIN_BLOCK,
     OPS,
+    SPLIT_ROWS,
+    SPLITS,
     DeviceLimits,
+    KernelConfig,
     all_default_configs,
     default_config,
+    default_plan,
+    one_pass_moves_less,
     row_chunks,
     shared_memory,
+    split_size,
 )
 
 KB = 1024
@@ -50,9 +57,9 @@ def blocks(config) -> list[int]:
     return [size for size in (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R) if size]
 
 
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
-def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes, M, R, aligned):
-    config = default_config(op, limits, operand_bytes, M, R, aligned)
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
+def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes, M, R, aligned, recompute):
+    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute)
     assert shared_memory(op, config, operand_bytes, limits) <= limits.shared_memory
     assert config.num_warps in (4, 8)
     assert config.num_stages >= 1
@@ -63,22 +70,25 @@ def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes,
     assert config.BLOCK_R <= MAX_BLOCK_R
 
 
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
-def test_rank_block_covers_the_rank_up_to_its_cap(op, limits, operand_bytes, M, R, aligned):
-    config = default_config(op, limits, operand_bytes, M, R, aligned)
-    cap = default_config(op, limits, operand_bytes, M, 1 << 20, aligned).BLOCK_R
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
+def test_rank_block_covers_the_rank_up_to_its_cap(op, limits, operand_bytes, M, R, aligned, recompute):
+    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute)
+    cap = default_config(op, limits, operand_bytes, M, 1 << 20, aligned, recompute).BLOCK_R
     assert min(R, cap) <= config.BLOCK_R < 2 * max(R, MIN_BLOCK)
 
 
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
-def test_equal_arguments_give_equal_configs(op, limits, operand_bytes, M, R, aligned):
-    first, second = (default_config(op, replace(limits), operand_bytes, M, R, aligned) for _ in range(2))
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
+def test_equal_arguments_give_equal_configs(op, limits, operand_bytes, M, R, aligned, recompute):
+    first, second = (
+        default_config(op, replace(limits), operand_bytes, M, R, aligned, recompute) for _ in range(2)
+    )
     assert first == second
 
 
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans())
-def test_all_default_configs_lists_every_config(op, limits, operand_bytes, M, R, aligned):
-    config = default_config(op, limits, operand_bytes, M, R, aligned)
+@settings(deadline=None)
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
+def test_all_default_configs_lists_every_config(op, limits, operand_bytes, M, R, aligned, recompute):
+    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute)
     listed = all_default_configs(op, limits, operand_bytes)
     assert config in listed
     assert default_config(op, limits, operand_bytes, *listed[config]) == config
@@ -88,10 +98,17 @@ def test_all_default_configs_lists_every_config(op, limits, operand_bytes, M, R,
 def test_row_chunks_are_between_one_and_the_row_blocks(limits, operand_bytes, M, N, R):
     config = default_config("grad", limits, operand_bytes, M, R)
     chunks = row_chunks(config, limits, M, N)
-    assert 1 <= chunks <= -(-M // config.BLOCK_M)
+    row_blocks = -(-M // config.BLOCK_M)
+    assert 1 <= chunks <= row_blocks
+    if row_blocks <= DIRECT_BLOCKS:
+        assert chunks == 1, "few rows: dB needs no second kernel"
+        return
     strips = -(-N // config.BLOCK_N)
+    if config.variant == "tma":
+        assert chunks == 1 or chunks * strips <= config.ctas_per_sm * limits.num_sms, "all run at once"
+        return
     # Enough blocks for the device unless the rows run out, and no more partial sums than that takes.
-    assert chunks * strips >= 4 * limits.num_sms or chunks == -(-M // config.BLOCK_M)
+    assert chunks * strips >= 4 * limits.num_sms or chunks == row_blocks
     assert (chunks - 1) * strips < 4 * limits.num_sms
 
 
@@ -109,6 +126,91 @@ def test_stages_are_given_up_where_shared_memory_is_short(op):
     needed = shared_memory(op, default_config(op, roomy, 2, 8192, 64), 2, roomy)
     tight = default_config(op, replace(roomy, shared_memory=needed - 1), 2, 8192, 64)
     assert tight.num_stages < default_config(op, roomy, 2, 8192, 64).num_stages
+
+
+@given(st.integers(1, 64), st.sampled_from((16, 32, 64, 128)), st.integers(0, 1 << 20))
+def test_parts_of_a_contraction_cover_it(SPLIT_K, BLOCK_K, K):
+    size = split_size(KernelConfig(64, 0, BLOCK_K, 16, 1, 4, 3, SPLIT_K=SPLIT_K), K)
+    parts = -(-K // size)
+    assert size >= BLOCK_K and size % BLOCK_K == 0
+    assert parts <= SPLIT_K
+    assert parts <= 1 or size >= 2 * BLOCK_K
+
+
+@given(devices, operand_bytes, sizes, ranks, st.booleans())
+def test_default_plan_is_made_of_the_defaults(limits, operand_bytes, M, R, aligned):
+    plan = default_plan(limits, operand_bytes, M, R, aligned)
+    for op in OPS:
+        assert getattr(plan, op) == default_config(op, limits, operand_bytes, M, R, aligned)
+    assert plan.pdl == limits.dependent_launch
+
+
+@pytest.mark.parametrize(
+    ("BLOCK_N", "R", "one_pass"),
+    [(128, 16, True), (128, 32, True), (128, 64, False), (128, 128, False), (256, 64, True), (64, 32, False)],
+)
+def test_one_pass_while_partial_sums_are_smaller_than_dy(BLOCK_N, R, one_pass):
+    """One pass writes and reads 4 bytes per row, rank and strip; two read 2 bytes per row and column again.
+
+    Rows and columns do not decide, so one size stands for all.
+    """
+    M, N = 8192, 4096
+    config = KernelConfig(64, BLOCK_N, 0, 128, 1, 4, 3)
+    assert one_pass == (2 * 4 * M * R * (N // BLOCK_N) <= 2 * M * N)
+    assert one_pass_moves_less(config, 2, R) == one_pass
+
+
+@pytest.mark.parametrize(
+    ("arch", "M", "R", "aligned", "variant"),
+    [
+        ("sm_90", 8192, 16, True, "tma"),
+        ("sm_90", 300, 256, True, "tma"),
+        ("sm_90", 8192, 16, False, "portable"),
+        ("sm_90", 1, 16, True, "recompute"),
+        ("sm_90", 128, 64, True, "recompute"),
+        ("sm_90", 128, 65, True, "tma"),
+        ("sm_90", 129, 64, True, "tma"),
+        ("sm_80", 8192, 16, True, "portable"),
+        ("sm_80", 1, 16, True, "recompute"),
+        ("sm_100", 8192, 16, True, "portable"),
+        ("gfx942", 8192, 16, True, "portable"),
+        ("gfx942", 1, 16, True, "portable"),
+    ],
+)
+def test_variant_of_expand(arch, M, R, aligned, variant):
+    limits = KNOWN_DEVICES[arch]
+    assert default_config("expand", limits, 2, M, R, aligned).variant == variant
+    assert default_config("expand", limits, 2, M, R, aligned, recompute=False).variant != "recompute"
+    assert default_config("expand", limits, 4, M, R, aligned).variant == "portable", "fp32"
+
+
+@pytest.mark.parametrize(("M", "splits"), [(1, SPLITS), (SPLIT_ROWS, SPLITS), (SPLIT_ROWS + 1, 1), (8192, 1)])
+def test_shrink_splits_for_few_rows(M, splits):
+    for arch in ("sm_80", "sm_90", "gfx942"):
+        config = default_config("shrink", KNOWN_DEVICES[arch], 2, M, 16)
+        assert splits == config.SPLIT_K
+
+
+@given(ranks, sizes)
+def test_shrink_leaves_room_for_expand_on_hopper(R, M):
+    limits = KNOWN_DEVICES["sm_90"]
+    assert shared_memory("shrink", default_config("shrink", limits, 2, M, R), 2, limits) <= 45 * KB
+
+
+@pytest.mark.parametrize(
+    ("arch", "able"),
+    [
+        ("sm_80", False),
+        ("sm_89", False),
+        ("sm_90", True),
+        ("sm_100", True),
+        ("sm_120", True),
+        ("gfx942", False),
+        ("cpu", False),
+    ],
+)
+def test_dependent_launch_needs_hopper_or_newer(arch, able):
+    assert DeviceLimits(arch, 64 * KB, 1).dependent_launch == able
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,18 @@ import lorafa_kernels
 from lorafa_kernels import doctor, library
 from lorafa_kernels.__main__ import main
 from lorafa_kernels.accuracy import draw_operands, lorafa_results
-from lorafa_kernels.choice import choose
+from lorafa_kernels.choice import choose, planned_device
+from lorafa_kernels.tuning.config import KNOWN_DEVICES, KernelConfig, KernelPlan
+from lorafa_kernels.tuning.lookup import (
+    CACHE_VARIABLE,
+    Entry,
+    Measured,
+    cache_path,
+    key_of,
+    update_table,
+)
+from lorafa_kernels.tuning.pin import pin_plan
+from lorafa_kernels.tuning.recipe import Problem, Recipe
 
 CPU = torch.device("cpu")
 BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
@@ -180,8 +191,8 @@ def test_wrong_kernels_fail(triton_device, monkeypatch):
 
     right = linear.backward
 
-    def backward(*args):
-        dx, dB = right(*args)
+    def backward(*args, **options):
+        dx, dB = right(*args, **options)
         return dx, dB * 1.02
 
     monkeypatch.setattr(linear, "backward", backward)
@@ -227,6 +238,62 @@ def test_old_gpu_is_listed_with_the_reason(monkeypatch, capsys):
     why = "Old 2000 has compute capability 7.5" if TRITON else "triton is not installed"
     assert f"Triton kernels: not supported: {why}" in out
     assert "torch (" in out
+
+
+@pytest.fixture
+def h200(fake_gpu, monkeypatch, tmp_path):
+    """A GPU that is not there, and an empty cache."""
+    fake_gpu(KNOWN_DEVICES["sm_90"], "NVIDIA H200", (9, 0))
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    return torch.device("cuda:0")
+
+
+def test_plans_and_tables_are_listed(h200, capsys):
+    assert not doctor._print_devices([h200])
+    out = capsys.readouterr().out
+    assert out.isascii()
+    for fact in (
+        f"user cache: none ({cache_path(planned_device(h200))})",
+        "shipped table: none",
+        "plans for M=2048 N=4096 K=4096 R=16, bfloat16",
+        "source: heuristic (least predicted time, published figures of H200)",
+        "predicted: ",
+    ):
+        assert fact in out, fact
+    assert [line.strip() for line in out.splitlines() if line.strip() in ("forward", "backward")] == [
+        "forward",
+        "backward",
+    ]
+
+
+def test_measured_plan_is_named_as_such(h200, capsys):
+    device = planned_device(h200)
+    problem = Problem("forward", torch.bfloat16, 2048, 4096, 4096, 16)
+    entry = Entry(key_of(problem), (Measured(Recipe("library"), 101.5, 20.0),))
+    update_table(cache_path(device), device, [entry], {})
+    assert not doctor._print_devices([h200])
+    out = capsys.readouterr().out
+    assert f"user cache: 1 entries, Triton {device.triton}" in out
+    assert "source: user cache (measured library 101.5 us at M=2048 N=4096 K=4096 R=16 bfloat16" in out
+
+
+def test_damaged_cache_does_not_end_the_report(h200, capsys):
+    cache_path(planned_device(h200)).write_text("{")
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert not doctor._print_devices([h200])
+    assert "user cache: none" in capsys.readouterr().out
+
+
+def test_pinned_plan_is_listed_and_one_that_cannot_run_is_a_problem(h200, capsys):
+    with pin_plan("library"):
+        assert not doctor._print_devices([h200])
+    assert "source: pinned ('library' by pin_plan" in capsys.readouterr().out
+    huge = KernelConfig(256, 256, 128, 16, 8, 8, 5)
+    with pin_plan({"forward": Recipe("fused", KernelPlan(expand=huge))}):
+        (problem,) = doctor._print_devices([h200])
+    assert "the plan pinned by pin_plan cannot run on NVIDIA H200: expand needs" in problem
 
 
 def test_device_that_breaks_is_a_problem_and_not_the_end(monkeypatch, capsys):

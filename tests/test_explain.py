@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorafa_kernels import LoRAFALinear, ops
 from lorafa_kernels.choice import choose
 from lorafa_kernels.explanation import explain
-from lorafa_kernels.tuning.config import DeviceLimits, default_config
+from lorafa_kernels.tuning.config import DeviceLimits, KernelConfig, KernelPlan, default_config
+from lorafa_kernels.tuning.pin import pin_plan
+from lorafa_kernels.tuning.recipe import Recipe
 
 M, N, K, R = 12, 24, 40, 4
 
@@ -63,7 +65,7 @@ def test_library_products_are_those_that_run(impl, frozen, bias):
     told = explain(layer, M=M)
     assert (told.impl, told.M, told.N, told.K, told.R) == (impl, M, N, K, R)
     assert (products(told.forward, bias), products(told.backward, bias)) == run(layer)
-    assert told.limits is None and not told.configs
+    assert told.limits is None and not told.plans
     assert ("bias" in str(told)) == bias
 
 
@@ -90,65 +92,133 @@ def test_merged_or_disabled_layer_is_a_plain_linear(state):
     assert (products(told.forward, True), products(told.backward, True)) == run(layer)
 
 
+KERNELS = {
+    "shrink": "shrink",
+    "shrink_sum": "shrink",
+    "expand": "expand",
+    "expand_tma": "expand_tma",
+    "recompute": "recompute",
+    "grad": "grad",
+    "grad_sum": "grad",
+}
+PORTABLE = KernelConfig(32, 32, 16, 16, 2, 4, 1)
+SPLIT = KernelConfig(32, 0, 16, 16, 1, 4, 1, SPLIT_K=2)
+ONE_CHUNK = KernelConfig(32, 32, 0, 16, 1, 4, 1)
+PINNED = {
+    "heuristic": None,
+    "one-pass": Recipe("fused", KernelPlan(expand=PORTABLE, grad=ONE_CHUNK)),
+    "two-passes": Recipe("fused", KernelPlan(expand=PORTABLE, shrink=SPLIT, one_pass=False)),
+    "library-one-pass": Recipe("library", KernelPlan()),
+    "library-three-products": Recipe("library", KernelPlan(one_pass=False)),
+}
+
+
+class Launches:
+    """Records the kernels that are launched, with their options."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.found: list[tuple[str, dict]] = []
+        for name, file in KERNELS.items():
+            module = importlib.import_module(f"lorafa_kernels.kernels.{file}")
+            kernel = f"_{name}_kernel"
+            monkeypatch.setattr(module, kernel, self.recording(name, getattr(module, kernel)))
+
+    def recording(self, name, kernel):
+        found = self.found
+
+        class Recording:
+            def __getitem__(self, grid):
+                def launch(*args, **options):
+                    found.append((name.removesuffix("_tma"), options))
+                    return kernel[grid](*args, **options)
+
+                return launch
+
+        return Recording()
+
+
+@pytest.mark.parametrize(
+    ("pin", "dtype", "rows"),
+    [
+        pytest.param("heuristic", torch.float32, 12, id="fp32-few-rows"),
+        pytest.param("heuristic", torch.bfloat16, 12, id="bf16-few-rows"),
+        pytest.param("heuristic", torch.bfloat16, 300, id="bf16"),
+        *(pytest.param(pin, torch.float32, 300, id=pin) for pin in PINNED),
+    ],
+)
 @pytest.mark.parametrize("frozen", [False, True], ids=["dx-and-dB", "dx-alone"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_triton_launches_and_configs_are_those_that_run(triton_device, monkeypatch, dtype, frozen):
-    launches = []
-
-    class Recorder:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **options):
-                launches.append((self.name, options))
-                return self.kernel[grid](*args, **options)
-
-            return launch
-
-    for name, file in (("shrink", "shrink"), ("expand", "expand"), ("grad", "grad"), ("grad_sum", "grad")):
-        module = importlib.import_module(f"lorafa_kernels.kernels.{file}")
-        kernel = f"_{name}_kernel"
-        monkeypatch.setattr(module, kernel, Recorder(name, getattr(module, kernel)))
+def test_launches_and_configs_are_those_that_run(triton_device, monkeypatch, pin, dtype, rows, frozen):
+    K, N = 80, 72
+    recipe = PINNED[pin]
+    back = "backward_input" if frozen else "backward"
+    impl = "auto" if recipe and recipe.name == "library" else "triton"
+    recipes = {op: recipe for op in ("forward", back)} if recipe else {}
     layer = LoRAFALinear(K, N, r=R, device=triton_device, dtype=dtype)
-    layer.impl = "triton"
+    layer.impl = impl
     layer.lora_B.requires_grad_(not frozen)
-    y = layer(torch.randn(M, K, device=triton_device, dtype=dtype, requires_grad=True))
-    y.backward(torch.randn_like(y))
+    launches = Launches(monkeypatch)
+    with pin_plan(recipes):
+        y = layer(torch.randn(rows, K, device=triton_device, dtype=dtype, requires_grad=True))
+        forward = list(launches.found)
+        y.backward(torch.randn_like(y))
+        backward = launches.found[len(forward) :]
+        told = explain(layer, M=rows)
 
-    told = explain(layer, M=M)
-    assert [name for name, _ in launches] == [step.call for step in told.forward + told.backward]
-    assert set(told.configs) == {name for name, _ in launches} - {"grad_sum"}
-    for name, options in launches:
-        config = asdict(told.configs[name]) if name in told.configs else {}
-        for option in config.keys() & options.keys():
-            assert options[option] == config[option], f"{name}: {option}"
-    assert "BLOCK_M" in str(told)
+    for op, steps, ran in (("forward", told.forward, forward), (back, told.backward, backward)):
+        kernels = [step.call for step in steps if step.call in KERNELS]
+        assert kernels == [name for name, _ in ran]
+        planned = told.plans.get(op)
+        configs = planned.configs if planned else {}
+        used = {"expand" if name == "recompute" else name.removesuffix("_sum") for name in kernels}
+        assert set(configs) == used
+        assert all(name in str(told) for name in kernels)
+        for name, options in ran:
+            config = configs.get("expand" if name == "recompute" else name)
+            config = asdict(config) if config else {}
+            for option in config.keys() & options.keys():
+                assert options[option] == config[option], f"{op} {name}: {option}"
+        if recipe and planned:
+            assert planned.plan.source == "pinned" and "source: pinned (by pin_plan)" in str(told)
+    if pin == "library-one-pass" and not frozen:
+        assert [step.call for step in told.backward] == ["grad", "grad_sum", "mm", "addmm_"]
+    if pin == "two-passes":
+        assert "shrink_sum" in {step.call for step in told.backward}
+
+
+UNKNOWN = DeviceLimits("sm_990", 40 * 1024, 7)
 
 
 @pytest.fixture
-def unknown_gpu(monkeypatch):
+def unknown_gpu(fake_gpu):
     """A GPU of an architecture that nobody has heard of, with little shared memory."""
-    pytest.importorskip("triton")
-    limits = DeviceLimits("sm_990", 40 * 1024, 7)
-    tile = importlib.import_module("lorafa_kernels.kernels.tile")
-    monkeypatch.setattr(tile, "device_limits", lambda device: limits)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (99, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard-of 9000")
-    choose.cache_clear()
-    yield limits
-    choose.cache_clear()
+    fake_gpu(UNKNOWN, "Unheard-of 9000", (99, 0))
 
 
 def test_unknown_gpu_gets_defaults_that_fit(unknown_gpu):
     told = explain((2048, 4096, 4096, 16))
     assert (told.impl, told.device, told.dtype) == ("triton", torch.device("cuda"), torch.bfloat16)
     assert "Unheard-of 9000" in told.reason and "sm_990" in str(told)
-    assert set(told.configs) == {"shrink", "expand", "grad"}
-    for op, config in told.configs.items():
-        assert config == default_config(op, unknown_gpu, 2, 2048, 16)
+    for planned in told.plans.values():
+        assert planned.plan.source == "heuristic" and planned.plan.predicted_us > 0
+        assert "guessed from 7 multiprocessors of sm_990" in planned.plan.reason
+    fused = explain((2048, 4096, 4096, 16), impl="triton")
+    configs = {name: c for planned in fused.plans.values() for name, c in planned.configs.items()}
+    assert {"shrink", "expand", "grad"} == set(configs)
+    for op, config in configs.items():
+        assert config == default_config(op, UNKNOWN, 2, 2048, 16)
+
+
+def test_text_has_plan_source_and_predictions(fake_gpu):
+    fake_gpu(DeviceLimits("sm_90", 227 * 1024, 132), "NVIDIA H200", (9, 0))
+    told = explain((8192, 4096, 4096, 16))
+    text = str(told)
+    assert text.isascii()
+    assert "source: heuristic (least predicted time, published figures of H200)" in text
+    for op in ("forward", "backward"):
+        plan = told.plans[op].plan
+        assert plan.predicted_us == min(us for _, us in plan.predicted)
+        assert {name.split(",")[0] for name, _ in plan.predicted} == {"fused", "library"}
+        assert f"predicted: {plan.predicted[0][0]} {plan.predicted_us:.1f} us; " in text
 
 
 def test_old_gpu_and_fp64_say_why_not_triton(unknown_gpu, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TRITON_DEVICE, on_device
+from kernel_plans import PLANS, pin_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import lorafa_linear, reference
@@ -67,18 +68,21 @@ def guarded(monkeypatch):
 
 
 @kernel_dtypes
+@pytest.mark.parametrize("plan", [None, *PLANS])
 @pytest.mark.parametrize(
-    "shape", [(70, 40, 200, 9), (1, 1, 1, 1), (129, 130, 257, 140)], ids=["ragged", "ones", "two-rank-blocks"]
+    "shape", [(70, 40, 200, 9), (1, 1, 1, 1), (300, 136, 264, 140)], ids=["ragged", "ones", "two-rank-blocks"]
 )
-def test_outputs_are_written_whole_and_nothing_else(triton_device, guarded, dtype, shape):
+def test_outputs_are_written_whole_and_nothing_else(monkeypatch, triton_device, guarded, dtype, shape, plan):
+    pin_by_name(monkeypatch, plan)
     M, K, N, R = shape
     inputs = draw_operands(M, K, N, R, dtype, triton_device, factor_dtype=torch.float32)
     guarded.clear()
-    _, z = linear.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, inputs.scaling)
-    linear.backward(inputs.dy, z, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling)
-    linear.backward_lora_B(inputs.dy, z, torch.float32)
-    # z, y, dz, dB, two partial sums, dx; dB and its partial sums once more.
-    assert len(guarded) == 9
+    args = inputs.weight, inputs.lora_A, inputs.lora_B
+    y, z = linear.forward(inputs.x, *args, inputs.bias, inputs.scaling)
+    dx, dB = linear.backward(inputs.dy, z, *args, inputs.scaling)
+    dB_alone = linear.backward_lora_B(inputs.dy, z, torch.float32)
+    made = {tensor.data_ptr() for _, tensor in guarded}
+    assert {tensor.data_ptr() for tensor in (y, z, dx, dB, dB_alone)} <= made
     for buffer, tensor in guarded:
         assert torch.isfinite(tensor).all(), f"part of {tuple(tensor.shape)} was not written"
         assert buffer[:GUARD].isnan().all(), f"written before the start of {tuple(tensor.shape)}"

@@ -10,25 +10,41 @@ import c_oracle
 import pytest
 import torch
 from accuracy import Budget, check_accuracy
-from conftest import implementation_cases
-from hypothesis import given, settings
+from conftest import TRITON_DEVICE, on_device
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_plans import PLANS, implementation_and_plan_cases, pin, pin_by_name
 
 from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, plain_formula, unit_roundoff
+from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
 
 SHAPES = [
     pytest.param(dict(M=1, K=1, N=1, R=1), id="all-1"),
     pytest.param(dict(M=1, K=390, N=300, R=8), id="one-row"),
     pytest.param(dict(M=17, K=31, N=37, R=7), id="primes"),
     pytest.param(dict(M=130, K=70, N=258, R=16), id="ragged"),
+    pytest.param(dict(M=130, K=72, N=264, R=16), id="ragged-aligned"),
     pytest.param(dict(M=128, K=256, N=128, R=64), id="even"),
     pytest.param(dict(M=65, K=48, N=80, R=24), id="rank-not-a-power-of-2"),
     pytest.param(dict(M=24, K=32, N=48, R=150), id="rank-above-K-and-block"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
+
+
+def implementations(test):
+    """Run a test with every implementation, and with the Triton kernels that small shapes do not choose."""
+    cases = pytest.mark.parametrize(
+        ("device", "impl", "plan"), implementation_and_plan_cases(), indirect=["plan"]
+    )
+    return pytest.mark.usefixtures("plan")(cases(test))
+
+
+@pytest.fixture
+def plan(request, monkeypatch) -> str | None:
+    pin_by_name(monkeypatch, request.param)
+    return request.param
 
 
 def layer(impl: str):
@@ -76,6 +92,40 @@ def test_accuracy_with_fp32_lora_B(device, impl, dtype):
     check_accuracy(layer(impl), **shape, dtype=dtype, device=device, factor_dtype=torch.float32, bias=False)
 
 
+@pytest.mark.parametrize("triton_only", [on_device(TRITON_DEVICE)])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("R", [1, 4, 8, 12, 16, 64, 128, 256])
+@pytest.mark.parametrize("name", [name for name in PLANS if name.startswith("tma")])
+def test_accuracy_of_the_hopper_kernel(monkeypatch, triton_only, name, dtype, R):
+    """At every rank, with more tiles than programs, a ragged last tile in every direction, with fp32 lora_B
+    and without; the kernel does run: no operand here is one that TMA cannot address.
+    """
+    expand = importlib.import_module("lorafa_kernels.kernels.expand")
+    run, runs = expand.expand_tma, []
+    monkeypatch.setattr(expand, "expand_tma", lambda *args: runs.append(args) or run(*args))
+    pin_by_name(monkeypatch, name)
+    for factor_dtype in (dtype, torch.float32):
+        runs.clear()
+        inputs = draw_operands(150, 72, 200, R, dtype, triton_only, factor_dtype=factor_dtype)
+        budget = Budget()
+        budget.add(inputs, layer("triton")(inputs))
+        budget.check()
+        assert [call[5].shape for call in runs] == [(150, 200), (150, 72)]
+
+
+@pytest.mark.parametrize("triton_only", [on_device(TRITON_DEVICE)])
+def test_accuracy_of_every_arrangement(monkeypatch, triton_only):
+    """Split contractions, one and two passes over dy, a dB of several chunks."""
+    inputs = draw_operands(300, 136, 264, 24, torch.float32, triton_only)
+    split = KernelConfig(64, 0, 16, 32, 1, 4, 2, SPLIT_K=64)
+    for plan in (KernelPlan(shrink=split, one_pass=False), KernelPlan(one_pass=True)):
+        with monkeypatch.context() as patch:
+            pin(patch, plan)
+            budget = Budget()
+            budget.add(inputs, layer("triton")(inputs))
+            budget.check()
+
+
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accuracy_of_the_c_oracle(dtype, shape):
@@ -118,8 +168,10 @@ def test_accuracy_in_fp16_at_any_scale(device, impl, scaling, size):
 
 @implementations
 @dtypes
-def test_strided_operands(device, impl, dtype):
-    """Transposed, sliced and stepped operands give the bits that their contiguous copies give."""
+def test_strided_operands(device, impl, plan, dtype):
+    """Transposed, sliced and stepped operands give the bits that their contiguous copies give, if it is the
+    same kernel that reads them: TMA reads contiguous rows alone.
+    """
     M, K, N, R = 66, 40, 56, 5
 
     def transposed(t):
@@ -146,7 +198,7 @@ def test_strided_operands(device, impl, dtype):
         assert not changed.x.is_contiguous() and not changed.dy.is_contiguous()
         got = layer(impl)(changed)
         for name, tensor in want.items():
-            if impl == "triton":
+            if impl == "triton" and plan != "tma":
                 assert torch.equal(got[name], tensor), name
         check_accuracy(lambda _, got=got: got, M=M, K=K, N=N, R=R, dtype=dtype, device=device)
 
@@ -253,8 +305,13 @@ def test_gradcheck(impl, bias):
     assert torch.autograd.gradcheck(function, operands)
 
 
-@pytest.mark.parametrize(("device", "impl"), implementation_cases())
-@settings(max_examples=15, deadline=None, derandomize=True)
+@implementations
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     M=st.integers(1, 150),
     K=st.integers(1, 150),
@@ -263,10 +320,13 @@ def test_gradcheck(impl, bias):
     bias=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     fp32_factors=st.booleans(),
+    aligned=st.booleans(),
 )
-def test_accuracy_at_random_shapes(device, impl, M, K, N, R, bias, dtype, fp32_factors):
+def test_accuracy_at_random_shapes(device, impl, M, K, N, R, bias, dtype, fp32_factors, aligned):
     """Large enough outputs only: small ones are pooled in test_accuracy."""
     M, K, N = (max(size, 16) for size in (M, K, N))
+    if aligned:
+        K, N = K // 8 * 8, N // 8 * 8
     factor = torch.float32 if fp32_factors else None
     R = max(R, -(-256 // N))
     check_accuracy(

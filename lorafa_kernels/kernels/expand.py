@@ -8,6 +8,9 @@
 One kernel for both, through strides. Reads P once per column of blocks and Q once per row of blocks
 (grouped for reuse in L2), L and F once per block, writes C once: the rank-R term costs no pass over C.
 2·M·N·(K + R) FLOPs. Bound by arithmetic.
+
+The launcher takes the kernel of expand_tma.py where the configuration asks for it and TMA can address the
+operands. Programmatic dependent launch (WAIT) is explained there, and holds here word for word.
 """
 
 from __future__ import annotations
@@ -17,8 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import default_config, rows_aligned
-from .tile import device_limits, emulate_bf16, input_precision, load, offsets, round_as, store
+from ..tuning.config import KernelConfig, default_config, rows_aligned
+from .expand_tma import expand_tma, storage_order
+from .tile import (
+    dependent_launch,
+    device_limits,
+    emulate_bf16,
+    gdc_wait,
+    input_precision,
+    load,
+    offsets,
+    round_as,
+    store,
+)
 
 
 @triton.jit
@@ -49,6 +63,7 @@ def _expand_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WAIT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
@@ -80,6 +95,8 @@ def _expand_kernel(
         P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
         Q_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_Q_k)
 
+    if WAIT:
+        gdc_wait()
     # After the main loop: before it, the compiler no longer overlaps the products of the loop. Not
     # pipelined: one or two rounds, and the main loop's shared memory is free to be used again.
     for start in tl.range(0, R, BLOCK_R, num_stages=1):
@@ -98,11 +115,21 @@ def _expand_kernel(
     store(C_ptrs, acc, in_m & in_n, EMULATE_BF16)
 
 
-def expand(P: Tensor, Q: Tensor, L: Tensor, F: Tensor, bias: Tensor | None = None) -> Tensor:
+def expand(
+    P: Tensor,
+    Q: Tensor,
+    L: Tensor,
+    F: Tensor,
+    bias: Tensor | None = None,
+    *,
+    config: KernelConfig | None = None,
+    pdl: bool = False,
+) -> Tensor:
     """Return round(P · Q + L · F + bias) as a contiguous (M, N) tensor in the dtype of P.
 
     P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype or fp32; any
-    strides. bias (N,) contiguous, or None.
+    strides. bias (N,), or None. `pdl`: start while the kernel that writes L still runs, where the device can;
+    that kernel must be the last one launched, and must not have been launched this way itself.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -112,8 +139,18 @@ def expand(P: Tensor, Q: Tensor, L: Tensor, F: Tensor, bias: Tensor | None = Non
         return C
     if bias is not None:
         bias = bias.contiguous()
-    aligned = rows_aligned(P.element_size(), K, N)
-    config = default_config("expand", device_limits(P.device), P.element_size(), M, R, aligned)
+    limits = device_limits(P.device)
+    wait = pdl and dependent_launch(limits)
+    if config is None:
+        aligned = rows_aligned(P.element_size(), K, N)
+        config = default_config("expand", limits, P.element_size(), M, R, aligned, recompute=False)
+    if config.variant == "tma":
+        transposed = storage_order(P, Q)
+        if transposed is not None:
+            expand_tma(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms)
+            return C
+        config = default_config("expand", limits, P.element_size(), M, R, aligned=False, recompute=False)
+    launch = {"launch_pdl": True} if wait else {}
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     _expand_kernel[grid](
         P,
@@ -142,9 +179,11 @@ def expand(P: Tensor, Q: Tensor, L: Tensor, F: Tensor, bias: Tensor | None = Non
         GROUP_M=config.GROUP_M,
         EVEN_K=K % config.BLOCK_K == 0,
         HAS_BIAS=bias is not None,
+        WAIT=wait,
         INPUT_PRECISION=input_precision(P.dtype),
         EMULATE_BF16=emulate_bf16(P, F),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch,
     )
     return C

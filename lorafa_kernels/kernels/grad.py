@@ -3,10 +3,16 @@
     dz (M, R) = round( s · (dy (M, N) · lora_B (N, R)) )
     dB (N, R) = dyᵀ (N, M) · z (M, R)
 
+The one pass over dy is one of two plans; shrink for dz and this kernel for dB alone (lora_B=None) is the
+other: it reads dy twice and writes no partial sums of dz, which reach the size of dy at R = 32 and
+BLOCK_N = 128.
+
 Stage 1: a block owns a strip of BLOCK_N columns × a chunk of rows. It walks the chunk, reads each tile of
 dy once, uses it for both products, keeps dB's sum in registers and writes fp32 partial sums: of dz one per
 strip, of dB one per chunk. Stage 2 adds the partial sums in a fixed order, so the result has the same bits
-in every run, without atomics.
+in every run, without atomics. A single chunk writes dB itself, so that for few rows dB alone is one launch.
+
+On Hopper dy and z come by TMA (TMA), which leaves more registers to the accumulators, and so wider strips.
 
 Reads dy once (M·N elements); partial sums of ⌈N/BLOCK_N⌉·M·R and chunks·N·R fp32 numbers are written and
 read once. 4·M·N·R FLOPs. Bound by memory. Ranks above BLOCK_R are tiled, and dy is then read once per tile
@@ -20,20 +26,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import default_config, row_chunks
-from .tile import device_limits, emulate_bf16, input_precision, load, offsets, round_as, store
-
-# Elements that one block of stage 2 adds up.
-SUM_BLOCK = 1024
+from ..tuning.config import KernelConfig, default_config, row_chunks
+from .tile import (
+    SUM_BLOCK,
+    addressable,
+    dependent_launch,
+    describe,
+    device_limits,
+    emulate_bf16,
+    gdc_launch_dependents,
+    input_precision,
+    load,
+    offsets,
+    round_as,
+    store,
+    sum_parts,
+)
 
 
 @triton.jit
 def _grad_kernel(
-    dy_ptr,
+    dy_ptr,  # or a descriptor, and z with it
     z_ptr,
     lora_B_ptr,
     dz_parts_ptr,
-    dB_parts_ptr,
+    dB_parts_ptr,  # or dB itself, if there is one chunk
     M,
     N,
     R,
@@ -48,15 +65,17 @@ def _grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     NEED_DZ: tl.constexpr,
+    TMA: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = dy_ptr.dtype if TMA else dy_ptr.dtype.element_ty
     strips = tl.cdiv(N, BLOCK_N)
     r_blocks = tl.cdiv(R, BLOCK_R)
     pid = tl.program_id(0)
     strip = pid % strips
-    index_r = (pid // strips % r_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    start_r = (pid // strips % r_blocks) * BLOCK_R
+    index_r = start_r + tl.arange(0, BLOCK_R)
     chunk = pid // (strips * r_blocks)
     index_n = strip * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = index_n < N
@@ -75,10 +94,18 @@ def _grad_kernel(
     for start in range(first, last, BLOCK_M):
         index_m = start + tl.arange(0, BLOCK_M)
         in_m = (index_m < last)[:, None]
-        dy_ptrs = dy_ptr + offsets(index_m, stride_dy_m)[:, None] + offsets(index_n, stride_dy_n)[None, :]
-        z_ptrs = z_ptr + offsets(index_m, stride_z_m)[:, None] + offsets(index_r, stride_z_r)[None, :]
-        dy = load(dy_ptrs, in_m & in_n[None, :], EMULATE_BF16)
-        z = load(z_ptrs, in_m & in_r, EMULATE_BF16)
+        if TMA:
+            # Chunks are whole row blocks, so rows beyond this one's are rows beyond M: TMA fills in zeros.
+            dy = dy_ptr.load([start, strip * BLOCK_N])
+            z = z_ptr.load([start, start_r])
+            if EMULATE_BF16:
+                dy = dy.to(tl.float32)
+                z = z.to(tl.float32)
+        else:
+            dy_ptrs = dy_ptr + offsets(index_m, stride_dy_m)[:, None] + offsets(index_n, stride_dy_n)[None, :]
+            z_ptrs = z_ptr + offsets(index_m, stride_z_m)[:, None] + offsets(index_r, stride_z_r)[None, :]
+            dy = load(dy_ptrs, in_m & in_n[None, :], EMULATE_BF16)
+            z = load(z_ptrs, in_m & in_r, EMULATE_BF16)
         # dyᵀ on the left: the wide side of the result is the side that the tensor cores tile by 64.
         dB = tl.dot(tl.trans(dy), z, dB, input_precision=INPUT_PRECISION)
         if NEED_DZ:
@@ -89,22 +116,7 @@ def _grad_kernel(
 
     dB_rows = offsets(chunk, N) + index_n
     dB_ptrs = dB_parts_ptr + offsets(dB_rows, R)[:, None] + index_r[None, :]
-    tl.store(dB_ptrs, dB, mask=in_n[:, None] & in_r)
-
-
-@triton.jit
-def _sum_parts(
-    parts_ptr, out_ptr, block, parts, count, scaling, BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr
-):
-    """out[i] = round(scaling · Σ_p parts[p, i]) for one block of i, adding in the order of p."""
-    index = offsets(block, BLOCK) + tl.arange(0, BLOCK)
-    mask = index < count
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(0, parts):
-        acc += tl.load(
-            parts_ptr + offsets(tl.full((), 1, tl.int64) * part, count) + index, mask=mask, other=0.0
-        )
-    store(out_ptr + index, acc * scaling, mask, EMULATE_BF16)
+    store(dB_ptrs, dB, in_n[:, None] & in_r, EMULATE_BF16)
 
 
 @triton.jit
@@ -120,23 +132,37 @@ def _grad_sum_kernel(
     scaling,
     BLOCK: tl.constexpr,
     NEED_DZ: tl.constexpr,
+    NEED_DB: tl.constexpr,
+    TRIGGER: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
+    if TRIGGER:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
-    dB_blocks = tl.cdiv(dB_count, BLOCK)
-    if pid < dB_blocks:
-        _sum_parts(dB_parts_ptr, dB_ptr, pid, chunks, dB_count, 1.0, BLOCK, EMULATE_BF16)
-    elif NEED_DZ:
-        _sum_parts(dz_parts_ptr, dz_ptr, pid - dB_blocks, strips, dz_count, scaling, BLOCK, EMULATE_BF16)
+    # dz first: the next kernel waits for it.
+    dz_blocks = tl.cdiv(dz_count, BLOCK) if NEED_DZ else 0
+    if pid < dz_blocks:
+        if NEED_DZ:
+            sum_parts(dz_parts_ptr, dz_ptr, pid, strips, dz_count, scaling, BLOCK, EMULATE_BF16)
+    elif NEED_DB:
+        sum_parts(dB_parts_ptr, dB_ptr, pid - dz_blocks, chunks, dB_count, 1.0, BLOCK, EMULATE_BF16)
 
 
 def grad(
-    dy: Tensor, z: Tensor, lora_B: Tensor | None, scaling: float, dB_dtype: torch.dtype
+    dy: Tensor,
+    z: Tensor,
+    lora_B: Tensor | None,
+    scaling: float,
+    dB_dtype: torch.dtype,
+    *,
+    config: KernelConfig | None = None,
+    pdl: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """Return dz (M, R) contiguous in the dtype of dy, and dB (N, R) contiguous in dB_dtype.
 
     dy (M, N) and z (M, R) of one dtype, fp32, bf16 or fp16; lora_B (N, R) of that dtype or fp32, or None
-    where dz is not wanted (dz is then None); any strides.
+    where dz is not wanted (dz is then None); any strides. `pdl`: let the next kernel start early, where the
+    device can.
     """
     M, N = dy.shape
     R = z.shape[1]
@@ -146,18 +172,21 @@ def grad(
     if M == 0 or N == 0:
         return dz.zero_() if need_dz else None, dB.zero_()
     limits = device_limits(dy.device)
-    config = default_config("grad", limits, dy.element_size(), M, R)
+    if config is None:
+        config = default_config("grad", limits, dy.element_size(), M, R)
     strips = triton.cdiv(N, config.BLOCK_N)
     r_blocks = triton.cdiv(R, config.BLOCK_R)
     chunks = row_chunks(config, limits, M, N)
     chunk_rows = triton.cdiv(triton.cdiv(M, chunks), config.BLOCK_M) * config.BLOCK_M
     chunks = triton.cdiv(M, chunk_rows)
+    need_sum = chunks > 1
     dz_parts = torch.empty((strips, M, R), dtype=torch.float32, device=dy.device) if need_dz else None
-    dB_parts = torch.empty((chunks, N, R), dtype=torch.float32, device=dy.device)
+    dB_parts = torch.empty((chunks, N, R), dtype=torch.float32, device=dy.device) if need_sum else dB
     emulate = emulate_bf16(dy, lora_B, dB)
+    tma = config.variant == "tma" and dy.element_size() == 2 and addressable(dy, z)
     _grad_kernel[(strips * r_blocks * chunks,)](
-        dy,
-        z,
+        describe(dy, config.BLOCK_M, config.BLOCK_N) if tma else dy,
+        describe(z, config.BLOCK_M, config.BLOCK_R) if tma else z,
         lora_B,
         dz_parts,
         dB_parts,
@@ -175,25 +204,29 @@ def grad(
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=config.BLOCK_R,
         NEED_DZ=need_dz,
+        TMA=tma,
         INPUT_PRECISION=input_precision(dy.dtype),
         EMULATE_BF16=emulate,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    blocks = triton.cdiv(N * R, SUM_BLOCK) + (triton.cdiv(M * R, SUM_BLOCK) if need_dz else 0)
-    _grad_sum_kernel[(blocks,)](
-        dz_parts,
-        dB_parts,
-        dz,
-        dB,
-        strips,
-        chunks,
-        M * R,
-        N * R,
-        scaling,
-        BLOCK=SUM_BLOCK,
-        NEED_DZ=need_dz,
-        EMULATE_BF16=emulate,
-        num_warps=4,
-    )
+    blocks = triton.cdiv(N * R, SUM_BLOCK) * need_sum + triton.cdiv(M * R, SUM_BLOCK) * need_dz
+    if blocks:
+        _grad_sum_kernel[(blocks,)](
+            dz_parts,
+            dB_parts,
+            dz,
+            dB,
+            strips,
+            chunks,
+            M * R,
+            N * R,
+            scaling,
+            BLOCK=SUM_BLOCK,
+            NEED_DZ=need_dz,
+            NEED_DB=need_sum,
+            TRIGGER=pdl and dependent_launch(limits),
+            EMULATE_BF16=emulate,
+            num_warps=4,
+        )
     return dz, dB

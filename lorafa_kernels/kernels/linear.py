@@ -1,5 +1,15 @@
 """The four operations of a LoRA-FA linear layer, composed of the kernels. Shapes and dtypes as in
 reference.py.
+
+Each takes `plan`: None for the heuristics, or an object with the attributes of tuning.config.KernelPlan:
+
+    shrink, expand, grad   KernelConfig, or None for the kernel's heuristic default
+    one_pass: bool         backward: one pass over dy for dz and dB, or two (dB, then dz)
+    pdl: bool              overlap expand with the kernel before it, where the device can
+
+A plan whose expand has variant "recompute" calls no shrink in forward and backward_input, and in backward
+makes dx with dz in one launch and dB in another, whatever one_pass says. A pinned variant that cannot address
+these operands (TMA: 16-bit, rows at multiples of 16 bytes) gives way to the portable kernel's default.
 """
 
 from __future__ import annotations
@@ -7,32 +17,95 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..tuning.config import KernelConfig, KernelPlan, default_config, default_plan, rows_aligned
 from .expand import expand
 from .grad import grad
+from .recompute import recompute
 from .shrink import shrink
+from .tile import device_limits
 
 
 def forward(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    *,
+    plan: KernelPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute y (M, N) and z (M, R) in two launches."""
-    z = shrink(x, lora_A.t(), scaling)
-    return expand(x, weight.t(), z, lora_B.t(), bias), z
+    """Compute y (M, N) and z (M, R): one launch for few rows, else two."""
+    plan, config = _resolve(plan, x, weight, lora_A.shape[0])
+    if config.variant == "recompute":
+        return recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, scaling, config=config)
+    z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=plan.pdl)
+    return expand(x, weight.t(), z, lora_B.t(), bias, config=config, pdl=plan.pdl), z
 
 
 def backward(
-    dy: Tensor, z: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    plan: KernelPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute dx (M, K) and dB (N, R) in three launches, with one pass over dy beside the large product's."""
-    dz, dB = grad(dy, z, lora_B, scaling, lora_B.dtype)
-    return expand(dy, weight, dz, lora_A), dB
+    """Compute dx (M, K) and dB (N, R) with one pass over dy beside the large product's, or with two.
+
+    The kernel that writes dz is the last before expand, which may start while it runs.
+    """
+    plan, config = _resolve(plan, dy, weight, lora_A.shape[0])
+    if plan.one_pass and config.variant != "recompute":
+        dz, dB = grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.grad, pdl=plan.pdl)
+        return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl), dB
+    dB = grad(dy, z, None, 1.0, lora_B.dtype, config=plan.grad)[1]
+    return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, config), dB
 
 
-def backward_input(dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Compute dx (M, K) alone in two launches."""
-    return expand(dy, weight, shrink(dy, lora_B, scaling), lora_A)
+def backward_input(
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    plan: KernelPlan | None = None,
+) -> Tensor:
+    """Compute dx (M, K) alone: one launch for few rows, else two."""
+    plan, config = _resolve(plan, dy, weight, lora_A.shape[0])
+    return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, config)
 
 
-def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute dB (N, R) in `dtype` alone in two launches."""
-    return grad(dy, z, None, 1.0, dtype)[1]
+def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype, *, plan: KernelPlan | None = None) -> Tensor:
+    """Compute dB (N, R) in `dtype` alone: one launch for few rows, else two."""
+    return grad(dy, z, None, 1.0, dtype, config=plan.grad if plan else None)[1]
+
+
+def _input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    plan: KernelPlan,
+    config: KernelConfig,
+) -> Tensor:
+    if config.variant == "recompute":
+        return recompute(dy, weight, lora_B, lora_A, None, scaling, config=config, want_L=False)[0]
+    dz = shrink(dy, lora_B, scaling, config=plan.shrink, pdl=plan.pdl)
+    return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl)
+
+
+def _resolve(
+    plan: KernelPlan | None, rows: Tensor, weight: Tensor, R: int
+) -> tuple[KernelPlan, KernelConfig]:
+    """Return the plan, the heuristic one if there is none, and its configuration of expand."""
+    if plan is not None and plan.expand is not None:
+        return plan, plan.expand
+    size = rows.element_size()
+    key = (device_limits(rows.device), size, rows.shape[0], R, rows_aligned(size, *weight.shape))
+    plan = plan or default_plan(*key)
+    return plan, plan.expand or default_config("expand", *key)

@@ -6,6 +6,12 @@
 One kernel for both: out = round(s · (rows · factor)), with the contraction named K. Reads rows and factor
 once per block of rows, writes out: (M·K + ⌈M/BLOCK_M⌉·K·R + M·R) elements, 2·M·K·R FLOPs. Bound by reading
 `rows`.
+
+Few rows make few blocks, which cannot draw the memory's bandwidth. Then the contraction is cut into `splits`
+parts: fp32 partial sums, M·R a part, are written, and a second kernel adds them in a fixed order.
+
+Programmatic dependent launch (TRIGGER): the last of these kernels lets the next one on its stream start
+early, if that is launched so; expand_tma.py says what that one must wait for.
 """
 
 from __future__ import annotations
@@ -15,8 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import default_config
-from .tile import device_limits, emulate_bf16, input_precision, load, offsets, round_as, store
+from ..tuning.config import KernelConfig, default_config, split_size
+from .tile import (
+    SUM_BLOCK,
+    dependent_launch,
+    device_limits,
+    emulate_bf16,
+    gdc_launch_dependents,
+    input_precision,
+    load,
+    offsets,
+    round_as,
+    store,
+    sum_parts,
+)
 
 
 @triton.jit
@@ -28,24 +46,36 @@ def _shrink_kernel(
     M,
     K,
     R,
+    split_k,
     stride_rows_m,
     stride_rows_k,
     stride_factor_k,
     stride_factor_r,
-    stride_out_m,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TRIGGER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = rows_ptr.dtype.element_ty
+    if TRIGGER:
+        gdc_launch_dependents()
     r_blocks = tl.cdiv(R, BLOCK_R)
     pid = tl.program_id(0)
     index_m = (pid // r_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     index_r = (pid % r_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     index_k = tl.arange(0, BLOCK_K)
+    if SPLIT:
+        split = tl.program_id(1)
+        first = split * split_k
+        index_k += first
+        last = min(first + split_k, K)
+    else:
+        first = 0
+        last = K
     in_m = (index_m < M)[:, None]
     in_r = (index_r < R)[None, :]
 
@@ -54,12 +84,12 @@ def _shrink_kernel(
         factor_ptr + offsets(index_k, stride_factor_k)[:, None] + offsets(index_r, stride_factor_r)[None, :]
     )
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first, last, BLOCK_K):
         if EVEN_K:
             rows = load(rows_ptrs, in_m, EMULATE_BF16)
             factor = load(factor_ptrs, in_r, EMULATE_BF16)
         else:
-            in_k = index_k < K - start
+            in_k = start + tl.arange(0, BLOCK_K) < last
             rows = load(rows_ptrs, in_m & in_k[None, :], EMULATE_BF16)
             factor = load(factor_ptrs, in_k[:, None] & in_r, EMULATE_BF16)
         factor = round_as(factor, DTYPE, EMULATE_BF16)
@@ -67,42 +97,88 @@ def _shrink_kernel(
         rows_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_rows_k)
         factor_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_factor_k)
 
-    out_ptrs = out_ptr + offsets(index_m, stride_out_m)[:, None] + index_r[None, :]
-    store(out_ptrs, acc * scaling, in_m & in_r, EMULATE_BF16)
+    if SPLIT:
+        parts_rows = offsets(split, M) + index_m
+        parts_ptrs = out_ptr + offsets(parts_rows, R)[:, None] + index_r[None, :]
+        tl.store(parts_ptrs, acc, mask=in_m & in_r)
+    else:
+        out_ptrs = out_ptr + offsets(index_m, R)[:, None] + index_r[None, :]
+        store(out_ptrs, acc * scaling, in_m & in_r, EMULATE_BF16)
 
 
-def shrink(rows: Tensor, factor: Tensor, scaling: float) -> Tensor:
+@triton.jit
+def _shrink_sum_kernel(
+    parts_ptr,
+    out_ptr,
+    scaling,
+    splits,
+    count,
+    BLOCK: tl.constexpr,
+    TRIGGER: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    if TRIGGER:
+        gdc_launch_dependents()
+    sum_parts(parts_ptr, out_ptr, tl.program_id(0), splits, count, scaling, BLOCK, EMULATE_BF16)
+
+
+def shrink(
+    rows: Tensor, factor: Tensor, scaling: float, *, config: KernelConfig | None = None, pdl: bool = False
+) -> Tensor:
     """Return round(scaling · (rows · factor)) as a contiguous (M, R) tensor in the dtype of rows.
 
-    rows (M, K) fp32, bf16 or fp16; factor (K, R) of that dtype or fp32; both of any strides.
+    rows (M, K) fp32, bf16 or fp16; factor (K, R) of that dtype or fp32; both of any strides. `pdl`: let the
+    next kernel start early, where the device can.
     """
     M, K = rows.shape
     R = factor.shape[1]
     out = torch.empty((M, R), dtype=rows.dtype, device=rows.device)
     if M == 0:
         return out
-    config = default_config("shrink", device_limits(rows.device), rows.element_size(), M, R)
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(R, config.BLOCK_R),)
+    limits = device_limits(rows.device)
+    if config is None:
+        config = default_config("shrink", limits, rows.element_size(), M, R)
+    trigger = pdl and dependent_launch(limits)
+    split_k = split_size(config, K)
+    splits = triton.cdiv(K, split_k)
+    split = splits > 1
+    parts = torch.empty((splits, M, R), dtype=torch.float32, device=rows.device) if split else out
+    emulate = emulate_bf16(rows, factor)
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(R, config.BLOCK_R), splits)
     _shrink_kernel[grid](
         rows,
         factor,
-        out,
+        parts,
         scaling,
         M,
         K,
         R,
+        split_k,
         rows.stride(0),
         rows.stride(1),
         factor.stride(0),
         factor.stride(1),
-        out.stride(0),
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
         EVEN_K=K % config.BLOCK_K == 0,
+        SPLIT=split,
+        TRIGGER=trigger and not split,
         INPUT_PRECISION=input_precision(rows.dtype),
-        EMULATE_BF16=emulate_bf16(rows, factor),
+        EMULATE_BF16=emulate,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    if split:
+        _shrink_sum_kernel[(triton.cdiv(M * R, SUM_BLOCK),)](
+            parts,
+            out,
+            scaling,
+            splits,
+            M * R,
+            BLOCK=SUM_BLOCK,
+            TRIGGER=trigger,
+            EMULATE_BF16=emulate,
+            num_warps=4,
+        )
     return out

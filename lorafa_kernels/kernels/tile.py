@@ -13,8 +13,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuning.config import INTERPRETER, DeviceLimits
+
+# Programmatic dependent launch. Kernels name the two instructions only behind a constexpr flag.
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton built for AMD alone
+    gdc_launch_dependents = gdc_wait = None
+
+# Elements that one program of a second stage adds up.
+SUM_BLOCK = 1024
 
 # Whether a kernel is interpreted is decided when it is decorated: one process does one or the other.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -59,6 +69,21 @@ def store(pointers, value, mask, EMULATE_BF16: tl.constexpr):
     tl.store(pointers, round_as(value, DTYPE, EMULATE_BF16).to(DTYPE), mask=mask)
 
 
+@triton.jit
+def sum_parts(
+    parts_ptr, out_ptr, block, parts, count, scaling, BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr
+):
+    """out[i] = round(scaling · Σ_p parts[p, i]) for one block of i, adding in the order of p."""
+    index = offsets(block, BLOCK) + tl.arange(0, BLOCK)
+    mask = index < count
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(0, parts):
+        acc += tl.load(
+            parts_ptr + offsets(tl.full((), 1, tl.int64) * part, count) + index, mask=mask, other=0.0
+        )
+    store(out_ptr + index, acc * scaling, mask, EMULATE_BF16)
+
+
 def emulate_bf16(*tensors: Tensor | None) -> bool:
     """Whether EMULATE_BF16 must be set for these operands and results."""
     return INTERPRETED and any(t is not None and t.dtype == torch.bfloat16 for t in tensors)
@@ -84,3 +109,30 @@ def device_limits(device: torch.device) -> DeviceLimits:
         return DeviceLimits(arch, 64 * 1024, properties.multi_processor_count)
     arch = f"sm_{properties.major}{properties.minor}"
     return DeviceLimits(arch, properties.shared_memory_per_block_optin, properties.multi_processor_count)
+
+
+def dependent_launch(limits: DeviceLimits) -> bool:
+    """Whether a kernel can be launched while the one before it runs: on NVIDIA GPUs from sm_90 on."""
+    return limits.dependent_launch and gdc_wait is not None and not INTERPRETED
+
+
+def addressable(*tensors: Tensor) -> bool:
+    """Whether TMA can address these matrices: rows contiguous and at multiples of 16 bytes, none of them
+    overlapping, sizes within 32 bits.
+    """
+    for t in tensors:
+        rows, columns = t.shape
+        stride, step = t.stride()
+        bytes_apart = stride * t.element_size()
+        if step != 1 or stride < columns or bytes_apart % 16 or bytes_apart >= 1 << 40:
+            return False
+        if t.data_ptr() % 16 or not 0 < rows < 1 << 31 or not 0 < columns < 1 << 31:
+            return False
+    return True
+
+
+def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Return what a kernel takes blocks of `rows` × `columns` of an addressable matrix by. Made by the host
+    for one launch, it needs no memory on the device, so streams and threads have nothing to share.
+    """
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [rows, columns])

@@ -6,15 +6,29 @@ machine without a GPU.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from dataclasses import dataclass, replace
 
 OPS = ("shrink", "expand", "grad")
+VARIANTS = ("portable", "tma", "recompute")
 # Rank blocks above this leave the grad kernel no registers for its dB accumulator; larger ranks are tiled.
 MAX_BLOCK_R = 128
 # The tensor cores contract at least 16 16-bit elements, and tl.dot asks for 16 rows and columns.
 MIN_BLOCK = 16
+# Rows up to which expand makes z or dz itself: one launch where a launch costs more than the repeated work.
+RECOMPUTE_ROWS = 128
+RECOMPUTE_RANK = 64
+# Rows up to which shrink cuts its contraction, and into how many parts.
+SPLIT_ROWS = 512
+SPLITS = 16
+# Row blocks up to which grad is one chunk and dB needs no partial sums.
+DIRECT_BLOCKS = 4
+# What leaves room for expand's 180 KB and 176 registers a thread on one multiprocessor of sm_90: with it
+# shrink, or what it leaves running, overlaps expand.
+OVERLAP_SHARED_MEMORY = 45 * 1024
+OVERLAP_REGISTERS = 65536 - 256 * 176
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,12 @@ class KernelConfig:
     BLOCK_M rows of x or dy; BLOCK_N output columns of expand, or columns of dy in grad; BLOCK_K the
     contraction block of shrink and expand; BLOCK_R the rank block; GROUP_M row blocks that expand visits
     together for reuse in L2. Unused sizes are 0.
+
+    variant: "portable"; "tma", for Hopper: the persistent kernel of expand, and grad with its loads by TMA;
+    "recompute", expand alone: for few rows, it makes z or dz itself, in one launch, and shrink is not called.
+    EPILOGUE_SUBTILE, expand by TMA: into how many parts (1, 2 or 4) a tile of the result is cut on its way
+    out. ctas_per_sm, tma alone: blocks per multiprocessor in the grid. SPLIT_K, shrink alone: the most parts
+    that the contraction is cut into.
     """
 
     BLOCK_M: int
@@ -33,6 +53,26 @@ class KernelConfig:
     GROUP_M: int
     num_warps: int
     num_stages: int
+    variant: str = "portable"
+    SPLIT_K: int = 1
+    EPILOGUE_SUBTILE: int = 1
+    ctas_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """How the kernels compute one layer's forward or backward. None: the heuristic default of the kernel.
+
+    one_pass: dz and dB from one pass over dy (grad), or from one each (shrink, then grad for dB alone). pdl:
+    expand is launched while the kernel before it still runs (programmatic dependent launch); a device without
+    it ignores it.
+    """
+
+    shrink: KernelConfig | None = None
+    expand: KernelConfig | None = None
+    grad: KernelConfig | None = None
+    one_pass: bool = True
+    pdl: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,7 +85,7 @@ class DeviceLimits:
     shared_memory: int
     num_sms: int
 
-    @property
+    @functools.cached_property
     def family(self) -> str:
         """The group of architectures that share their defaults."""
         if self.arch.startswith("gfx"):
@@ -55,6 +95,12 @@ class DeviceLimits:
             return "interpreter"
         # Consumer Blackwell (sm_120) has Ampere's tensor core instructions and little shared memory.
         return {9: "hopper", 10: "blackwell"}.get(int(number[1]) // 10, "ampere")
+
+    @functools.cached_property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel can be launched while the one before it runs."""
+        number = re.match(r"sm_(\d+)", self.arch)
+        return number is not None and int(number[1]) >= 90
 
 
 # Published limits, for compiling without the device. num_sms only decides how many blocks grad splits its
@@ -76,11 +122,21 @@ def rows_aligned(operand_bytes: int, *sizes: int) -> bool:
     return all(size * operand_bytes % 16 == 0 for size in sizes)
 
 
+@functools.lru_cache(maxsize=1024)
 def default_config(
-    op: str, limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
+    op: str,
+    limits: DeviceLimits,
+    operand_bytes: int,
+    M: int,
+    R: int,
+    aligned: bool = True,
+    recompute: bool = True,
 ) -> KernelConfig:
     """Return the default configuration of kernel `op` for x or dy with M rows of `operand_bytes`-byte
-    elements and rank R; `aligned` is rows_aligned of the wide sizes.
+    elements and rank R.
+
+    `aligned`: rows_aligned of the wide sizes, and for expand on Hopper operands that TMA can address;
+    `recompute`: expand may make z or dz itself.
 
     A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
     pipeline stages and then smaller rank blocks until what is in flight fits its shared memory. Raises
@@ -89,30 +145,77 @@ def default_config(
     if op not in OPS:
         raise ValueError(f"unknown kernel {op!r}: one of {', '.join(OPS)}")
     family = limits.family
+    # On gfx942 its twelve strides and pointers spill scalar registers.
+    few_rows = M <= RECOMPUTE_ROWS and R <= RECOMPUTE_RANK and family != "amd"
     if family == "interpreter":
         config = _interpreter_config(op)
     elif operand_bytes >= 4:
         config = _fp32_config(op)
+    elif op == "expand" and recompute and few_rows:
+        config = _recompute_config(family, M, R, aligned)
     else:
         config = _half_config(op, family, M, R, aligned)
     config = replace(config, BLOCK_R=min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R))))
+    if op == "shrink" and M <= SPLIT_ROWS and family != "interpreter":
+        config = replace(config, SPLIT_K=SPLITS)
     while shared_memory(op, config, operand_bytes, limits) > limits.shared_memory:
         if config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
-        elif config.BLOCK_R > MIN_BLOCK:
+        elif config.BLOCK_R > MIN_BLOCK and config.variant != "recompute":
             config = replace(config, BLOCK_R=config.BLOCK_R // 2)
         else:
             break
     return config
 
 
-def row_chunks(config: KernelConfig, limits: DeviceLimits, M: int, N: int) -> int:
-    """Return into how many chunks grad splits its M rows: enough blocks to fill the device a few times, at
-    least one row block each.
+@functools.lru_cache(maxsize=1024)
+def default_plan(
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
+) -> KernelPlan:
+    """Return the plan of the heuristics; arguments as for default_config. A pure function."""
+    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned) for op in OPS}
+    return KernelPlan(
+        **configs,
+        one_pass=one_pass_moves_less(configs["grad"], operand_bytes, R),
+        pdl=limits.dependent_launch,
+    )
+
+
+def one_pass_moves_less(config: KernelConfig, operand_bytes: int, R: int) -> bool:
+    """Whether one pass over dy, which writes and reads fp32 partial sums of dz for each of its strips, moves
+    no more bytes than two passes. Sizes M and N cancel.
     """
+    tiles_of_R = -(-R // config.BLOCK_R)
+    partial_sums = 2 * 4 * R / config.BLOCK_N
+    # Both plans write the same partial sums of dB. The tiles of a large R read dy again.
+    one = tiles_of_R * operand_bytes + partial_sums
+    two = tiles_of_R * operand_bytes + operand_bytes
+    return one <= two
+
+
+def row_chunks(config: KernelConfig, limits: DeviceLimits, M: int, N: int) -> int:
+    """Return into how many chunks grad splits its M rows: one for few rows, else enough blocks to fill the
+    device, once with TMA and a few times without, at least one row block each.
+    """
+    row_blocks = -(-M // config.BLOCK_M)
+    if row_blocks <= DIRECT_BLOCKS:
+        return 1
     strips = -(-N // config.BLOCK_N)
-    wanted = -(-4 * limits.num_sms // strips)
-    return max(1, min(wanted, -(-M // config.BLOCK_M)))
+    if config.variant == "tma":
+        # What runs at once: a block's stages keep the memory busy, and each chunk has partial sums to write.
+        wanted = config.ctas_per_sm * limits.num_sms // strips
+    else:
+        wanted = -(-4 * limits.num_sms // strips)
+    return max(1, min(wanted, row_blocks))
+
+
+def split_size(config: KernelConfig, K: int) -> int:
+    """Return how many of the K contracted elements one part of shrink takes: a multiple of BLOCK_K, at least
+    two blocks where there is more than one part.
+    """
+    parts = max(1, min(config.SPLIT_K, K // (2 * config.BLOCK_K)))
+    blocks = -(-K // (parts * config.BLOCK_K))
+    return max(1, blocks) * config.BLOCK_K
 
 
 def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: DeviceLimits) -> int:
@@ -131,6 +234,13 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
     if op == "shrink":
         rounded_factor = K * R * operand_bytes
         return stages * K * (M * operand_bytes + R * 4) + rounded_factor + barriers
+    if config.variant == "recompute":
+        return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + barriers
+    if op == "expand" and config.variant == "tma":
+        # The result's buffer lives through the loop over tiles; the rank-R step has two stages of its own.
+        loop = config.num_stages * K * (M + N) * operand_bytes
+        after_loop = 2 * R * (M * operand_bytes + N * 4) + R * N * operand_bytes
+        return max(loop, after_loop) + M * N * operand_bytes // config.EPILOGUE_SUBTILE + barriers
     if op == "expand":
         loop = stages * K * (M + N) * operand_bytes
         after_loop = max(R * (M * operand_bytes + N * 4), M * N * operand_bytes)
@@ -143,16 +253,17 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
 
 def all_default_configs(
     op: str, limits: DeviceLimits, operand_bytes: int
-) -> dict[KernelConfig, tuple[int, int, bool]]:
+) -> dict[KernelConfig, tuple[int, int, bool, bool]]:
     """Return every configuration that default_config can return for this kernel, device and operand size.
 
-    Each comes with an (M, R, aligned) that it is returned for.
+    Each comes with an (M, R, aligned, recompute) that it is returned for.
     """
-    rows = (8192, 1 << 20, 513, 512, 129, 128, 65, 64, 1)
+    rows = (8192, 1 << 20, 513, 512, 129, 128, 65, 64, 17, 16, 1)
     ranks = (256, 129, 128, 65, 64, 33, 32, 17, 16, 1)
-    found: dict[KernelConfig, tuple[int, int, bool]] = {}
-    for aligned, M, R in itertools.product((True, False), rows, ranks):
-        found.setdefault(default_config(op, limits, operand_bytes, M, R, aligned), (M, R, aligned))
+    found: dict[KernelConfig, tuple[int, int, bool, bool]] = {}
+    for recompute, aligned, M, R in itertools.product((True, False), (True, False), rows, ranks):
+        shapes = (M, R, aligned, recompute)
+        found.setdefault(default_config(op, limits, operand_bytes, *shapes), shapes)
     return found
 
 
@@ -160,12 +271,21 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool) -> KernelC
     amd = family == "amd"
     num_warps = 4 if R <= 32 else 8
     if op == "shrink":
-        # A factor's block of 128 × 128 spills on sm_80 and sm_90, one of 128 × 64 on sm_80.
-        BLOCK_K = 64 if amd or R > 64 or (R > 32 and family == "ampere") else 128
+        if family == "hopper":
+            # Small enough to share a multiprocessor with expand (OVERLAP_*).
+            BLOCK_K, num_stages = (64, 3) if R <= 16 else (32, 5) if R <= 32 else (32, 3)
+            return KernelConfig(64, 0, BLOCK_K, 64, 1, 4, num_stages)
+        # A factor's block of 128 × 128 spills, one of 128 × 64 on sm_80, and on sm_100 if K is split.
+        split_on_blackwell = family == "blackwell" and M <= SPLIT_ROWS
+        BLOCK_K = 64 if amd or R > 64 or (R > 32 and (family == "ampere" or split_on_blackwell)) else 128
         return KernelConfig(64, 0, BLOCK_K, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
     if op == "grad":
         # dB's accumulator is BLOCK_N × BLOCK_R fp32 in registers; a wider strip means fewer partial sums of
         # dz to write. Ampere holds the operands of both products in registers too and spills at 128 × 128.
+        if family == "hopper":
+            if R <= 32:
+                return KernelConfig(64, 256, 0, MAX_BLOCK_R, 1, 8, 3, "tma")
+            return KernelConfig(64, 128, 0, MAX_BLOCK_R, 1, 8, 3, "tma", ctas_per_sm=2 if R <= 64 else 1)
         BLOCK_N = 64 if family == "ampere" and R > 64 else 128
         if family == "blackwell" and R <= 64:
             # The accumulators are in tensor memory; ptxas squeezes eight warps into 64 registers and spills.
@@ -174,6 +294,13 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool) -> KernelC
     if not aligned:
         # Such rows cannot be copied asynchronously: they pass through registers, and larger blocks spill.
         return KernelConfig(64, 64, 32, 64, 8, 4, 2)
+    if family == "hopper":
+        # Rank blocks of 16: a wider fp32 block of lora_B takes the registers that shrink needs (OVERLAP_*).
+        if M <= 64:
+            return KernelConfig(64, 128, 64, MIN_BLOCK, 8, 4, 4, "tma")
+        if M <= 512:
+            return KernelConfig(128, 128, 64, MIN_BLOCK, 8, 8, 4, "tma")
+        return KernelConfig(128, 256, 64, MIN_BLOCK, 8, 8, 3, "tma", EPILOGUE_SUBTILE=2)
     if M <= 64:
         return KernelConfig(64, 64, 64 if amd else 128, 64, 8, 4, 2 if amd else 3)
     if amd:
@@ -181,6 +308,18 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool) -> KernelC
     if M <= 512 or family == "ampere":
         return KernelConfig(128, 128, 64, 64, 8, 8, 3)
     return KernelConfig(128, 256, 64, 64, 8, 8, 3)
+
+
+def _recompute_config(family: str, M: int, R: int, aligned: bool) -> KernelConfig:
+    # Blocks of 128 rows spill where the operands pass through registers: unaligned ones, and Ampere's.
+    through_registers = not aligned or (family == "ampere" and R > 32)
+    BLOCK_M = 16 if M <= 16 else 64 if M <= 64 or through_registers else 128
+    BLOCK_N = 32 if M <= 16 and R <= 16 else 64
+    num_stages = 2 if family == "amd" or not aligned else 3
+    BLOCK_K = 64 if aligned else 32
+    # Four warps spill at 128 rows, and on sm_100 at 64.
+    num_warps = 8 if BLOCK_M == 128 or (family == "blackwell" and BLOCK_M == 64) else 4
+    return KernelConfig(BLOCK_M, BLOCK_N, BLOCK_K, RECOMPUTE_RANK, 1, num_warps, num_stages, "recompute")
 
 
 def _fp32_config(op: str) -> KernelConfig:

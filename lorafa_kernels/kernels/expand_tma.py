@@ -1,0 +1,193 @@
+"""expand for Hopper: the same product as expand.py, persistent and with TMA.
+
+    C (M, N) = round( P (M, K) · Q (K, N) + L (M, R) · F (R, N) + bias (N) )
+
+    y  (M, N): P = x,  Q = weightᵀ, L = z,  F = lora_Bᵀ, bias       TRANSPOSED: Q and F are stored (N, ·)
+    dx (M, K): P = dy, Q = weight,  L = dz, F = lora_A              Q and F are stored (·, N)
+
+About one block per multiprocessor walks the tiles of C. Reads P once per column of tiles and Q once per row
+of tiles, L and F once per tile, writes C once. 2·M·N·(K + R) FLOPs. Bound by arithmetic.
+
+The order within a tile is what keeps the tensor cores busy (the compile gate holds on to it): the K loop
+first, with one product in flight while the next operands arrive; the rank-R step after it, its operands by
+TMA too; loops over tiles and over K are not flattened into one.
+
+Programmatic dependent launch (WAIT). The kernel before this one is the one that writes L: it says early that
+its dependent may start, and every block here waits (griddepcontrol.wait) until that kernel has ended and its
+writes are visible. Before the wait a block only reads P and Q, which kernels wrote that ended before the one
+that writes L was started, since that one is never launched this way itself. The first write to C comes after
+the wait too, so C may lie in memory that the kernel before still reads or writes when this one starts (the
+partial sums that L was added up from, say): the allocator hands memory out again as soon as the host lets go
+of it. A block without a tile waits as well, so that this kernel cannot end before the one it depends on.
+Should another thread put a kernel between the two on this stream, that one becomes the kernel waited for, and
+it started after L was written, or waited for that itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tuning.config import KernelConfig
+from .tile import addressable, describe, emulate_bf16, gdc_wait, load, offsets, round_as
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _expand_tma_kernel(
+    P_desc,
+    Q_desc,
+    L,  # a descriptor, or a pointer where TMA cannot address it
+    F,
+    bias_ptr,
+    C_desc,
+    M,
+    N,
+    K,
+    R,
+    stride_L_m,
+    stride_L_r,
+    stride_F_r,
+    stride_F_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EPILOGUE_SUBTILE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    LOW_RANK_TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WAIT: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    DTYPE: tl.constexpr = P_desc.dtype
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=False):
+        group = tile // (GROUP_M * blocks_n)
+        rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
+        in_group = tile % (GROUP_M * blocks_n)
+        start_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M
+        start_n = (in_group // rows_in_group) * BLOCK_N
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            P = P_desc.load([start_m, start])
+            Q = Q_desc.load([start_n, start]).T if TRANSPOSED else Q_desc.load([start, start_n])
+            if EMULATE_BF16:
+                P = P.to(tl.float32)
+                Q = Q.to(tl.float32)
+            acc = tl.dot(P, Q, acc)
+
+        if WAIT:
+            gdc_wait()
+        # Two stages let both operands travel at once; their shared memory is the K loop's.
+        for start in tl.range(0, R, BLOCK_R, num_stages=2):
+            if LOW_RANK_TMA:
+                L_tile = L.load([start_m, start])
+                F_tile = F.load([start_n, start]).T if TRANSPOSED else F.load([start, start_n])
+                if EMULATE_BF16:
+                    L_tile = L_tile.to(tl.float32)
+            else:
+                index_m = start_m + tl.arange(0, BLOCK_M)
+                index_n = start_n + tl.arange(0, BLOCK_N)
+                index_r = start + tl.arange(0, BLOCK_R)
+                in_r = index_r < R
+                L_ptrs = L + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
+                F_ptrs = F + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
+                L_tile = load(L_ptrs, (index_m < M)[:, None] & in_r[None, :], EMULATE_BF16)
+                F_tile = load(F_ptrs, in_r[:, None] & (index_n < N)[None, :], EMULATE_BF16)
+            acc = tl.dot(L_tile, round_as(F_tile, DTYPE, EMULATE_BF16), acc)
+
+        if HAS_BIAS:
+            index_n = start_n + tl.arange(0, BLOCK_N)
+            bias = tl.load(bias_ptr + index_n, mask=index_n < N, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        # Parts of the tile leave one after the other through one buffer: less shared memory, which the K loop
+        # has a stage for.
+        if EPILOGUE_SUBTILE == 1:
+            C_desc.store([start_m, start_n], round_as(acc, DTYPE, EMULATE_BF16).to(DTYPE))
+        else:
+            left, right = _halves(acc)
+            parts = (left, right) if EPILOGUE_SUBTILE == 2 else _halves(left) + _halves(right)
+            for part in tl.static_range(EPILOGUE_SUBTILE):
+                C = round_as(parts[part], DTYPE, EMULATE_BF16).to(DTYPE)
+                C_desc.store([start_m, start_n + part * (BLOCK_N // EPILOGUE_SUBTILE)], C)
+    if WAIT:
+        gdc_wait()
+
+
+def storage_order(P: Tensor, Q: Tensor) -> bool | None:
+    """Return TRANSPOSED, whether Q (K, N) is stored (N, K), or None where TMA cannot address the operands."""
+    if P.dtype not in (torch.bfloat16, torch.float16) or Q.shape[1] * P.element_size() % 16:
+        return None
+    if not addressable(P):
+        return None
+    if addressable(Q.t()):
+        return True
+    return False if addressable(Q) else None
+
+
+def expand_tma(
+    P: Tensor,
+    Q: Tensor,
+    L: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    C: Tensor,
+    config: KernelConfig,
+    transposed: bool,
+    wait: bool,
+    num_sms: int,
+) -> None:
+    """Write round(P · Q + L · F + bias) into C. Operands as in expand, with P, Q and C addressable."""
+    M, K = P.shape
+    N = Q.shape[1]
+    R = L.shape[1]
+    factor = F.t() if transposed else F
+    low_rank_tma = addressable(L, factor)
+    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
+    grid = (min(tiles, config.ctas_per_sm * num_sms),)
+
+    launch = {"launch_pdl": True} if wait else {}
+    _expand_tma_kernel[grid](
+        describe(P, BLOCK_M, BLOCK_K),
+        describe(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe(Q, BLOCK_K, BLOCK_N),
+        describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L,
+        (describe(factor, BLOCK_N, BLOCK_R) if transposed else describe(factor, BLOCK_R, BLOCK_N))
+        if low_rank_tma
+        else F,
+        bias,
+        describe(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
+        M,
+        N,
+        K,
+        R,
+        L.stride(0),
+        L.stride(1),
+        F.stride(0),
+        F.stride(1),
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        BLOCK_R=BLOCK_R,
+        GROUP_M=config.GROUP_M,
+        EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
+        TRANSPOSED=transposed,
+        LOW_RANK_TMA=low_rank_tma,
+        HAS_BIAS=bias is not None,
+        WAIT=wait,
+        EMULATE_BF16=emulate_bf16(P, F),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch,
+    )

@@ -1,0 +1,168 @@
+"""recompute: shrink and expand in one launch, for few rows.
+
+    L (M, R) = round( s · (P (M, K) · D (K, R)) )
+    C (M, N) = round( P (M, K) · Q (K, N) + L (M, R) · F (R, N) + bias (N) )
+
+    z, y   (M, N): P = x,  D = lora_Aᵀ, Q = weightᵀ, F = lora_Bᵀ, bias
+    dz, dx (M, K): P = dy, D = lora_B,  Q = weight,  F = lora_A
+
+Every block makes the rows of L that it needs, beside its tile of C and from the same tiles of P; the first
+column of blocks writes L. Reads P and D once per column of blocks (from L2, but for the first), Q once per
+row of blocks, F once per block; writes C and L once. 2·M·N·(K + R) + 2·M·K·R·⌈N/BLOCK_N⌉ FLOPs. Bound by
+reading Q, so with few rows the repeated products hide behind it, and a launch would not. R ≤ BLOCK_R.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tuning.config import KernelConfig
+from .tile import emulate_bf16, input_precision, load, offsets, round_as, store
+
+
+@triton.jit
+def _recompute_kernel(
+    P_ptr,
+    Q_ptr,
+    D_ptr,
+    F_ptr,
+    bias_ptr,
+    L_ptr,
+    C_ptr,
+    scaling,
+    M,
+    N,
+    K,
+    R,
+    stride_P_m,
+    stride_P_k,
+    stride_Q_k,
+    stride_Q_n,
+    stride_D_k,
+    stride_D_r,
+    stride_F_r,
+    stride_F_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_L: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    DTYPE: tl.constexpr = P_ptr.dtype.element_ty
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    block_n = pid // blocks_m
+    index_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    index_k = tl.arange(0, BLOCK_K)
+    index_r = tl.arange(0, BLOCK_R)
+    in_m = (index_m < M)[:, None]
+    in_n = (index_n < N)[None, :]
+    in_r = (index_r < R)[None, :]
+
+    P_ptrs = P_ptr + offsets(index_m, stride_P_m)[:, None] + offsets(index_k, stride_P_k)[None, :]
+    Q_ptrs = Q_ptr + offsets(index_k, stride_Q_k)[:, None] + offsets(index_n, stride_Q_n)[None, :]
+    D_ptrs = D_ptr + offsets(index_k, stride_D_k)[:, None] + offsets(index_r, stride_D_r)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    low_rank = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            P = load(P_ptrs, in_m, EMULATE_BF16)
+            Q = load(Q_ptrs, in_n, EMULATE_BF16)
+            D = load(D_ptrs, in_r, EMULATE_BF16)
+        else:
+            in_k = index_k < K - start
+            P = load(P_ptrs, in_m & in_k[None, :], EMULATE_BF16)
+            Q = load(Q_ptrs, in_k[:, None] & in_n, EMULATE_BF16)
+            D = load(D_ptrs, in_k[:, None] & in_r, EMULATE_BF16)
+        acc = tl.dot(P, Q, acc, input_precision=INPUT_PRECISION)
+        D = round_as(D, DTYPE, EMULATE_BF16)
+        low_rank = tl.dot(P, D, low_rank, input_precision=INPUT_PRECISION)
+        P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
+        Q_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_Q_k)
+        D_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_D_k)
+
+    L = low_rank * scaling
+    if STORE_L and block_n == 0:
+        L_ptrs = L_ptr + offsets(index_m, R)[:, None] + index_r[None, :]
+        store(L_ptrs, L, in_m & in_r, EMULATE_BF16)
+    F_ptrs = F_ptr + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
+    F = round_as(load(F_ptrs, (index_r < R)[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
+    acc = tl.dot(round_as(L, DTYPE, EMULATE_BF16), F, acc, input_precision=INPUT_PRECISION)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + index_n, mask=index_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    C_ptrs = C_ptr + offsets(index_m, N)[:, None] + index_n[None, :]
+    store(C_ptrs, acc, in_m & in_n, EMULATE_BF16)
+
+
+def recompute(
+    P: Tensor,
+    Q: Tensor,
+    D: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    *,
+    config: KernelConfig,
+    want_L: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Return C (M, N) and L (M, R), contiguous in the dtype of P; L is None unless wanted.
+
+    P (M, K) and Q (K, N) of one dtype, fp32, bf16 or fp16; D (K, R) and F (R, N) of that dtype or fp32; any
+    strides. bias (N,), or None.
+    """
+    M, K = P.shape
+    N = Q.shape[1]
+    R = D.shape[1]
+    if R > config.BLOCK_R:
+        raise ValueError(f"recompute needs R <= BLOCK_R, got R = {R} and BLOCK_R = {config.BLOCK_R}")
+    C = torch.empty((M, N), dtype=P.dtype, device=P.device)
+    L = torch.empty((M, R), dtype=P.dtype, device=P.device) if want_L else None
+    if M == 0:
+        return C, L
+    if bias is not None:
+        bias = bias.contiguous()
+    # A block even where N is 0: it writes L.
+    grid = (triton.cdiv(M, config.BLOCK_M) * max(1, triton.cdiv(N, config.BLOCK_N)),)
+    _recompute_kernel[grid](
+        P,
+        Q,
+        D,
+        F,
+        bias,
+        L,
+        C,
+        scaling,
+        M,
+        N,
+        K,
+        R,
+        P.stride(0),
+        P.stride(1),
+        Q.stride(0),
+        Q.stride(1),
+        D.stride(0),
+        D.stride(1),
+        F.stride(0),
+        F.stride(1),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        BLOCK_R=config.BLOCK_R,
+        EVEN_K=K % config.BLOCK_K == 0,
+        HAS_BIAS=bias is not None,
+        STORE_L=want_L,
+        INPUT_PRECISION=input_precision(P.dtype),
+        EMULATE_BF16=emulate_bf16(P, D, F),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return C, L

@@ -1,0 +1,325 @@
+"""A model of the time that an operation takes: bytes and FLOPs of each way to compute it, against what the
+device can do.
+
+    product    launch gap + max( FLOPs / product rate, bytes / copy rate )
+    pass       launch gap + bytes / (share of the copy rate that its blocks can draw)
+    fused      shrink (or grad and the sum of its parts), then the product with a rank-R step, whose FLOPs it
+               adds; with PDL the kernel before expand has no gap and is hidden but for a share
+    library    skinny products, the rank-R term written into the output, and the product that reads it again
+
+Pure functions of shapes, configurations and a table of published device figures, for choosing a plan where
+nothing was measured, and to be held against measurements. Everything is an estimate, in microseconds. The
+host's time for the launches counts where it exceeds the device's: with few rows the launches are the cost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .config import DeviceLimits, KernelConfig, row_chunks, split_size
+from .recipe import Problem, Recipe, grad_makes_dz, kernel_configs, launches
+
+# Shares of a data sheet's peak that large products and copies reach: 790 of 989 TFLOP/s and 4.3 of 4.8 TB/s,
+# measured on an H200.
+PRODUCT_SHARE = 0.8
+COPY_SHARE = 0.895
+# From the end of a kernel to full speed of the next one.
+GAP_US = 2.5
+# Of the time that a hidden kernel takes from the product running beside it.
+NOT_HIDDEN = 0.45
+# Of the copy rate that library products reach where one side is of rank R.
+SKINNY_SHARE = 0.75
+# Of the time for reading an output that a product accumulates into, which its arithmetic does not hide.
+ACCUMULATE_SHARE = 0.35
+# Of the partial sums' bytes, read back while most still lie in L2.
+READ_BACK_SHARE = 0.25
+# How many times its part of the copy rate one multiprocessor can draw when the others are idle.
+LONE_BLOCK_RATE = 3.0
+# Rate of expand's main loop over that of the library's product. An assumption until measured; the estimates
+# of the designs take 1.
+MAIN_LOOP_SHARE = {"tma": 0.97, "portable": 0.95, "recompute": 0.9}
+# On tensor cores that read from shared memory, pointer loads keep up less.
+PORTABLE_SHARE_ON_HOPPER = 0.85
+# Host microseconds of a Triton launch (5.7 without an argument, 13 with 19), of a library call, and of the
+# operator around Triton kernels.
+TRITON_LAUNCH_US = 12.0
+LIBRARY_CALL_US = 5.0
+OPERATOR_US = 8.0
+# Instructions of Philox for an element where one call serves four.
+PHILOX_INSTRUCTIONS = 24
+ROW_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches: dense 16-bit and IEEE fp32 products in TFLOP/s, copies in TB/s counting what is
+    read and written. source: where that is from.
+    """
+
+    half_tflops: float
+    fp32_tflops: float
+    copy_tbs: float
+    source: str
+
+    def flops_per_us(self, itemsize: int) -> float:
+        return 1e6 * (self.half_tflops if itemsize <= 2 else self.fp32_tflops)
+
+    @property
+    def bytes_per_us(self) -> float:
+        return 1e6 * self.copy_tbs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted microseconds on the device and, for its launches, on the host."""
+
+    device_us: float
+    host_us: float
+
+    @property
+    def us(self) -> float:
+        return max(self.device_us, self.host_us)
+
+
+# Data sheets: dense TFLOP/s of 16-bit products accumulated in fp32, of fp32 arithmetic, and memory in TB/s.
+# The first name that occurs in the device's wins.
+_PUBLISHED = {
+    "GH200": (989, 67, 4.0),
+    "H200": (989, 67, 4.8),
+    "H100 PCIe": (756, 51, 2.0),
+    "H100 NVL": (835, 60, 3.9),
+    "H100": (989, 67, 3.35),
+    "H800": (989, 67, 3.35),
+    "H20": (148, 44, 4.0),
+    "A100-SXM4-80GB": (312, 19.5, 2.04),
+    "A100 80GB": (312, 19.5, 1.94),
+    "A100": (312, 19.5, 1.56),
+    "A800": (312, 19.5, 2.04),
+    "A40": (150, 37.4, 0.70),
+    "A30": (165, 10.3, 0.93),
+    "A10": (125, 31.2, 0.60),
+    "L40S": (362, 91.6, 0.86),
+    "L40": (181, 90.5, 0.86),
+    "L4": (121, 30.3, 0.30),
+    "GB200": (2450, 80, 8.0),
+    "B200": (2250, 75, 7.7),
+    "RTX 5090": (209, 104.8, 1.79),
+    "RTX 4090": (165, 82.6, 1.01),
+    "RTX 3090": (71, 35.6, 0.94),
+    "MI300X": (1307, 163.4, 5.3),
+    "MI325X": (1307, 163.4, 6.0),
+}
+# For a device that is not listed: a listed relative's figures per multiprocessor.
+_PER_MULTIPROCESSOR = {
+    "sm_80": (312 / 108, 19.5 / 108, 2.04 / 108),
+    "sm_86": (71 / 82, 35.6 / 82, 0.94 / 82),
+    "sm_89": (165 / 128, 82.6 / 128, 1.01 / 128),
+    "sm_9": (989 / 132, 67 / 132, 3.35 / 132),
+    "sm_10": (2250 / 148, 75 / 148, 7.7 / 148),
+    "sm_12": (209 / 170, 104.8 / 170, 1.79 / 170),
+    "gfx9": (1307 / 304, 163.4 / 304, 5.3 / 304),
+    "": (71 / 82, 35.6 / 82, 0.94 / 82),
+}
+
+
+def ceilings(name: str, limits: DeviceLimits) -> Ceilings | None:
+    """Return what a device reaches by its name, or else by its architecture and multiprocessors; None for
+    Triton's interpreter, whose time says nothing.
+    """
+    if limits.family == "interpreter":
+        return None
+    for known, figures in _PUBLISHED.items():
+        if re.search(rf"\b{re.escape(known)}\b", name):
+            return _reached(figures, f"published figures of {known}")
+    prefix = next(prefix for prefix in _PER_MULTIPROCESSOR if limits.arch.startswith(prefix))
+    figures = tuple(figure * limits.num_sms for figure in _PER_MULTIPROCESSOR[prefix])
+    return _reached(figures, f"guessed from {limits.num_sms} multiprocessors of {limits.arch}")
+
+
+def predict(
+    recipe: Recipe,
+    problem: Problem,
+    limits: DeviceLimits,
+    reached: Ceilings,
+    main_loop: float | None = None,
+) -> Cost:
+    """Predict the time of `recipe` for `problem`.
+
+    main_loop: rate of expand's main loop over the library's product, instead of the one assumed.
+    """
+    model = _Model(problem, limits, reached)
+    if recipe.name == "library":
+        return model.library(recipe)
+    return model.fused(recipe, main_loop)
+
+
+def frozen(problem: Problem, limits: DeviceLimits, reached: Ceilings) -> Cost:
+    """Predict the time of the frozen linear's share of `problem`: y, or dx; nothing for backward_lora_B."""
+    model = _Model(problem, limits, reached)
+    if problem.op == "backward_lora_B":
+        return Cost(0.0, 0.0)
+    return Cost(model.product(), LIBRARY_CALL_US)
+
+
+def predict_step(
+    recipes: Mapping[str, Recipe], problem: Problem, limits: DeviceLimits, reached: Ceilings
+) -> dict[str, float]:
+    """Predict forward and backward of one layer, and of the frozen linear within, for a report.
+
+    recipes: one for "forward" and one for "backward". Returns microseconds under forward_us, backward_us,
+    frozen_forward_us, frozen_backward_us, and the overhead (ratio - 1) of both together.
+    """
+    found: dict[str, float] = {}
+    for op in ("forward", "backward"):
+        one = replace(problem, op=op)
+        found[f"{op}_us"] = predict(recipes[op], one, limits, reached).us
+        found[f"frozen_{op}_us"] = frozen(one, limits, reached).us
+    both = found["forward_us"] + found["backward_us"]
+    found["overhead"] = both / (found["frozen_forward_us"] + found["frozen_backward_us"]) - 1
+    return found
+
+
+class _Model:
+    """The pieces, in microseconds, for one problem on one device."""
+
+    def __init__(self, problem: Problem, limits: DeviceLimits, reached: Ceilings) -> None:
+        self.problem = problem
+        self.limits = limits
+        self.reached = reached
+        self.itemsize = problem.dtype.itemsize
+
+    def fused(self, recipe: Recipe, main_loop: float | None) -> Cost:
+        configs = kernel_configs(recipe, self.problem, self.limits)
+        names = launches(recipe, self.problem, self.limits)
+        before = self.before_expand(configs, names)
+        device = sum(before) + GAP_US * len(before)
+        if "expand" in configs:
+            # With PDL the launch overlaps the last kernel before it, and its work is mostly hidden.
+            variant = configs["expand"].variant
+            if before and variant == "tma" and recipe.kernels.pdl and self.limits.dependent_launch:
+                device -= GAP_US + (1 - NOT_HIDDEN) * before[-1]
+            device += self.expand(configs["expand"], main_loop)
+        return Cost(device, OPERATOR_US + TRITON_LAUNCH_US * len(names))
+
+    def before_expand(self, configs: Mapping[str, KernelConfig], names: tuple[str, ...]) -> list[float]:
+        """The kernels in `names` that come before expand. Without the gaps."""
+        found: list[float] = []
+        if "grad" in configs:
+            parts = self.grad(configs["grad"], grad_makes_dz(self.problem, configs))
+            found += parts if "grad_sum" in names else parts[:1]
+        if "shrink" in configs:
+            parts = self.shrink(configs["shrink"])
+            found += parts if "shrink_sum" in names else parts[:1]
+        return found
+
+    def library(self, recipe: Recipe) -> Cost:
+        p = self.problem
+        rows_in = self.library_skinny(p.width)
+        if p.op == "backward_lora_B":
+            return Cost(rows_in, LIBRARY_CALL_US)
+        low_rank = GAP_US + self.bytes_us(p.M * p.out_width + (p.M + p.out_width) * p.R)
+        accumulate = self.product() + ACCUMULATE_SHARE * self.bytes_us(p.M * p.out_width)
+        device, host = rows_in + low_rank + accumulate, 3 * LIBRARY_CALL_US
+        if p.op == "backward" and recipe.kernels.one_pass:
+            config = kernel_configs(recipe, p, self.limits)["grad"]
+            parts = self.grad(config, makes_dz=True)
+            device += sum(parts) + GAP_US * len(parts) - rows_in
+            host += OPERATOR_US + 2 * TRITON_LAUNCH_US - LIBRARY_CALL_US
+        elif p.op == "backward":
+            device += rows_in
+            host += LIBRARY_CALL_US
+        return Cost(device, host)
+
+    def product(self) -> float:
+        """The frozen linear's product, by the library, which tiles small outputs well."""
+        p = self.problem
+        blocks = _ceil(p.M, ROW_BLOCK) * _ceil(p.out_width, ROW_BLOCK)
+        flops = 2 * p.M * p.out_width * p.width
+        arithmetic = flops / (self.reached.flops_per_us(self.itemsize) * self.fill(blocks))
+        return GAP_US + max(arithmetic, self.bytes_us(self.product_elements()))
+
+    def expand(self, config: KernelConfig, main_loop: float | None) -> float:
+        """The fused product: its rank-R step, and z made again in every column of blocks if recomputed."""
+        p = self.problem
+        blocks_m, blocks_n = _ceil(p.M, config.BLOCK_M), _ceil(p.out_width, config.BLOCK_N)
+        R = max(p.R, config.BLOCK_R)
+        flops = 2 * blocks_m * config.BLOCK_M * p.out_width * (p.width + R)
+        elements = self.product_elements() + (p.M + p.out_width) * p.R
+        if config.variant == "recompute":
+            flops += 2 * blocks_m * config.BLOCK_M * blocks_n * p.width * R
+            elements += p.width * p.R
+        share = self.main_loop(config.variant) if main_loop is None else main_loop
+        fill = self.fill(blocks_m * blocks_n)
+        if p.M >= config.BLOCK_M * 8:
+            # Many rows: a rest of the last block is not what decides.
+            flops = flops * p.M / (blocks_m * config.BLOCK_M)
+        arithmetic = flops / (self.reached.flops_per_us(self.itemsize) * share * fill)
+        drawn = min(1.0, LONE_BLOCK_RATE * fill)
+        return GAP_US + max(arithmetic, self.bytes_us(elements) / drawn) + self.philox_us()
+
+    def shrink(self, config: KernelConfig) -> list[float]:
+        """One pass over x or dy, and the sum of its parts. Without the gaps."""
+        p = self.problem
+        splits = _ceil(p.width, split_size(config, p.width))
+        blocks = _ceil(p.M, config.BLOCK_M) * _ceil(p.R, config.BLOCK_R) * splits
+        drawn = min(1.0, LONE_BLOCK_RATE * self.fill(blocks))
+        elements = p.M * p.width + p.width * p.R + p.M * p.R
+        arithmetic = 2 * p.M * p.width * p.R / self.reached.flops_per_us(self.itemsize)
+        pass_us = max(arithmetic, self.bytes_us(elements) / drawn) + self.philox_us()
+        written = 4 * splits * p.M * p.R / self.reached.bytes_per_us if splits > 1 else 0.0
+        return [pass_us + written, READ_BACK_SHARE * written]
+
+    def grad(self, config: KernelConfig, makes_dz: bool) -> list[float]:
+        """The pass over dy and the sum of its parts. Without the gaps."""
+        p = self.problem
+        strips = _ceil(p.N, config.BLOCK_N)
+        chunks = row_chunks(config, self.limits, p.M, max(1, p.N))
+        parts = 4 * ((chunks * p.N * p.R if chunks > 1 else 0) + (strips * p.M * p.R if makes_dz else 0))
+        rank_blocks = _ceil(p.R, config.BLOCK_R)
+        drawn = min(1.0, LONE_BLOCK_RATE * self.fill(strips * chunks * rank_blocks))
+        elements = p.M * p.N * rank_blocks + p.M * p.R + p.N * p.R
+        arithmetic = (4 if makes_dz else 2) * p.M * p.N * p.R / self.reached.flops_per_us(self.itemsize)
+        pass_us = max(arithmetic, self.bytes_us(elements) / drawn)
+        written = parts / self.reached.bytes_per_us
+        return [pass_us + written, READ_BACK_SHARE * written]
+
+    def library_skinny(self, width: int) -> float:
+        """A library product that reads (M, width) and has rank R on its other side."""
+        p = self.problem
+        arithmetic = 2 * p.M * width * p.R / self.reached.flops_per_us(self.itemsize)
+        read = self.bytes_us(p.M * width + width * p.R + p.M * p.R) / SKINNY_SHARE
+        return GAP_US + max(arithmetic, read)
+
+    def product_elements(self) -> int:
+        p = self.problem
+        return p.M * p.width + p.width * p.out_width + p.M * p.out_width
+
+    def bytes_us(self, elements: float) -> float:
+        return elements * self.itemsize / self.reached.bytes_per_us
+
+    def fill(self, blocks: int) -> float:
+        """The share of the multiprocessors that have a block; a last, partial round is not counted."""
+        return min(1.0, max(1, blocks) / self.limits.num_sms)
+
+    def main_loop(self, variant: str) -> float:
+        if variant != "tma" and self.limits.family in ("hopper", "blackwell") and self.itemsize <= 2:
+            return PORTABLE_SHARE_ON_HOPPER
+        return MAIN_LOOP_SHARE[variant]
+
+    def philox_us(self) -> float:
+        if not self.problem.dropout:
+            return 0.0
+        instructions = PHILOX_INSTRUCTIONS * self.problem.M * self.problem.K
+        # Two FLOPs each at the rate of ordinary fp32 arithmetic.
+        return 2 * instructions / self.reached.flops_per_us(4)
+
+
+def _reached(figures: tuple[float, ...], source: str) -> Ceilings:
+    half, fp32, memory = figures
+    return Ceilings(half * PRODUCT_SHARE, fp32 * PRODUCT_SHARE, memory * COPY_SHARE, source)
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // max(1, block))

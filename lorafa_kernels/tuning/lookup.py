@@ -1,0 +1,295 @@
+"""Tables of measured plans: the ones that are shipped, and the user's own, which `tune` writes.
+
+A table is a JSON file for one device:
+
+    {"format": 1, "device": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0", "lorafa_kernels": "0.1.0",
+     "commit": "…" or null, "date": "…", "entries": [ENTRY, …]}
+
+    ENTRY  {"op": "forward", "dtype": "bfloat16", "K": 4096, "N": 14336, "rank": 16, "rows": 8192,
+            "dropout": false, "plans": [PLAN, …]}
+    PLAN   {"name": "fused", "one_pass": true, "pdl": true, "configs": {"expand": {"BLOCK_M": 128, …}, …},
+            "device_us": 1290.1, "host_us": 31.0}
+
+One entry for a problem's bucket: rank is the rank rounded up to a power of two, at least 16; rows is M
+rounded to the nearest power of two. It holds the fastest plan of each name, with the medians that were
+measured; what decides is the larger of both times. Shipped tables lie in tables/, named after the device;
+the user's in the cache directory of the platform, or where LORAFA_KERNELS_CACHE says, named after device and
+Triton's version. A file that is damaged or not for this device and Triton is ignored, with a warning that
+names it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from .recipe import OPERATIONS, Device, Problem, Recipe, obstacle, recipe_from_json, recipe_to_json
+
+FORMAT = 1
+CACHE_VARIABLE = "LORAFA_KERNELS_CACHE"
+SHIPPED = Path(__file__).resolve().parent / "tables"
+LEAST_RANK = 16
+# Sum of |log2| of the ratios of K, N, rank and rows beyond which a neighbour says nothing. A rank twice as
+# large is as far as rows four times as many.
+FARTHEST = 4.0
+RANK_WEIGHT = 2.0
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A bucket of problems that share an entry: `rank` and `rows` as in the file."""
+
+    op: str
+    dtype: str
+    K: int
+    N: int
+    rank: int
+    rows: int
+    dropout: bool = False
+
+    def __str__(self) -> str:
+        return f"M={self.rows} N={self.N} K={self.K} R={self.rank} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A recipe, and the medians of its times in microseconds on the device and on the host."""
+
+    recipe: Recipe
+    device_us: float
+    host_us: float
+
+    @property
+    def us(self) -> float:
+        return max(self.device_us, self.host_us)
+
+
+@dataclass(frozen=True)
+class Entry:
+    key: Key
+    plans: tuple[Measured, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file holds. `about` has its other fields: versions, commit, date."""
+
+    device: str
+    triton: str
+    entries: tuple[Entry, ...]
+    about: tuple[tuple[str, str | None], ...] = ()
+
+    @functools.cached_property
+    def by_key(self) -> dict[Key, Entry]:
+        return {entry.key: entry for entry in self.entries}
+
+
+def key_of(problem: Problem) -> Key:
+    """Return the bucket of a problem with at least one row."""
+    return Key(
+        problem.op,
+        str(problem.dtype).removeprefix("torch."),
+        problem.K,
+        problem.N,
+        max(LEAST_RANK, 1 << (problem.R - 1).bit_length()),
+        1 << round(math.log2(max(1, problem.M))),
+        problem.dropout,
+    )
+
+
+def nearest(table: Table, key: Key) -> Entry | None:
+    """Return the entry for `key`, or the one nearest to it, or None if none is near enough.
+
+    A neighbour is of the same operation, dtype and dropout, and aligned alike, as the kernels differ there.
+    Of several that are equally near the first in the order of their keys is taken.
+    """
+    if found := table.by_key.get(key):
+        return found
+    near = [(d, repr(e.key), e) for e in table.entries if (d := distance(e.key, key)) <= FARTHEST]
+    return min(near, key=lambda item: item[:2])[2] if near else None
+
+
+def distance(one: Key, other: Key) -> float:
+    """Return how far two buckets are apart, inf if one says nothing about the other."""
+    if (one.op, one.dtype, one.dropout) != (other.op, other.dtype, other.dropout):
+        return math.inf
+    if any((a % 8 == 0) != (b % 8 == 0) for a, b in ((one.K, other.K), (one.N, other.N))):
+        return math.inf
+    apart = 0.0
+    for a, b, weight in (
+        (one.K, other.K, 1.0),
+        (one.N, other.N, 1.0),
+        (one.rows, other.rows, 1.0),
+        (one.rank, other.rank, RANK_WEIGHT),
+    ):
+        if a != b:
+            apart += weight * abs(math.log2(a / b)) if a and b else math.inf
+    return apart
+
+
+def cache_path(device: Device) -> Path:
+    """Return the file of the user's own table for this device and Triton. It need not exist."""
+    directory = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("lorafa_kernels", False)
+    return Path(directory) / f"{_slug(device.name)}-triton-{_slug(device.triton)}.json"
+
+
+def shipped_path(device: Device) -> Path:
+    """Return where a table for this device would be shipped."""
+    return SHIPPED / f"{_slug(device.name)}.json"
+
+
+def user_table(device: Device) -> Table | None:
+    """Return the user's table for this device and Triton, or None where there is none to use."""
+    return _table(cache_path(device), device.name, device.triton)
+
+
+def shipped_table(device: Device) -> Table | None:
+    """Return the shipped table for this device, measured with any Triton, or None."""
+    return _table(shipped_path(device), device.name, None)
+
+
+def forget() -> None:
+    """Read files again when they are needed next."""
+    _table.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _table(path: Path, device: str, triton: str | None) -> Table | None:
+    # Cached, so that a file is read and complained about once in a process.
+    try:
+        table = read_table(path)
+        if table.device != device:
+            raise ValueError(f"it is for {table.device!r}, not for {device!r}")
+        if triton is not None and table.triton != triton:
+            raise ValueError(f"it is for Triton {table.triton}, not {triton}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is ignored: {error}", stacklevel=2)
+        return None
+    return table
+
+
+def read_table(path: Path) -> Table:
+    """Read a table. Raises OSError, or ValueError saying what is wrong with the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"it is not a table of format {FORMAT}")
+    entries = found.get("entries")
+    if not isinstance(entries, list):
+        raise ValueError("it has no list of entries")
+    device, triton = found.get("device"), found.get("triton")
+    if not isinstance(device, str) or not isinstance(triton, str):
+        raise ValueError("it names no device or no Triton version")
+    rest = {name: value for name, value in found.items() if name not in ("format", "entries")}
+    about = tuple((name, value if value is None else str(value)) for name, value in sorted(rest.items()))
+    read = {}
+    for index, value in enumerate(entries):
+        try:
+            entry = _entry_from_json(value)
+        except ValueError as error:
+            raise ValueError(f"entry {index}: {error}") from error
+        read[entry.key] = entry
+    return Table(device, triton, tuple(read.values()), about)
+
+
+def update_table(
+    path: Path, device: Device, entries: Iterable[Entry], about: Mapping[str, str | None]
+) -> None:
+    """Write `entries` into the table at `path`, beside those of other keys that are there already.
+
+    All of it is written, or, after an error or Ctrl-C, the previous file is untouched. A damaged or foreign
+    file is replaced. Raises OSError where it cannot be written.
+    """
+    kept: dict[Key, Entry] = {}
+    try:
+        old = read_table(path)
+        if (old.device, old.triton) == (device.name, device.triton):
+            kept = dict(old.by_key)
+    except (OSError, ValueError):
+        pass
+    kept.update((entry.key, entry) for entry in entries)
+    found = {
+        "format": FORMAT,
+        "device": device.name,
+        "triton": device.triton,
+        **about,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "entries": [_entry_to_json(kept[key]) for key in sorted(kept, key=repr)],
+    }
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    forget()
+
+
+def fits(entry: Entry, problem: Problem, device: Device) -> bool:
+    """Whether every plan of an entry can run for `problem` on the device."""
+    return all(obstacle(one.recipe, problem, device.limits) is None for one in entry.plans)
+
+
+def _entry_from_json(value: object) -> Entry:
+    if not isinstance(value, dict):
+        raise ValueError(f"it is an object, not {value!r}")
+    plans = value.get("plans")
+    names = set(value) - {"plans"}
+    expected = set(Key.__dataclass_fields__)
+    if names != expected:
+        raise ValueError(f"its fields are {', '.join(sorted(expected))} and plans")
+    key = Key(**{name: value[name] for name in expected})
+    sizes = (key.K, key.N, key.rank, key.rows)
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
+        raise ValueError(f"sizes are numbers from 0 on, not {sizes}")
+    if key.op not in OPERATIONS or key.dtype not in DTYPES or not isinstance(key.dropout, bool):
+        raise ValueError(f"unknown op, dtype or dropout: {key.op!r}, {key.dtype!r}, {key.dropout!r}")
+    if min(key.rank, key.rows) < 1:
+        raise ValueError(f"rank and rows are at least 1, not {key.rank} and {key.rows}")
+    if not isinstance(plans, list) or not plans:
+        raise ValueError("it has no plans")
+    return Entry(key, tuple(map(_measured_from_json, plans)))
+
+
+def _measured_from_json(value: object) -> Measured:
+    if not isinstance(value, dict):
+        raise ValueError(f"a plan is an object, not {value!r}")
+    times = {name: value.get(name) for name in ("device_us", "host_us")}
+    for name, time in times.items():
+        if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time < math.inf:
+            raise ValueError(f"{name} is a time in microseconds, not {time!r}")
+    recipe = recipe_from_json({name: found for name, found in value.items() if name not in times})
+    return Measured(recipe, **times)
+
+
+def _entry_to_json(entry: Entry) -> dict:
+    plans = [
+        {
+            **recipe_to_json(one.recipe, entry.key.op),
+            "device_us": round(one.device_us, 3),
+            "host_us": round(one.host_us, 3),
+        }
+        for one in entry.plans
+    ]
+    return {**entry.key.__dict__, "plans": plans}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "unnamed"

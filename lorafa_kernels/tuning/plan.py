@@ -1,0 +1,162 @@
+"""Which plan an operation runs with: the fused kernels or the library's products, and with which blocks.
+
+A pure function of the problem, the device, what is pinned, and the tables. It looks, in this order, for what
+is pinned; the problem's bucket in the user's own table, then in the shipped one; the nearest neighbour in
+either; and else asks the model of the cost. Every device gets an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .config import KernelPlan
+from .cost import ceilings, predict
+from .lookup import Measured, Table, key_of, nearest, shipped_table, user_table
+from .pin import Pin
+from .recipe import NAMES, Device, Problem, Recipe, describe, heuristic_config, obstacle
+
+SOURCES = ("pinned", "user cache", "table", "nearest", "heuristic")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, where it comes from (one of SOURCES), and why in words.
+
+    predicted: what the model of the cost says of this recipe and of those it was preferred to, by their
+    descriptions, in microseconds; this one first. Empty under Triton's interpreter.
+    """
+
+    recipe: Recipe
+    source: str
+    reason: str
+    predicted: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def kernels(self) -> KernelPlan:
+        return self.recipe.kernels
+
+    @property
+    def predicted_us(self) -> float | None:
+        return self.predicted[0][1] if self.predicted else None
+
+
+def make_plan(
+    problem: Problem, device: Device, *, pin: Pin | None = None, names: tuple[str, ...] = NAMES
+) -> Plan:
+    """Choose the plan for `problem` among those named in `names`: NAMES, or ("fused",).
+
+    A pinned name that is not in `names` is not looked at. Raises RuntimeError, saying what is missing, for a
+    pinned recipe that cannot run on this device.
+    """
+    problem = replace(problem, M=max(1, problem.M))
+    if pin is not None and pin.name_for(problem.op) in names:
+        return _pinned(problem, device, pin)
+    return _measured(problem, device, names) or _heuristic(problem, device, names)
+
+
+def candidates(problem: Problem, device: Device, names: Iterable[str] = NAMES) -> list[Recipe]:
+    """Return the recipes for `problem` on a device, with the heuristics' configurations."""
+    found: list[Recipe] = []
+    passes = (True, False) if problem.op == "backward" else (True,)
+    for name in names:
+        if name == "library":
+            found += [Recipe(name, KernelPlan(one_pass=one_pass)) for one_pass in passes]
+            continue
+        base, overlap = KernelPlan(), False
+        if problem.op != "backward_lora_B":
+            overlap = device.limits.dependent_launch
+            expand = heuristic_config("expand", problem, device.limits)
+            if expand.variant == "recompute":
+                found.append(Recipe(name, KernelPlan(expand=expand, one_pass=False, pdl=False)))
+                base = KernelPlan(expand=heuristic_config("expand", problem, device.limits, recompute=False))
+        found += [
+            Recipe(name, replace(base, one_pass=one_pass, pdl=pdl))
+            for one_pass in passes
+            for pdl in ((True, False) if overlap else (False,))
+        ]
+    return found
+
+
+def _pinned(problem: Problem, device: Device, pin: Pin) -> Plan:
+    recipe = pin.recipe(problem.op)
+    if recipe is None:
+        names = (pin.name,)
+        plan = _measured(problem, device, names) or _heuristic(problem, device, names)
+        reason = f"{pin.name!r} by {pin.origin}; its details from: {plan.source} ({plan.reason})"
+        return replace(plan, source="pinned", reason=reason)
+    if missing := obstacle(recipe, problem, device.limits):
+        raise RuntimeError(f"the plan pinned by {pin.origin} cannot run on {device.name}: {missing}")
+    return Plan(recipe, "pinned", f"by {pin.origin}", _predictions(recipe, (), problem, device))
+
+
+def _measured(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan | None:
+    key = key_of(problem)
+    tables = (("user cache", user_table(device)), ("table", shipped_table(device)))
+    for source, table in tables:
+        if table is None:
+            continue
+        if (entry := table.by_key.get(key)) and (plan := _fastest(entry.plans, problem, device, names)):
+            return replace(plan, source=source, reason=f"{plan.reason} at {key}{_when(table)}")
+    for _, table in tables:
+        if table is None or (entry := nearest(table, key)) is None:
+            continue
+        plans = entry.plans
+        if entry.key.rank != key.rank:
+            # Blocks are made for a rank; which plan wins depends on it less.
+            plans = tuple(replace(one, recipe=_without_configs(one.recipe)) for one in plans)
+        if plan := _fastest(plans, problem, device, names):
+            return replace(plan, source="nearest", reason=f"{plan.reason} at {entry.key}{_when(table)}")
+    return None
+
+
+def _fastest(
+    plans: tuple[Measured, ...], problem: Problem, device: Device, names: tuple[str, ...]
+) -> Plan | None:
+    able = [one for one in plans if one.recipe.name in names]
+    able = [one for one in able if obstacle(one.recipe, problem, device.limits) is None]
+    if not able:
+        return None
+    able.sort(key=lambda one: one.us)
+    times = ", ".join(f"{describe(one.recipe, problem.op)} {one.us:.1f} us" for one in able)
+    recipe = able[0].recipe
+    others = (one.recipe for one in able[1:])
+    return Plan(recipe, "", f"measured {times}", _predictions(recipe, others, problem, device))
+
+
+def _heuristic(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan:
+    found = candidates(problem, device, names)
+    reached = ceilings(device.name, device.limits)
+    if reached is None:
+        return Plan(found[0], "heuristic", "no model of the cost for the interpreter: the first plan")
+    able = [recipe for recipe in found if obstacle(recipe, problem, device.limits) is None]
+    # A device with too little shared memory for any kernel is not one that a heuristic should refuse.
+    times = {recipe: predict(recipe, problem, device.limits, reached).us for recipe in able or found}
+    ranked = sorted(times, key=times.__getitem__)
+    predicted = tuple((describe(recipe, problem.op), times[recipe]) for recipe in ranked)
+    return Plan(ranked[0], "heuristic", f"least predicted time, {reached.source}", predicted)
+
+
+def _predictions(
+    recipe: Recipe, others: Iterable[Recipe], problem: Problem, device: Device
+) -> tuple[tuple[str, float], ...]:
+    reached = ceilings(device.name, device.limits)
+    if reached is None:
+        return ()
+    return tuple(
+        (describe(one, problem.op), predict(one, problem, device.limits, reached).us)
+        for one in (recipe, *others)
+    )
+
+
+def _without_configs(recipe: Recipe) -> Recipe:
+    return replace(recipe, kernels=replace(recipe.kernels, shrink=None, expand=None, grad=None))
+
+
+def _when(table: Table) -> str:
+    date = dict(table.about).get("date") or "no date"
+    return f", Triton {table.triton}, {date[:10]}"

@@ -1,0 +1,233 @@
+"""What is to be computed, where, and in which way: the words that the cost model, the tables and the plans
+share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+
+from .config import (
+    MIN_BLOCK,
+    OPS,
+    VARIANTS,
+    DeviceLimits,
+    KernelConfig,
+    KernelPlan,
+    default_config,
+    row_chunks,
+    rows_aligned,
+    shared_memory,
+    split_size,
+)
+
+OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")
+NAMES = ("fused", "library")
+DEFAULT_KERNELS = KernelPlan()
+# The kernels that an operation may call.
+_MAY_USE = {
+    "forward": ("shrink", "expand"),
+    "backward": ("shrink", "expand", "grad"),
+    "backward_input": ("shrink", "expand"),
+    "backward_lora_B": ("grad",),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation on x (M, K), weight (N, K) and rank R, or on dy (M, N), in `dtype`.
+
+    op: one of OPERATIONS. K is 0 for backward_lora_B, which does not depend on it. bias: forward adds one.
+    dropout: x is dropped out before lora_A.
+    """
+
+    op: str
+    dtype: torch.dtype
+    M: int
+    N: int
+    K: int
+    R: int
+    bias: bool = False
+    dropout: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of the rows that come in: K of x, or N of dy."""
+        return self.K if self.op == "forward" else self.N
+
+    @property
+    def out_width(self) -> int:
+        """Columns of y, or of dx."""
+        return self.N if self.op == "forward" else self.K
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all wide rows start at multiples of 16 bytes."""
+        return rows_aligned(self.dtype.itemsize, self.N, self.K)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to plan for: its name as the driver gives it, its limits, and the version of Triton there."""
+
+    name: str
+    limits: DeviceLimits
+    triton: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to compute an operation.
+
+    name "fused": the kernels compute all of it. "library": PyTorch's products compute y and dx, and dB too
+    unless `kernels.one_pass`, which takes dz and dB from one pass of the grad kernel over dy.
+    """
+
+    name: str
+    kernels: KernelPlan = DEFAULT_KERNELS
+
+
+def describe(recipe: Recipe, op: str) -> str:
+    """Return a recipe in a few words, such as "fused, one pass over dy, PDL"."""
+    words, kernels = [recipe.name], recipe.kernels
+    if recipe.name == "fused" and kernels.expand and kernels.expand.variant == "recompute":
+        return "fused, one launch for z and y" if op == "forward" else "fused, one launch for dz and dx"
+    if op == "backward":
+        one, many = "one pass over dy", "two passes over dy" if recipe.name == "fused" else "three products"
+        words.append(one if kernels.one_pass else many)
+    if recipe.name == "fused" and kernels.pdl and op != "backward_lora_B":
+        words.append("PDL")
+    return ", ".join(words)
+
+
+def heuristic_config(
+    kernel: str, problem: Problem, limits: DeviceLimits, recompute: bool = True
+) -> KernelConfig:
+    """Return the configuration that the launcher of `kernel` takes where its recipe names none.
+
+    recompute=False: that of an expand which leaves z and dz to the kernels before it.
+    """
+    aligned = problem.aligned if kernel == "expand" else True
+    itemsize = problem.dtype.itemsize
+    return default_config(kernel, limits, itemsize, problem.M, problem.R, aligned, recompute)
+
+
+def kernel_configs(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> dict[str, KernelConfig]:
+    """Return the configuration of each kernel that a recipe calls for `problem`, in no order of launching."""
+    given = recipe.kernels
+
+    def config(kernel: str) -> KernelConfig:
+        return getattr(given, kernel) or heuristic_config(kernel, problem, limits)
+
+    if recipe.name == "library":
+        return {"grad": config("grad")} if problem.op == "backward" and given.one_pass else {}
+    configs = {kernel: config(kernel) for kernel in _MAY_USE[problem.op]}
+    recompute = "expand" in configs and configs["expand"].variant == "recompute"
+    if recompute or (problem.op == "backward" and given.one_pass):
+        del configs["shrink"]
+    return configs
+
+
+def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[str, ...]:
+    """Return the kernels that a recipe launches for `problem`, in order: "shrink", "shrink_sum", "expand",
+    "recompute" (expand that makes z or dz itself), "grad" and "grad_sum".
+    """
+    configs = kernel_configs(recipe, problem, limits)
+    found: list[str] = []
+    if grad := configs.get("grad"):
+        found.append("grad")
+        if grad_makes_dz(problem, configs) or row_chunks(grad, limits, problem.M, max(1, problem.N)) > 1:
+            found.append("grad_sum")
+    if shrink := configs.get("shrink"):
+        found.append("shrink")
+        if split_size(shrink, problem.width) < problem.width:
+            found.append("shrink_sum")
+    if expand := configs.get("expand"):
+        found.append("recompute" if expand.variant == "recompute" else "expand")
+    return tuple(found)
+
+
+def grad_makes_dz(problem: Problem, configs: Mapping[str, KernelConfig]) -> bool:
+    """Whether the grad kernel of these configurations makes dz too: neither shrink nor expand does."""
+    recompute = "expand" in configs and configs["expand"].variant == "recompute"
+    return problem.op == "backward" and "shrink" not in configs and not recompute
+
+
+def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> str | None:
+    """Say what keeps a recipe's kernels from running on a device, or None if nothing does."""
+    for kernel, config in kernel_configs(recipe, problem, limits).items():
+        needed = shared_memory(kernel, config, problem.dtype.itemsize, limits)
+        if needed > limits.shared_memory:
+            return (
+                f"{kernel} needs {needed} bytes of shared memory in this configuration, {limits.arch} has "
+                f"{limits.shared_memory}"
+            )
+        if config.variant == "recompute" and problem.R > config.BLOCK_R:
+            return f"{kernel} in its variant 'recompute' has BLOCK_R = {config.BLOCK_R} for R = {problem.R}"
+        # The interpreter emulates TMA; devices have it from the same architecture on as dependent launch.
+        if config.variant == "tma" and not limits.dependent_launch and limits.family != "interpreter":
+            return f"{kernel} in its variant 'tma' needs a GPU of sm_90 or newer, not {limits.arch}"
+    return None
+
+
+def recipe_to_json(recipe: Recipe, op: str) -> dict:
+    """Return what a table holds of a recipe; recipe_from_json reads it back."""
+    found: dict = {"name": recipe.name, "configs": {}}
+    if op == "backward":
+        found["one_pass"] = recipe.kernels.one_pass
+    if recipe.name == "fused":
+        found["pdl"] = recipe.kernels.pdl
+    for kernel in _MAY_USE[op]:
+        if config := getattr(recipe.kernels, kernel):
+            found["configs"][kernel] = asdict(config)
+    return found
+
+
+def recipe_from_json(value: object) -> Recipe:
+    """Read a recipe: an object with `name`, and if need be `one_pass`, `pdl` and `configs`.
+
+    Raises ValueError naming what is wrong with it.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"a plan is an object, not {value!r}")
+    if unknown := value.keys() - {"name", "one_pass", "pdl", "configs"}:
+        raise ValueError(f"a plan has no {', '.join(sorted(unknown))}")
+    if value.get("name") not in NAMES:
+        raise ValueError(f"a plan's name is 'fused' or 'library', not {value.get('name')!r}")
+    kernels = KernelPlan()
+    for name in ("one_pass", "pdl"):
+        if name in value:
+            if not isinstance(value[name], bool):
+                raise ValueError(f"{name} is true or false, not {value[name]!r}")
+            kernels = replace(kernels, **{name: value[name]})
+    configs = value.get("configs", {})
+    if not isinstance(configs, dict) or configs.keys() - set(OPS):
+        raise ValueError(f"configs is an object with some of {', '.join(OPS)}, not {configs!r}")
+    return Recipe(
+        value["name"],
+        replace(kernels, **{kernel: _config_from_json(kernel, found) for kernel, found in configs.items()}),
+    )
+
+
+def _config_from_json(kernel: str, value: object) -> KernelConfig:
+    if not isinstance(value, dict):
+        raise ValueError(f"the configuration of {kernel} is an object, not {value!r}")
+    try:
+        config = KernelConfig(**value)
+    except TypeError as error:
+        raise ValueError(f"the configuration of {kernel}: {error}") from error
+    for item in fields(config):
+        found = getattr(config, item.name)
+        if item.name == "variant":
+            right = found in VARIANTS
+        else:
+            right = isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= 1 << 16
+            if right and item.name.startswith("BLOCK_"):
+                right = found == 0 or (found >= MIN_BLOCK and found & (found - 1) == 0)
+            elif right:
+                right = found >= 1
+        if not right:
+            raise ValueError(f"the configuration of {kernel} has {item.name}={found!r}")
+    return config

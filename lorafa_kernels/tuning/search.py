@@ -1,0 +1,356 @@
+"""Measuring plans: which recipe and which blocks are fastest for a problem on this device.
+
+For each problem: all plans with the heuristics' configurations; then, from the fastest of each name, one
+kernel after the other, configurations that differ in one size, step by step while that pays; the best of each
+name again, in more rounds. Before it is timed a recipe is checked against fp64, within the accuracy that is
+promised; one that fails, or cannot run, is left out. Times are medians of rounds in which all contenders take
+turns.
+
+What is measured is ops.py's operation, so host times include the choice of the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
+from ..choice import forget_plans, planned_device
+from .config import KernelConfig
+from .cost import ceilings, predict
+from .lookup import Entry, Measured, key_of, update_table
+from .pin import make_pin, pin_plan
+from .plan import candidates
+from .recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
+
+# Sizes that a search may take, in order; it moves to the next one up or down.
+STEPS: dict[str, dict[str, tuple[int, ...]]] = {
+    "expand": {
+        "BLOCK_N": (64, 128, 256),
+        "BLOCK_M": (64, 128, 256),
+        "num_stages": (2, 3, 4, 5),
+        "GROUP_M": (1, 4, 8, 16),
+        "BLOCK_K": (32, 64, 128),
+        "num_warps": (4, 8),
+    },
+    "shrink": {
+        "SPLIT_K": (1, 2, 4, 8, 16, 32),
+        "BLOCK_M": (16, 32, 64, 128),
+        "BLOCK_K": (32, 64, 128, 256),
+        "num_stages": (1, 2, 3, 4, 5),
+        "num_warps": (4, 8),
+    },
+    "grad": {
+        "BLOCK_N": (64, 128, 256),
+        "BLOCK_M": (32, 64, 128),
+        "num_stages": (1, 2, 3, 4),
+        "num_warps": (4, 8),
+    },
+}
+TMA_STEPS = {"EPILOGUE_SUBTILE": (1, 2, 4), "ctas_per_sm": (1, 2)}
+# Accumulators of a thread in fp32 registers; more than this of 255 spill.
+MOST_ACCUMULATORS = 128
+# A configuration predicted to be this much slower than the one it is derived from is not tried.
+PRUNE = 1.25
+# An improvement below this is taken for noise.
+GAIN = 0.01
+ROUNDS = 10
+FINAL_ROUNDS = 30
+WARM_UPS = 2
+# Rows of the check against fp64: enough to fill blocks, few enough to be quick.
+CHECKED_ROWS = 512
+# Written before each sample. It empties the L2, and takes so long (0.2 ms and more) that the host has queued
+# the operation's kernels by the time they start: no launch gaps are timed.
+FLUSH_BYTES = 2**30
+
+# The operations that are searched; the others take their plans from the model of the cost.
+OUTPUTS = {"forward": ("y",), "backward": ("dx", "dB")}
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of an operation: microseconds on the device, and on the host until all was launched."""
+
+    device_us: float
+    host_us: float
+
+
+class Timer(Protocol):
+    def __call__(self, step: Step) -> Sample: ...
+
+
+class EventTimer:
+    """Times by the device's events, starting with a cold L2."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, step: Step) -> Sample:
+        self.flush.zero_()
+        self.start.record()
+        begin = time.perf_counter()
+        step()
+        host = time.perf_counter() - begin
+        self.end.record()
+        self.end.synchronize()
+        return Sample(1e3 * self.start.elapsed_time(self.end), 1e6 * host)
+
+
+@dataclass
+class Result:
+    """What was found for a problem: the fastest recipe of each name; the frozen linear's time; how many
+    recipes were timed; and those that were refused, each with the reason. finished: the search came to its
+    end before the budget did.
+    """
+
+    problem: Problem
+    best: dict[str, Measured]
+    frozen_us: float
+    predicted_us: float | None
+    tried: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    finished: bool = True
+
+    @property
+    def winner(self) -> Measured:
+        return min(self.best.values(), key=lambda one: one.us)
+
+
+def tune(
+    problems: Sequence[Problem],
+    device: torch.device,
+    timer: Timer,
+    path: Path,
+    *,
+    about: Mapping[str, str | None],
+    budget_s: float = math.inf,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Iterator[Result]:
+    """Search the best plan of each problem, write it into the table at `path`, and yield what was found.
+
+    The budget in seconds is shared out evenly among the problems that are left; each is given at least the
+    measurement of the plans with the heuristics' configurations. Raises RuntimeError if no plan at all can
+    run for a problem, OSError if the table cannot be written.
+    """
+    target = planned_device(device)
+    end = time.monotonic() + budget_s
+    for index, problem in enumerate(problems):
+        left = end - time.monotonic()
+        deadline = time.monotonic() + left / (len(problems) - index)
+        result = Search(problem, device, target, timer, progress).run(deadline)
+        update_table(path, target, [Entry(key_of(problem), tuple(result.best.values()))], about)
+        forget_plans()
+        yield result
+
+
+class Search:
+    """The search for one problem."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
+        target: Device,
+        timer: Timer,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.problem = problem
+        self.target = target
+        self.timer = timer
+        self.progress = progress
+        self.check = Check(problem, device, target)
+        self.step, self.frozen = steps(problem, device)
+        self.checked: dict[Recipe, str | None] = {}
+        self.tried = 0
+
+    def run(self, deadline: float) -> Result:
+        """Search until the deadline (time.monotonic)."""
+        p, limits = self.problem, self.target.limits
+        first = self.measure(candidates(p, self.target), ROUNDS)
+        if not first:
+            reasons = "; ".join(f"{describe(r, p.op)}: {why}" for r, why in self.checked.items())
+            raise RuntimeError(f"no plan can run for {p}: {reasons}")
+        best: dict[str, Recipe] = {}
+        for recipe in sorted(first, key=lambda one: first[one].us):
+            best.setdefault(recipe.name, recipe)
+        finished = True
+        for name, recipe in best.items():
+            for kernel in kernel_configs(recipe, p, limits):
+                best[name], done = self.climb(best[name], kernel, deadline)
+                finished = finished and done
+        found = self.measure(list(best.values()), FINAL_ROUNDS)
+        reached = ceilings(self.target.name, limits)
+        frozen = statistics.median(self.timer(self.frozen).device_us for _ in range(ROUNDS))
+        winner = min(found, key=lambda one: found[one].us)
+        predicted = predict(winner, p, limits, reached).us if reached else None
+        refused = [(describe(r, p.op), why) for r, why in self.checked.items() if why]
+        best_times = {recipe.name: measured for recipe, measured in found.items()}
+        return Result(p, best_times, frozen, predicted, self.tried, refused, finished)
+
+    def climb(self, recipe: Recipe, kernel: str, deadline: float) -> tuple[Recipe, bool]:
+        """Improve the configuration of one kernel; return the recipe, and whether the end was reached."""
+        while True:
+            if time.monotonic() >= deadline:
+                return recipe, False
+            others = neighbours(recipe, kernel, self.problem, self.target)
+            found = self.measure([recipe, *others], ROUNDS, deadline)
+            fastest = min(found, key=lambda one: found[one].us, default=recipe)
+            if recipe not in found or found[fastest].us > (1 - GAIN) * found[recipe].us:
+                return recipe, True
+            recipe = fastest
+
+    def measure(
+        self, recipes: Sequence[Recipe], rounds: int, deadline: float = math.inf
+    ) -> dict[Recipe, Measured]:
+        """Time recipes in turns. Those that fail the check are left out, also those that a deadline leaves
+        no time to check.
+        """
+        able = []
+        for recipe in recipes:
+            if time.monotonic() >= deadline and able:
+                break
+            self.progress(f"{describe(recipe, self.problem.op)}, {self.tried} timed")
+            if recipe not in self.checked:
+                self.checked[recipe] = self.refusal(recipe)
+                self.tried += self.checked[recipe] is None
+            if self.checked[recipe] is None:
+                able.append(recipe)
+        samples: dict[Recipe, list[Sample]] = {recipe: [] for recipe in able}
+        # Made once, so that finding the plan costs no more than it does without a pin.
+        pins = {recipe: make_pin({self.problem.op: recipe}) for recipe in able}
+        for index in range(WARM_UPS + rounds):
+            for recipe in able:
+                with pin_plan(pins[recipe]):
+                    sample = self.timer(self.step)
+                if index >= WARM_UPS:
+                    samples[recipe].append(sample)
+        return {
+            recipe: Measured(
+                recipe,
+                statistics.median(one.device_us for one in found),
+                statistics.median(one.host_us for one in found),
+            )
+            for recipe, found in samples.items()
+        }
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Say why a recipe cannot be taken, or None."""
+        try:
+            return self.check(recipe)
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise  # The context is broken: everything after it would fail.
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+class Check:
+    """The accuracy of a recipe's outputs on `problem`, measured as accuracy.py says, with fewer rows."""
+
+    def __init__(self, problem: Problem, device: torch.device, target: Device) -> None:
+        self.problem, self.limits = problem, target.limits
+        self.op = problem.op
+        p = problem
+        rows = min(p.M, CHECKED_ROWS)
+        self.operands = draw_operands(
+            rows, p.K, p.N, p.R, p.dtype, device, bias=p.bias, factor_dtype=torch.float32
+        )
+        self.exact = plain_formula(self.operands, torch.float64)
+        plain = plain_formula(self.operands)
+        self.plain = {name: relative_error(plain[name], self.exact[name]) for name in OUTPUTS[self.op]}
+
+    def __call__(self, recipe: Recipe) -> str | None:
+        """Say which output is wrong, or None. Raises what the recipe raises."""
+        # By name: with fewer rows the heuristics could take others than are timed.
+        configs = kernel_configs(recipe, self.problem, self.limits)
+        with pin_plan({self.op: replace(recipe, kernels=replace(recipe.kernels, **configs))}):
+            got = lorafa_results(self.operands, "auto")
+        for name, plain in self.plain.items():
+            error, allowed = (
+                relative_error(got[name], self.exact[name]),
+                allowed_error(plain, got[name].dtype),
+            )
+            if not error <= allowed:
+                return f"{name} has an error of {error:.2e}, allowed are {allowed:.2e}"
+        return None
+
+
+def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) -> list[Recipe]:
+    """Return the recipes that differ from `recipe` in one size of one kernel's configuration, or in that
+    expand does without TMA.
+
+    Those that need too much shared memory or too many registers, and those that the model of the cost
+    predicts to be much slower, are left out. A pure function.
+    """
+    limits = device.limits
+    base = getattr(recipe.kernels, kernel) or heuristic_config(kernel, problem, limits)
+    axes = dict(STEPS[kernel])
+    if base.variant == "tma":
+        axes.update(TMA_STEPS)
+    configs = []
+    for name, values in axes.items():
+        current = getattr(base, name)
+        below = [value for value in values if value < current][-1:]
+        above = [value for value in values if value > current][:1]
+        configs += [replace(base, **{name: value}) for value in below + above]
+    if base.variant == "tma":
+        configs.append(replace(base, variant="portable", EPILOGUE_SUBTILE=1, ctas_per_sm=1))
+    found = []
+    for config in configs:
+        other = replace(recipe, kernels=replace(recipe.kernels, **{kernel: config}))
+        if _accumulators(kernel, config) <= MOST_ACCUMULATORS and not obstacle(other, problem, limits):
+            found.append(other)
+    reached = ceilings(device.name, limits)
+    if reached is None:
+        return found
+    most = PRUNE * predict(recipe, problem, limits, reached).device_us
+    return [one for one in found if predict(one, problem, limits, reached).device_us <= most]
+
+
+def _accumulators(kernel: str, config: KernelConfig) -> int:
+    """fp32 numbers that a thread accumulates at once."""
+    rows, columns, rank = config.BLOCK_M, config.BLOCK_N, config.BLOCK_R
+    numbers = {
+        "expand": rows * columns + (rows * rank if config.variant == "recompute" else 0),
+        "shrink": rows * rank,
+        "grad": (rows + columns) * rank,
+    }[kernel]
+    return numbers // (32 * config.num_warps)
+
+
+def steps(problem: Problem, device: torch.device) -> tuple[Step, Step]:
+    """Return what to time: the operation of `problem` with whatever plan is pinned, and the frozen linear's
+    share of it. lora_B is in fp32, as LoRAFALinear holds it.
+    """
+    p = problem
+
+    def draw(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    weight, lora_A = draw(p.N, p.K), draw(p.R, p.K)
+    lora_B = draw(p.N, p.R, dtype=torch.float32)
+    bias = draw(p.N) if p.bias else None
+    if p.op == "forward":
+        x = draw(p.M, p.K)
+        return (
+            lambda: ops.forward(x, weight, lora_A, lora_B, bias, 0.5, "auto"),
+            lambda: F.linear(x, weight, bias),
+        )
+    dy, z = draw(p.M, p.N), draw(p.M, p.R)
+    return (
+        lambda: ops.backward(dy, z, weight, lora_A, lora_B, 0.5, "auto"),
+        lambda: dy.mm(weight),
+    )
