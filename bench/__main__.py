@@ -39,7 +39,7 @@ from .cases import (
 from .console import show
 from .contenders import CONTENDERS, TITLES, layer_contenders
 from .environment import ROOT, device_slug, environment
-from .jobs import KINDS, ROUNDS, Setting, jobs_of, suite
+from .jobs import KINDS, QUICK_KINDS, ROUNDS, Setting, jobs_of, suite
 from .results import RESULTS, load
 from .runner import Job, Outcome, make_console, run
 
@@ -114,8 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure_quick(options: argparse.Namespace) -> int:
     setting = make_setting(options)
     setting.rounds = options.rounds or 15
-    kinds = [kind for kind in KINDS if kind != "kernel"]
-    jobs = jobs_of(grid("quick"), kinds, setting, compiled=False)
+    jobs = jobs_of(grid("quick"), QUICK_KINDS, setting, compiled=False)
     code = measure(options, jobs, setting, "quick")
     if code == 0 and not options.no_report:
         return make_report(argparse.Namespace(compare=None, results=RESULTS))
