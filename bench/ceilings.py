@@ -8,26 +8,27 @@ from .cases import DTYPES
 from .environment import gpu_state
 from .timing import WARM_UP, CPUTimer, EventTimer, interleave, summary
 
-# M, K, N of the product, bytes that are copied.
+# Sizes of square products by dtype, of which the best is the ceiling; bytes that are copied.
 SIZES = {
-    "cuda": ({"bf16": 8192, "fp16": 8192, "fp32": 4096}, 2**32),
-    "cpu": ({"fp32": 1024, "bf16": 1024}, 2**27),
+    "cuda": ({"bf16": (4096, 8192, 16384), "fp16": (8192,), "fp32": (4096,)}, 2**32),
+    "cpu": ({"fp32": (512, 1024, 1536), "bf16": (512, 1024, 1536)}, 2**27),
 }
 ROUNDS = 15
 ESTIMATE = {"cuda": 3.0, "cpu": 8.0}
 
 
-def measure(device: str, sizes: tuple[dict[str, int], int] | None = None, rounds: int = ROUNDS) -> dict:
+def measure(device: str, rounds: int = ROUNDS) -> dict:
     """Return rows: products in TFLOP/s by dtype, the copy in GB/s counting bytes read and written."""
-    products, copied = sizes or SIZES[device]
+    sizes, copied = SIZES[device]
+    products = [(dtype, size) for dtype, of_dtype in sizes.items() for size in of_dtype]
     generator = torch.Generator(device).manual_seed(0)
     steps = {}
-    for dtype, size in products.items():
+    for dtype, size in products:
         left, right = (
             torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2)
         )
         out = torch.empty_like(left)
-        steps[dtype] = lambda left=left, right=right, out=out: torch.mm(left, right, out=out)
+        steps[dtype, size] = lambda left=left, right=right, out=out: torch.mm(left, right, out=out)
     source = torch.randint(0, 127, (copied,), generator=generator, device=device, dtype=torch.int8)
     target = torch.empty_like(source)
     steps["copy"] = lambda: target.copy_(source)
@@ -45,9 +46,9 @@ def measure(device: str, sizes: tuple[dict[str, int], int] | None = None, rounds
             "what": "product",
             "dtype": dtype,
             "size": [size] * 3,
-            "tflops": summary([2 * size**3 / seconds * 1e-12 for seconds in samples[dtype]]),
+            "tflops": summary([2 * size**3 / seconds * 1e-12 for seconds in samples[dtype, size]]),
         }
-        for dtype, size in products.items()
+        for dtype, size in products
     ]
     rate = summary([2 * copied / seconds * 1e-9 for seconds in samples["copy"]])
     return {"rows": [*rows, {"what": "copy", "bytes": copied, "gb_per_s": rate}], "clocks": clocks}
@@ -60,5 +61,5 @@ def rates(payload: dict | None, dtype: str) -> dict[str, float | None]:
         if row["what"] == "copy":
             found["copy"] = row["gb_per_s"]["median"] * 1e9
         elif row["dtype"] == dtype:
-            found["product"] = row["tflops"]["median"] * 1e12
+            found["product"] = max(found["product"] or 0.0, row["tflops"]["median"] * 1e12)
     return found

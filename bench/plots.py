@@ -255,14 +255,17 @@ def training(runs: Sequence[Trained], path: Path, subtitle: str) -> None:
     for run in runs:
         if ours is None or run is ours or run.contender not in SAME_MATHEMATICS:
             continue
-        gaps = [theirs - loss for theirs, loss in zip(run.losses, ours.losses, strict=False)]
+        gaps = [1e3 * (theirs - loss) for theirs, loss in zip(run.losses, ours.losses, strict=False)]
         style = "--" if run.checkpointing else "-"
         distances.plot(range(1, len(gaps) + 1), gaps, style, color=_colour(run), label=_name(run))
     distances.axhline(0, color=INK, linewidth=0.8)
     distances.set_title("Loss of LoRA-FA by others, minus lorafa_kernels'", fontsize=11)
-    distances.ticklabel_format(axis="y", scilimits=(-3, 3))
+    distances.set_ylabel("0.001 nats")
     if distances.get_legend_handles_labels()[0]:
-        distances.legend(frameon=False, fontsize=8.5)
+        # Room above the curves.
+        low, high = distances.get_ylim()
+        distances.set_ylim(low, high + 0.6 * (high - low))
+        distances.legend(frameon=False, fontsize=8.5, loc="upper left")
     for axes in (curves, distances):
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

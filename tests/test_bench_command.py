@@ -172,7 +172,7 @@ def test_suite_measures_only_what_no_committed_file_has(tmp_path, monkeypatch, c
         return [jobs.ceilings_job(only), jobs.time_job(case, only, "host")]
 
     monkeypatch.setattr(command, "suite", two)
-    monkeypatch.setitem(jobs.ceilings.SIZES, "cpu", ({"fp32": 32}, 1024))
+    monkeypatch.setitem(jobs.ceilings.SIZES, "cpu", ({"fp32": (32,)}, 1024))
     arguments = ["suite", "--device", "cpu", "--budget", "5400", "--out"]
     assert command.main([*arguments, str(kept / "cpu")]) == 0
     (path,) = (kept / "cpu").iterdir()
