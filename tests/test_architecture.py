@@ -27,7 +27,7 @@ LEVELS = [
     {"ops"},
     {"autograd"},
     {"functional"},
-    {"accuracy", "nn.linear"},
+    {"accuracy", "nn.linear", "blocks.norm"},
     {"adapt", "explanation", "tuning.search"},
     {"checkpoint", "doctor", "tuning.command"},
     {"__main__"},
