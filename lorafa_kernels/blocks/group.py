@@ -57,8 +57,10 @@ def lorafa_linear_group(
     if torch.is_grad_enabled() and (
         x.requires_grad or any(B is not None and B.requires_grad for B in lora_Bs)
     ):
+        # Each object once: torch.compile takes no tensor twice.
+        kept_As = _first(lora_As) if share_A else lora_As
         ys = LoRAFALinearGroupFunction.apply(
-            rows, seeds, scalings, dropout_ps, share_A, impl, *weights, *lora_As, *lora_Bs, *biases
+            rows, seeds, scalings, dropout_ps, share_A, impl, *weights, *lora_Bs, *biases, *kept_As
         )
     else:
         ys, _ = group_ops.group_forward(
@@ -70,14 +72,16 @@ def lorafa_linear_group(
 
 
 class LoRAFALinearGroupFunction(torch.autograd.Function):
-    """The y_i (M, N_i) from x (M, K) and n weights, lora_As, lora_Bs and biases, in this order, with None for
-    what a member lacks; gradients for x and the lora_Bs only.
+    """The y_i (M, N_i) from x (M, K) and n weights, lora_Bs, biases and lora_As, in this order, with None for
+    what a member lacks, and with share_A a single lora_A if there is one; gradients for x and the lora_Bs
+    only.
     """
 
     @staticmethod
     def forward(ctx, x, seeds, scalings, dropout_ps, share_A, impl, *operands):
         n = len(scalings)
-        weights, lora_As, lora_Bs, biases = (operands[i * n : (i + 1) * n] for i in range(4))
+        weights, lora_Bs, biases, kept_As = _parts(operands, n, 3)
+        lora_As = _lora_As(kept_As, lora_Bs, share_A)
         ys, z = group_ops.group_forward(
             x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
         )
@@ -85,9 +89,7 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         z = z if any(need_dBs) else None
         if need_dx:
-            if share_A:
-                lora_As = [A for A in lora_As if A is not None][:1]
-            ctx.save_for_backward(z, seeds, *lora_Bs, *weights, *lora_As)
+            ctx.save_for_backward(z, seeds, *lora_Bs, *weights, *kept_As)
         else:
             # A dB takes its dtype and shape from lora_B, but no value of it.
             kept = (B if need else None for B, need in zip(lora_Bs, need_dBs, strict=True))
@@ -110,14 +112,30 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
             dx, *dBs = (
                 None if grad is None else _RefuseSecondBackward.apply(grad, anchor) for grad in (dx, *dBs)
             )
-        nones = [None] * len(dys)
-        return dx, None, None, None, None, None, *nones, *nones, *dBs, *nones
+        n, operands = len(dys), len(ctx.needs_input_grad) - 6
+        return dx, *[None] * (5 + n), *dBs, *[None] * (operands - 2 * n)
 
 
 def _needs(ctx, n: int) -> tuple[bool, list[bool]]:
     """Whether x, and which of the n lora_B, need a gradient."""
-    first = 6 + 2 * n
+    first = 6 + n
     return ctx.needs_input_grad[0], list(ctx.needs_input_grad[first : first + n])
+
+
+def _first(lora_As: Sequence[Tensor | None]) -> list[Tensor]:
+    return [lora_A for lora_A in lora_As if lora_A is not None][:1]
+
+
+def _parts(tensors: Sequence[Tensor | None], n: int, count: int) -> list[Sequence[Tensor | None]]:
+    """Cut off `count` parts of n tensors each, and the rest."""
+    return [*(tensors[i * n : (i + 1) * n] for i in range(count)), tensors[count * n :]]
+
+
+def _lora_As(
+    kept: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], share_A: bool
+) -> Sequence[Tensor | None]:
+    """Return one lora_A for each member, None where it has no lora_B, from what the node takes and keeps."""
+    return [None if lora_B is None else kept[0] for lora_B in lora_Bs] if share_A else kept
 
 
 def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -127,9 +145,8 @@ def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[T
     lora_Bs = rest[:n]
     weights = lora_As = [None] * n
     if need_dx:
-        weights, lora_As = rest[n : 2 * n], rest[2 * n :]
-        if ctx.share_A:
-            lora_As = [None if lora_B is None else lora_As[0] for lora_B in lora_Bs]
+        _, weights, kept_As = _parts(rest, n, 2)
+        lora_As = _lora_As(kept_As, lora_Bs, ctx.share_A)
     return group_ops.group_backward(
         dys,
         z,

@@ -66,9 +66,9 @@ def group_backward(
     need_dBs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Compute dx (M, K) in the dtype of the dy_i, None unless needed, and the dB_i (N_i, R_i) that are needed,
-    in the dtypes of the lora_B_i. z may be None where none is. Where dx is not, weights and lora_As are not
-    read, and their entries may be None; at least one dy_i must be there.
+    """Compute dx (M, K) in the dtype of the dy_i, None unless needed, and the dB_i (N_i, R_i) that are
+    needed, in the dtypes of the lora_B_i. At least one dy_i must be there. z may be None where no dB is
+    needed; where dx is not, weights and lora_As are not read, and their entries may be None.
     """
     need_dBs = [need and dy is not None for need, dy in zip(need_dBs, dys, strict=True)]
     dy = next(dy for dy in dys if dy is not None)
