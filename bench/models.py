@@ -216,6 +216,10 @@ class Block(nn.Module):
                 if parameter.dim() == 1:
                     # A norm's weight of one, or a bias of zero, would hide an error.
                     parameter.add_(0.1 * torch.randn_like(parameter))
+                    if size.kind == "t5":
+                        # It does not scale its scores, and relies on small weights of q: with adapters of any
+                        # values attention would be so sharp that it amplifies every rounding.
+                        parameter.mul_((size.head_dim or size.hidden // size.heads) ** -0.25)
 
     @property
     def shared(self) -> tuple[Tensor, ...]:

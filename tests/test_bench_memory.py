@@ -196,6 +196,57 @@ def test_units_of_a_llama_block():
         assert "takes a minute" in rows[key, False]["reason"] and has_no_number(rows[key, False])
 
 
+@pytest.mark.parametrize("case", memory.FAMILIES.values(), ids=lambda case: case.key)
+def test_every_family_passes_its_check(case):
+    """At few tokens; the units, of any size, are in docs/memory.md."""
+    few = replace(case, sequence=32, rank=4, compiled=False)
+    payload = memory.block_memory(few, ("frozen", "lorafa", "eager-lorafa", "eager-lora"), "cpu")
+    rows = {row["contender"]: row for row in payload["rows"]}
+    assert [(row["status"], row["reason"]) for row in rows.values()] == [("ok", None)] * 4
+    assert set(rows["lorafa"]["errors"]) == {"y", "dx", "dB"}
+    for row in rows.values():
+        own = row["parts"]["input"] + row["parts"]["rest"]
+        assert sum(row["by_node"].values()) == own == row["saved_bytes"] - row["parts"]["shared"]
+    layers = len(models.adapters(models.adapt_eager(memory._build(few, "cpu"), linears_of(few), 4)))
+    z = layers * 2 * 32 * 4 * 2
+    assert rows["eager-lorafa"]["saved_bytes"] == rows["frozen"]["saved_bytes"] + z
+    assert (
+        rows["lorafa"]["saved_bytes"]
+        <= rows["eager-lorafa"]["saved_bytes"]
+        < rows["eager-lora"]["saved_bytes"]
+    )
+
+
+def linears_of(case):
+    return models.size_of(case.model).linears
+
+
+def test_a_block_is_called_as_its_model_calls_it():
+    case = memory.FAMILIES["Llama block, GQA 8:2 512, padding"]
+    case = replace(case, sequence=8)
+    block = memory._build(case, "cpu")
+    mask, *positions = (tensor for tensor in block.shared if tensor.dtype in (torch.bool, torch.bfloat16))
+    assert mask.shape == (2, 1, 8, 8) and mask.dtype == torch.bool
+    assert not mask[0, 0, :, -2:].any() and mask[1, 0].tril().equal(mask[1, 0]) and mask[1, 0, -1].all()
+    assert [part.shape[-2:] for part in positions] == [(8, 64)] * 2
+    # The second of two layers: a T5's first one makes the position bias that the others are given.
+    t5 = memory._build(replace(memory.FAMILIES["T5 block"], sequence=8), "cpu")
+    assert any(part.shape == (1, 6, 8, 8) for part in t5.shared)
+    assert not any("relative_attention_bias" in name for name, _ in t5.named_parameters())
+
+
+def test_bytes_by_node_of_a_known_graph(x):
+    weight = nn.Parameter(torch.randn(K, device=x.device), requires_grad=False)
+    y = (x * weight).exp().square()
+    assert memory.saved_by_node(y, []) == {"PowBackward0": N}, (
+        "the exponential's result is the square's input"
+    )
+    assert memory.saved_by_node(y.exp(), []) == {"ExpBackward0": N, "PowBackward0": N}
+    assert memory.saved_by_node(y, [x, weight]) == {"PowBackward0": N}
+    assert memory.saved_by_node((x * x).exp(), []) == {"ExpBackward0": N, "MulBackward0": N}
+    assert memory.saved_by_node((x * x).exp(), [x]) == {"ExpBackward0": N}
+
+
 def test_hooks_see_all_that_a_block_keeps():
     """What forward leaves allocated is its result and the saved bytes: nothing is kept past the hooks."""
     reference = memory.block_reference(BLOCK, "cpu")
