@@ -131,12 +131,14 @@ def default_config(
     R: int,
     aligned: bool = True,
     recompute: bool = True,
+    dropout: bool = False,
 ) -> KernelConfig:
     """Return the default configuration of kernel `op` for x or dy with M rows of `operand_bytes`-byte
     elements and rank R.
 
     `aligned`: rows_aligned of the wide sizes, and for expand on Hopper operands that TMA can address;
-    `recompute`: expand may make z or dz itself.
+    `recompute`: expand may make z or dz itself; `dropout`: the kernel makes a mask, if it is one of those
+    that do.
 
     A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
     pipeline stages and then smaller rank blocks until what is in flight fits its shared memory. Raises
@@ -186,10 +188,10 @@ def shrink_group_config(
 
 @functools.lru_cache(maxsize=1024)
 def default_plan(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True, dropout: bool = False
 ) -> KernelPlan:
     """Return the plan of the heuristics; arguments as for default_config. A pure function."""
-    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned) for op in OPS}
+    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned, dropout=dropout) for op in OPS}
     return KernelPlan(
         **configs,
         one_pass=one_pass_moves_less(configs["grad"], operand_bytes, R),
@@ -268,9 +270,10 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
 
 
 def all_default_configs(
-    op: str, limits: DeviceLimits, operand_bytes: int
+    op: str, limits: DeviceLimits, operand_bytes: int, dropout: bool = False
 ) -> dict[KernelConfig, tuple[int, int, bool, bool]]:
-    """Return every configuration that default_config can return for this kernel, device and operand size.
+    """Return every configuration that default_config can return for this kernel, device, operand size and
+    with or without dropout.
 
     Each comes with an (M, R, aligned, recompute) that it is returned for.
     """
@@ -279,7 +282,7 @@ def all_default_configs(
     found: dict[KernelConfig, tuple[int, int, bool, bool]] = {}
     for recompute, aligned, M, R in itertools.product((True, False), (True, False), rows, ranks):
         shapes = (M, R, aligned, recompute)
-        found.setdefault(default_config(op, limits, operand_bytes, *shapes), shapes)
+        found.setdefault(default_config(op, limits, operand_bytes, *shapes, dropout), shapes)
     return found
 
 
