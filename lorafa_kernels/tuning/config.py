@@ -15,6 +15,8 @@ OPS = ("shrink", "expand", "grad")
 VARIANTS = ("portable", "tma", "recompute")
 # Rank blocks above this leave the grad kernel no registers for its dB accumulator; larger ranks are tiled.
 MAX_BLOCK_R = 128
+# On Hopper the rank columns that one pass over x takes of all members of a group.
+MAX_GROUP_R = 192
 # The tensor cores contract at least 16 16-bit elements, and tl.dot asks for 16 rows and columns.
 MIN_BLOCK = 16
 # Rows up to which expand makes z or dz itself: one launch where a launch costs more than the repeated work.
@@ -172,16 +174,37 @@ def default_config(
 def shrink_group_config(
     limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int
 ) -> tuple[KernelConfig, int]:
-    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and as many
+    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and so many
     members, the largest rank R, and how many of the members one pass over x takes.
 
     BLOCK_R of the configuration is one member's; shared_memory holds with that of all members of a pass.
     """
-    config = default_config("shrink", limits, operand_bytes, M, 1 << 20)
-    BLOCK_R = min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
-    members = min(members, config.BLOCK_R // BLOCK_R)
-    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R)
+    wide_blocks = limits.family == "hopper" and operand_bytes < 4
+    widest = (
+        MAX_GROUP_R if wide_blocks else default_config("shrink", limits, operand_bytes, M, 1 << 20).BLOCK_R
+    )
+    BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
+    members = min(members, widest // BLOCK_R)
+    config = _without_spills(default_config("shrink", limits, operand_bytes, M, members * BLOCK_R), limits)
+    if wide_blocks:
+        # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free.
+        few = members * BLOCK_R <= 64
+        config = replace(config, BLOCK_K=64, num_warps=4 if few else 8, num_stages=4 if few else 3)
     return replace(config, BLOCK_R=BLOCK_R), members
+
+
+@functools.lru_cache(maxsize=1024)
+def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
+    """Return the configuration of shrink_total: shrink's, with a result as wide as a rank block."""
+    config = _without_spills(default_config("shrink", limits, operand_bytes, M, R), limits)
+    return replace(config, BLOCK_N=config.BLOCK_R)
+
+
+def _without_spills(config: KernelConfig, limits: DeviceLimits) -> KernelConfig:
+    # Operands in registers beside the pointers of several members: a few do not fit.
+    if limits.family == "ampere" and config.BLOCK_R >= 64:
+        return replace(config, BLOCK_K=min(config.BLOCK_K, 32))
+    return config
 
 
 @functools.lru_cache(maxsize=1024)
