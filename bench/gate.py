@@ -104,6 +104,7 @@ class Case:
     asked_tf32: bool = False
     recompute: bool = False  # as in default_config
     pdl: bool = True  # asked for; sm_90 and newer have it
+    dropout: bool = False
     members: int = 1  # of a group
 
     @property
@@ -115,8 +116,8 @@ class Case:
             return shrink_group_config(limits, operand_bytes, self.M, self.R, self.members)[0]
         if self.op == "shrink_total":
             return shrink_total_config(limits, operand_bytes, self.M, self.R)
-        op = GROUP_BASE.get(self.op, self.op)
-        return default_config(op, limits, operand_bytes, self.M, self.R, aligned, self.recompute)
+        rest = aligned, self.recompute, self.dropout
+        return default_config(GROUP_BASE.get(self.op, self.op), limits, operand_bytes, self.M, self.R, *rest)
 
     @property
     def shared_memory(self) -> int:
@@ -167,19 +168,22 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     lora_A, lora_B = tensor(case.R, K, dtype=factor_dtype), tensor(N, case.R, dtype=factor_dtype)
     bias = tensor(N) if case.bias else None
     pdl, config = {"pdl": case.pdl}, {"config": case.config}
+    drop = {"dropout_p": 0.1, "seed": tensor(1, dtype=torch.int64)} if case.dropout else {}
     # As in kernels/linear.py.
     calls_of = {
-        "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl),
+        "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl, **drop),
         "dz": lambda: shrink.shrink(dy, lora_B, 2.0, **pdl),
         "y": lambda: expand.expand(x, weight.t(), z, lora_B.t(), bias, **pdl),
-        "dx": lambda: expand.expand(dy, weight, z, lora_A, **pdl),
+        "dx": lambda: expand.expand(dy, weight, z, lora_A, **pdl, **drop),
         "dz, dB": lambda: grad.grad(dy, z, lora_B, 2.0, factor_dtype, **pdl),
         "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype),
     }
     if case.config.variant == "recompute":
+        dx = {"want_L": False, "drop_P": False}
+        config |= drop
         calls_of = {
             "y": lambda: recompute.recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, 2.0, **config),
-            "dx": lambda: recompute.recompute(dy, weight, lora_B, lora_A, None, 2.0, want_L=False, **config),
+            "dx": lambda: recompute.recompute(dy, weight, lora_B, lora_A, None, 2.0, **dx, **config),
         }
     if case.members > 1:
         n = case.members
