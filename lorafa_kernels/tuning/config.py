@@ -15,6 +15,8 @@ OPS = ("shrink", "expand", "grad")
 VARIANTS = ("portable", "tma", "recompute")
 # Rank blocks above this leave the grad kernel no registers for its dB accumulator; larger ranks are tiled.
 MAX_BLOCK_R = 128
+# On Hopper the rank columns that one pass over x takes of all members of a group.
+MAX_GROUP_R = 192
 # The tensor cores contract at least 16 16-bit elements, and tl.dot asks for 16 rows and columns.
 MIN_BLOCK = 16
 # Rows up to which expand makes z or dz itself: one launch where a launch costs more than the repeated work.
@@ -172,18 +174,41 @@ def default_config(
 
 @functools.lru_cache(maxsize=1024)
 def shrink_group_config(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int, dropout: bool = False
 ) -> tuple[KernelConfig, int]:
-    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and as many
+    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and so many
     members, the largest rank R, and how many of the members one pass over x takes.
 
     BLOCK_R of the configuration is one member's; shared_memory holds with that of all members of a pass.
     """
-    config = default_config("shrink", limits, operand_bytes, M, 1 << 20)
-    BLOCK_R = min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
-    members = min(members, config.BLOCK_R // BLOCK_R)
-    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R)
+    wide_blocks = limits.family == "hopper" and operand_bytes < 4
+    widest = (
+        MAX_GROUP_R if wide_blocks else default_config("shrink", limits, operand_bytes, M, 1 << 20).BLOCK_R
+    )
+    BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
+    members = min(members, widest // BLOCK_R)
+    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R, dropout=dropout)
+    if members * BLOCK_R > 64:
+        config = _less_in_registers(config, limits)
+    if wide_blocks:
+        # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free.
+        few = members * BLOCK_R <= 64
+        config = replace(config, BLOCK_K=64, num_warps=4 if few else 8, num_stages=4 if few else 3)
     return replace(config, BLOCK_R=BLOCK_R), members
+
+
+@functools.lru_cache(maxsize=1024)
+def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
+    """Return the configuration of shrink_total: shrink's, with a result as wide as a rank block."""
+    config = default_config("shrink", limits, operand_bytes, M, R)
+    if R > 32:
+        config = _less_in_registers(config, limits)
+    return replace(config, BLOCK_N=config.BLOCK_R)
+
+
+def _less_in_registers(config: KernelConfig, limits: DeviceLimits) -> KernelConfig:
+    # Ampere holds the operands there, beside the pointers of several members: a few words would spill.
+    return replace(config, BLOCK_K=min(config.BLOCK_K, 32)) if limits.family == "ampere" else config
 
 
 @functools.lru_cache(maxsize=1024)
