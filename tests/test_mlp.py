@@ -460,7 +460,7 @@ def test_temporary_bytes(device, impl, dtype):
 
     M·I is large beside everything else that is made.
     """
-    rows, wide = 512, 512
+    rows, wide = 256, 256
     mlp = LoRAFASwiGLU(8, wide, r=1, device=device, dtype=dtype, init_lora_weights=False)
     mlp.impl = impl
     x = torch.randn(rows, 8, device=device, dtype=dtype, requires_grad=True)
