@@ -33,6 +33,7 @@ from ..tuning.config import (
     default_config,
     rows_aligned,
     shrink_group_config,
+    shrink_total_config,
     split_size,
 )
 from .group_tma import expand_total_tma, total_addressable
@@ -83,32 +84,31 @@ def _shrink_group_kernel(
     last_k = min(first_k + split_k, K)
     in_m = (index_m < M)[:, None]
 
+    index_k = first_k + tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offsets(index_m, stride_x_m)[:, None] + offsets(index_k, stride_x_k)[None, :]
     accs = ()
-    for _ in tl.static_range(members):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
+    ptrs = ()
+    for i in tl.static_range(members):
+        accs += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
+        ptrs += (
+            factor_ptrs[i]
+            + offsets(index_k, strides_factor_k[i])[:, None]
+            + offsets(index_r, strides_factor_r[i])[None, :],
+        )
     for start in range(first_k, last_k, BLOCK_K):
-        index_k = start + tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + offsets(index_m, stride_x_m)[:, None] + offsets(index_k, stride_x_k)[None, :]
-        if EVEN_K:
-            x = load(x_ptrs, in_m, EMULATE_BF16)
-        else:
-            in_k = index_k < last_k
-            x = load(x_ptrs, in_m & in_k[None, :], EMULATE_BF16)
+        in_k = start + tl.arange(0, BLOCK_K) < last_k
+        x = load(x_ptrs, in_m if EVEN_K else in_m & in_k[None, :], EMULATE_BF16)
         sums = ()
+        next_ptrs = ()
         for i in tl.static_range(members):
-            ptrs = (
-                factor_ptrs[i]
-                + offsets(index_k, strides_factor_k[i])[:, None]
-                + offsets(index_r, strides_factor_r[i])[None, :]
-            )
             in_r = (index_r < ranks[i])[None, :]
-            if EVEN_K:
-                factor = load(ptrs, in_r, EMULATE_BF16)
-            else:
-                factor = load(ptrs, in_k[:, None] & in_r, EMULATE_BF16)
+            factor = load(ptrs[i], in_r if EVEN_K else in_k[:, None] & in_r, EMULATE_BF16)
             factor = round_as(factor, DTYPE, EMULATE_BF16)
-            sums = sums + (tl.dot(x, factor, accs[i], input_precision=INPUT_PRECISION),)
+            sums += (tl.dot(x, factor, accs[i], input_precision=INPUT_PRECISION),)
+            next_ptrs += (ptrs[i] + offsets(tl.full((), BLOCK_K, tl.int64), strides_factor_k[i]),)
+        x_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_x_k)
         accs = sums
+        ptrs = next_ptrs
 
     for i in tl.static_range(members):
         rows = index_m
@@ -320,7 +320,7 @@ def shrink_total(
     if M == 0:
         return out
     if config is None:
-        config = default_config("shrink", device_limits(out.device), out.element_size(), M, R)
+        config = shrink_total_config(device_limits(out.device), out.element_size(), M, R)
     _total(rows, factors, (), (), out, scaling, config)
     return out
 
@@ -335,10 +335,8 @@ def _total(
     config: KernelConfig,
 ) -> None:
     M, N = C.shape
-    # A configuration of shrink has no BLOCK_N: its result is as wide as a rank.
-    BLOCK_N = config.BLOCK_N or config.BLOCK_R
     widths = tuple(P.shape[1] for P in Ps)
-    _total_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+    _total_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
         tuple(Ps),
         tuple(Qs),
         tuple(Ls),
@@ -358,7 +356,7 @@ def _total(
         tuple(F.stride(0) for F in Fs),
         tuple(F.stride(1) for F in Fs),
         BLOCK_M=config.BLOCK_M,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M,
