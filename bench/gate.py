@@ -120,13 +120,17 @@ class Case:
         aligned = rows_aligned(operand_bytes, *SIZES[self.sizes])
         limits = KNOWN_DEVICES[self.arch]
         if self.op == "shrink_group":
-            return shrink_group_config(limits, operand_bytes, self.M, self.R, self.members)[0]
+            return shrink_group_config(limits, operand_bytes, *self.group)[0]
         if self.op == "shrink_total":
             return shrink_total_config(limits, operand_bytes, self.M, self.R)
         if self.op == "gated":
             return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
         rest = aligned, self.recompute, self.dropout
         return default_config(GROUP_BASE.get(self.op, self.op), limits, operand_bytes, self.M, self.R, *rest)
+
+    @property
+    def group(self) -> tuple[int, int, int, bool]:
+        return self.M, self.R, self.members, self.dropout
 
     @property
     def shared_memory(self) -> int:
@@ -136,7 +140,7 @@ class Case:
             return 0
         if self.op == "shrink_group":
             # The ranks of all members lie side by side.
-            _, members = shrink_group_config(limits, operand_bytes, self.M, self.R, self.members)
+            _, members = shrink_group_config(limits, operand_bytes, *self.group)
             config = replace(config, BLOCK_R=members * config.BLOCK_R)
         estimate = shared_memory(GROUP_BASE.get(self.op, self.op), config, operand_bytes, limits)
         # The barriers of several loops lie apart.
@@ -198,9 +202,11 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
         }
     if case.members > 1:
         n = case.members
+        of_group = group.Dropout(tensor(n, dtype=torch.int64), range(n), [0.1] * n) if case.dropout else None
+        drop = {"dropout": of_group}
         calls_of = {
-            "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n),
-            "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n),
+            "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n, **drop),
+            "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n, **drop),
             "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0),
         }
     if case.op == "gated":
@@ -427,16 +433,17 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
     code, as in all_cases; quick: the default for many rows of three members alone.
     """
     for arch, (op, layout), dtype in itertools.product(archs, GROUP_LAYOUTS.items(), ("bf16", "fp32")):
+        masked = (False, True) if op != "shrink_total" else (False,)
         if quick:
             if dtype == "bf16":
-                yield Case(arch, op, dtype, "fp32", layout, "even", 8192, 16, members=3)
+                case = Case(arch, op, dtype, "fp32", layout, "even", 8192, 16, members=3)
+                yield from (replace(case, dropout=dropout) for dropout in masked)
             continue
         seen = set()
-        for M, R, members, sizes in itertools.product(
-            (8192, SPLIT_ROWS, 64), (16, 64, 128), (2, 3), ("even", "ragged", "odd")
-        ):
-            case = Case(arch, op, dtype, "fp32", layout, sizes, M, R, members=members)
-            key = (case.config, members, sizes, case.shared_memory)
+        shapes = (8192, SPLIT_ROWS, 64), (16, 64, 128), (2, 3), ("even", "ragged", "odd"), masked
+        for M, R, members, sizes, dropout in itertools.product(*shapes):
+            case = Case(arch, op, dtype, "fp32", layout, sizes, M, R, dropout=dropout, members=members)
+            key = (case.config, members, sizes, dropout, case.shared_memory)
             if key in seen or (arch in NEIGHBOURS and sizes == "ragged"):
                 continue
             seen.add(key)

@@ -174,7 +174,7 @@ def default_config(
 
 @functools.lru_cache(maxsize=1024)
 def shrink_group_config(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int, dropout: bool = False
 ) -> tuple[KernelConfig, int]:
     """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and so many
     members, the largest rank R, and how many of the members one pass over x takes.
@@ -187,7 +187,7 @@ def shrink_group_config(
     )
     BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
     members = min(members, widest // BLOCK_R)
-    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R)
+    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R, dropout=dropout)
     if members * BLOCK_R > 64:
         config = _less_in_registers(config, limits)
     if wide_blocks:
