@@ -13,11 +13,12 @@ from .adapt import (
 from .checkpoint import load_adapter, lorafa_state_dict, save_adapter
 from .explanation import explain
 from .functional import lorafa_linear
-from .nn import LoRAFALinear
+from .nn import LoRAFALinear, LoRAFALinearGroup
 
 __all__ = [
     "LoRAFAConfig",
     "LoRAFALinear",
+    "LoRAFALinearGroup",
     "__version__",
     "apply_lorafa",
     "disable_adapter",

@@ -1,7 +1,8 @@
-"""What a block needs to know of one linear layer in it."""
+"""What a block needs to know of one linear layer in it, and where a group keeps its members' z."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,3 +19,30 @@ class LinearOperands(NamedTuple):
     lora_B: Tensor | None = None
     scaling: float = 1.0
     dropout_p: float = 0.0
+
+
+def rank_columns(lora_Bs: Sequence[Tensor | None], share_A: bool) -> list[tuple[int, int]]:
+    """Return which columns [first, last) of a group's z (M, ΣR) belong to each member.
+
+    One after the other; with share_A all adapted members have the same; (0, 0) for one without an adapter.
+    """
+    found, last = [], 0
+    for lora_B in lora_Bs:
+        if lora_B is None:
+            found.append((0, 0))
+            continue
+        first = 0 if share_A else last
+        last = first + lora_B.shape[1]
+        found.append((first, last))
+    return found
+
+
+def rank_makers(lora_Bs: Sequence[Tensor | None], share_A: bool) -> list[int]:
+    """Return the members for which z is to be made: the adapted ones, or with share_A the first of them."""
+    adapted = [index for index, lora_B in enumerate(lora_Bs) if lora_B is not None]
+    return adapted[:1] if share_A else adapted
+
+
+def seed_of(seeds: Tensor, index: int, share_A: bool) -> Tensor:
+    """Return the seed (1,) of a member's dropout mask."""
+    return seeds if share_A else seeds[index : index + 1]

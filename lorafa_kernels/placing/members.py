@@ -37,6 +37,9 @@ class _Waiting(NamedTuple):
     state: tuple
     outputs: dict[int, tuple[tuple, Tensor]]
 
+    def holds_for(self, x: Tensor, state: tuple) -> bool:
+        return self.x() is x and self.version == x._version and self.state == state
+
 
 class Group:
     """The layers that are computed together, by weak reference, and what waits for them in each thread.
@@ -60,23 +63,26 @@ class Group:
 
     def compute(self, member: GroupMember, x: Tensor) -> Tensor | None:
         """Return the output of `member` for x, or None where it must compute by itself."""
+        place, state = member.__dict__[_PLACE], _state(x)
+        waiting: _Waiting | None = getattr(self._local, "waiting", None)
+        if waiting is not None and waiting.holds_for(x, state):
+            known, y = waiting.outputs.pop(place, (None, None))
+            if not waiting.outputs:
+                self._local.waiting = None
+            if y is not None and known == _versions(member) and fits(member, x) and no_global_hooks():
+                return y
         members = tuple(ref and ref() for ref in self.members)
-        place = member.__dict__[_PLACE]
         if members[place] is not member or None in members:
             return None
+        # With dropout the masks must be drawn alike with and without gradients: checkpointing runs forward
+        # without them first.
         if not torch.is_grad_enabled() and not any(map(draws_dropout, members)):
             return None
         impl = common_impl(members)
         if impl is None or not no_global_hooks() or not all(fits(other, x) for other in members):
             return None
-        waiting: _Waiting | None = getattr(self._local, "waiting", None)
-        state = _state(x)
-        if waiting is not None and waiting.x() is x and (waiting.version, waiting.state) == (x._version, state):
-            known, y = waiting.outputs.pop(place, (None, None))
-            if not waiting.outputs:
-                self._local.waiting = None
-            if y is not None and known == _versions(member):
-                return y
+        if any(other.weight.dtype != member.weight.dtype for other in members):
+            return None
         return self._compute_all(members, place, x, state, impl)
 
     def _compute_all(
@@ -84,9 +90,7 @@ class Group:
     ) -> Tensor:
         self._local.waiting = None
         ys = lorafa_linear_group(x, [operands_of(member) for member in members], impl=impl)
-        outputs = {
-            other: (_versions(members[other]), y) for other, y in enumerate(ys) if other != place
-        }
+        outputs = {other: (_versions(members[other]), y) for other, y in enumerate(ys) if other != place}
         # Called from whichever thread lets go of x, so it clears what waits and not a thread's slot.
         gone = weakref.ref(x, lambda _: outputs.clear())
         self._local.waiting = _Waiting(gone, x._version, state, outputs)
@@ -105,7 +109,7 @@ def _versions(member: GroupMember) -> tuple[Any, ...]:
     parameters = [parameter for parameter in member._parameters.values() if parameter is not None]
     return (
         *(id(parameter) for parameter in parameters),
-        *(parameter._version for parameter in parameters),
+        *(0 if parameter.is_inference() else parameter._version for parameter in parameters),
         member.scaling,
         member.lora_dropout,
         member.training,
@@ -117,7 +121,7 @@ class GroupMember(LoRAFALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As LoRAFALinear."""
-        if not torch.compiler.is_compiling() and is_plain(x):
+        if not torch.compiler.is_compiling() and is_plain(x) and not x.is_inference():
             y = self.__dict__[_GROUP].compute(self, x)
             if y is not None:
                 return y

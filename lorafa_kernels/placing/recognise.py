@@ -26,15 +26,16 @@ _PARAMETER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class MLP(NamedTuple):
     """A gated MLP: down(activation(gate(x)) * up(x)).
 
-    gate, up, down: names of linear children. activation: "silu", "gelu" or "gelu_tanh". others: names of
-    children that forward calls as well, the activation and those that return their input. input: name of x.
+    gate, up, down: names of linear children. activation: "silu", "gelu" or "gelu_tanh". others: names and
+    classes of the other children that forward calls, the activation and those that return their input.
+    input: name of x.
     """
 
     gate: str
     up: str
     down: str
     activation: str
-    others: tuple[str, ...]
+    others: tuple[tuple[str, type], ...]
     input: str
 
 
@@ -231,7 +232,8 @@ def recognise_mlp(module: nn.Module) -> MLP:
         shown = activation[0]
     if known is None:
         raise Untraceable(f"has {shown} for its activation, which is none of {', '.join(ACTIVATIONS)}")
-    return MLP(roles["gate"], roles["up"], roles["down"], known, others, input_name(type(module).forward))
+    kinds = tuple((name, type(module._modules[name])) for name in others)
+    return MLP(roles["gate"], roles["up"], roles["down"], known, kinds, input_name(type(module).forward))
 
 
 def recognise_norm(module: nn.Module) -> Norm:

@@ -1,0 +1,160 @@
+"""Linear layers that share an input, by the best arrangement of library matrix products.
+
+    forward    z    = s · (x [lora_A_1; lora_A_2; …]ᵀ)        one product where the scalings are equal
+               y_i  = z_i lora_B_iᵀ + bias_i, then y_i += x weight_iᵀ in place
+    backward   dz_i = s_i · (dy_i lora_B_i)                   into columns of one dz
+               dB_i = dy_iᵀ z_i
+               dx   = dz [lora_A_1; lora_A_2; …], then dx += dy_i weight_i in place, for each i
+
+Shapes and arguments as in reference.py. As in lorafa_kernels/library.py the rank-R products come first,
+because they only write the output. The stacked lora_A (ΣR, K) is the only temporary; with dropout there is
+a masked copy of x, or of one low-rank term of dx, at a time. dx is rounded once for each member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..library import _in_dtype, _scaled_product, backward_lora_B
+from .operands import rank_columns, rank_makers, seed_of
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    seeds: Tensor | None,
+    share_A: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Compute the y_i (M, N_i) and z; arguments and dtypes as in reference.forward."""
+    columns = rank_columns(lora_Bs, share_A)
+    z = _low_rank(x, lora_As, scalings, dropout_ps, seeds, share_A, rank_makers(lora_Bs, share_A), columns)
+    ys = []
+    for weight, lora_B, bias, (first, last) in zip(weights, lora_Bs, biases, columns, strict=True):
+        if lora_B is None:
+            ys.append(F.linear(x, weight, bias))
+        else:
+            y = F.linear(_columns(z, first, last), _in_dtype(lora_B, x.dtype), bias)
+            ys.append(y.addmm_(x, weight.t()))
+    return ys, z
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    seeds: Tensor | None,
+    share_A: bool,
+    need_dx: bool,
+    need_dBs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Compute dx (M, K) and the dB_i (N_i, R_i); arguments, dtypes and Nones as in reference.backward."""
+    dBs: list[Tensor | None] = [None] * len(dys)
+    if any(need_dBs):
+        columns = rank_columns(lora_Bs, share_A)
+        for i, dy in enumerate(dys):
+            if need_dBs[i] and dy is not None:
+                dBs[i] = backward_lora_B(dy, _columns(z, *columns[i]), lora_Bs[i].dtype)
+    if not need_dx:
+        return None, dBs
+    dz = low_rank_gradient(dys, lora_Bs, scalings, dropout_ps, share_A)
+    return input_gradient(dys, dz, weights, lora_As, dropout_ps, seeds, share_A), dBs
+
+
+def low_rank_gradient(
+    dys: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    share_A: bool,
+) -> Tensor | None:
+    """Compute dz, scaling included: the dz_i of the members that have an adapter and a dy side by side, or
+    with share_A their sum. None if there is no such member.
+    """
+    adapted = [i for i, lora_B in enumerate(lora_Bs) if lora_B is not None and dys[i] is not None]
+    if not adapted:
+        return None
+    ranks = [lora_Bs[i].shape[1] for i in adapted]
+    dy = dys[adapted[0]]
+    dz = dy.new_empty((dy.shape[0], ranks[0] if share_A else sum(ranks)))
+    last = 0
+    for turn, (i, R) in enumerate(zip(adapted, ranks, strict=True)):
+        first, last = (0, R) if share_A else (last, last + R)
+        factor = _in_dtype(lora_Bs[i], dy.dtype)
+        beta = 1 if share_A and turn else 0
+        part = _columns(dz, first, last)
+        part.addmm_(dys[i], factor, beta=beta, alpha=scalings[i] / (1 - dropout_ps[i]))
+    return dz
+
+
+def input_gradient(
+    dys: Sequence[Tensor | None],
+    dz: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor | None],
+    dropout_ps: Sequence[float],
+    seeds: Tensor | None,
+    share_A: bool,
+) -> Tensor:
+    """Compute dx (M, K) where dz is known, as low_rank_gradient returns it."""
+    dx = None
+    if dz is not None:
+        adapted = [i for i, A in enumerate(lora_As) if A is not None and dys[i] is not None]
+        adapted = adapted[:1] if share_A else adapted
+        if seeds is None:
+            dx = dz.mm(_stacked([lora_As[i] for i in adapted], dz.dtype))
+        else:
+            last = 0
+            for i in adapted:
+                first, last = last, last + lora_As[i].shape[0]
+                term = _columns(dz, first, last).mm(_in_dtype(lora_As[i], dz.dtype))
+                if dropout_ps[i]:
+                    term.mul_(_keep(seeds, share_A, i, dropout_ps[i], term))
+                dx = term if dx is None else dx.add_(term)
+    for dy, weight in zip(dys, weights, strict=True):
+        if dy is not None:
+            dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
+    return dx
+
+
+def _low_rank(x, lora_As, scalings, dropout_ps, seeds, share_A, makers, columns) -> Tensor:
+    if not makers:
+        return x.new_empty((x.shape[0], 0))
+    s = scalings[makers[0]]
+    if seeds is None and all(scalings[i] == s for i in makers):
+        return _scaled_product(x, _stacked([lora_As[i] for i in makers], x.dtype).t(), s)
+    z = x.new_empty((x.shape[0], max(last for _, last in columns)))
+    for i in makers:
+        p = dropout_ps[i]
+        rows = x if p == 0.0 else x * _keep(seeds, share_A, i, p, x)
+        factor = _in_dtype(lora_As[i], x.dtype).t()
+        _columns(z, *columns[i]).addmm_(rows, factor, beta=0, alpha=scalings[i] / (1 - p))
+    return z
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(factors) == 1:
+        return _in_dtype(factors[0], dtype)
+    return torch.cat([_in_dtype(factor, dtype) for factor in factors])
+
+
+def _columns(tensor: Tensor, first: int, last: int) -> Tensor:
+    return tensor if last - first == tensor.shape[1] else tensor[:, first:last]
+
+
+def _keep(seeds: Tensor, share_A: bool, i: int, p: float, like: Tensor) -> Tensor:
+    from ..philox import keep_mask
+
+    return keep_mask(seed_of(seeds, i, share_A), p, *like.shape)

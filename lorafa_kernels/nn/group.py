@@ -1,0 +1,193 @@
+"""LoRAFALinearGroup: linear layers that share an input, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks.group import lorafa_linear_group
+from ..blocks.operands import LinearOperands
+from ..functional import check_frozen
+from .linear import LoRAFALinear
+
+
+def operands_of(module: nn.Module) -> LinearOperands:
+    """Return what a block needs of an nn.Linear or LoRAFALinear as it is now: one that is merged or has its
+    adapter disabled is a plain linear layer, and dropout acts while it is in training mode.
+
+    Raises:
+        ValueError: a frozen parameter of a LoRAFALinear that requires grad.
+        RuntimeError: a merged layer that is being trained.
+        TypeError: another module, or a subclass of nn.Linear with a forward of its own.
+    """
+    if isinstance(module, LoRAFALinear):
+        if module.merged and module.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the weight: call unmerge() before training, or eval()"
+            )
+        if module.merged or not module.adapter_enabled:
+            check_frozen(module.weight, module.lora_A, module.bias)
+            return LinearOperands(module.weight, module.bias)
+        return LinearOperands(
+            module.weight,
+            module.bias,
+            module.lora_A,
+            module.lora_B,
+            module.scaling,
+            module.lora_dropout if module.training else 0.0,
+        )
+    if type(module).forward is not nn.Linear.forward:
+        raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
+    return LinearOperands(module.weight, module.bias)
+
+
+class LoRAFALinearGroup(nn.Module):
+    """Linear layers that share an input, each with its own adapter or none: `q, k, v = group(x)`.
+
+    x is (..., in_features), and each output (..., its layer's out_features). All are computed in one autograd
+    node, with one pass over x for the adapters and one gradient of x that is written once; for backward
+    it keeps M·Σr numbers, with share_A M·r, and not x. The layers are children under the names given here,
+    so parameters are called `<name>.weight`, `<name>.lora_B` and so on. Their own forward and its hooks are
+    not called. A layer that is merged, or has its adapter disabled, acts as the plain linear layer that it is
+    then.
+
+    Args:
+        members: nn.Linear and LoRAFALinear modules by name, or a sequence of them, which are then called "0",
+            "1", …. The parameters of an nn.Linear are frozen.
+        share_A: all LoRAFALinear among them have one lora_A Parameter object, r, scaling and dropout.
+
+    Raises:
+        ValueError: no members; members that disagree in in_features, dtype or device, with share_A in
+            lora_A, scaling or dropout; what LoRAFALinear.check_linear raises it for.
+        TypeError: a member that is neither an nn.Linear nor a LoRAFALinear.
+
+    `impl` (default "auto") chooses the implementation, as in lorafa_linear; that of the members is not looked
+    at.
+    """
+
+    def __init__(
+        self, members: Mapping[str, nn.Module] | Iterable[nn.Module], *, share_A: bool = False
+    ) -> None:
+        super().__init__()
+        named = dict(members) if isinstance(members, Mapping) else {str(i): m for i, m in enumerate(members)}
+        if not named:
+            raise ValueError("members is empty: a group has at least one linear layer")
+        self.share_A = share_A
+        self.impl = "auto"
+        self._names = tuple(named)
+        for name, module in named.items():
+            if not isinstance(module, LoRAFALinear):
+                try:
+                    LoRAFALinear.check_linear(module)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"member {name!r}: {error}") from None
+        _check_alike(named, share_A)
+        for name, module in named.items():
+            if not isinstance(module, LoRAFALinear):
+                module.requires_grad_(False)
+            self.add_module(name, module)
+
+    @classmethod
+    def from_linears(
+        cls,
+        linears: Mapping[str, nn.Linear] | Iterable[nn.Linear],
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype = torch.float32,
+        share_A: bool = False,
+        adapt: Collection[str] | None = None,
+    ) -> LoRAFALinearGroup:
+        """Build a group around nn.Linear modules, whose Parameter objects it shares: no copy of a weight.
+
+        adapt: names of those that get an adapter, None for all; the others stay as they are, frozen. The
+        remaining arguments as in LoRAFALinear. For members of different rank or scaling, make each with
+        LoRAFALinear.from_linear and pass them to the class. Raises as both, and ValueError for a name in
+        adapt that is not among linears.
+        """
+        named = dict(linears) if isinstance(linears, Mapping) else {str(i): m for i, m in enumerate(linears)}
+        adapt = named if adapt is None else adapt
+        if unknown := [name for name in adapt if name not in named]:
+            raise ValueError(f"adapt names {unknown}, which are not among {list(named)}")
+        members: dict[str, nn.Module] = {}
+        shared: nn.Parameter | None = None
+        for name, linear in named.items():
+            if name not in adapt:
+                members[name] = linear
+                continue
+            try:
+                members[name] = layer = LoRAFALinear.from_linear(
+                    linear,
+                    r=r,
+                    lora_alpha=lora_alpha,
+                    lora_dropout=lora_dropout,
+                    use_rslora=use_rslora,
+                    init_lora_weights=init_lora_weights,
+                    adapter_dtype=adapter_dtype,
+                )
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"member {name!r}: {error}") from None
+            if share_A:
+                if shared is not None and shared.shape == layer.lora_A.shape:
+                    layer.lora_A = shared
+                shared = layer.lora_A
+        return cls(members, share_A=share_A)
+
+    @property
+    def members(self) -> tuple[nn.Module, ...]:
+        """The linear layers, in the order of the outputs."""
+        modules = self._modules
+        return tuple(modules[name] for name in self._names)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return one output for each member. Raises as lorafa_linear_group and operands_of."""
+        operands = [operands_of(module) for module in self.members]
+        return lorafa_linear_group(x, operands, share_A=self.share_A, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        """Describe the group in print(model)."""
+        return "share_A=True" if self.share_A else ""
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.share_A:
+            # Where .to() makes new Parameters (from the meta device, say) each member got one of its own.
+            adapted = [module for module in self.members if isinstance(module, LoRAFALinear)]
+            for module in adapted[1:]:
+                module.lora_A = adapted[0].lora_A
+        return self
+
+
+def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:
+    (first_name, first), *others = named.items()
+    for name, module in others:
+        for what, value, expected in (
+            ("in_features", module.in_features, first.in_features),
+            ("dtype", module.weight.dtype, first.weight.dtype),
+            ("device", module.weight.device, first.weight.device),
+        ):
+            if value != expected:
+                raise ValueError(f"member {name!r} has {what} {value}, member {first_name!r} {expected}")
+    if not share_A:
+        return
+    adapted = {name: module for name, module in named.items() if isinstance(module, LoRAFALinear)}
+    if not adapted:
+        return
+    (first_name, first), *others = adapted.items()
+    for name, module in others:
+        for what in ("r", "scaling", "lora_dropout"):
+            value, expected = getattr(module, what), getattr(first, what)
+            if value != expected:
+                raise ValueError(
+                    f"share_A=True, but member {name!r} has {what} {value}, {first_name!r} {expected}"
+                )
+        if module.lora_A is not first.lora_A:
+            raise ValueError(
+                f"share_A=True, but members {first_name!r} and {name!r} have different lora_A objects: use "
+                "from_linears, or assign one to the other"
+            )
