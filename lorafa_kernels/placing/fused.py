@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks.mlp import lorafa_gated_mlp
 from ..blocks.norm import rms_norm
-from ..nn.group import operands_of
-from .guards import common_impl, draws_dropout, fits, is_plain, is_quiet, no_global_hooks
+from .guards import common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
 from .recognise import MLP, Norm
 
 _BLOCK = "_lorafa_block"
@@ -50,19 +49,21 @@ class FusedMLP(FusedBlock):
         linears = (children.get(roles.gate), children.get(roles.up), children.get(roles.down))
         if None in linears:
             return None
-        # With dropout the masks must be drawn alike with and without gradients: checkpointing runs forward
-        # without them first.
-        if not torch.is_grad_enabled() and not any(map(draws_dropout, linears)):
-            return None
         for name, kind in roles.others:
             child = children.get(name)
             if type(child) is not kind or not is_quiet(child) or (kind is nn.Dropout and child.p != 0):
                 return None
         impl = common_impl(linears)
-        if impl is None or not no_global_hooks() or not all(fits(linear, x) for linear in linears):
+        if impl is None or not no_global_hooks():
             return None
-        gate, up, down = map(operands_of, linears)
-        return lorafa_gated_mlp(x, gate, up, down, activation=roles.activation, impl=impl)
+        operands = tuple(operands_for(linear, x) for linear in linears)
+        if None in operands:
+            return None
+        # With dropout the masks must be drawn alike with and without gradients: checkpointing runs forward
+        # without them first.
+        if not torch.is_grad_enabled() and not any(map(drops, operands)):
+            return None
+        return lorafa_gated_mlp(x, *operands, activation=roles.activation, impl=impl)
 
 
 class FusedNorm(FusedBlock):

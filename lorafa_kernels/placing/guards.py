@@ -6,16 +6,16 @@ hold is not an error: the layer then runs by itself, as it would without the blo
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import ops
+from ..blocks.operands import LinearOperands
 from ..nn.linear import LoRAFALinear
 
 
 def is_quiet(module: nn.Module) -> bool:
-    """Whether a call of `module` would run its class's forward and nothing else: no hook, no patched forward."""
+    """Whether a call of `module` runs its class's forward and nothing else: no hook, no patched forward."""
     return not (
         module._forward_pre_hooks
         or module._forward_hooks
@@ -35,39 +35,47 @@ def is_plain(x: object) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
 
 
-def fits(linear: nn.Module, x: Tensor) -> bool:
-    """Whether `linear`, an nn.Linear or LoRAFALinear, is to be computed from x as its parameters say.
+def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
+    """Return what a block needs of `linear`, an nn.Linear or LoRAFALinear, to compute it from x; None where
+    its own forward must.
 
-    Not if it has hooks or is patched, merged or disabled, if a parameter is elsewhere than x (offloaded ones
-    are on meta), sharded, empty or of a subclass, if a frozen one was thawed (its own forward trains it, or
-    says why not), or if its dtype is not that of x outside of autocast.
+    Which is so if it has hooks or is patched, merged or disabled; if a parameter is elsewhere than x
+    (offloaded ones are on meta), sharded, empty or of a subclass; if a frozen one was thawed, which that
+    forward trains or refuses; if its dtype is not that of x, outside of autocast.
     """
     if not is_quiet(linear):
-        return False
-    if isinstance(linear, LoRAFALinear):
-        if linear.merged or not linear.adapter_enabled:
-            return False
+        return None
+    # Read past nn.Module's __getattr__, which takes longer than all the rest.
+    attributes, parameters = linear.__dict__, linear._parameters
+    adapted = isinstance(linear, LoRAFALinear)
+    if adapted:
+        if attributes["merged"] or not attributes["adapter_enabled"]:
+            return None
     elif type(linear) is not nn.Linear:
-        return False
-    parameters = linear._parameters
+        return None
     weight = parameters.get("weight")
-    if weight is None or weight.shape != (linear.out_features, linear.in_features):
-        return False
+    if weight is None or weight.shape != (attributes["out_features"], attributes["in_features"]):
+        return None
     if weight.dtype != x.dtype and not ops.autocast_enabled(x.device.type):
-        return False
+        return None
+    device = x.device
     for name, parameter in parameters.items():
         if parameter is not None and (
             type(parameter) is not nn.Parameter
-            or parameter.device != x.device
+            or parameter.device != device
             or (parameter.requires_grad and name != "lora_B")
         ):
-            return False
-    return True
+            return None
+    if not adapted:
+        return LinearOperands(weight, parameters.get("bias"))
+    dropout_p = attributes["lora_dropout"] if attributes["training"] else 0.0
+    lora_A, lora_B = parameters["lora_A"], parameters["lora_B"]
+    return LinearOperands(weight, parameters.get("bias"), lora_A, lora_B, attributes["scaling"], dropout_p)
 
 
-def draws_dropout(linear: nn.Module) -> bool:
-    """Whether a call of `linear` draws a dropout mask."""
-    return linear.training and isinstance(linear, LoRAFALinear) and linear.lora_dropout > 0
+def drops(operands: LinearOperands) -> bool:
+    """Whether a dropout mask is drawn for the layer."""
+    return operands.dropout_p > 0
 
 
 def common_impl(linears: tuple[nn.Module, ...]) -> str | None:

@@ -22,22 +22,36 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..blocks.group import lorafa_linear_group
-from ..nn.group import operands_of
+from ..blocks.operands import LinearOperands
 from ..nn.linear import LoRAFALinear
-from .guards import common_impl, draws_dropout, fits, is_plain, no_global_hooks
+from .guards import common_impl, drops, is_plain, no_global_hooks, operands_for
 
 _GROUP, _PLACE = "_lorafa_group", "_lorafa_place"
 
 
+class _Output(NamedTuple):
+    """y and what it was computed from: the layer's operands, and the versions of their tensors then."""
+
+    y: Tensor
+    operands: LinearOperands
+    versions: tuple[int, ...]
+
+    def is_of(self, operands: LinearOperands) -> bool:
+        for then, now in zip(self.operands, operands, strict=True):
+            if then is not now and not (type(then) is type(now) is float and then == now):
+                return False
+        return self.versions == _versions(operands)
+
+
 class _Waiting(NamedTuple):
-    """Outputs by place in the group, with what they were computed from."""
+    """Outputs for x by place in the group."""
 
     x: weakref.ref
     version: int
     state: tuple
-    outputs: dict[int, tuple[tuple, Tensor]]
+    outputs: dict[int, _Output]
 
-    def holds_for(self, x: Tensor, state: tuple) -> bool:
+    def are_for(self, x: Tensor, state: tuple) -> bool:
         return self.x() is x and self.version == x._version and self.state == state
 
 
@@ -64,33 +78,43 @@ class Group:
     def compute(self, member: GroupMember, x: Tensor) -> Tensor | None:
         """Return the output of `member` for x, or None where it must compute by itself."""
         place, state = member.__dict__[_PLACE], _state(x)
+        if not no_global_hooks():
+            return None
         waiting: _Waiting | None = getattr(self._local, "waiting", None)
-        if waiting is not None and waiting.holds_for(x, state):
-            known, y = waiting.outputs.pop(place, (None, None))
+        if waiting is not None and waiting.are_for(x, state):
+            output = waiting.outputs.pop(place, None)
             if not waiting.outputs:
                 self._local.waiting = None
-            if y is not None and known == _versions(member) and fits(member, x) and no_global_hooks():
-                return y
+            if output is not None:
+                operands = operands_for(member, x)
+                if operands is None or output.is_of(operands):
+                    return output.y if operands else None
         members = tuple(ref and ref() for ref in self.members)
         if members[place] is not member or None in members:
             return None
+        operands = [operands_for(other, x) for other in members]
+        impl = common_impl(members)
+        if impl is None or None in operands:
+            return None
         # With dropout the masks must be drawn alike with and without gradients: checkpointing runs forward
         # without them first.
-        if not torch.is_grad_enabled() and not any(map(draws_dropout, members)):
+        if not torch.is_grad_enabled() and not any(map(drops, operands)):
             return None
-        impl = common_impl(members)
-        if impl is None or not no_global_hooks() or not all(fits(other, x) for other in members):
+        dtype = operands[0].weight.dtype
+        if any(other.weight.dtype != dtype for other in operands):
             return None
-        if any(other.weight.dtype != member.weight.dtype for other in members):
-            return None
-        return self._compute_all(members, place, x, state, impl)
+        return self._compute_all(x, operands, place, state, impl)
 
     def _compute_all(
-        self, members: tuple[GroupMember, ...], place: int, x: Tensor, state: tuple, impl: str
+        self, x: Tensor, operands: list[LinearOperands], place: int, state: tuple, impl: str
     ) -> Tensor:
         self._local.waiting = None
-        ys = lorafa_linear_group(x, [operands_of(member) for member in members], impl=impl)
-        outputs = {other: (_versions(members[other]), y) for other, y in enumerate(ys) if other != place}
+        ys = lorafa_linear_group(x, operands, impl=impl)
+        outputs = {
+            other: _Output(y, operands[other], _versions(operands[other]))
+            for other, y in enumerate(ys)
+            if other != place
+        }
         # Called from whichever thread lets go of x, so it clears what waits and not a thread's slot.
         gone = weakref.ref(x, lambda _: outputs.clear())
         self._local.waiting = _Waiting(gone, x._version, state, outputs)
@@ -104,16 +128,9 @@ def _state(x: Tensor) -> tuple:
     return torch.is_grad_enabled(), autocast, stream
 
 
-def _versions(member: GroupMember) -> tuple[Any, ...]:
-    """What changes when an output that was computed from the layer's parameters no longer holds."""
-    parameters = [parameter for parameter in member._parameters.values() if parameter is not None]
-    return (
-        *(id(parameter) for parameter in parameters),
-        *(0 if parameter.is_inference() else parameter._version for parameter in parameters),
-        member.scaling,
-        member.lora_dropout,
-        member.training,
-    )
+def _versions(operands: LinearOperands) -> tuple[int, ...]:
+    # Tensors made in inference mode have none.
+    return tuple(0 if t is None or t.is_inference() else t._version for t in operands[:4])
 
 
 class GroupMember(LoRAFALinear):

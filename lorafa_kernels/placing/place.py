@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from .guards import is_quiet
 from .members import group_layers, ungroup_layer
 from .projections import shared_inputs
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
-from .symbolic import Untraceable, input_name
+from .symbolic import Untraceable
+
 
 @dataclass(frozen=True)
 class Block:
@@ -74,7 +76,7 @@ def _place_layers(name: str, module: nn.Module) -> list[Block]:
     if len(linears) < 2:
         return [Block(name, "shared input", kind, (), f"{linears[0]} is its only linear layer")]
     blocks = []
-    if _has_one_input(module):
+    if _takes_one_tensor(module):
         mlp = _place_mlp(name, module)
         if mlp.fused:
             return [mlp]
@@ -146,18 +148,16 @@ def _groupable(module: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(distinct.values())
 
 
-def _has_one_input(module: nn.Module) -> bool:
-    try:
-        return bool(input_name(type(module).forward))
-    except Untraceable:
-        return False
+def _takes_one_tensor(module: nn.Module) -> bool:
+    """Whether forward has one parameter, as an MLP's; that of an attention has a mask, a cache and so on."""
+    return len(inspect.signature(type(module).forward).parameters) == 2
 
 
 def _may_be_mlp(module: nn.Module) -> bool:
-    return len(_linears(module)) > 2 and _has_one_input(module)
+    return len(_linears(module)) > 2 and _takes_one_tensor(module)
 
 
 def _may_be_norm(module: nn.Module) -> bool:
     """Whether `module` has nothing but vectors of one size, and at least one."""
-    tensors = [p for p in module._parameters.values() if p is not None]
-    return bool(tensors) and not module._modules and all(p.dim() == 1 and p.shape == tensors[0].shape for p in tensors)
+    shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
+    return not module._modules and len(shapes) == 1 and len(next(iter(shapes))) == 1

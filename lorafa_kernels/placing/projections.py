@@ -20,7 +20,7 @@ _LEAVES = (ast.Return, ast.Break, ast.Continue)
 
 @lru_cache(maxsize=512)
 def shared_inputs(kind: type) -> tuple[tuple[str, ...], ...]:
-    """Return the groups of at least two names, in the order of the calls; () if the source is not to be had."""
+    """Return the groups of at least two names, in the order of the calls; () if there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     except (OSError, TypeError, SyntaxError):

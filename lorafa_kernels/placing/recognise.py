@@ -158,7 +158,7 @@ def _operations(symbols: Any) -> Counter[str]:
 
 
 def _bound(module: nn.Module, template: Callable, kind: str) -> tuple[dict[str, Any], Trace]:
-    """Roles of `template` in `module`, and the trace. Raises Untraceable, whose message names what is more."""
+    """Roles of `template` in `module`, and the trace. Raises Untraceable, which names what is more."""
     roles: dict[str, Any] = {}
     for dtype in _PARAMETER_DTYPES:
         result, trace = trace_forward(module, dtype)

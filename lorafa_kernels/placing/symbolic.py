@@ -226,8 +226,9 @@ class _Self:
 def input_name(forward) -> str:
     """Name of the one argument that `forward(self, x)` must be given; Untraceable if it is not one."""
     _, *parameters = inspect.signature(forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if len(required) != 1 or required[0].kind is required[0].KEYWORD_ONLY or parameters[0] is not required[0]:
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p for p in parameters if p.default is p.empty and p.kind not in rest]
+    if len(required) != 1 or required[0].kind is required[0].KEYWORD_ONLY:
         raise Untraceable(f"takes {len(required)} inputs")
     return required[0].name
 
