@@ -1,7 +1,8 @@
 """The autograd node of a LoRA-FA linear layer: what it keeps, and what it leaves out.
 
 Kept for backward, through save_for_backward alone: z (M, R) if lora_B needs a gradient; the weight, lora_A
-and lora_B objects themselves if x needs one. Not x: dB = dyᵀ z needs z alone (LoRA-FA, arXiv 2308.03303,
+and lora_B objects themselves if x needs one, and then with dropout the seed, 8 bytes, which the mask is made
+from once more. Not x: dB = dyᵀ z needs z alone (LoRA-FA, arXiv 2308.03303,
 section 3.2).
 """
 
@@ -15,7 +16,7 @@ from . import ops
 
 class LoRAFALinearFunction(torch.autograd.Function):
     """y (M, N) from x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None; gradients for
-    x and lora_B only.
+    x and lora_B only. seed: int64 (1,), None where dropout_p is 0.
     """
 
     @staticmethod
@@ -28,16 +29,19 @@ class LoRAFALinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         impl: str,
+        dropout_p: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        y, z = ops.forward(x, weight, lora_A, lora_B, bias, scaling, impl)
+        y, z = ops.forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
         need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
         if need_dx:
-            ctx.save_for_backward(z if need_dB else None, weight, lora_A, lora_B)
+            ctx.save_for_backward(z if need_dB else None, weight, lora_A, lora_B, seed)
         else:
-            # dB takes its dtype and shape from lora_B, but no value of it.
-            ctx.save_for_backward(z, None, None, lora_B)
+            # dB takes its dtype and shape from lora_B, but no value of it; the mask is in z.
+            ctx.save_for_backward(z, None, None, lora_B, None)
         ctx.scaling = scaling
         ctx.impl = impl
+        ctx.dropout_p = dropout_p
         return y
 
     @staticmethod
@@ -53,7 +57,7 @@ class LoRAFALinearFunction(torch.autograd.Function):
             dx, dB = (
                 None if grad is None else _RefuseSecondBackward.apply(grad, anchor) for grad in (dx, dB)
             )
-        return dx, None, None, dB, None, None, None
+        return dx, None, None, dB, None, None, None, None, None
 
 
 class _RefuseSecondBackward(torch.autograd.Function):
@@ -71,10 +75,11 @@ class _RefuseSecondBackward(torch.autograd.Function):
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    z, weight, lora_A, lora_B = ctx.saved_tensors
+    z, weight, lora_A, lora_B, seed = ctx.saved_tensors
     need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
+    how = ctx.scaling, ctx.impl, ctx.dropout_p, seed
     if need_dx and need_dB:
-        return ops.backward(dy, z, weight, lora_A, lora_B, ctx.scaling, ctx.impl)
+        return ops.backward(dy, z, weight, lora_A, lora_B, *how)
     if need_dx:
-        return ops.backward_input(dy, weight, lora_A, lora_B, ctx.scaling, ctx.impl), None
+        return ops.backward_input(dy, weight, lora_A, lora_B, *how), None
     return None, ops.backward_lora_B(dy, z, lora_B, ctx.impl)

@@ -75,15 +75,18 @@ def choose_plan(
     K: int,
     R: int,
     bias: bool,
+    dropout: bool = False,
     pin: Pin | None = None,
 ) -> Plan:
-    """Decide with which plan operation `op` runs where choose() gives "triton"; sizes as in Problem.
+    """Decide with which plan operation `op` runs where choose() gives "triton"; sizes, bias and dropout as in
+    Problem.
 
     M is rounded to 16 steps an octave first, so that rows of ever new number find their plan made. Raises
     RuntimeError, saying what is missing, for a pinned plan that cannot run.
     """
     shift = max(0, M.bit_length() - 5)
-    return _plan(impl, op, device, dtype, ((M + (1 << shift) - 1) >> shift) << shift, N, K, R, bias, pin)
+    rounded = ((M + (1 << shift) - 1) >> shift) << shift
+    return _plan(impl, op, device, dtype, rounded, N, K, R, bias, dropout, pin)
 
 
 def forget_plans() -> None:
@@ -96,9 +99,10 @@ def forget_plans() -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(impl, op, device, dtype, M, N, K, R, bias, pin) -> Plan:
+def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin) -> Plan:
     names = ("fused",) if impl == "triton" else NAMES
-    return make_plan(Problem(op, dtype, M, N, K, R, bias), planned_device(device), pin=pin, names=names)
+    problem = Problem(op, dtype, M, N, K, R, bias, dropout)
+    return make_plan(problem, planned_device(device), pin=pin, names=names)
 
 
 @functools.lru_cache(maxsize=64)

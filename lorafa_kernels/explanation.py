@@ -227,7 +227,7 @@ def _planned(impl: str, problem: Problem, device: torch.device, limits: DeviceLi
     p = problem
     if choose(impl, device, p.dtype, _pinned_kernels(impl, p.op)).impl != "triton":
         return None
-    plan = choose_plan(impl, p.op, device, p.dtype, p.M, p.N, p.K, p.R, p.bias, pinned())
+    plan = choose_plan(impl, p.op, device, p.dtype, p.M, p.N, p.K, p.R, p.bias, p.dropout, pinned())
     return Planned(plan, kernel_configs(plan.recipe, replace(p, M=max(1, p.M)), limits))
 
 

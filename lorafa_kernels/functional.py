@@ -1,4 +1,6 @@
-"""lorafa_linear: check the arguments, apply autocast's casts, flatten, and call the autograd node."""
+"""lorafa_linear: check the arguments, apply autocast's casts, flatten, draw the seed of dropout, and call the
+autograd node.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def lorafa_linear(
         lora_B: (N, R), trained, in the dtype of x or fp32; its gradient comes back in its dtype.
         bias: (N,), frozen, in the dtype of x, or None.
         scaling: finite factor s of the low-rank term: alpha/R, or alpha/√R for rsLoRA.
-        dropout_p: probability in [0, 1) of dropping an element of x before lora_A. Only 0 is available yet.
+        dropout_p: probability p in [0, 1) of dropping an element of x before lora_A; the others are divided
+            by 1 − p. Drawn from a seed, which the default generator of x's device gives: 8 bytes are kept for
+            backward, and no mask. 0 draws nothing.
         impl: "auto", "triton", "torch" or "reference"; choice.py has the rule of "auto".
 
     Returns:
@@ -49,23 +53,22 @@ def lorafa_linear(
             scaling or dropout_p out of range; an unknown impl.
         TypeError: dtypes that are not floating point or cannot be combined.
         RuntimeError: impl="triton" where it cannot run.
-        NotImplementedError: dropout_p above 0.
     """
     K = x.shape[-1] if x.dim() else 0
     _check_shapes(x, weight, lora_A, lora_B, bias)
     check_frozen(weight, lora_A, bias)
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number, got {scaling}")
-    if dropout_p != 0.0:
-        _refuse_dropout(dropout_p)
+    check_dropout(dropout_p)
     check_impl(impl)
     x = _cast(x, weight, lora_A, lora_B, bias)
 
     rows = x if x.dim() == 2 else x.reshape(-1, K) if K else x.reshape(math.prod(x.shape[:-1]), 0)
+    seed = draw_seed(x.device) if dropout_p else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
-        y = LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, scaling, impl)
+        y = LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
     else:
-        y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl)[0]
+        y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -105,12 +108,19 @@ def check_frozen(weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> None:
             )
 
 
-def _refuse_dropout(dropout_p: float) -> None:
+def check_dropout(dropout_p: float) -> None:
+    """Raise ValueError unless dropout_p is in [0, 1)."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    raise NotImplementedError(
-        f"dropout of {dropout_p} is not available yet: set lora_dropout (or dropout_p) to 0, or call eval()"
-    )
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw the seed of one dropout mask from the device's default generator: int64 of shape (1,).
+
+    torch.manual_seed reproduces it, activation checkpointing replays it, a CUDA graph draws another in each
+    replay; it is never read by the host.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def _cast(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,10 @@ Shapes as in reference.py. The rank-R product comes first because it only writes
 afterwards would read the output once more; the large product then accumulates into it. No temporary of M·N
 or M·K elements is made. The rank-R term is rounded once more than in the formula; dB is rounded to the
 dtype of x where the backend has no product of 16-bit operands with an fp32 result.
+
+With dropout z is made of x ⊙ keep, and the rank-R term in dx is multiplied with keep before dy weight is
+added, both for some rows at a time (philox.CHUNK): keep and what it is computed from are the only further
+temporaries, of that many rows.
 """
 
 from __future__ import annotations
@@ -19,31 +23,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .philox import keep_chunks
+
 
 def forward(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
-    z = _scaled_product(x, _in_dtype(lora_A, x.dtype).t(), scaling)
+    factor = _in_dtype(lora_A, x.dtype).t()
+    if dropout_p:
+        z = _dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
+    else:
+        z = _scaled_product(x, factor, scaling)
     y = F.linear(z, _in_dtype(lora_B, x.dtype), bias)
     return y.addmm_(x, weight.t()), z
 
 
 def backward(
-    dy: Tensor, z: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) and dB (N, R); arguments and dtypes as in reference.backward."""
-    return backward_input(dy, weight, lora_A, lora_B, scaling), backward_lora_B(dy, z, lora_B.dtype)
+    dx = backward_input(dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
+    return dx, backward_lora_B(dy, z, lora_B.dtype)
 
 
-def backward_input(dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def backward_input(
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """Compute dx (M, K) alone."""
-    return input_gradient(dy, _scaled_product(dy, _in_dtype(lora_B, dy.dtype), scaling), weight, lora_A)
+    if dropout_p:
+        scaling = scaling / (1 - dropout_p)
+    dz = _scaled_product(dy, _in_dtype(lora_B, dy.dtype), scaling)
+    return input_gradient(dy, dz, weight, lora_A, dropout_p, seed)
 
 
-def input_gradient(dy: Tensor, dz: Tensor, weight: Tensor, lora_A: Tensor) -> Tensor:
-    """Compute dx (M, K) where dz (M, R) is known, scaling included."""
-    return dz.mm(_in_dtype(lora_A, dy.dtype)).addmm_(dy, weight)
+def input_gradient(
+    dy: Tensor,
+    dz: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Compute dx (M, K) where dz (M, R) is known, s/(1 − p) included."""
+    dx = dz.mm(_in_dtype(lora_A, dy.dtype))
+    if dropout_p:
+        for rows, keep in keep_chunks(seed, dropout_p, *dx.shape):
+            dx[rows].mul_(keep)
+    return dx.addmm_(dy, weight)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,6 +105,15 @@ def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     # Scaling afterwards would round 16-bit results twice, and in fp16 overflow where the scaled product fits.
     product = left.new_empty((left.shape[0], right.shape[1]))
     return product.addmm_(left, right, beta=0, alpha=scaling)
+
+
+def _dropped_product(left: Tensor, right: Tensor, scaling: float, dropout_p: float, seed: Tensor) -> Tensor:
+    """scaling · ((left ⊙ keep) right), some rows at a time."""
+    product = left.new_empty((left.shape[0], right.shape[1]))
+    for rows, keep in keep_chunks(seed, dropout_p, *left.shape):
+        # A product and no selection: what is not finite propagates, as in the plain formula.
+        product[rows].addmm_(left[rows] * keep, right, beta=0, alpha=scaling)
+    return product
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,18 +1,19 @@
 """Operators of the library `lorafa_kernels`: schemas, shape functions, and the call of one implementation.
 
-forward(x, weight, lora_A, lora_B, bias, scaling, impl) -> (y, z)
-backward(dy, z, weight, lora_A, lora_B, scaling, impl) -> (dx, dB)
-backward_input(dy, weight, lora_A, lora_B, scaling, impl) -> dx
+forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed) -> (y, z)
+backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed) -> (dx, dB)
+backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed) -> dx
 backward_lora_B(dy, z, lora_B, impl) -> dB
 
 Shapes and dtypes as in reference.py, but weight and bias may be of another dtype than x (under autocast):
-they are cast to it here, in a temporary that dies with the call. All outputs are new and contiguous. The
-operators have no derivative of their own (autograd.py has it) and compute with autocast switched off: it
-would change the dtypes of the products within.
+they are cast to it here, in a temporary that dies with the call. dropout_p and seed, int64 of shape (1,) on
+the device of x, have the defaults 0 and None: no dropout. scaling does not hold the 1/(1 − p). All outputs
+are new and contiguous. The operators have no derivative of their own (autograd.py has it) and compute with
+autocast switched off: it would change the dtypes of the products within.
 
 The functions of this module call the operators torch.ops.lorafa_kernels.* where that is needed: for the
 Triton kernels, which shape propagation must not enter, under a compiler, and where there is something to
-cast. Otherwise what is made of PyTorch's own operators alone is called directly, which saves the
+cast, or dropout. Otherwise what is made of PyTorch's own operators alone is called directly, which saves the
 dispatcher's ~5 µs a call on the CPU. Under a compiler the plan is chosen when the operator runs, for the
 sizes it then has.
 """
@@ -44,29 +45,46 @@ def forward(
     bias: Tensor | None,
     scaling: float,
     impl: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    if module := _direct("forward", impl, x, lora_A, weight, bias):
+    if not dropout_p and (module := _direct("forward", impl, x, lora_A, weight, bias)):
         return module.forward(x, weight, lora_A, lora_B, bias, scaling)
-    return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl)
+    return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
 
 
 def backward(
-    dy: Tensor, z: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    impl: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    if module := _direct("backward", impl, dy, lora_A, weight):
+    if not dropout_p and (module := _direct("backward", impl, dy, lora_A, weight)):
         return module.backward(dy, z, weight, lora_A, lora_B, scaling)
-    return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl)
+    return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def backward_input(
-    dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, impl: str
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    impl: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    if module := _direct("backward_input", impl, dy, lora_A, weight):
+    if not dropout_p and (module := _direct("backward_input", impl, dy, lora_A, weight)):
         return module.backward_input(dy, weight, lora_A, lora_B, scaling)
-    return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl)
+    return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
@@ -97,11 +115,17 @@ def _direct(
 
 
 def _decide(
-    op: str, impl: str, x: Tensor, factor: Tensor, weight: Tensor | None, bias: Tensor | None = None
+    op: str,
+    impl: str,
+    x: Tensor,
+    factor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    dropout: bool = False,
 ) -> tuple[str, Plan | None]:
     """Return the implementation of an operation, and its plan if that is "triton" and sizes are known.
 
-    Arguments as of _direct.
+    Arguments as of _direct; dropout: whether there is one.
     """
     pin = pinned() if impl in ("auto", "triton") else None
     kernels = pin is not None and pin.needs_kernels(op)
@@ -116,7 +140,7 @@ def _decide(
     else:
         N, K = weight.shape
         R = factor.shape[0]
-    return name, choose_plan(impl, op, x.device, x.dtype, M, N, K, R, bias is not None, pin)
+    return name, choose_plan(impl, op, x.device, x.dtype, M, N, K, R, bias is not None, dropout, pin)
 
 
 def _takes_grad_kernel(op: str, plan: Plan) -> bool:
@@ -124,33 +148,43 @@ def _takes_grad_kernel(op: str, plan: Plan) -> bool:
     return op == "backward" and plan.kernels.one_pass
 
 
-def _forward(x, weight, lora_A, lora_B, bias, scaling, impl):
+def _forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
     dtype = x.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    decided = _decide("forward", impl, x, lora_A, weight, bias)
-    return _run("forward", decided, x, weight, lora_A, lora_B, bias, scaling)
+    dropout = _check_dropout(dropout_p, seed)
+    decided = _decide("forward", impl, x, lora_A, weight, bias, dropout)
+    return _run("forward", decided, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
 
-def _backward(dy, z, weight, lora_A, lora_B, scaling, impl):
+def _backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
-    decided = _decide("backward", impl, dy, lora_A, weight)
-    return _run("backward", decided, dy, z, weight, lora_A, lora_B, scaling)
+    dropout = _check_dropout(dropout_p, seed)
+    decided = _decide("backward", impl, dy, lora_A, weight, dropout=dropout)
+    return _run("backward", decided, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
 
 
-def _backward_input(dy, weight, lora_A, lora_B, scaling, impl):
+def _backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
-    decided = _decide("backward_input", impl, dy, lora_A, weight)
-    return _run("backward_input", decided, dy, weight, lora_A, lora_B, scaling)
+    dropout = _check_dropout(dropout_p, seed)
+    decided = _decide("backward_input", impl, dy, lora_A, weight, dropout=dropout)
+    return _run("backward_input", decided, dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _backward_lora_B(dy, z, lora_B, impl):
     decided = _decide("backward_lora_B", impl, dy, lora_B, None)
     return _run("backward_lora_B", decided, dy, z, lora_B.dtype)
+
+
+def _check_dropout(dropout_p: float, seed: Tensor | None) -> bool:
+    """Whether there is dropout. Raises ValueError for one without a seed."""
+    if dropout_p and seed is None:
+        raise ValueError(f"dropout of {dropout_p} needs a seed, an int64 tensor of shape (1,)")
+    return bool(dropout_p)
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -179,24 +213,26 @@ def _run(op: str, decided: tuple[str, Plan | None], x: Tensor, *rest):
     return getattr(library, op)(x, *rest)
 
 
-def _backward_with_one_pass(plan, dy, z, weight, lora_A, lora_B, scaling):
+def _backward_with_one_pass(plan, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed):
     kernels = importlib.import_module(".kernels.grad", __package__)
+    if dropout_p:
+        scaling = scaling / (1 - dropout_p)
     dz, dB = kernels.grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.kernels.grad)
-    return library.input_gradient(dy, dz, weight, lora_A), dB
+    return library.input_gradient(dy, dz, weight, lora_A, dropout_p, seed), dB
 
 
-def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl):
+def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
     M = x.shape[0]
     return x.new_empty((M, weight.shape[0])), x.new_empty((M, lora_A.shape[0]))
 
 
-def _backward_fake(dy, z, weight, lora_A, lora_B, scaling, impl):
+def _backward_fake(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
     return _backward_input_fake(dy, weight, lora_A, lora_B, scaling, impl), _backward_lora_B_fake(
         dy, z, lora_B, impl
     )
 
 
-def _backward_input_fake(dy, weight, lora_A, lora_B, scaling, impl):
+def _backward_input_fake(dy, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
     return dy.new_empty((dy.shape[0], weight.shape[1]))
 
 
@@ -213,21 +249,22 @@ def _define(name: str, schema: str, operation, fake):
 
 _forward_op = _define(
     "forward",
-    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, str impl)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, str impl,"
+    " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_op = _define(
     "backward",
-    "(Tensor dy, Tensor z, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl)"
-    " -> (Tensor, Tensor)",
+    "(Tensor dy, Tensor z, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl,"
+    " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _backward_input_op = _define(
     "backward_input",
-    "(Tensor dy, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl) -> Tensor",
+    "(Tensor dy, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl,"
+    " float dropout_p=0.0, Tensor? seed=None) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )

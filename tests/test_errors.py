@@ -4,6 +4,7 @@ dtype and what would be right.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import types
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import implementation_cases
 
-from lorafa_kernels import LoRAFALinear, lorafa_linear
+from lorafa_kernels import LoRAFALinear, lorafa_linear, ops
 from lorafa_kernels.accuracy import draw_operands
 from lorafa_kernels.choice import choose
 
@@ -105,11 +106,21 @@ def test_dropout_out_of_range(dropout_p):
         LoRAFALinear(4, 4, lora_dropout=dropout_p)
 
 
-def test_dropout_is_refused_while_training_only():
-    layer = LoRAFALinear(6, 8, lora_dropout=0.1)
-    with pytest.raises(NotImplementedError, match="dropout"):
-        layer(torch.zeros(4, 6))
-    layer.eval()(torch.zeros(4, 6))
+@pytest.mark.parametrize("name", ["forward", "backward", "backward_input"])
+def test_operator_with_dropout_and_no_seed(name):
+    operands = {
+        "x": torch.zeros(4, 6),
+        "dy": torch.zeros(4, 8),
+        "z": torch.zeros(4, 2),
+        "weight": torch.zeros(8, 6),
+        "lora_A": torch.zeros(2, 6),
+        "lora_B": torch.zeros(8, 2),
+        "bias": None,
+    }
+    operator = getattr(ops, name)
+    names = [name for name in inspect.signature(operator).parameters if name in operands]
+    with pytest.raises(ValueError, match=r"dropout of 0\.5 needs a seed"):
+        operator(*(operands[name] for name in names), 1.0, "torch", 0.5)
 
 
 @pytest.mark.parametrize("impl", ["cuda", "", "Triton"])

@@ -32,6 +32,8 @@ def forward(
     lora_B: Tensor,
     bias: Tensor | None,
     scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     plan: KernelPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -50,6 +52,8 @@ def backward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     plan: KernelPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,6 +75,8 @@ def backward_input(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     plan: KernelPlan | None = None,
 ) -> Tensor:
