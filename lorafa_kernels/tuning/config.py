@@ -169,6 +169,22 @@ def default_config(
 
 
 @functools.lru_cache(maxsize=1024)
+def shrink_group_config(
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int
+) -> tuple[KernelConfig, int]:
+    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and as many
+    members, the largest rank R, and how many of the members one pass over x takes.
+
+    BLOCK_R of the configuration is one member's; shared_memory holds with that of all members of a pass.
+    """
+    config = default_config("shrink", limits, operand_bytes, M, 1 << 20)
+    BLOCK_R = min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
+    members = min(members, config.BLOCK_R // BLOCK_R)
+    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R)
+    return replace(config, BLOCK_R=BLOCK_R), members
+
+
+@functools.lru_cache(maxsize=1024)
 def default_plan(
     limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
 ) -> KernelPlan:

@@ -1,0 +1,370 @@
+"""Kernels of linear layers that share an input: one pass over x for all z, one launch for the whole of dx.
+
+    shrink_group  z (M, ΣR) = round( [ s_1 · (x lora_A_1ᵀ), s_2 · (x lora_A_2ᵀ), … ] )
+    expand_total  C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j L_j (M, R_j) · F_j (R_j, N) )
+                  dx: P_i = dy_i, Q_i = weight_i, L_j = dz_j, F_j = lora_A_j
+    shrink_total  dz (M, R) = round( s · Σ_i dy_i lora_B_i ), of members that share lora_A
+
+What belongs to a member comes in tuples, over which the kernels' loops are unrolled: one compiled kernel for
+each number of members.
+
+shrink_group reads x once and each lora_A once per block of rows: (M·K + ⌈M/BLOCK_M⌉·K·ΣR + M·ΣR) elements.
+Bound by reading x. Members whose ranks together exceed the columns of one block are taken in several passes.
+Few rows are handled as in shrink.py: the contraction is cut, and partial sums are added in a fixed order.
+
+expand_total keeps the sum over the members in one accumulator, where as many products would read and write C
+once each: it reads P_i and Q_i as so many products do, writes C once, and rounds once.
+2·M·N·Σ(K_i + R_i) FLOPs. Bound by arithmetic. The launcher takes the kernel of group_tma.py where the
+configuration asks for it and TMA can address the operands. shrink_total is the same kernel with the width of
+a rank, bound by reading the dy_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tuning.config import (
+    KernelConfig,
+    default_config,
+    rows_aligned,
+    shrink_group_config,
+    split_size,
+)
+from .group_tma import expand_total_tma, total_addressable
+from .tile import (
+    SUM_BLOCK,
+    device_limits,
+    emulate_bf16,
+    input_precision,
+    load,
+    offsets,
+    round_as,
+    store,
+    sum_parts,
+)
+
+
+@triton.jit
+def _shrink_group_kernel(
+    x_ptr,
+    factor_ptrs,
+    out_ptr,
+    scalings,
+    firsts,
+    ranks,
+    M,
+    K,
+    columns,
+    split_k,
+    stride_x_m,
+    stride_x_k,
+    strides_factor_k,
+    strides_factor_r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # of one member
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    members: tl.constexpr = len(factor_ptrs)
+    index_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # A rank above BLOCK_R is tiled; its member is then the only one of the pass.
+    index_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    first_k = split * split_k
+    last_k = min(first_k + split_k, K)
+    in_m = (index_m < M)[:, None]
+
+    accs = ()
+    for _ in tl.static_range(members):
+        accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
+    for start in range(first_k, last_k, BLOCK_K):
+        index_k = start + tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + offsets(index_m, stride_x_m)[:, None] + offsets(index_k, stride_x_k)[None, :]
+        if EVEN_K:
+            x = load(x_ptrs, in_m, EMULATE_BF16)
+        else:
+            in_k = index_k < last_k
+            x = load(x_ptrs, in_m & in_k[None, :], EMULATE_BF16)
+        sums = ()
+        for i in tl.static_range(members):
+            ptrs = (
+                factor_ptrs[i]
+                + offsets(index_k, strides_factor_k[i])[:, None]
+                + offsets(index_r, strides_factor_r[i])[None, :]
+            )
+            in_r = (index_r < ranks[i])[None, :]
+            if EVEN_K:
+                factor = load(ptrs, in_r, EMULATE_BF16)
+            else:
+                factor = load(ptrs, in_k[:, None] & in_r, EMULATE_BF16)
+            factor = round_as(factor, DTYPE, EMULATE_BF16)
+            sums = sums + (tl.dot(x, factor, accs[i], input_precision=INPUT_PRECISION),)
+        accs = sums
+
+    for i in tl.static_range(members):
+        rows = index_m
+        if SPLIT:
+            rows = offsets(split, M) + index_m
+        out_ptrs = out_ptr + offsets(rows, columns)[:, None] + (firsts[i] + index_r)[None, :]
+        # Partial sums are scaled in fp32, before they are added.
+        store(out_ptrs, accs[i] * scalings[i], in_m & (index_r < ranks[i])[None, :], EMULATE_BF16)
+
+
+@triton.jit
+def _shrink_group_sum_kernel(
+    parts_ptr, out_ptr, splits, count, BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr
+):
+    sum_parts(parts_ptr, out_ptr, tl.program_id(0), splits, count, 1.0, BLOCK, EMULATE_BF16)
+
+
+@triton.jit
+def _total_kernel(
+    P_ptrs,
+    Q_ptrs,
+    L_ptrs,
+    F_ptrs,
+    C_ptr,
+    scaling,
+    M,
+    N,
+    widths,
+    ranks,
+    strides_P_m,
+    strides_P_k,
+    strides_Q_k,
+    strides_Q_n,
+    strides_L_m,
+    strides_L_r,
+    strides_F_r,
+    strides_F_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    DTYPE: tl.constexpr = C_ptr.dtype.element_ty
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * blocks_n)
+    rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
+    in_group = pid % (GROUP_M * blocks_n)
+    index_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index_n = (in_group // rows_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m = (index_m < M)[:, None]
+    in_n = (index_n < N)[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in tl.static_range(len(P_ptrs)):
+        index_k = tl.arange(0, BLOCK_K)
+        P_tile = (
+            P_ptrs[i] + offsets(index_m, strides_P_m[i])[:, None] + offsets(index_k, strides_P_k[i])[None, :]
+        )
+        Q_tile = (
+            Q_ptrs[i] + offsets(index_k, strides_Q_k[i])[:, None] + offsets(index_n, strides_Q_n[i])[None, :]
+        )
+        for start in range(0, widths[i], BLOCK_K):
+            if EVEN_K:
+                P = load(P_tile, in_m, EMULATE_BF16)
+                Q = load(Q_tile, in_n, EMULATE_BF16)
+            else:
+                in_k = index_k < widths[i] - start
+                P = load(P_tile, in_m & in_k[None, :], EMULATE_BF16)
+                Q = load(Q_tile, in_k[:, None] & in_n, EMULATE_BF16)
+            acc = tl.dot(P, round_as(Q, DTYPE, EMULATE_BF16), acc, input_precision=INPUT_PRECISION)
+            P_tile += offsets(tl.full((), BLOCK_K, tl.int64), strides_P_k[i])
+            Q_tile += offsets(tl.full((), BLOCK_K, tl.int64), strides_Q_k[i])
+
+    # As in expand.py: after the main loops, and not pipelined.
+    for j in tl.static_range(len(L_ptrs)):
+        for start in tl.range(0, ranks[j], BLOCK_R, num_stages=1):
+            index_r = start + tl.arange(0, BLOCK_R)
+            in_r = index_r < ranks[j]
+            L_tile = (
+                L_ptrs[j]
+                + offsets(index_m, strides_L_m[j])[:, None]
+                + offsets(index_r, strides_L_r[j])[None, :]
+            )
+            F_tile = (
+                F_ptrs[j]
+                + offsets(index_r, strides_F_r[j])[:, None]
+                + offsets(index_n, strides_F_n[j])[None, :]
+            )
+            L = load(L_tile, in_m & in_r[None, :], EMULATE_BF16)
+            F = round_as(load(F_tile, in_r[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
+            acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
+
+    C_tile = C_ptr + offsets(index_m, N)[:, None] + index_n[None, :]
+    store(C_tile, acc * scaling, in_m & in_n, EMULATE_BF16)
+
+
+def shrink_group(
+    x: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], *, config: KernelConfig | None = None
+) -> Tensor:
+    """Return the round(scaling_i · (x · factor_i)) side by side: a contiguous (M, ΣR) tensor in the dtype of
+    x.
+
+    x (M, K) fp32, bf16 or fp16; factors (K, R_i) of that dtype or fp32; any strides. config: its BLOCK_R is
+    the columns of one member.
+    """
+    M, K = x.shape
+    ranks = [factor.shape[1] for factor in factors]
+    out = torch.empty((M, sum(ranks)), dtype=x.dtype, device=x.device)
+    if M == 0 or not ranks:
+        return out
+    limits = device_limits(x.device)
+    if config is None:
+        config, members = shrink_group_config(limits, x.element_size(), M, max(ranks), len(ranks))
+    else:
+        members = len(ranks) if max(ranks) <= config.BLOCK_R else 1
+    split_k = split_size(config, K)
+    splits = triton.cdiv(K, split_k)
+    split = splits > 1
+    parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if split else out
+    emulate = emulate_bf16(x, *factors)
+    firsts = [sum(ranks[:i]) for i in range(len(ranks))]
+    for begin in range(0, len(ranks), members):
+        of_pass = slice(begin, begin + members)
+        r_blocks = triton.cdiv(max(ranks[of_pass]), config.BLOCK_R)
+        _shrink_group_kernel[(triton.cdiv(M, config.BLOCK_M), splits, r_blocks)](
+            x,
+            tuple(factors[of_pass]),
+            parts,
+            tuple(scalings[of_pass]),
+            tuple(firsts[of_pass]),
+            tuple(ranks[of_pass]),
+            M,
+            K,
+            out.shape[1],
+            split_k,
+            x.stride(0),
+            x.stride(1),
+            tuple(factor.stride(0) for factor in factors[of_pass]),
+            tuple(factor.stride(1) for factor in factors[of_pass]),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            EVEN_K=K % config.BLOCK_K == 0,
+            SPLIT=split,
+            INPUT_PRECISION=input_precision(x.dtype),
+            EMULATE_BF16=emulate,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    if split:
+        count = out.numel()
+        _shrink_group_sum_kernel[(triton.cdiv(count, SUM_BLOCK),)](
+            parts, out, splits, count, BLOCK=SUM_BLOCK, EMULATE_BF16=emulate, num_warps=4
+        )
+    return out
+
+
+def expand_total(
+    Ps: Sequence[Tensor],
+    Qs: Sequence[Tensor],
+    Ls: Sequence[Tensor],
+    Fs: Sequence[Tensor],
+    *,
+    config: KernelConfig | None = None,
+) -> Tensor:
+    """Return round(Σ P_i · Q_i + Σ L_j · F_j) as a contiguous (M, N) tensor in the dtype of the P_i.
+
+    At least one P_i (M, K_i), with Q_i (K_i, N); any number of L_j (M, R_j), with F_j (R_j, N). One dtype,
+    fp32, bf16 or fp16, but F_j may be fp32; any strides.
+    """
+    M, N = Ps[0].shape[0], Qs[0].shape[1]
+    C = torch.empty((M, N), dtype=Ps[0].dtype, device=Ps[0].device)
+    if M == 0 or N == 0:
+        return C
+    limits = device_limits(C.device)
+    R = max((L.shape[1] for L in Ls), default=1)
+    if config is None:
+        aligned = rows_aligned(C.element_size(), N, *(P.shape[1] for P in Ps))
+        config = default_config("expand", limits, C.element_size(), M, R, aligned, recompute=False)
+    if config.variant == "tma":
+        if total_addressable(Ps, Qs, N):
+            expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms)
+            return C
+        config = default_config("expand", limits, C.element_size(), M, R, aligned=False, recompute=False)
+    _total(Ps, Qs, Ls, Fs, C, 1.0, config)
+    return C
+
+
+def shrink_total(
+    rows: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    scaling: float,
+    *,
+    config: KernelConfig | None = None,
+) -> Tensor:
+    """Return round(scaling · Σ rows_i · factor_i) as a contiguous (M, R) tensor in the dtype of the rows_i.
+
+    rows_i (M, K_i), at least one, of one dtype, fp32, bf16 or fp16; factors (K_i, R) of that dtype or fp32;
+    any strides.
+    """
+    M, R = rows[0].shape[0], factors[0].shape[1]
+    out = torch.empty((M, R), dtype=rows[0].dtype, device=rows[0].device)
+    if M == 0:
+        return out
+    if config is None:
+        config = default_config("shrink", device_limits(out.device), out.element_size(), M, R)
+    _total(rows, factors, (), (), out, scaling, config)
+    return out
+
+
+def _total(
+    Ps: Sequence[Tensor],
+    Qs: Sequence[Tensor],
+    Ls: Sequence[Tensor],
+    Fs: Sequence[Tensor],
+    C: Tensor,
+    scaling: float,
+    config: KernelConfig,
+) -> None:
+    M, N = C.shape
+    # A configuration of shrink has no BLOCK_N: its result is as wide as a rank.
+    BLOCK_N = config.BLOCK_N or config.BLOCK_R
+    widths = tuple(P.shape[1] for P in Ps)
+    _total_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+        tuple(Ps),
+        tuple(Qs),
+        tuple(Ls),
+        tuple(Fs),
+        C,
+        scaling,
+        M,
+        N,
+        widths,
+        tuple(L.shape[1] for L in Ls),
+        tuple(P.stride(0) for P in Ps),
+        tuple(P.stride(1) for P in Ps),
+        tuple(Q.stride(0) for Q in Qs),
+        tuple(Q.stride(1) for Q in Qs),
+        tuple(L.stride(0) for L in Ls),
+        tuple(L.stride(1) for L in Ls),
+        tuple(F.stride(0) for F in Fs),
+        tuple(F.stride(1) for F in Fs),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        BLOCK_R=config.BLOCK_R,
+        GROUP_M=config.GROUP_M,
+        EVEN_K=all(width % config.BLOCK_K == 0 for width in widths),
+        INPUT_PRECISION=input_precision(C.dtype),
+        EMULATE_BF16=emulate_bf16(C, *Qs, *Fs),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

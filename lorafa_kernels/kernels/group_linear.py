@@ -1,0 +1,101 @@
+"""Forward and backward of linear layers that share an input, composed of the kernels. Shapes, dtypes and
+Nones as in blocks/reference.py.
+
+`plan` as in linear.py. Its shrink is that of one layer, and is not looked at; an expand of variant
+"recompute" gives way to the default, since z is made for all members at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blocks.operands import rank_columns, rank_makers
+from ..tuning.config import KernelConfig, KernelPlan
+from .expand import expand
+from .grad import grad
+from .group import expand_total, shrink_group, shrink_total
+from .shrink import shrink
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    seeds: Tensor | None,
+    share_A: bool,
+    *,
+    plan: KernelPlan,
+) -> tuple[list[Tensor], Tensor]:
+    """Compute the y_i (M, N_i) and z: one launch for z, and one for each y_i. A member without an adapter is
+    a library product.
+    """
+    makers = rank_makers(lora_Bs, share_A)
+    z = shrink_group(x, [lora_As[i].t() for i in makers], [scalings[i] for i in makers])
+    config = _expand_config(plan)
+    ys = []
+    for weight, lora_B, bias, (first, last) in zip(
+        weights, lora_Bs, biases, rank_columns(lora_Bs, share_A), strict=True
+    ):
+        if lora_B is None:
+            ys.append(F.linear(x, weight, bias))
+        else:
+            ys.append(expand(x, weight.t(), z[:, first:last], lora_B.t(), bias, config=config))
+    return ys, z
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    seeds: Tensor | None,
+    share_A: bool,
+    need_dx: bool,
+    need_dBs: Sequence[bool],
+    *,
+    plan: KernelPlan,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Compute dx (M, K), in one launch, and the dB_i (N_i, R_i), with dz_i by the same pass over dy_i or by
+    one more; with share_A by one pass over all dy_i.
+    """
+    columns = rank_columns(lora_Bs, share_A)
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    adapted = [i for i in used if lora_Bs[i] is not None]
+    dBs: list[Tensor | None] = [None] * len(dys)
+    dzs = []
+    for i in adapted:
+        dy, lora_B, scaling = dys[i], lora_Bs[i], scalings[i] / (1 - dropout_ps[i])
+        need_dz = need_dx and not share_A
+        one_pass = plan.one_pass and need_dz and need_dBs[i]
+        if need_dBs[i]:
+            part = z[:, slice(*columns[i])]
+            factor = lora_B if one_pass else None
+            dz, dBs[i] = grad(dy, part, factor, scaling, lora_B.dtype, config=plan.grad)
+        if need_dz:
+            dzs.append(dz if one_pass else shrink(dy, lora_B, scaling, config=plan.shrink))
+    if not need_dx:
+        return None, dBs
+    factors = [lora_As[i] for i in adapted]
+    if share_A and adapted:
+        i = adapted[0]
+        scaling = scalings[i] / (1 - dropout_ps[i])
+        dzs = [shrink_total([dys[i] for i in adapted], [lora_Bs[i] for i in adapted], scaling)]
+        factors = factors[:1]
+    dx = expand_total(
+        [dys[i] for i in used], [weights[i] for i in used], dzs, factors, config=_expand_config(plan)
+    )
+    return dx, dBs
+
+
+def _expand_config(plan: KernelPlan) -> KernelConfig | None:
+    return None if plan.expand is not None and plan.expand.variant == "recompute" else plan.expand
