@@ -13,12 +13,14 @@ from .adapt import (
 from .checkpoint import load_adapter, lorafa_state_dict, save_adapter
 from .explanation import explain
 from .functional import lorafa_linear
-from .nn import LoRAFALinear, LoRAFALinearGroup
+from .nn import LoRAFAGeGLU, LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU
 
 __all__ = [
     "LoRAFAConfig",
+    "LoRAFAGeGLU",
     "LoRAFALinear",
     "LoRAFALinearGroup",
+    "LoRAFASwiGLU",
     "__version__",
     "apply_lorafa",
     "disable_adapter",

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..choice import choose
-from ..ops import autocast_enabled
+from ..ops import _define, autocast_enabled
 from . import activation as plain
 
-_library = torch.library.Library("lorafa_kernels", "FRAGMENT")
 # Made of PyTorch's own operators, and therefore open to a direct call.
 _DIRECT = {
     "torch": (plain.library_gated, plain.library_gated_backward),
@@ -98,13 +97,6 @@ def _gated_fake(g, u, activation, impl):
 
 def _gated_backward_fake(dh, g, u, activation, need_du, impl):
     return dh.new_empty(dh.shape if u is not None and need_du else (0,))
-
-
-def _define(name: str, schema: str, operation: Callable, fake: Callable):
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, operation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafa_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.lorafa_kernels, name).default
 
 
 _gated_op = _define("gated", "(Tensor g, Tensor u, str activation, str impl) -> Tensor", _gated, _gated_fake)

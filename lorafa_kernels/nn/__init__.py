@@ -2,5 +2,6 @@
 
 from .group import LoRAFALinearGroup
 from .linear import LoRAFALinear
+from .mlp import LoRAFAGeGLU, LoRAFASwiGLU
 
-__all__ = ["LoRAFALinear", "LoRAFALinearGroup"]
+__all__ = ["LoRAFAGeGLU", "LoRAFALinear", "LoRAFALinearGroup", "LoRAFASwiGLU"]
