@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test gate gpu lint format doctor bench bench-cpu report tables clean
+.PHONY: help demo test gate gpu lint format doctor bench bench-cpu memory report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
@@ -13,6 +13,7 @@ help:
 	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"
+	@echo "make memory       the tables of docs/memory.md, measured again (minutes; torch.compile on a CPU)"
 	@echo "make report       docs/performance.md and its plots from bench/results"
 	@echo "make tables       fill README's tables from the committed result files"
 	@echo "make doctor       versions, chosen implementation, self-check"
@@ -52,6 +53,10 @@ bench: $(VENV)/.dev
 
 bench-cpu: $(VENV)/.dev
 	$(BIN)/python -m bench run --grid cpu --kinds ceilings time host memory block training --device cpu --fresh
+
+memory: $(VENV)/.dev
+	$(BIN)/python -m bench run --kinds family --device cpu --fresh --out bench/results/cpu/memory.jsonl
+	$(BIN)/python -m bench.tables
 
 report: $(VENV)/.dev
 	$(BIN)/python -m bench report

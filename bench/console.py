@@ -13,6 +13,7 @@ from .kernels import LIBRARY
 from .reading import (
     MEASURED,
     MODES,
+    SCOPES,
     Record,
     Row,
     arranged,
@@ -44,6 +45,7 @@ MEMORY_COLUMNS: dict[str, Columns] = {
     }
 }
 MEMORY_COLUMNS["block"] = {"in hidden states": lambda row: number(row.get("units"))} | MEMORY_COLUMNS["layer"]
+MEMORY_COLUMNS["family"] = MEMORY_COLUMNS["block"]
 TRAINING_COLUMNS: Columns = {
     "step, ms (p20–p80)": lambda row: spread(step) if (step := usable(row.get("step_ms"))) else "–",
     "tokens/s": lambda row: number(row.get("tokens_per_s")),
@@ -63,9 +65,9 @@ def show(records: Sequence[Record], console: Console) -> None:
     for mode, title in MODES.items():
         if times := [r for r in shown if r["kind"] == "time" and r.get("mode") == mode]:
             show_times(times, title, console)
-    for scope in ("layer", "block"):
+    for scope, title in SCOPES.items():
         if kept := [r for r in shown if r["kind"] == "memory" and r["scope"] == scope]:
-            show_rows(kept, f"memory of a {scope}", MEMORY_COLUMNS[scope], console)
+            show_rows(kept, title, MEMORY_COLUMNS[scope], console)
     if runs := [r for r in shown if r["kind"] == "training"]:
         show_rows(runs, "training", TRAINING_COLUMNS, console)
 

@@ -15,7 +15,7 @@ from .contenders import CONTENDERS
 from .environment import ROOT
 from .runner import Job
 
-KINDS = ("ceilings", "time", "wall", "graph", "host", "kernel", "memory", "block", "training")
+KINDS = ("ceilings", "time", "wall", "graph", "host", "kernel", "memory", "block", "family", "training")
 # On a CPU a call is done when it returns: "wall" would measure the same again.
 QUICK_KINDS = ("ceilings", "time", "graph", "host", "memory", "block", "training")
 # Rounds of interleaved samples, by device.
@@ -111,14 +111,14 @@ def memory_job(case: Case, setting: Setting) -> Job:
 
 
 def block_job(block: memory.BlockCase, setting: Setting) -> Job:
-    keys = models.BLOCK_KEYS
+    keys = models.BLOCK_KEYS if block.scope == "block" else models.FAMILY_KEYS
 
     def run(tick) -> dict:
         return memory.block_memory(block, keys, setting.device)
 
     seconds = memory.estimate(block, keys, setting.device)
-    describe = {"scope": "block", "case": block.as_record()}
-    return Job(f"block {block.label}", "memory", seconds, run, describe, keys)
+    describe = {"scope": block.scope, "case": block.as_record()}
+    return Job(f"{block.scope} {block.label}", "memory", seconds, run, describe, keys)
 
 
 def training_job(case: training.TrainingCase, setting: Setting) -> Job:
@@ -186,6 +186,8 @@ def jobs_of(
         found += [memory_job(case, setting) for case in wanted]
     if "block" in kinds:
         found += [block_job(block, setting) for block in BLOCKS[setting.device]]
+    if "family" in kinds:
+        found += [block_job(block, setting) for block in memory.FAMILIES.values()]
     if "training" in kinds:
         found += [training_job(case, setting) for case in TRAININGS[setting.device]]
     return found

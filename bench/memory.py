@@ -2,7 +2,8 @@
 
     saved       bytes of what autograd keeps for backward, seen by saved_tensors_hooks: every storage once and
                 whole, without parameters and buffers. Parts: the input itself, where something keeps it;
-                positions, the cosine and sine that all layers of a model share; the rest.
+                shared, what all layers of a model are given (the cosine and sine of positions, a mask); the
+                rest. By node: the same bytes but the shared ones, by the autograd node that keeps them.
     temporary   of forward or backward: how far the peak of allocated bytes during the call lies above what
                 was there before it plus what it leaves or returns (for backward the gradients)
     peak        of one forward and backward on a GPU: everything that is allocated, weights included, and
@@ -48,7 +49,8 @@ NUMBERS = (
 class BlockCase:
     """One layer of a model of models.SIZES on x (batch, sequence, hidden), adapters of rank `rank`.
 
-    compiled: whether the torch.compile contenders run; on a CPU they take a minute.
+    compiled: whether the torch.compile contenders run; on a CPU they take a minute. padding: whether a mask
+    of padding takes part. checkpointing: without, with. scope: of the contenders (models.py) and the record.
     """
 
     key: str
@@ -58,13 +60,17 @@ class BlockCase:
     rank: int = 16
     dtype: str = "bf16"
     compiled: bool = True
+    padding: bool = False
+    checkpointing: tuple[bool, ...] = (False, True)
+    scope: str = "block"
 
     def __post_init__(self) -> None:
         models.size_of(self.model)
 
     @property
     def label(self) -> str:
-        return f"{self.model}, {self.batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
+        text = f"{self.model}, {self.batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
+        return text + (", padding" if self.padding else "")
 
     def unit_bytes(self) -> int:
         """Return the bytes of one hidden state."""
@@ -85,6 +91,8 @@ class BlockCase:
             "kv_heads": size.kv_heads,
             "rank": self.rank,
             "dtype": self.dtype,
+            "padding": self.padding,
+            "attention": models.FAMILIES[size.kind].attention,
         }
 
 
@@ -103,6 +111,35 @@ BLOCKS = {
         BLOCK_CPU_COMPILED,
         BLOCK_LLAMA_1B,
         BLOCK_LLAMA_8B,
+    )
+}
+
+
+def _family(model: str, padding: bool = False) -> BlockCase:
+    """A case of the table of docs/memory.md, in the proportions of a real model: sequence/hidden 1/2, as of
+    2048 tokens in a model of 4096, and R/hidden 1/64.
+    """
+    hidden = models.size_of(model).hidden
+    return BlockCase(
+        f"{model}{', padding' if padding else ''}",
+        model,
+        batch=2,
+        sequence=hidden // 2,
+        rank=hidden // 64,
+        padding=padding,
+        checkpointing=(False,),
+        scope="family",
+    )
+
+
+FAMILIES = {
+    case.key: case
+    for case in (
+        _family("Llama block, MHA 512"),
+        _family("Llama block, MHA 512", padding=True),
+        _family("Llama block, GQA 8:2 512"),
+        _family("Llama block, GQA 8:2 512", padding=True),
+        *(_family(name) for name, size in models.SIZES.items() if name.endswith(" block")),
     )
 }
 
@@ -171,13 +208,13 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
     A contender that raises, or whose results are outside the error budget, gets status "failed" and no
     number; one that cannot run here "not run" and the reason.
     """
-    chosen = models.select(keys, "block")
+    chosen = models.select(keys, case.scope)
     rows = []
     reference = None
     for contender in chosen:
         own_rows = [
             {**_row(contender.key), "checkpointing": checkpointing, "errors": {}, "units": None}
-            for checkpointing in (False, True)
+            for checkpointing in case.checkpointing
         ]
         rows += own_rows
         if obstacle := contender.obstacle(device) or _not_compiled(case, contender):
@@ -192,7 +229,7 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
             for row in own_rows:
                 row.update(failure(error, row["contender"]))
         models.free()
-    return {"scope": "block", "case": case.as_record(), "unit_bytes": case.unit_bytes(), "rows": rows}
+    return {"scope": case.scope, "case": case.as_record(), "unit_bytes": case.unit_bytes(), "rows": rows}
 
 
 def _not_compiled(case: BlockCase, contender: models.Contender) -> str | None:
@@ -201,10 +238,16 @@ def _not_compiled(case: BlockCase, contender: models.Contender) -> str | None:
     return None
 
 
+def _build(case: BlockCase, device: str) -> models.Block:
+    return models.build_block(
+        case.model, case.sequence, case.dtype, device, batch=case.batch, padding=case.padding
+    )
+
+
 def block_reference(case: BlockCase, device: str) -> models.Reference:
     """Draw x and dy of a case and compute what its contenders are compared with."""
     size = models.size_of(case.model)
-    plain = models.build_block(case.model, case.sequence, case.dtype, device)
+    plain = _build(case, device)
     models.adapt_eager(plain, size.linears, case.rank)
     generator = torch.Generator().manual_seed(models.SEED)
     shape = (case.batch, case.sequence, size.hidden)
@@ -216,7 +259,7 @@ def _measure_block(
     rows: list[dict], case: BlockCase, contender: models.Contender, reference: models.Reference
 ) -> None:
     device = reference.device
-    block = models.build_block(case.model, case.sequence, case.dtype, device)
+    block = _build(case, device)
     contender.adapt(block, models.size_of(case.model).linears, case.rank)
     models.fill_adapters(block, case.dtype, zero_B=False)
     called = block
@@ -239,10 +282,12 @@ def _measure_block(
                 lambda call=call: call(x),
                 lambda y: torch.autograd.grad(y, wanted, dy),
                 device,
-                {"input": [x], "positions": block.positions},
+                {"input": [x], "shared": block.shared},
                 own=_tensors_of(block),
             )
             row.update(numbers, units=round(numbers["saved_bytes"] / case.unit_bytes(), 4))
+            if case.scope == "family":
+                row["by_node"] = saved_by_node(call(x), [*block.shared, *_tensors_of(block)])
         except Exception as error:
             row.update(failure(error, row["contender"]))
 
@@ -307,6 +352,40 @@ def saved_bytes(
     for address, storage in kept.items():
         found[part_of.get(address, "rest")] += storage.nbytes()
     return y, found
+
+
+def saved_by_node(y: Tensor, own: Iterable[Tensor]) -> dict[str, int]:
+    """Return the bytes that each kind of autograd node below y keeps, without those of `own`. A storage that
+    several keep counts once, for the one that comes first on the way back.
+    """
+    seen = {_address(tensor) for tensor in own}
+    found: dict[str, int] = {}
+    nodes, waiting = {y.grad_fn}, [y.grad_fn]
+    # Held, so that no address is given to a second tensor.
+    kept = []
+    while waiting:
+        node = waiting.pop(0)
+        for tensor in _saved_by(node):
+            if not isinstance(tensor, nn.Parameter) and _address(tensor) not in seen:
+                seen.add(_address(tensor))
+                kept.append(tensor)
+                found[node.name()] = found.get(node.name(), 0) + tensor.untyped_storage().nbytes()
+        below = [next_node for next_node, _ in node.next_functions if next_node not in {None, *nodes}]
+        nodes.update(below)
+        waiting += below
+    return found
+
+
+def _saved_by(node: torch.autograd.graph.Node) -> list[Tensor]:
+    if hasattr(node, "saved_tensors"):
+        return [tensor for tensor in node.saved_tensors if tensor is not None]
+    values = (getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
+    return [
+        tensor
+        for value in values
+        for tensor in (value if isinstance(value, (tuple, list)) else (value,))
+        if isinstance(tensor, Tensor)
+    ]
 
 
 def _address(tensor: Tensor) -> tuple:
@@ -390,7 +469,7 @@ def estimate(case: Case | BlockCase, keys: Iterable[str], device: str) -> float:
         one_layer = replace(size, layers=1, vocab=0).parameters()
         product = 2 * case.batch * case.sequence * one_layer
         compiled = sum(key.startswith("compiled") for key in keys)
-        rows = 2 * (len(keys) - (0 if case.compiled else compiled))
+        rows = len(case.checkpointing) * (len(keys) - (0 if case.compiled else compiled))
         compiled *= case.compiled
         fixed = 0.2
     # Four forwards and backwards a row beside the check, and the fp64 reference.

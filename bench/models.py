@@ -15,12 +15,13 @@ import importlib.util
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lorafa_kernels.accuracy import relative_error
 
@@ -31,13 +32,45 @@ SEED = 0
 SCALING = 2
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_LINEARS = ("query", "key", "value", "dense")
+PHI3_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+T5_LINEARS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
 # An output of fewer elements would have to be pooled over many draws (lorafa_kernels/accuracy.py).
 LEAST_ELEMENTS = 256
 
 
 @dataclass(frozen=True)
+class Family:
+    """config: its class in transformers; linears: names of the layers that get an adapter, all but the output
+    embedding; products: weights (hidden, intermediate) of its MLP.
+    """
+
+    config: str
+    linears: tuple[str, ...] = LLAMA_LINEARS
+    products: int = 3
+    attention: str = "sdpa"
+
+
+FAMILIES = {
+    "llama": Family("LlamaConfig"),
+    "mistral": Family("MistralConfig"),
+    "qwen2": Family("Qwen2Config"),
+    "qwen3": Family("Qwen3Config"),
+    "gemma": Family("GemmaConfig"),
+    # Its attention caps the scores, which SDPA cannot.
+    "gemma2": Family("Gemma2Config", attention="eager"),
+    "gemma3": Family("Gemma3TextConfig"),
+    "phi3": Family("Phi3Config", PHI3_LINEARS),
+    "bert": Family("BertConfig", BERT_LINEARS, 2),
+    "roberta": Family("RobertaConfig", BERT_LINEARS, 2),
+    "t5": Family("T5Config", T5_LINEARS),
+}
+
+
+@dataclass(frozen=True)
 class Size:
-    """A model's sizes, as in its published configuration; kind "llama" (causal) or "bert" (encoder)."""
+    """A model's sizes, as in its published configuration; kind: a key of FAMILIES (the encoder of a T5).
+    head_dim: hidden / heads if None.
+    """
 
     hidden: int
     intermediate: int
@@ -47,44 +80,53 @@ class Size:
     vocab: int = 512
     tied: bool = False
     kind: str = "llama"
+    head_dim: int | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Names of the linear layers that get an adapter: all but the output embedding."""
-        return LLAMA_LINEARS if self.kind == "llama" else BERT_LINEARS
+        return FAMILIES[self.kind].linears
 
     def parameters(self) -> int:
         """Return the number of weights in the linear layers of all blocks and the output embedding."""
-        narrow = self.hidden * self.kv_heads // self.heads
-        attention = 2 * self.hidden * (self.hidden + narrow)
-        mlp = (3 if self.kind == "llama" else 2) * self.hidden * self.intermediate
+        head_dim = self.head_dim or self.hidden // self.heads
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * head_dim
+        mlp = FAMILIES[self.kind].products * self.hidden * self.intermediate
         return self.layers * (attention + mlp) + self.vocab * self.hidden
 
     def config(self):
-        """Return the transformers config, with SDPA as attention and no dropout."""
-        common = {
+        """Return the transformers config, with SDPA as attention where there is one, and no dropout."""
+        import transformers
+
+        family = FAMILIES[self.kind]
+        make = getattr(transformers, family.config)
+        common = {"vocab_size": self.vocab, "attn_implementation": family.attention}
+        if self.kind == "t5":
+            return make(
+                **common,
+                d_model=self.hidden,
+                d_ff=self.intermediate,
+                d_kv=self.head_dim or self.hidden // self.heads,
+                num_layers=self.layers,
+                num_heads=self.heads,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+            )
+        common |= {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "vocab_size": self.vocab,
-            "attn_implementation": "sdpa",
         }
-        if self.kind == "bert":
-            from transformers import BertConfig
-
-            return BertConfig(**common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            **common,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            tie_word_embeddings=self.tied,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        if family.products == 2:
+            return make(**common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        common |= {"num_key_value_heads": self.kv_heads, "max_position_embeddings": 8192}
+        common |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        if self.head_dim:
+            common["head_dim"] = self.head_dim
+        if self.kind == "llama":
+            common["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+        return make(**common, tie_word_embeddings=self.tied)
 
 
 SIZES = {
@@ -96,7 +138,21 @@ SIZES = {
     "Llama block, MHA 512": Size(512, 1376, 1, 4, 4),
     "Llama block, MHA 1024": Size(1024, 2752, 1, 8, 8),
     "Llama block, GQA 512": Size(512, 1376, 1, 4, 1),
+    # Two heads of k and v, which a mask makes attention repeat; heads of 64 as in Llama-3.2-1B.
+    "Llama block, GQA 8:2 512": Size(512, 1376, 1, 8, 2),
     "MiniLM": Size(384, 1536, 6, 12, 12, 30522, kind="bert"),
+    # Blocks in the proportions of Mistral-7B, Qwen2-7B, Qwen3-8B, Gemma-7B, Gemma-2-9B, Gemma-3-4B,
+    # Phi-3-mini, BERT-base, RoBERTa-large and T5-v1.1-base, with their head sizes.
+    "Mistral block": Size(512, 1792, 1, 4, 1, kind="mistral"),
+    "Qwen2 block": Size(896, 4736, 1, 7, 1, kind="qwen2"),
+    "Qwen3 block": Size(512, 1536, 1, 4, 1, kind="qwen3", head_dim=128),
+    "Gemma block": Size(384, 3072, 1, 2, 2, kind="gemma", head_dim=256),
+    "Gemma2 block": Size(512, 2048, 1, 2, 1, kind="gemma2", head_dim=256),
+    "Gemma3 block": Size(640, 2560, 1, 2, 1, kind="gemma3", head_dim=256),
+    "Phi-3 block": Size(384, 1024, 1, 4, 4, kind="phi3"),
+    "BERT block": Size(384, 1536, 1, 6, 6, kind="bert"),
+    "RoBERTa block": Size(512, 2048, 1, 8, 8, kind="roberta"),
+    "T5 block": Size(384, 1024, 1, 6, 6, kind="t5"),
 }
 
 
@@ -120,39 +176,81 @@ def _new_tensors(device: str, dtype: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class Block(nn.Module):
-    """One layer of a model: y (batch, sequence, hidden) from x of the same shape, without a mask of padding.
+class _Reached(Exception):
+    """Raised by the layer whose arguments are wanted."""
 
-    positions: cosine and sine of the rotary embedding, which all layers of a model share; none in a BERT.
+
+class Block(nn.Module):
+    """One layer of a model: y (batch, sequence, hidden) from x of the same shape.
+
+    It is called as its model calls it; shared: the tensors that all layers of the model are given beside x,
+    such as the cosine and sine of the rotary embedding, a mask, or T5's position bias.
     """
 
-    def __init__(self, size: Size, sequence: int):
+    def __init__(self, size: Size, batch: int, sequence: int, padding: bool):
         super().__init__()
-        config = size.config()
-        self.positions: tuple[Tensor, ...] = ()
-        if size.kind == "bert":
-            from transformers.models.bert.modeling_bert import BertLayer
+        # Of two layers the second: in a T5 the first makes the position bias.
+        model = _bare_model(replace(size, layers=2, vocab=512))
+        layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+        self.layer = layers[1]
+        self.dtype = torch.get_default_dtype()
+        self.arguments: tuple[tuple, dict] = ((), {})
 
-            self.layer = BertLayer(config)
-        else:
-            from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+        def keep(module, arguments, keywords):
+            keywords = {name: value for name, value in keywords.items() if name != "hidden_states"}
+            self.arguments = arguments[1:], keywords
+            raise _Reached
 
-            self.layer = LlamaDecoderLayer(config, 0)
-            like = torch.empty(0)
-            self.positions = LlamaRotaryEmbedding(config)(like, torch.arange(sequence)[None])
+        hook = self.layer.register_forward_pre_hook(keep, with_kwargs=True)
+        mask = {}
+        if padding:
+            mask["attention_mask"] = torch.ones(batch, sequence, dtype=torch.long)
+            mask["attention_mask"][0, -sequence // 4 :] = 0
+        if size.kind != "t5":
+            mask["use_cache"] = False
+        with torch.no_grad(), contextlib.suppress(_Reached):
+            model(inputs_embeds=torch.randn(batch, sequence, size.hidden), **mask)
+        hook.remove()
+        with torch.no_grad():
+            for parameter in self.layer.parameters():
+                if parameter.dim() == 1:
+                    # A norm's weight of one, or a bias of zero, would hide an error.
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+
+    @property
+    def shared(self) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        tree_map_only(Tensor, found.append, self.arguments)
+        return tuple(found)
 
     def forward(self, x: Tensor) -> Tensor:
-        positions = {}
-        if self.positions:
-            positions["position_embeddings"] = tuple(part.to(x.dtype) for part in self.positions)
-        y = self.layer(x, **positions)
+        arguments, keywords = self.arguments
+        if x.dtype != self.dtype:
+            arguments, keywords = tree_map_only(
+                Tensor,
+                lambda tensor: tensor.to(x.dtype) if tensor.is_floating_point() else tensor,
+                self.arguments,
+            )
+        y = self.layer(x, *arguments, **keywords)
         return y[0] if isinstance(y, tuple) else y
 
 
-def build_block(model: str, sequence: int, dtype: str, device: str) -> Block:
-    """Build one layer of a model with random weights."""
+def _bare_model(size: Size) -> nn.Module:
+    """Build a model without a head; of a T5 its encoder."""
+    from transformers import AutoModel, T5EncoderModel
+
+    config = size.config()
+    return (T5EncoderModel._from_config if size.kind == "t5" else AutoModel.from_config)(
+        config, dtype=torch.get_default_dtype()
+    )
+
+
+def build_block(
+    model: str, sequence: int, dtype: str, device: str, *, batch: int = 1, padding: bool = False
+) -> Block:
+    """Build one layer of a model with random weights. padding: the last quarter of the first sequence is."""
     with _new_tensors(device, dtype):
-        return Block(size_of(model), sequence)
+        return Block(size_of(model), batch, sequence, padding)
 
 
 def build_causal_lm(model: str, dtype: str, device: str) -> nn.Module:
@@ -163,16 +261,23 @@ def build_causal_lm(model: str, dtype: str, device: str) -> nn.Module:
         return LlamaForCausalLM(size_of(model).config())
 
 
-class EagerLoRAFA(nn.Module):
-    """The plain formula around an nn.Linear: what the accuracy of the others is measured against."""
+class EagerLoRA(nn.Module):
+    """The plain formula around an nn.Linear, with lora_A trained or frozen (LoRA-FA); the latter is what the
+    accuracy of the others is measured against.
+    """
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float):
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, train_A: bool):
         super().__init__()
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.base = base.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, **like), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, **like), requires_grad=train_A)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         self.scaling = scaling
+
+    @property
+    def weight(self) -> nn.Parameter:
+        # T5's MLP asks its last layer for the dtype.
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
@@ -182,20 +287,20 @@ def adapt_frozen(model: nn.Module, linears: tuple[str, ...], rank: int) -> nn.Mo
     return model.requires_grad_(False)
 
 
-def adapt_eager(model: nn.Module, linears: tuple[str, ...], rank: int) -> nn.Module:
+def adapt_eager(model: nn.Module, linears: tuple[str, ...], rank: int, *, train_A: bool = False) -> nn.Module:
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name in linears:
-                setattr(parent, name, EagerLoRAFA(child, rank, SCALING))
+                setattr(parent, name, EagerLoRA(child, rank, SCALING, train_A))
     return model
 
 
-def adapt_lorafa(model: nn.Module, linears: tuple[str, ...], rank: int) -> nn.Module:
+def adapt_lorafa(model: nn.Module, linears: tuple[str, ...], rank: int, **options: bool) -> nn.Module:
     from lorafa_kernels import LoRAFAConfig, apply_lorafa
 
     config = LoRAFAConfig(r=rank, lora_alpha=SCALING * rank, target_modules=list(linears))
-    return apply_lorafa(model, config)
+    return apply_lorafa(model, config, **options)
 
 
 def adapt_peft(
@@ -230,8 +335,8 @@ def peft_lorafa_optimizer(adapted: nn.Module, rank: int, lr: float) -> torch.opt
 class Contender:
     """adapt(model, linears, rank) adapts the model in place and returns what optimizer(…, rank, lr) takes.
 
-    needs: a package. compiled: torch.compile of the block. scopes: "block" and "training", where it has a
-    row. adapted: whether there is an adapter at all.
+    needs: a package. compiled: torch.compile of the block. scopes: "block", "family" (the table of
+    docs/memory.md) and "training", where it has a row. adapted: whether there is an adapter at all.
     """
 
     key: str
@@ -240,7 +345,7 @@ class Contender:
     needs: str | None = None
     compiled: bool = False
     adapted: bool = True
-    scopes: tuple[str, ...] = ("block", "training")
+    scopes: tuple[str, ...] = ("block", "family", "training")
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer | None] = adamw
 
     def obstacle(self, device: str) -> str | None:
@@ -260,9 +365,30 @@ def _peft(key: str, title: str, train_A: bool, fp32: bool, **rest) -> Contender:
     return Contender(key, title, partial(adapt_peft, train_A=train_A, fp32=fp32), "peft", **rest)
 
 
+_ONE_BLOCK = ("block", "family")
 _ALL = (
     Contender("frozen", "frozen model", adapt_frozen, adapted=False),
     Contender("lorafa", "lorafa_kernels", adapt_lorafa),
+    Contender(
+        "lorafa-no-norm",
+        "lorafa_kernels, norm=False",
+        partial(adapt_lorafa, norm=False),
+        scopes=("family",),
+    ),
+    Contender(
+        "lorafa-no-fuse",
+        "lorafa_kernels, fuse=False",
+        partial(adapt_lorafa, fuse=False),
+        scopes=("family",),
+    ),
+    Contender(
+        "lorafa-layers",
+        "lorafa_kernels, fuse=False, norm=False",
+        partial(adapt_lorafa, fuse=False, norm=False),
+        scopes=_ONE_BLOCK,
+    ),
+    Contender("eager-lorafa", "eager LoRA-FA", adapt_eager, scopes=_ONE_BLOCK),
+    Contender("eager-lora", "eager LoRA", partial(adapt_eager, train_A=True), scopes=_ONE_BLOCK),
     _peft("peft-lora", "PEFT LoRA, fp32 adapters (default)", True, True),
     _peft("peft-lora-16bit", "PEFT LoRA, adapters in the model's dtype", True, False),
     _peft("peft-lorafa", "PEFT, A frozen, fp32 adapters", False, True),
@@ -275,27 +401,27 @@ _ALL = (
         scopes=("training",),
         optimizer=peft_lorafa_optimizer,
     ),
-    _peft(
+    Contender(
         "compiled-lorafa",
-        "torch.compile of PEFT, A frozen, adapters in the model's dtype",
-        False,
-        False,
+        "torch.compile of eager LoRA-FA",
+        adapt_eager,
         compiled=True,
-        scopes=("block",),
+        scopes=_ONE_BLOCK,
     ),
-    _peft(
+    Contender(
         "compiled-lora",
-        "torch.compile of PEFT LoRA, adapters in the model's dtype",
-        True,
-        False,
+        "torch.compile of eager LoRA",
+        partial(adapt_eager, train_A=True),
         compiled=True,
-        scopes=("block",),
+        scopes=_ONE_BLOCK,
     ),
 )
 CONTENDERS = {contender.key: contender for contender in _ALL}
 TITLES = {contender.key: contender.title for contender in _ALL}
-BLOCK_KEYS = tuple(contender.key for contender in _ALL if "block" in contender.scopes)
-TRAINING_KEYS = tuple(contender.key for contender in _ALL if "training" in contender.scopes)
+BLOCK_KEYS, FAMILY_KEYS, TRAINING_KEYS = (
+    tuple(contender.key for contender in _ALL if scope in contender.scopes)
+    for scope in ("block", "family", "training")
+)
 
 
 def select(keys: Iterable[str], scope: str) -> list[Contender]:
@@ -343,15 +469,20 @@ def fill_adapters(model: nn.Module, dtype: str, *, zero_B: bool) -> None:
 
 
 class _WideRMSNorm(nn.Module):
-    """Llama's RMSNorm in the dtype of its input; transformers' own computes in fp32 whatever it is given."""
+    """A model's RMSNorm in the dtype of its input; transformers' own compute in fp32 whatever they are given.
+    Gemma's weight is an offset from one.
+    """
 
     def __init__(self, norm: nn.Module):
         super().__init__()
         self.weight = norm.weight
-        self.eps = norm.variance_epsilon
+        gemma = type(norm).__name__.startswith("Gemma")
+        self.offset = 1.0 if gemma else 0.0
+        self.eps = norm.eps if gemma else norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+        hat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (self.offset + self.weight) * hat
 
 
 def in_fp64(model: nn.Module) -> nn.Module:
@@ -359,7 +490,7 @@ def in_fp64(model: nn.Module) -> nn.Module:
     wide = copy.deepcopy(model).double()
     for parent in list(wide.modules()):
         for name, child in list(parent.named_children()):
-            if hasattr(child, "variance_epsilon"):
+            if type(child).__name__.endswith(("RMSNorm", "T5LayerNorm")):
                 setattr(parent, name, _WideRMSNorm(child))
     return wide
 

@@ -37,6 +37,11 @@ MODES = {
     "host": "host time of one layer",
     "kernel": "kernels by themselves",
 }
+SCOPES = {
+    "layer": "memory of a layer",
+    "block": "memory of a block",
+    "family": "memory of a layer of each family of models",
+}
 TARGET_ROWS = 8192
 PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
 
@@ -110,7 +115,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 def titles_of(record: Record) -> dict[str, str]:
     """Return the titles of a record's contenders."""
-    if record["kind"] == "training" or (record["kind"] == "memory" and record["scope"] == "block"):
+    if record["kind"] == "training" or (record["kind"] == "memory" and record["scope"] != "layer"):
         return MODEL_TITLES
     return KERNEL_TITLES if record.get("mode") == "kernel" else LAYER_TITLES
 

@@ -21,6 +21,7 @@ from .reading import (
     MEASURED,
     MODES,
     PEAKS,
+    SCOPES,
     TARGET_ROWS,
     Record,
     Row,
@@ -534,7 +535,7 @@ def where(record: Record) -> str:
     if record["kind"] == "time":
         return MODES[record["mode"]]
     if record["kind"] == "memory":
-        return f"memory of a {record['scope']}"
+        return SCOPES[record["scope"]]
     return record["kind"]
 
 

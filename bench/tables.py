@@ -17,11 +17,13 @@ from pathlib import Path
 
 from . import results
 from .environment import ROOT, environment, write_json
+from .families import memory_table
 from .reading import markdown, provenance
 from .report import readme_table
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
+MEMORY_RESULTS = "bench/results/cpu/memory.jsonl"
 GATE_RESULTS = "bench/results/compile-gate.json"
 
 
@@ -90,11 +92,6 @@ def take_demo(path: Path) -> None:
     write_json(ROOT / DEMO_RESULTS, {**result, "commit": now["commit"], "dirty": now["dirty"]})
 
 
-def cpu_table(records: list[dict]) -> str:
-    """One layer and one block on the CPU."""
-    return readme_table(records)
-
-
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -115,6 +112,8 @@ class Table:
 
 TABLES = {
     "gate-table": Table("docs/design.md", GATE_RESULTS, read_json, gate_table),
+    "cpu-table": Table("README.md", CPU_RESULTS, read_lines, readme_table),
+    "memory-table": Table("docs/memory.md", MEMORY_RESULTS, read_lines, memory_table),
     "demo-table": Table("README.md", DEMO_RESULTS, read_json, demo_table),
 }
 

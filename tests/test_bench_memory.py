@@ -161,7 +161,11 @@ def test_units_of_a_llama_block():
     common = 3 * wide + 2 * (2 + 2 / hidden) + 4 + 2 * 2 / hidden
     expected = {
         "frozen": common,
-        "lorafa": common + 7 * R,
+        # Gate and up alone; the norms' inputs, of which the first is the block's.
+        "lorafa": common + 7 * R - wide - 2,
+        "lorafa-layers": common + 7 * R,
+        "eager-lorafa": common + 7 * R,
+        "eager-lora": common + 7 * R + 2 + wide,
         "peft-lorafa-16bit": common + 7 * R,
         "peft-lora-16bit": common + 7 * R + 2 + wide,
         "peft-lorafa": common + 7 * 2 * R,
@@ -172,17 +176,17 @@ def test_units_of_a_llama_block():
         assert (
             (row["status"], row["reason"]) == (checkpointed["status"], checkpointed["reason"]) == ("ok", None)
         )
-        assert row["parts"]["rest"] == units * unit, key
+        assert row["parts"]["input"] + row["parts"]["rest"] == units * unit, key
         assert row["saved_bytes"] == sum(row["parts"].values())
         assert row["units"] == pytest.approx(row["saved_bytes"] / unit, abs=1e-4)
         # The layer's input is all that remains, and backward makes the rest again.
-        assert checkpointed["parts"] == {"input": unit, "positions": 0, "rest": 0}
+        assert checkpointed["parts"] == {"input": unit, "shared": 0, "rest": 0}
         assert checkpointed["backward_temporary_bytes"] > row["backward_temporary_bytes"]
         assert set(row["errors"]) == ({"y", "dx"} if key == "frozen" else {"y", "dx", "dB"})
     # What the project's documents say of the same block, position embeddings included.
     for key, units in (
         ("peft-lora-16bit", 20.93),
-        ("lorafa", 16.24),
+        ("eager-lorafa", 16.24),
         ("peft-lora", 33.7),
         ("peft-lorafa", 16.4),
     ):
@@ -199,7 +203,7 @@ def test_hooks_see_all_that_a_block_keeps():
     models.adapt_lorafa(block, models.LLAMA_LINEARS, BLOCK.rank)
     models.fill_adapters(block, BLOCK.dtype, zero_B=False)
     x = reference.x.requires_grad_()
-    _, saved = memory.saved_bytes(lambda: block(x), {"positions": block.positions}, block.parameters())
+    _, saved = memory.saved_bytes(lambda: block(x), {"shared": block.shared}, block.parameters())
     kept, _, _ = memory.allocations(
         lambda: block(x), lambda y: torch.autograd.grad(y, x, reference.dy), "cpu"
     )
@@ -210,7 +214,7 @@ def adapt_with_scaling(factor):
     def adapt(model, linears, rank):
         models.adapt_eager(model, linears, rank)
         for module in model.modules():
-            if isinstance(module, models.EagerLoRAFA):
+            if isinstance(module, models.EagerLoRA):
                 module.scaling *= factor
         return model
 
