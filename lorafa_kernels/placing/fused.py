@@ -57,7 +57,7 @@ class FusedMLP(FusedBlock):
         if impl is None or not no_global_hooks():
             return None
         operands = tuple(operands_for(linear, x) for linear in linears)
-        if None in operands:
+        if None in operands or len({operand.weight.dtype for operand in operands}) > 1:
             return None
         # With dropout the masks must be drawn alike with and without gradients: checkpointing runs forward
         # without them first.

@@ -238,18 +238,25 @@ def recognise_mlp(module: nn.Module) -> MLP:
 
 def recognise_norm(module: nn.Module) -> Norm:
     """Return the form and names of `module` as an RMS norm. Raises Untraceable if it is none."""
-    refused: list[Untraceable] = []
-    for form, template in NORMS.items():
+    _, trace = trace_forward(module, torch.float32)
+
+    def distance(form: str) -> int:
+        ours, theirs = _operations(trace.values), _operations(_template(NORMS[form], torch.float32)[1].values)
+        return sum((ours - theirs).values()) + sum((theirs - ours).values())
+
+    refused = None
+    for form in sorted(NORMS, key=distance):
         try:
-            roles, _ = _bound(module, template, "a known RMS norm")
+            roles, _ = _bound(module, NORMS[form], "a known RMS norm")
         except Untraceable as error:
-            refused.append(error)
+            # The reason that counts is what keeps it from being the nearest form.
+            refused = refused or error
             continue
         eps = next((name for name, value in vars(module).items() if value is roles["eps"]), None)
         if eps is None:
             raise Untraceable("takes eps from elsewhere than an attribute of the module")
         return Norm(form, roles["weight"], eps, input_name(type(module).forward))
-    raise min(refused, key=lambda error: len(str(error)))
+    raise refused
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
