@@ -54,10 +54,11 @@ def place_blocks(modules: Mapping[str, nn.Module], *, fuse: bool, norm: bool) ->
     """
     blocks: list[Block] = []
     for name, module in modules.items():
-        if fuse and any(isinstance(child, LoRAFALinear) for child in module.children()):
-            blocks += _place_layers(name, module)
-        elif fuse and _may_be_mlp(module):
-            blocks.append(_place_mlp(name, module))
+        linears = _linears(module) if fuse else []
+        if any(isinstance(module._modules[linear], LoRAFALinear) for linear in linears):
+            blocks += _place_layers(name, module, linears)
+        elif len(linears) > 2:
+            blocks += _place_mlp(name, module)
         if norm and _may_be_norm(module):
             blocks.append(_place_norm(name, module))
     return tuple(blocks)
@@ -70,17 +71,13 @@ def remove_blocks(modules: Iterable[nn.Module]) -> None:
         ungroup_layer(module)
 
 
-def _place_layers(name: str, module: nn.Module) -> list[Block]:
+def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Block]:
     kind = type(module).__name__
-    linears = _linears(module)
     if len(linears) < 2:
         return [Block(name, "shared input", kind, (), f"{linears[0]} is its only linear layer")]
-    blocks = []
-    if _takes_one_tensor(module):
-        mlp = _place_mlp(name, module)
-        if mlp.fused:
-            return [mlp]
-        blocks.append(mlp)
+    blocks = _place_mlp(name, module)
+    if blocks and blocks[0].fused:
+        return blocks
     for names in shared_inputs(type(module)):
         layers = _groupable(module, names)
         if len(layers) > 1:
@@ -91,15 +88,18 @@ def _place_layers(name: str, module: nn.Module) -> list[Block]:
     return blocks or [Block(name, "shared input", kind, (), "no two of its adapted layers share an input")]
 
 
-def _place_mlp(name: str, module: nn.Module) -> Block:
+def _place_mlp(name: str, module: nn.Module) -> list[Block]:
     kind = type(module).__name__
     try:
         roles = recognise_mlp(module)
     except Untraceable as error:
-        return Block(name, "MLP", kind, (), f"its forward {error}")
+        # An attention has a mask, a cache and so on beside its input, and is no failed MLP.
+        if len(inspect.signature(type(module).forward).parameters) > 2:
+            return []
+        return [Block(name, "MLP", kind, (), f"its forward {error}")]
     layers = (roles.gate, roles.up, roles.down)
     reason = _obstacle(module, (*layers, *(other for other, _ in roles.others))) or _fuse(module, roles)
-    return Block(name, "MLP", kind, () if reason else layers, reason)
+    return [Block(name, "MLP", kind, () if reason else layers, reason)]
 
 
 def _place_norm(name: str, module: nn.Module) -> Block:
@@ -146,15 +146,6 @@ def _groupable(module: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     first = next(iter(layers.values()), None)
     distinct = {id(layer): n for n, layer in layers.items() if layer.in_features == first.in_features}
     return tuple(distinct.values())
-
-
-def _takes_one_tensor(module: nn.Module) -> bool:
-    """Whether forward has one parameter, as an MLP's; that of an attention has a mask, a cache and so on."""
-    return len(inspect.signature(type(module).forward).parameters) == 2
-
-
-def _may_be_mlp(module: nn.Module) -> bool:
-    return len(_linears(module)) > 2 and _takes_one_tensor(module)
 
 
 def _may_be_norm(module: nn.Module) -> bool:
