@@ -13,6 +13,9 @@ from .. import ops
 from ..blocks.operands import LinearOperands
 from ..nn.linear import LoRAFALinear
 
+# Classes whose forward is what operands_for describes; members.py adds its own.
+LINEARS: set[type] = {nn.Linear, LoRAFALinear}
+
 
 def is_quiet(module: nn.Module) -> bool:
     """Whether a call of `module` runs its class's forward and nothing else: no hook, no patched forward."""
@@ -43,15 +46,12 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     (offloaded ones are on meta), sharded, empty or of a subclass; if a frozen one was thawed, which that
     forward trains or refuses; if its dtype is not that of x, outside of autocast.
     """
-    if not is_quiet(linear):
+    if type(linear) not in LINEARS or not is_quiet(linear):
         return None
     # Read past nn.Module's __getattr__, which takes longer than all the rest.
     attributes, parameters = linear.__dict__, linear._parameters
-    adapted = isinstance(linear, LoRAFALinear)
-    if adapted:
-        if attributes["merged"] or not attributes["adapter_enabled"]:
-            return None
-    elif type(linear) is not nn.Linear:
+    adapted = type(linear) is not nn.Linear
+    if adapted and (attributes["merged"] or not attributes["adapter_enabled"]):
         return None
     weight = parameters.get("weight")
     if weight is None or weight.shape != (attributes["out_features"], attributes["in_features"]):

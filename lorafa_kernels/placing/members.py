@@ -24,7 +24,7 @@ from .. import ops
 from ..blocks.group import lorafa_linear_group
 from ..blocks.operands import LinearOperands
 from ..nn.linear import LoRAFALinear
-from .guards import common_impl, drops, is_plain, no_global_hooks, operands_for
+from .guards import LINEARS, common_impl, drops, is_plain, no_global_hooks, operands_for
 
 _GROUP, _PLACE = "_lorafa_group", "_lorafa_place"
 
@@ -147,6 +147,9 @@ class GroupMember(LoRAFALinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__[_GROUP].enter(self)
+
+
+LINEARS.add(GroupMember)
 
 
 def group_layers(layers: list[LoRAFALinear]) -> None:
