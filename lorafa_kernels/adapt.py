@@ -8,6 +8,8 @@ work on any model that holds a `LoRAFALinear`, whether `apply_lorafa` or its aut
 Modules in `modules_to_save` are trained whole. They stay where they are and get trainable clones of their
 tensors; the originals wait outside of the state dict, in a plain attribute of the module that owns them, so
 that they follow deepcopy and pickle and come back with `disable_adapter` and `unload_adapter(merge=False)`.
+
+Afterwards fused blocks are placed (placing/) where the model computes what they compute.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import logging
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +28,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .nn.linear import INITIALISATIONS, LoRAFALinear
+from .placing.place import Block, place_blocks, remove_blocks
 
 _LOG = logging.getLogger("lorafa_kernels")
 _ALL_LINEAR = "all-linear"
@@ -411,12 +415,16 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `apply_lorafa` did; `str()` of it is a short table. A shared parameter counts once."""
+    """What `apply_lorafa` did; `str()` of it is a short table. A shared parameter counts once.
+
+    blocks: the modules that hold a fused block now, and those that were considered and why they hold none.
+    """
 
     layers: tuple[AdaptedLayer, ...]
     modules_to_save: tuple[str, ...]
     trained_parameters: int
     total_parameters: int
+    blocks: tuple[Block, ...] = ()
 
     def __str__(self) -> str:
         kinds: dict[tuple[str, int, int, int, float], int] = {}
@@ -439,6 +447,8 @@ class AdapterReport:
             for (leaf, k, n, r, scaling), count in kinds.items()
         ]
         lines += [f"  trained whole: {name}" for name in self.modules_to_save]
+        alike = Counter(map(str, sorted(self.blocks, key=lambda block: not block.fused)))
+        lines += [f"  {count:4d} x {text}" for text, count in alike.items()]
         return "\n".join(lines)
 
 
@@ -452,20 +462,23 @@ def apply_lorafa(
     `modules_to_save`. What was done is logged at INFO to the logger "lorafa_kernels" and kept as
     `model.lorafa_report` (an `AdapterReport`), the config as `model.lorafa_config`. Source: arXiv 2308.03303.
 
-    `fuse` and `norm` are reserved for the fused blocks (q/k/v, gate/up, norm); they have no effect yet.
+    fuse: gated MLPs, and adapted layers of one module that are fed the same tensor (q/k/v, gate/up), compute
+    in one autograd node. norm: RMS norms keep their input instead of an fp32 copy of it. Both are recognised
+    by what a module's forward does. Modules keep their names, keys, hooks and classes (isinstance holds), and
+    compute as before where a block cannot: without gradients, with hooks on the layers inside, offloaded or
+    sharded. The report's `blocks` says what was fused and why the rest was not.
 
     Raises ValueError or TypeError, and leaves the model untouched, if nothing matches (close names are
     listed), a matched module is not a plain nn.Linear, a module is both adapted and saved, or the model is a
     Linear itself or holds LoRA-FA layers already.
     """
-    del fuse, norm
     plan = plan_lorafa(model, config)
     _warn_unused(model, plan)
-    apply_plan(model, plan)
+    apply_plan(model, plan, fuse=fuse, norm=norm)
     return model
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+def apply_plan(model: nn.Module, plan: Plan, *, fuse: bool = True, norm: bool = True) -> None:
     """Carry out a checked plan. Everything is built before the first module is replaced."""
     model, config = unwrap(model), plan.config
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -492,8 +505,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         setattr(module, _ASIDE, aside)
         _swap(module)
     _replace(model, layers)
+    blocks = place_blocks(modules_by_name(model), fuse=fuse, norm=norm)
     model.lorafa_config = config
-    model.lorafa_report = _report(model, plan)
+    model.lorafa_report = _report(model, plan, blocks)
     _LOG.info("%s", model.lorafa_report)
 
 
@@ -505,7 +519,7 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
                 setattr(parent, name, replacements[id(child)])
 
 
-def _report(model: nn.Module, plan: Plan) -> AdapterReport:
+def _report(model: nn.Module, plan: Plan, blocks: tuple[Block, ...]) -> AdapterReport:
     layers = tuple(
         AdaptedLayer(name, layer.in_features, layer.out_features, layer.r, layer.scaling)
         for name, layer in lorafa_layers(model).items()
@@ -515,6 +529,7 @@ def _report(model: nn.Module, plan: Plan) -> AdapterReport:
         tuple(plan.saved),
         sum(parameter.numel() for parameter in lorafa_parameters(model)),
         sum(parameter.numel() for parameter in model.parameters()),
+        blocks,
     )
 
 
@@ -651,6 +666,7 @@ def unload_adapter(model: nn.Module, merge: bool = True) -> nn.Module:
     layers = _adapted(model)
     if isinstance(model, LoRAFALinear):
         return model.to_linear(merge=merge)
+    remove_blocks(model.modules())
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():

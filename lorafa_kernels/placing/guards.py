@@ -1,0 +1,84 @@
+"""What must hold for a layer to be computed as part of a block instead of by its own call.
+
+Asked before each call, since hooks, offloading and the user may change a module at any time. What does not
+hold is not an error: the layer then runs by itself, as it would without the block.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import ops
+from ..blocks.operands import LinearOperands
+from ..nn.linear import LoRAFALinear
+
+# Classes whose forward is what operands_for describes; members.py adds its own.
+LINEARS: set[type] = {nn.Linear, LoRAFALinear}
+
+
+def is_quiet(module: nn.Module) -> bool:
+    """Whether a call of `module` runs its class's forward and nothing else: no hook, no patched forward."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def no_global_hooks() -> bool:
+    """Whether no hook of all modules is registered."""
+    return not torch_module._has_any_global_hook()
+
+
+def is_plain(x: object) -> bool:
+    """Whether x is a floating-point tensor of torch itself: no DTensor, no other subclass."""
+    return type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
+
+
+def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
+    """Return what a block needs of `linear`, an nn.Linear or LoRAFALinear, to compute it from x; None where
+    its own forward must.
+
+    Which is so if it has hooks or is patched, merged or disabled; if a parameter is elsewhere than x
+    (offloaded ones are on meta), sharded, empty or of a subclass; if a frozen one was thawed, which that
+    forward trains or refuses; if its dtype is not that of x, outside of autocast.
+    """
+    if type(linear) not in LINEARS or not is_quiet(linear):
+        return None
+    # Read past nn.Module's __getattr__, which takes longer than all the rest.
+    attributes, parameters = linear.__dict__, linear._parameters
+    adapted = type(linear) is not nn.Linear
+    if adapted and (attributes["merged"] or not attributes["adapter_enabled"]):
+        return None
+    weight = parameters.get("weight")
+    if weight is None or weight.shape != (attributes["out_features"], attributes["in_features"]):
+        return None
+    if weight.dtype != x.dtype and not ops.autocast_enabled(x.device.type):
+        return None
+    device = x.device
+    for name, parameter in parameters.items():
+        if parameter is not None and (
+            type(parameter) is not nn.Parameter
+            or parameter.device != device
+            or (parameter.requires_grad and name != "lora_B")
+        ):
+            return None
+    if not adapted:
+        return LinearOperands(weight, parameters.get("bias"))
+    dropout_p = attributes["lora_dropout"] if attributes["training"] else 0.0
+    lora_A, lora_B = parameters["lora_A"], parameters["lora_B"]
+    return LinearOperands(weight, parameters.get("bias"), lora_A, lora_B, attributes["scaling"], dropout_p)
+
+
+def drops(operands: LinearOperands) -> bool:
+    """Whether a dropout mask is drawn for the layer."""
+    return operands.dropout_p > 0
+
+
+def common_impl(linears: tuple[nn.Module, ...]) -> str | None:
+    """The `impl` that all adapted ones have, "auto" if none is adapted, None if they differ."""
+    impls = {linear.impl for linear in linears if isinstance(linear, LoRAFALinear)}
+    return None if len(impls) > 1 else next(iter(impls), "auto")

@@ -1,0 +1,169 @@
+"""Adapted layers of a model that are fed the same tensor and are computed together: q/k/v, gate/up.
+
+Each stays a LoRAFALinear of its own, called by its own name. The first one called with some x computes the
+outputs of all; the others, called with the same x, find theirs waiting. The outputs wait per thread, until
+they are taken, until x is gone, or until the next call with another x. A layer takes an output only if
+nothing has changed since it was computed: x is the same object at the same version, the layer's parameters
+are, and so are autocast, the CUDA stream and whether gradients are enabled.
+
+The layers are computed each by itself if one of them has hooks, is patched, merged, disabled, offloaded or
+sharded, while torch.compile traces, and without gradients. Whether they are does not depend on what is
+waiting: a checkpoint that runs forward again must meet the same nodes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..blocks.group import lorafa_linear_group
+from ..blocks.operands import LinearOperands
+from ..nn.linear import LoRAFALinear
+from .guards import LINEARS, common_impl, drops, is_plain, no_global_hooks, operands_for
+
+_GROUP, _PLACE = "_lorafa_group", "_lorafa_place"
+
+
+class _Output(NamedTuple):
+    """y and what it was computed from: the layer's operands, and the versions of their tensors then."""
+
+    y: Tensor
+    operands: LinearOperands
+    versions: tuple[int, ...]
+
+    def is_of(self, operands: LinearOperands) -> bool:
+        for then, now in zip(self.operands, operands, strict=True):
+            if then is not now and not (type(then) is type(now) is float and then == now):
+                return False
+        return self.versions == _versions(operands)
+
+
+class _Waiting(NamedTuple):
+    """Outputs for x by place in the group."""
+
+    x: weakref.ref
+    version: int
+    state: tuple
+    outputs: dict[int, _Output]
+
+    def are_for(self, x: Tensor, state: tuple) -> bool:
+        return self.x() is x and self.version == x._version and self.state == state
+
+
+class Group:
+    """The layers that are computed together, by weak reference, and what waits for them in each thread.
+
+    A copy of it, by pickle or deepcopy, starts empty: the copies of the layers enter it themselves, so that a
+    copied model has groups of its own and a layer that is copied alone takes no other with it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.members: list[weakref.ref | None] = [None] * size
+        self._local = threading.local()
+
+    def __reduce__(self):
+        return Group, (len(self.members),)
+
+    def enter(self, member: GroupMember) -> None:
+        """Take `member` in at its place, if nobody is there."""
+        place = member.__dict__[_PLACE]
+        if self.members[place] is None or self.members[place]() is None:
+            self.members[place] = weakref.ref(member)
+
+    def compute(self, member: GroupMember, x: Tensor) -> Tensor | None:
+        """Return the output of `member` for x, or None where it must compute by itself."""
+        place, state = member.__dict__[_PLACE], _state(x)
+        if not no_global_hooks():
+            return None
+        waiting: _Waiting | None = getattr(self._local, "waiting", None)
+        if waiting is not None and waiting.are_for(x, state):
+            output = waiting.outputs.pop(place, None)
+            if not waiting.outputs:
+                self._local.waiting = None
+            if output is not None:
+                operands = operands_for(member, x)
+                if operands is None or output.is_of(operands):
+                    return output.y if operands else None
+        members = tuple(ref and ref() for ref in self.members)
+        if members[place] is not member or None in members:
+            return None
+        operands = [operands_for(other, x) for other in members]
+        impl = common_impl(members)
+        if impl is None or None in operands:
+            return None
+        # With dropout the masks must be drawn alike with and without gradients: checkpointing runs forward
+        # without them first.
+        if not torch.is_grad_enabled() and not any(map(drops, operands)):
+            return None
+        dtype = operands[0].weight.dtype
+        if any(other.weight.dtype != dtype for other in operands):
+            return None
+        return self._compute_all(x, operands, place, state, impl)
+
+    def _compute_all(
+        self, x: Tensor, operands: list[LinearOperands], place: int, state: tuple, impl: str
+    ) -> Tensor:
+        self._local.waiting = None
+        ys = lorafa_linear_group(x, operands, impl=impl)
+        outputs = {
+            other: _Output(y, operands[other], _versions(operands[other]))
+            for other, y in enumerate(ys)
+            if other != place
+        }
+        # Called from whichever thread lets go of x, so it clears what waits and not a thread's slot.
+        gone = weakref.ref(x, lambda _: outputs.clear())
+        self._local.waiting = _Waiting(gone, x._version, state, outputs)
+        return ys[place]
+
+
+def _state(x: Tensor) -> tuple:
+    device = x.device.type
+    autocast = ops.autocast_enabled(device) and torch.get_autocast_dtype(device)
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    return torch.is_grad_enabled(), autocast, stream
+
+
+def _versions(operands: LinearOperands) -> tuple[int, ...]:
+    # Tensors made in inference mode have none.
+    return tuple(0 if t is None or t.is_inference() else t._version for t in operands[:4])
+
+
+class GroupMember(LoRAFALinear):
+    """A LoRAFALinear that belongs to a Group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As LoRAFALinear."""
+        if not torch.compiler.is_compiling() and is_plain(x) and not x.is_inference():
+            y = self.__dict__[_GROUP].compute(self, x)
+            if y is not None:
+                return y
+        return super().forward(x)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__[_GROUP].enter(self)
+
+
+LINEARS.add(GroupMember)
+
+
+def group_layers(layers: list[LoRAFALinear]) -> None:
+    """Compute the layers, all of class LoRAFALinear, together from now on."""
+    group = Group(len(layers))
+    for place, layer in enumerate(layers):
+        layer.__class__ = GroupMember
+        layer.__dict__.update({_GROUP: group, _PLACE: place})
+        group.enter(layer)
+
+
+def ungroup_layer(layer: nn.Module) -> None:
+    """Undo group_layers for one layer; the others of its group compute by themselves then."""
+    if isinstance(layer, GroupMember):
+        layer.__class__ = LoRAFALinear
+        layer.__dict__.pop(_GROUP)
+        layer.__dict__.pop(_PLACE)

@@ -1,0 +1,294 @@
+"""Gated MLPs and RMS norms, recognised by what their forward computes.
+
+A module is one of them if its forward, as an expression (symbolic.py), is that of a template below: operation
+by operation, with the roles of the template bound to the module's own names. Anything else in it, a clamp, a
+multiplier, a dropout, rejects it with a reason that names it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.linear import LoRAFALinear
+from .symbolic import Child, Slot, Symbol, Trace, Untraceable, input_name, run, trace_forward
+
+_COMMUTE = frozenset({"add", "mul"})
+# Forwards may ask for the dtype of their parameters, and it may change later: all answers must do.
+_PARAMETER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class MLP(NamedTuple):
+    """A gated MLP: down(activation(gate(x)) * up(x)).
+
+    gate, up, down: names of linear children. activation: "silu", "gelu" or "gelu_tanh". others: names and
+    classes of the other children that forward calls, the activation and those that return their input.
+    input: name of x.
+    """
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+    others: tuple[tuple[str, type], ...]
+    input: str
+
+
+class Norm(NamedTuple):
+    """An RMS norm of a form of blocks/norm.py; weight, eps, input: names of attributes and of x."""
+
+    form: str
+    weight: str
+    eps: str
+    input: str
+
+
+def _gated(self, x):
+    return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def _llama(self, x):
+    wide = x.to(torch.float32)
+    rounded = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    return self.weight * rounded
+
+
+def _gemma(self, x):
+    wide = x.to(torch.float32)
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+    return (normal * (1 + self.weight.to(torch.float32))).to(x.dtype)
+
+
+def _t5(self, x):
+    normal = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps)
+    if self.weight.dtype in (torch.float16, torch.bfloat16):
+        normal = normal.to(self.weight.dtype)
+    return self.weight * normal
+
+
+NORMS: dict[str, Callable] = {"llama": _llama, "gemma": _gemma, "t5": _t5}
+
+
+class _Roles:
+    """`self` of a template."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self.eps = Slot("eps")
+
+    @property
+    def weight(self) -> Symbol:
+        return self._trace.record("parameter", "weight")
+
+    def __getattr__(self, role: str) -> Child:
+        return Child(role, self._trace)
+
+
+def _template(forward: Callable, parameter_dtype: torch.dtype) -> tuple[Symbol, Trace]:
+    trace = Trace(parameter_dtype)
+    return run(forward, _Roles(trace), trace), trace
+
+
+def _match(template: Any, value: Any, roles: dict[str, Any]) -> dict[str, Any] | None:
+    """Roles bound so that `template` becomes `value`, in addition to those given; None if there are none."""
+    if isinstance(template, Slot):
+        return _bind(roles, template.role, value) if type(value) in (int, float) else None
+    if type(template) is not Symbol or type(value) is not Symbol:
+        alike = type(template) is not Symbol and type(value) is not Symbol
+        return roles if alike and _equal(template, value) else None
+    wanted, given = list(template.arguments), list(value.arguments)
+    if template.operation == "child" and wanted[0] == "activation" and value.operation in ("silu", "gelu"):
+        bound = _bind(roles, "activation", (value.operation, *given[1:]))
+        return bound and _match(wanted[1], given[0], bound)
+    if template.operation != value.operation or len(wanted) != len(given):
+        return None
+    bound: dict[str, Any] | None = roles
+    if template.operation in ("child", "parameter"):
+        bound = _bind(roles, wanted.pop(0), given.pop(0))
+    orders = [given, given[::-1]] if template.operation in _COMMUTE else [given]
+    for order in orders:
+        found = bound
+        for left, right in zip(wanted, order, strict=True):
+            found = None if found is None else _match(left, right, found)
+        if found is not None:
+            return found
+    return None
+
+
+def _bind(roles: dict[str, Any], role: str, value: Any) -> dict[str, Any] | None:
+    if role in roles:
+        return roles if roles[role] is value or roles[role] == value else None
+    # No module has two roles.
+    if isinstance(value, str) and value in roles.values():
+        return None
+    return {**roles, role: value}
+
+
+def _equal(template: Any, value: Any) -> bool:
+    # True and 1 are equal, and not the same argument; 1 and 1.0 are.
+    return isinstance(template, bool) == isinstance(value, bool) and template == value
+
+
+def _reached(symbol: Symbol, found: dict[int, Symbol] | None = None) -> dict[int, Symbol]:
+    found = {} if found is None else found
+    if id(symbol) not in found:
+        found[id(symbol)] = symbol
+        for argument in symbol.arguments:
+            if type(argument) is Symbol:
+                _reached(argument, found)
+    return found
+
+
+def _unused(result: Symbol, trace: Trace) -> Iterator[Symbol]:
+    """What forward computed and did not return: looking at a tensor is harmless, a child's call is not."""
+    reached = _reached(result)
+    for symbol in trace.values:
+        if id(symbol) not in reached and symbol.operation not in ("attribute", "parameter", "buffer"):
+            yield symbol
+
+
+def _operations(symbols: Any) -> Counter[str]:
+    ignored = ("attribute", "input", "parameter")
+    return Counter(s.operation for s in symbols if s.operation not in ignored)
+
+
+def _bound(module: nn.Module, template: Callable, kind: str) -> tuple[dict[str, Any], Trace]:
+    """Roles of `template` in `module`, and the trace. Raises Untraceable, which names what is more."""
+    roles: dict[str, Any] = {}
+    for dtype in _PARAMETER_DTYPES:
+        result, trace = trace_forward(module, dtype)
+        wanted, wanted_trace = _template(template, dtype)
+        unused = list(_unused(result, trace))
+        if unused:
+            raise Untraceable(f"computes {_names(module, unused)} and does not return it")
+        found = _match(wanted, result, roles)
+        if found is None:
+            more = _surplus(module, trace, wanted_trace)
+            raise Untraceable(f"is not that of {kind}" + (f": it has {more}" if more else ""))
+        roles = found
+    return roles, trace
+
+
+def _surplus(module: nn.Module, trace: Trace, template: Trace) -> str:
+    """What the trace has more of than the template has, in words."""
+    left = _operations(template.values)
+    linears = left["child"] - 1 if left["child"] else 0
+    more = []
+    for symbol in trace.values:
+        if symbol.operation == "child" and isinstance(
+            module._modules[symbol.arguments[0]], (nn.Linear, LoRAFALinear)
+        ):
+            linears -= 1
+            if linears < 0:
+                more.append(symbol)
+        elif symbol.operation == "child" and _names_activation(module, symbol):
+            continue
+        elif symbol.operation == "child":
+            more.append(symbol)
+        elif symbol.operation in _operations([symbol]):
+            left[symbol.operation] -= 1
+            if left[symbol.operation] < 0 and symbol.operation not in ("silu", "gelu"):
+                more.append(symbol)
+    return _names(module, more)
+
+
+def _names_activation(module: nn.Module, symbol: Symbol) -> bool:
+    child = module._modules[symbol.arguments[0]]
+    return not isinstance(child, nn.Dropout) and not any(True for _ in child.parameters())
+
+
+def _names(module: nn.Module, symbols: list[Symbol]) -> str:
+    return ", ".join(dict.fromkeys(_name(module, symbol) for symbol in symbols))
+
+
+def _name(module: nn.Module, symbol: Symbol) -> str:
+    if symbol.operation == "child":
+        child = module._modules[symbol.arguments[0]]
+        p = f" with p={child.p:g}" if isinstance(child, nn.Dropout) else ""
+        return f"{symbol.arguments[0]} ({type(child).__name__}{p})"
+    numbers = [f"{a:g}" for a in symbol.arguments if type(a) in (int, float)]
+    return symbol.operation + (f" ({', '.join(numbers)})" if numbers else "")
+
+
+def recognise_mlp(module: nn.Module) -> MLP:
+    """Return the roles of the children of `module` in a gated MLP. Raises Untraceable if it is none."""
+    roles, trace = _bound(module, _gated, "a gated MLP")
+    for role in ("gate", "up", "down"):
+        child = module._modules[roles[role]]
+        if type(child) is not nn.Linear and not isinstance(child, LoRAFALinear):
+            raise Untraceable(f"has a {type(child).__name__} for {roles[role]}")
+    activation, others = roles["activation"], tuple(dict.fromkeys(trace.identities))
+    if isinstance(activation, str):
+        others = (activation, *others)
+        known = identify_activation(module._modules[activation])
+        shown = f"{activation} ({type(module._modules[activation]).__name__})"
+    else:
+        known = {("silu",): "silu", ("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh"}.get(activation)
+        shown = activation[0]
+    if known is None:
+        raise Untraceable(f"has {shown} for its activation, which is none of {', '.join(ACTIVATIONS)}")
+    kinds = tuple((name, type(module._modules[name])) for name in others)
+    return MLP(roles["gate"], roles["up"], roles["down"], known, kinds, input_name(type(module).forward))
+
+
+def recognise_norm(module: nn.Module) -> Norm:
+    """Return the form and names of `module` as an RMS norm. Raises Untraceable if it is none."""
+    _, trace = trace_forward(module, torch.float32)
+
+    def distance(form: str) -> int:
+        ours, theirs = _operations(trace.values), _operations(_template(NORMS[form], torch.float32)[1].values)
+        return sum((ours - theirs).values()) + sum((theirs - ours).values())
+
+    refused = None
+    for form in sorted(NORMS, key=distance):
+        try:
+            roles, _ = _bound(module, NORMS[form], "a known RMS norm")
+        except Untraceable as error:
+            # The reason that counts is what keeps it from being the nearest form.
+            refused = refused or error
+            continue
+        eps = next((name for name, value in vars(module).items() if value is roles["eps"]), None)
+        if eps is None:
+            raise Untraceable("takes eps from elsewhere than an attribute of the module")
+        return Norm(form, roles["weight"], eps, input_name(type(module).forward))
+    raise refused
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+# Functions that are analytic: if two compositions of them agree on many points they agree everywhere.
+_SMOOTH = frozenset(
+    {"input", "add", "mul", "sub", "div", "pow", "neg", "tanh", "erf", "exp", "sigmoid", "silu", "gelu"}
+)
+
+
+def identify_activation(module: nn.Module) -> str | None:
+    """The name of the function that `module` is, one of ACTIVATIONS, or None.
+
+    It must consist of smooth elementwise functions, without state, and agree with the known one in fp64 on
+    points of all sizes to twelve digits.
+    """
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None
+    try:
+        _, trace = trace_forward(module, torch.float32)
+    except Untraceable:
+        return None
+    if not {symbol.operation for symbol in trace.values} <= _SMOOTH:
+        return None
+    sizes = torch.logspace(-3, 3, 64, dtype=torch.float64)
+    points = torch.cat((-sizes, sizes))
+    with torch.no_grad():
+        got = type(module).forward(module, points)
+        for name, function in ACTIVATIONS.items():
+            if bool(((got - function(points)).abs() <= 1e-12 * (1 + points.abs())).all()):
+                return name
+    return None

@@ -1,0 +1,765 @@
+"""Whatever is done to a model with fused blocks, it computes what the same model without them computes, and
+keeps nothing longer.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lorafa_kernels.adapt import (
+    LoRAFAConfig,
+    apply_lorafa,
+    disable_adapter,
+    lorafa_layers,
+    lorafa_parameters,
+    merge_adapter,
+    unload_adapter,
+    unmerge_adapter,
+)
+from lorafa_kernels.nn.linear import LoRAFALinear
+from lorafa_kernels.placing import fused as fused_module
+from lorafa_kernels.placing import members as members_module
+
+WIDTH, INNER = 6, 8
+
+
+def nothing(x):
+    return None
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER, False)
+        self.v = nn.Linear(WIDTH, INNER)
+        self.o = nn.Linear(INNER, WIDTH)
+        # Called between q and k, and between k and v.
+        self.between = [nothing, nothing]
+
+    def forward(self, x, mask=None):
+        q = self.q(x)
+        self.between[0](x)
+        k = self.k(x)
+        self.between[1](x)
+        v = self.v(x)
+        return self.o(torch.tanh(q) * k + v)
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
+        self.down = nn.Linear(INNER, WIDTH)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(WIDTH)), 1e-5
+
+    def forward(self, x):
+        wide = x.to(torch.float32)
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normal.to(x.dtype)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention, self.mlp = Norm(), Attention(), MLP()
+
+    def forward(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(x)
+
+
+def adapted(fuse=True, dropout=0.0, targets="all-linear", dtype=torch.float64):
+    """The same model each time, fused or not."""
+    torch.manual_seed(1)
+    config = LoRAFAConfig(
+        r=2, lora_alpha=3, target_modules=targets, lora_dropout=dropout, init_lora_weights=False
+    )
+    return apply_lorafa(nn.Sequential(Layer()).to(dtype), config, fuse=fuse, norm=fuse)
+
+
+def inputs(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def results(model, call=None, seed=0, dtype=torch.float64):
+    """y, and the gradients of x and of every adapter, None for those without one."""
+    torch.manual_seed(seed)
+    x = inputs(seed, dtype).requires_grad_()
+    y = (model if call is None else call)(x)
+    wanted = (x, *(p for p in model.parameters() if p.requires_grad))
+    return y, *torch.autograd.grad(y, wanted, inputs(seed + 100, y.dtype), allow_unused=True)
+
+
+def results_of_backward(model, call):
+    """As results, by backward(), which reentrant checkpointing asks for."""
+    torch.manual_seed(0)
+    x = inputs().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    y = call(x)
+    y.backward(inputs(100))
+    return y, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)
+
+
+def assert_alike(got, wanted):
+    assert len(got) == len(wanted)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            # fp64, and the fp32 of the adapters' gradients; the norm has fp32 inside.
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the blocks that were computed at once since."""
+    made = []
+    for module, name in (
+        (members_module, "lorafa_linear_group"),
+        (fused_module, "lorafa_gated_mlp"),
+        (fused_module, "rms_norm"),
+    ):
+        function = getattr(module, name)
+
+        def counting(*args, name=name, function=function, **kwargs):
+            made.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+    return made
+
+
+ALL = ["rms_norm", "lorafa_linear_group", "lorafa_gated_mlp"]
+
+
+def test_blocks_are_computed_at_once_and_the_same(calls):
+    wanted = results(adapted(fuse=False))
+    assert calls == []
+    model = adapted()
+    assert_alike(results(model), wanted)
+    assert_alike(results(model), wanted)
+    assert calls == 2 * ALL
+
+
+def forward_pre_hook(child, fired):
+    child.register_forward_pre_hook(lambda *_: fired.append(1))
+
+
+def forward_hook(child, fired):
+    child.register_forward_hook(lambda *_: fired.append(1))
+
+
+def forward_hook_with_kwargs(child, fired):
+    child.register_forward_hook(lambda *_: fired.append(1), with_kwargs=True)
+
+
+def changing_hook(child, fired):
+    child.register_forward_hook(lambda m, i, y: (fired.append(1), 2 * y)[1])
+
+
+def full_backward_hook(child, fired):
+    child.register_full_backward_hook(lambda *_: fired.append(1))
+
+
+def full_backward_pre_hook(child, fired):
+    child.register_full_backward_pre_hook(lambda *_: fired.append(1))
+
+
+def patched_forward(child, fired):
+    forward = child.forward
+    child.forward = lambda *args: (fired.append(1), 3 * forward(*args))[1]
+
+
+def patched_class(child, fired):
+    """What kernel libraries do: another class with the same attributes."""
+    kind = type(child)
+
+    class Patched(kind):
+        def forward(self, x):
+            fired.append(1)
+            return kind.forward(self, x) - 1
+
+    child.__class__ = Patched
+
+
+INTERFERENCES = [
+    forward_pre_hook,
+    forward_hook,
+    forward_hook_with_kwargs,
+    changing_hook,
+    full_backward_hook,
+    full_backward_pre_hook,
+    patched_forward,
+]
+
+
+@pytest.mark.parametrize("interfere", INTERFERENCES, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "path", ["attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.down", "mlp.act"]
+)
+def test_a_layer_that_is_interfered_with_is_called(path, interfere, calls):
+    found, fired = [], []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        fired.append([])
+        interfere(model[0].get_submodule(path), fired[-1])
+        found.append(results(model))
+    assert_alike(found[1], found[0])
+    assert fired[0] == fired[1] == [1]
+    alone = "lorafa_linear_group" if path.startswith("attention") else "lorafa_gated_mlp"
+    assert calls == [name for name in ALL if name != alone]
+
+
+@pytest.mark.parametrize("interfere", INTERFERENCES, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("path", ["norm", "attention", "mlp", ""])
+def test_hooks_of_the_blocks_themselves_are_called(path, interfere, calls):
+    found, fired = [], []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        fired.append([])
+        interfere(model[0].get_submodule(path), fired[-1])
+        found.append(results(model))
+    assert_alike(found[1], found[0])
+    assert fired[0] == fired[1] == [1] and calls == ALL
+
+
+def test_a_hook_of_all_modules_is_called_for_each(calls):
+    names = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, y: names.append(type(m).__name__))
+    try:
+        results(adapted())
+    finally:
+        handle.remove()
+    assert names.count("SiLU") == 1 and len(names) == 7 + 1 + 5
+    assert calls == ["rms_norm"]
+
+
+@pytest.mark.parametrize("path", ["attention.k", "mlp.up", "mlp.act"])
+def test_a_class_put_in_later_is_called(path, calls):
+    found, fired = [], []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        fired.append([])
+        patched_class(model[0].get_submodule(path), fired[-1])
+        found.append(results(model))
+    assert fired[0] == fired[1] == [1]
+    assert_alike(found[1], found[0])
+
+
+def replaced_layer(model):
+    torch.manual_seed(3)
+    model[0].attention.k = nn.Linear(WIDTH, INNER).double().requires_grad_(False)
+    model[0].mlp.up = nn.Bilinear(WIDTH, WIDTH, INNER).double().requires_grad_(False)
+    model[0].mlp.up.forward = lambda x: nn.Bilinear.forward(model[0].mlp.up, x, x)
+
+
+def replaced_activation(model):
+    model[0].mlp.act = nn.ReLU()
+
+
+def one_disabled(model):
+    model[0].attention.v.adapter_enabled = False
+    model[0].mlp.down.adapter_enabled = False
+
+
+def one_merged(model):
+    model.eval()
+    model[0].attention.q.merge()
+    model[0].mlp.gate.merge()
+
+
+def frozen_adapters(model):
+    for layer in lorafa_layers(model).values():
+        layer.lora_B.requires_grad_(False)
+    model[0].attention.o.lora_B.requires_grad_(True)
+
+
+def changed_scaling(model):
+    for layer in lorafa_layers(model).values():
+        layer.scaling = 0.25
+
+
+def changed_dtype(model):
+    model.bfloat16()
+    model.double()
+
+
+def new_parameters(model):
+    for layer in lorafa_layers(model).values():
+        layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+
+
+def eval_mode(model):
+    model.eval()
+
+
+CHANGES = [
+    replaced_layer,
+    replaced_activation,
+    one_disabled,
+    one_merged,
+    frozen_adapters,
+    changed_scaling,
+    changed_dtype,
+    new_parameters,
+    eval_mode,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda function: function.__name__)
+def test_a_changed_model_computes_the_same(change):
+    found = []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        results(model)
+        change(model)
+        found.append(results(model))
+    assert_alike(found[1], found[0])
+
+
+def test_different_implementations_are_kept_apart(calls):
+    model = adapted()
+    wanted = results(model)
+    model[0].attention.q.impl = model[0].mlp.up.impl = "reference"
+    del calls[:]
+    assert_alike(results(model), wanted)
+    assert calls == ["rms_norm"]
+
+
+def in_no_grad(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def in_inference_mode(model, x):
+    with torch.inference_mode():
+        return model(x)
+
+
+def of_an_inference_tensor(model, x):
+    with torch.inference_mode():
+        x = x.clone()
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize(
+    "call", [in_no_grad, in_inference_mode, of_an_inference_tensor], ids=lambda function: function.__name__
+)
+def test_without_gradients_it_is_the_original_bit_by_bit(call, calls):
+    assert torch.equal(call(adapted(), inputs()), call(adapted(fuse=False), inputs()))
+    assert calls == []
+
+
+def test_an_input_without_gradient(calls):
+    found = []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        found.append(torch.autograd.grad(model(inputs()).sum(), lorafa_parameters(model)))
+    assert_alike(found[1], found[0])
+    assert calls == ["lorafa_linear_group", "lorafa_gated_mlp"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype, calls):
+    found = []
+    for fuse in (False, True):
+        model = adapted(fuse, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(results(model, dtype=dtype))
+    for got, wanted in zip(found[1], found[0], strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(
+            got.float(), wanted.float(), rtol=0.05, atol=0.05 * wanted.abs().max().item()
+        )
+    assert calls == ALL
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A"])
+@pytest.mark.parametrize("path", ["attention.k", "mlp.gate"])
+def test_a_thawed_tensor_is_refused_by_name(path, name):
+    model = adapted()
+    model[0].get_submodule(path)._parameters[name].requires_grad_(True)
+    with pytest.raises(ValueError, match=f"{name} requires grad"):
+        results(model)
+
+
+def test_a_layer_elsewhere_raises_as_without_blocks():
+    """Weights on meta beside x on the CPU would else be computed with, without an error."""
+    for path in ("attention.v", "mlp.down"):
+        model = adapted()
+        model[0].get_submodule(path).to("meta")
+        with pytest.raises(ValueError, match="weight is on meta"):
+            results(model)
+
+
+class Sharded(torch.Tensor):
+    """Stands for a parameter of a subclass, a DTensor say."""
+
+
+@pytest.mark.parametrize("path", ["attention.k", "mlp.down"])
+def test_parameters_of_a_subclass_are_left_to_their_layer(path, calls):
+    model = adapted()
+    wanted = results(model)
+    layer = model[0].get_submodule(path)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Sharded), requires_grad=False)
+    assert type(layer.weight) is not nn.Parameter
+    del calls[:]
+    assert_alike([None if t is None else t.as_subclass(torch.Tensor) for t in results(model)], wanted)
+    assert ("lorafa_linear_group" if "attention" in path else "lorafa_gated_mlp") not in calls
+
+
+def new_weight(model):
+    model.v.weight = nn.Parameter(model.v.weight * 2, requires_grad=False)
+
+
+def doubled_forward(model):
+    model.v.forward = lambda x: 2 * LoRAFALinear.forward(model.v, x)
+
+
+def another_layer(model):
+    model.v = nn.Linear(WIDTH, INNER, False).double()
+    nn.init.ones_(model.v.weight)
+
+
+BETWEEN = {
+    "input in place": lambda model, x: x.mul_(2),
+    "adapter in place": lambda model, x: model.v.lora_B.mul_(2),
+    "weight in place": lambda model, x: model.v.weight.mul_(2),
+    "new weight": lambda model, x: new_weight(model),
+    "scaling": lambda model, x: setattr(model.v, "scaling", 2.5),
+    "merged": lambda model, x: model.v.merge(),
+    "disabled": lambda model, x: setattr(model.v, "adapter_enabled", False),
+    "forward": lambda model, x: doubled_forward(model),
+    "hook": lambda model, x: model.v.register_forward_hook(lambda m, i, y: 2 * y),
+    "layer": lambda model, x: another_layer(model),
+    "class": lambda model, x: patched_class(model.v, []),
+    "other call": lambda model, x: model.q(x.clone()),
+    "same call": lambda model, x: model.q(x),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_waiting_output_is_not_taken_after_a_change(change, place):
+    found = []
+    for fuse in (False, True):
+        attention = adapted(fuse)[0].attention.eval()
+
+        @torch.no_grad()
+        def between(x, attention=attention):
+            BETWEEN[change](attention, x)
+
+        attention.between[place] = between
+        x = inputs()
+        found.append((attention(x).detach(), x))
+    assert_alike(found[1], found[0])
+
+
+def test_a_waiting_output_is_of_its_autocast_and_gradient_mode():
+    attention = adapted(dtype=torch.float32)[0].attention
+    x = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention.q(x)
+    assert attention.k(x).dtype is torch.float32
+    attention.q(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.v(x).dtype is torch.bfloat16
+    attention.q(x)
+    with torch.no_grad():
+        assert not attention.k(x).requires_grad
+    assert attention.v(x).requires_grad
+
+
+@pytest.mark.parametrize("order", ["kqv", "vkq", "vqk"])
+def test_any_layer_may_come_first(order, calls):
+    attention, x = adapted()[0].attention, inputs()
+    wanted = {name: LoRAFALinear.forward(getattr(attention, name), x) for name in order}
+    for _ in range(2):
+        for name in order:
+            torch.testing.assert_close(getattr(attention, name)(x), wanted[name])
+    assert calls == 2 * ["lorafa_linear_group"]
+
+
+def test_only_adapted_layers_are_grouped(calls):
+    model = adapted(targets=["q", "v"])
+    assert [b.layers for b in model.lorafa_report.blocks if b.kind == "shared input"] == [("q", "v")]
+    assert_alike(results(model), results(adapted(fuse=False, targets=["q", "v"])))
+    assert calls == ALL
+    (block,) = (b for b in adapted(targets=["q"]).lorafa_report.blocks if b.kind == "shared input")
+    assert block.reason == "no two of its adapted layers share an input"
+
+
+def test_after_an_exception_in_between_the_next_call_is_right():
+    for place in (0, 1):
+        found = []
+        for fuse in (False, True):
+            attention, x = adapted(fuse)[0].attention, inputs()
+
+            def failing(x):
+                raise KeyError
+
+            attention.between[place] = failing
+            with pytest.raises(KeyError):
+                attention(x)
+            attention.between[place] = nothing
+            with torch.no_grad():
+                attention.v.lora_B.mul_(2)
+            # The one whose output was left waiting goes first.
+            found.append((attention.v(x).detach(), attention(x).detach()))
+        assert_alike(found[1], found[0])
+
+
+class Held:
+    """A packed tensor whose end can be seen."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_what_was_not_taken_goes_with_its_input():
+    attention, held = adapted()[0].attention, []
+
+    def pack(tensor):
+        held.append(weakref.ref(packed := Held(tensor)))
+        return packed
+
+    def abandoned(x):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
+            attention.q(x)
+
+    x = inputs().requires_grad_() * 1
+    abandoned(x)
+    assert len(held) > 0 and all(ref() is not None for ref in held)
+    del x
+    assert all(ref() is None for ref in held)
+
+
+def test_what_was_not_taken_goes_with_the_next_call():
+    attention = adapted()[0].attention
+    first, second = inputs(), inputs(1)
+    attention.q(first)
+    (waiting,) = (w.outputs for w in [attention.q._lorafa_group._local.waiting])
+    kept = [weakref.ref(output.y) for output in waiting.values()]
+    assert len(kept) == 2
+    del waiting
+    attention(second)
+    assert all(ref() is None for ref in kept)
+    assert attention.q._lorafa_group._local.waiting is None
+
+
+def test_threads_do_not_take_each_others_outputs():
+    model, rounds, failures = adapted(), 30, []
+    xs = [inputs(seed) for seed in range(4)]
+    wanted = [results(model, seed=seed) for seed in range(4)]
+    barrier = threading.Barrier(5)
+
+    def run(seed):
+        barrier.wait()
+        try:
+            for _ in range(rounds):
+                assert_alike(results(model, seed=seed), wanted[seed])
+        except BaseException as error:
+            failures.append(error)
+
+    def run_with_one_input():
+        barrier.wait()
+        try:
+            for _ in range(rounds):
+                torch.testing.assert_close(model(xs[0]), wanted[0][0])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(3)]
+    threads += [threading.Thread(target=run_with_one_input) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_an_output_is_not_handed_to_another_thread(calls):
+    attention, x, found = adapted()[0].attention, inputs(), []
+    attention.q(x)
+    thread = threading.Thread(target=lambda: found.append(attention.k(x)))
+    thread.start()
+    thread.join()
+    assert calls == 2 * ["lorafa_linear_group"]
+    torch.testing.assert_close(found[0], LoRAFALinear.forward(attention.k, x))
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def shallow(model):
+    other = copy.copy(model[0])
+    other._modules = dict(other._modules, attention=copy.copy(other.attention), mlp=copy.copy(other.mlp))
+    other.norm = copy.copy(other.norm)
+    return nn.Sequential(other)
+
+
+@pytest.mark.parametrize("copying", [copied, pickled, shallow], ids=lambda function: function.__name__)
+def test_copies_have_blocks_of_their_own(copying, calls):
+    model = adapted()
+    wanted = results(model)
+    other = copying(model)
+    del calls[:]
+    assert_alike(results(other), wanted)
+    assert calls == ALL
+    for (name, module), (other_name, its_copy) in zip(
+        model.named_modules(), other.named_modules(), strict=True
+    ):
+        assert name == other_name and type(module) is type(its_copy)
+    with torch.no_grad():
+        for parameter in [] if copying is shallow else other.parameters():
+            parameter.zero_()
+    assert_alike(results(model), wanted)
+    del other
+    gc.collect()
+    del calls[:]
+    assert_alike(results(model), wanted)
+    assert calls == ALL
+
+
+def test_a_layer_that_is_copied_alone_takes_no_other_along(calls):
+    attention, x = adapted()[0].attention, inputs()
+    wanted = attention.k(x)
+    for copying in (copied, pickled, copy.copy):
+        alone = copying(attention.k)
+        assert len(list(alone.modules())) == 1 and isinstance(alone, LoRAFALinear)
+        del calls[:]
+        torch.testing.assert_close(alone(x), wanted)
+        assert calls == []
+    attention(x)
+    assert calls == ["lorafa_linear_group"]
+
+
+def test_pickles_name_the_original_classes():
+    buffer = io.BytesIO()
+    torch.save(adapted()[0].mlp, buffer)
+    mlp = fused_module._subclass(MLP, fused_module.FusedMLP)
+    fused_module._subclass.cache_clear()
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert type(loaded) is not mlp and isinstance(loaded, MLP) and isinstance(loaded, fused_module.FusedMLP)
+    assert (type(loaded).__name__, type(loaded).__module__) == (MLP.__name__, MLP.__module__)
+
+
+def test_keys_classes_and_attributes_stay():
+    model, plain = adapted(), adapted(fuse=False)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    for one, other in zip(model.modules(), plain.modules(), strict=True):
+        assert isinstance(one, type(other))
+        assert {n for n in vars(one) if not n.startswith("_lorafa")} == set(vars(other))
+    assert repr(plain) == repr(model).replace("GroupMember", "LoRAFALinear")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_unloading_takes_the_blocks_out(merge):
+    model, plain = adapted(), adapted(fuse=False)
+    for one in (model, plain):
+        unload_adapter(one, merge=merge)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert not [n for m in model.modules() for n in vars(m) if "lorafa" in n]
+    assert torch.equal(model(inputs()), plain(inputs()))
+    apply_lorafa(model, LoRAFAConfig(target_modules="all-linear"))
+    assert sum(block.fused for block in model.lorafa_report.blocks) == 3
+
+
+def test_merging_and_disabling():
+    model, plain = adapted(), adapted(fuse=False)
+    for one in (model, plain):
+        merge_adapter(one.eval())
+    assert torch.equal(model(inputs()), plain(inputs()))
+    for one in (model, plain):
+        unmerge_adapter(one)
+    with disable_adapter(model), disable_adapter(plain):
+        assert torch.equal(model(inputs()), plain(inputs()))
+    assert_alike(results(model), results(plain))
+
+
+def checkpointed(model, reentrant):
+    return lambda x: checkpoint(model, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["early stop", "reentrant"])
+def test_checkpointing_repeats_what_it_repeats(reentrant, dropout, calls):
+    """The output and gradients are those of the same seed without checkpointing: with dropout the masks of
+    the forward without gradients are those of the one that is repeated.
+    """
+    model = adapted(dropout=dropout)
+    wanted = results(model)
+    del calls[:]
+    assert_alike(results_of_backward(model, checkpointed(model, reentrant)), wanted)
+    blocks = ALL[1:] if dropout else []
+    assert calls == (blocks if reentrant else ALL) + ALL
+    assert_alike(results_of_backward(model, checkpointed(model, reentrant)), wanted)
+
+
+def test_checkpointing_of_the_attention_alone_stops_early_and_leaves_nothing(calls):
+    attention = adapted()[0].attention
+    x = inputs().requires_grad_()
+    wanted = torch.autograd.grad(attention(x).sum(), x)[0]
+    del calls[:]
+
+    def stopping(x):
+        return attention.q(x), attention.k(x), attention.v(x)
+
+    for _ in range(2):
+        ys = checkpoint(stopping, x, use_reentrant=False)
+        total = attention.o(torch.tanh(ys[0]) * ys[1] + ys[2]).sum()
+        torch.testing.assert_close(torch.autograd.grad(total, x)[0], wanted)
+    assert calls == 4 * ["lorafa_linear_group"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_drawn_by_the_blocks(training):
+    model = adapted(dropout=0.5).train(training)
+    y, again, other = results(model)[0], results(model)[0], None
+    assert torch.equal(y, again)
+    torch.manual_seed(5)
+    other = model(inputs())
+    assert torch.equal(y, other) != training
+
+
+@pytest.mark.parametrize("path", ["", "0", "0.mlp", "0.attention", "0.norm"])
+def test_compiled_in_one_graph(path):
+    found = []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        module = model.get_submodule(path)
+        wanted = results(model, module)
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        found.append(results(model, compiled))
+        assert_alike(found[-1], wanted)
+    assert_alike(found[1], found[0])
