@@ -217,6 +217,61 @@ def test_every_family_passes_its_check(case):
     )
 
 
+def test_what_a_llama_layer_keeps_by_name():
+    """Every tensor of apply_lorafa's layer with its defaults, in Llama-2-7B's proportions."""
+    case = replace(BLOCK, sequence=32)
+    block = memory._build(case, "cpu")
+    models.adapt_lorafa(block, models.LLAMA_LINEARS, case.rank)
+    models.fill_adapters(block, case.dtype, zero_B=False)
+    x = torch.randn(4, 32, 256, dtype=torch.bfloat16, requires_grad=True)
+    parts = {"input": [x], "shared": block.shared}
+    _, saved = memory.saved_bytes(lambda: block(x), parts, block.parameters())
+    found = {}
+    for node, tensors in nodes_of(block(x)):
+        kept = [t for t in tensors if not isinstance(t, nn.Parameter)]
+        if "RMSNorm" in node:
+            # From the end of the layer on.
+            name = "norm 1" if "norm 2" in found else "norm 2"
+            found[name], found[f"{name} rstd"] = kept
+        elif "GatedMLP" in node:
+            found["gate"], found["up"], found["z gate, up"], found["z down"] = kept
+        elif "LinearGroup" in node:
+            (found["z q, k, v"],) = kept
+        elif "LoRAFALinear" in node:
+            (found["z o"],) = kept
+        elif "ScaledDotProduct" in node:
+            found |= dict(zip(("key", "logsumexp", "output", "query", "value"), kept, strict=True))
+    assert found["norm 1"] is x
+    M, R, half = 4 * 32, 4, 2
+    want = {
+        **{name: M * 256 * half for name in ("norm 1", "norm 2", "query", "key", "value", "output")},
+        **{name: M * 4 for name in ("norm 1 rstd", "norm 2 rstd")},
+        "logsumexp": M * 2 * 4,
+        **{name: M * 688 * half for name in ("gate", "up")},
+        "z q, k, v": M * 3 * R * half,
+        "z o": M * R * half,
+        "z gate, up": M * 2 * R * half,
+        "z down": M * R * half,
+    }
+    assert {name: tensor.untyped_storage().nbytes() for name, tensor in found.items()} == want
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == len(want)
+    assert sum(want.values()) == saved["input"] + saved["rest"], "and nothing else"
+    assert sum(want.values()) / case.unit_bytes() < 11.6
+
+
+def nodes_of(y):
+    """(name, saved tensors) of the nodes of a graph that keep something, from y on."""
+    waiting, seen = [y.grad_fn], set()
+    while waiting:
+        node = waiting.pop(0)
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        if tensors := memory._saved_by(node):
+            yield node.name(), tensors
+        waiting += [below for below, _ in node.next_functions]
+
+
 def linears_of(case):
     return models.size_of(case.model).linears
 
@@ -254,7 +309,8 @@ def test_hooks_see_all_that_a_block_keeps():
     models.adapt_lorafa(block, models.LLAMA_LINEARS, BLOCK.rank)
     models.fill_adapters(block, BLOCK.dtype, zero_B=False)
     x = reference.x.requires_grad_()
-    _, saved = memory.saved_bytes(lambda: block(x), {"shared": block.shared}, block.parameters())
+    parts = {"input": [x], "shared": block.shared}
+    _, saved = memory.saved_bytes(lambda: block(x), parts, block.parameters())
     kept, _, _ = memory.allocations(
         lambda: block(x), lambda y: torch.autograd.grad(y, x, reference.dy), "cpu"
     )
