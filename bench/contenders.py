@@ -37,8 +37,9 @@ class Layer:
 class Contender:
     """build(operands, case) -> Layer; obstacle(case, device) -> why it cannot run there, or None.
 
-    adapted: whether there is an adapter at all. compiled: by torch.compile. mask_dtype(case): of the tensor
-    on which it calls torch's dropout, as a key of DTYPES.
+    adapted: whether there is an adapter at all. compiled: by torch.compile. seeded: dropout masks are
+    computed from a seed, as this library does. Otherwise mask_dtype(case): of the tensor on which torch's
+    dropout is called, as a key of DTYPES.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Contender:
     obstacle: Callable[[Case, str], str | None] = lambda case, device: None
     adapted: bool = True
     compiled: bool = False
+    seeded: bool = False
     mask_dtype: Callable[[Case], str] = lambda case: case.dtype
 
 
@@ -193,11 +195,17 @@ def _adapter_dtype(case: Case) -> str:
 FROZEN, LORAFA = "frozen", "lorafa"
 _ALL = (
     Contender(FROZEN, "frozen nn.Linear", build_frozen, adapted=False),
-    Contender(LORAFA, "lorafa_kernels", build_lorafa),
+    Contender(LORAFA, "lorafa_kernels", build_lorafa, seeded=True),
     Contender(
-        "triton", "lorafa_kernels, Triton", partial(build_lorafa, impl="triton"), obstacle=_without_kernels
+        "triton",
+        "lorafa_kernels, Triton",
+        partial(build_lorafa, impl="triton"),
+        obstacle=_without_kernels,
+        seeded=True,
     ),
-    Contender("library", "lorafa_kernels, library products (d′)", partial(build_lorafa, impl="torch")),
+    Contender(
+        "library", "lorafa_kernels, library products (d′)", partial(build_lorafa, impl="torch"), seeded=True
+    ),
     Contender("eager-lorafa", "eager LoRA-FA", build_eager),
     Contender("eager-lora", "eager LoRA", partial(build_eager, train_A=True)),
     Contender("addmm", "product, then addmm_ (as Unsloth)", build_addmm, obstacle=_without_dropout),

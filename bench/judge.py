@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafa_kernels.accuracy import Operands, allowed_error, draw_operands, plain_formula, relative_error
+from lorafa_kernels.functional import draw_seed
+from lorafa_kernels.philox import keep_mask
 
 from .cases import DTYPES, Case
 from .contenders import Contender, Layer, compute
@@ -109,7 +111,8 @@ class Judge:
         return verdict(got, *self._right(contender, None))
 
     def _right(self, contender: Contender, mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, float]]:
-        key = (contender.adapted, contender.mask_dtype(self.case) if self.case.dropout else None)
+        mask_of = "seed" if contender.seeded else contender.mask_dtype(self.case)
+        key = (contender.adapted, mask_of if self.case.dropout else None)
         if key not in self._known:
             inputs = self.operands
             if not contender.adapted:
@@ -125,6 +128,9 @@ class Judge:
         if not p or not contender.adapted:
             return None
         torch.manual_seed(SEED)
-        like = torch.ones_like(self.operands.x, dtype=DTYPES[contender.mask_dtype(self.case)])
+        x = self.operands.x
+        if contender.seeded:
+            return keep_mask(draw_seed(x.device), p, *x.shape).double() / (1 - p)
+        like = torch.ones_like(x, dtype=DTYPES[contender.mask_dtype(self.case)])
         # 1/(1 − p) itself, and not rounded to the dtype in which the mask was drawn.
         return (F.dropout(like, p) != 0).double() / (1 - p)

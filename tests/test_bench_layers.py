@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -80,7 +81,7 @@ def test_everyone_is_checked_and_timed_or_says_why_not(case):
         assert (FROZEN in row["ratios"]) == (key != FROZEN)
     idle = {key for (key, _), row in rows.items() if row["status"] == "not run"}
     if DEVICE == "cpu":
-        assert idle == {"triton"} | ({"lorafa", "library", "addmm"} if case.dropout else set())
+        assert idle == {"triton"} | ({"addmm"} if case.dropout else set())
 
 
 @pytest.mark.parametrize(
@@ -178,8 +179,24 @@ def test_dropout_is_checked_with_the_mask_that_was_drawn():
         return right
 
     rows = measure(DROPOUT, known=with_planted(drops_too_little))
-    assert rows["eager-lorafa", "both"]["status"] == "ok"
+    assert rows["eager-lorafa", "both"]["status"] == rows["lorafa", "both"]["status"] == "ok"
     assert rows["planted", "both"]["status"] == "failed"
+    # Of the same seed torch's dropout and this library draw different masks: each is judged by its own.
+    swapped = {
+        "lorafa": replace(CONTENDERS["lorafa"], seeded=False),
+        "eager-lorafa": replace(CONTENDERS["eager-lorafa"], seeded=True),
+    }
+    rows = measure(DROPOUT, known=swapped)
+    assert {row["status"] for row in rows.values()} == {"failed"}
+
+
+def test_what_cannot_be_checked_with_dropout_says_so(monkeypatch):
+    monkeypatch.setattr(layers, "synchronize", lambda: None)
+    case = judge.Judge(DROPOUT, judge.draw(DROPOUT, "cpu"))
+    _, verdicts = layers.check(case, {FROZEN: CONTENDERS[FROZEN]}, "cuda", "graph", lambda fraction: None)
+    assert "another mask" in verdicts[FROZEN]["reason"] and verdicts[FROZEN]["status"] == "not run"
+    payload = kernels.time_kernels(DROPOUT, "cpu", rounds=1, interpreted=True)
+    assert {row["reason"] for row in payload["rows"]} == {"kernels by themselves are timed without dropout"}
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -225,7 +242,8 @@ def test_everyone_runs_on_a_gpu_in_every_mode(mode):
 
 @pytest.mark.gpu
 def test_dropout_is_checked_on_a_gpu():
-    rows = measure(DROPOUT, device="cuda", keys=("frozen", "eager-lorafa", "eager-lora"))
+    keys = ("frozen", "lorafa", "triton", "library", "eager-lorafa", "eager-lora")
+    rows = measure(DROPOUT, device="cuda", keys=keys)
     assert {row["status"] for row in rows.values()} == {"ok"}, rows
 
 
