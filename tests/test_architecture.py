@@ -35,7 +35,7 @@ LEVELS = [
     {"placing.recognise", "placing.members"},
     {"placing.fused"},
     {"placing.place"},
-    {"adapt", "explanation", "tuning.search"},
+    {"adapt", "blocks.accuracy", "explanation", "tuning.search"},
     {"checkpoint", "doctor", "tuning.command"},
     {"__main__"},
 ]
