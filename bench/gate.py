@@ -52,6 +52,7 @@ from lorafa_kernels.tuning.config import (
     KernelConfig,
     all_default_configs,
     default_config,
+    expand_total_config,
     rows_aligned,
     shared_memory,
     shrink_group_config,
@@ -116,8 +117,10 @@ class Case:
             return shrink_group_config(limits, operand_bytes, *self.group)[0]
         if self.op == "shrink_total":
             return shrink_total_config(limits, operand_bytes, self.M, self.R)
+        if self.op == "expand_total":
+            return expand_total_config(limits, operand_bytes, self.M, self.R, aligned, self.dropout)
         rest = aligned, self.recompute, self.dropout
-        return default_config(GROUP_BASE.get(self.op, self.op), limits, operand_bytes, self.M, self.R, *rest)
+        return default_config(self.op, limits, operand_bytes, self.M, self.R, *rest)
 
     @property
     def group(self) -> tuple[int, int, int, bool]:
@@ -135,6 +138,9 @@ class Case:
         if self.op == "shrink_group" and self.dropout:
             # The masked tile, beside the one that the next member masks.
             return estimate + config.BLOCK_M * config.BLOCK_K * operand_bytes
+        if self.op == "expand_total" and self.dropout:
+            # Masks change their layout through it.
+            estimate = max(estimate, 4 * config.BLOCK_M * config.BLOCK_N)
         # The barriers of several loops lie apart.
         return estimate + (1024 if self.op == "expand_total" and config.variant == "tma" else 0)
 

@@ -195,7 +195,13 @@ def shrink_group_config(
     if wide_blocks:
         # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free.
         few = members * BLOCK_R <= 64
-        config = replace(config, BLOCK_K=64, num_warps=4 if few else 8, num_stages=4 if few else 3)
+        # Masks are made in registers, of which a thread of four warps has too few for them.
+        config = replace(
+            config,
+            BLOCK_K=32 if dropout and not few else 64,
+            num_warps=4 if few and not dropout else 8,
+            num_stages=4 if few else 3,
+        )
     return replace(config, BLOCK_R=BLOCK_R), members
 
 
@@ -207,6 +213,18 @@ def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int
         # ptxas squeezes eight warps into 64 registers and spills two.
         config = replace(config, num_warps=4)
     return replace(config, BLOCK_N=config.BLOCK_R)
+
+
+@functools.lru_cache(maxsize=1024)
+def expand_total_config(
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool, dropout: bool
+) -> KernelConfig:
+    """Return the configuration of expand_total: expand's, R the largest rank."""
+    config = default_config("expand", limits, operand_bytes, M, R, aligned, recompute=False, dropout=dropout)
+    if dropout and config.variant == "portable" and config.BLOCK_M * config.BLOCK_N > 128 * 64:
+        # One member's rank-R term is masked beside the sum of the others': registers for two blocks.
+        return replace(config, BLOCK_N=64)
+    return config
 
 
 @functools.lru_cache(maxsize=1024)
