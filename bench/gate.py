@@ -234,7 +234,7 @@ def measure(case: Case, launch: int) -> dict:
         **resources(case.arch, compiled),
         "shared_memory": compiled.metadata.shared,
         "estimate": shared_memory(
-            case.op, case.config, DTYPES[case.dtype].itemsize, KNOWN_DEVICES[case.arch]
+            case.op, case.config, DTYPES[case.dtype].itemsize, KNOWN_DEVICES[case.arch], case.dropout
         ),
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
         "instructions": {name: count for name, count in counts.items() if count},
@@ -308,6 +308,9 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
     registers = -(-row["registers"] // 8) * 8 * row["threads"]
     if not is_expand:
         memory, most = OVERLAP_SHARED_MEMORY, OVERLAP_REGISTERS
+    elif case.dropout:
+        # The mask takes what registers there are: the launch is hidden, the kernel before is not.
+        return found
     elif case.config.variant == "tma" and case.R * DTYPES[case.dtype].itemsize % 16 == 0:
         memory = SM_SHARED_MEMORY - 2 * 1024 - OVERLAP_SHARED_MEMORY
         most = SM_REGISTERS - OVERLAP_REGISTERS
