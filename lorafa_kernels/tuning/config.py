@@ -243,12 +243,12 @@ def shared_memory(
     all_stages = from_shared or operand_bytes >= 4
     stages = config.num_stages if all_stages else max(1, config.num_stages - 1)
     barriers = 64 if from_shared else 0
+    masked_rows = M * K * operand_bytes if dropout else 0
     if op == "shrink":
         rounded_factor = K * R * operand_bytes
-        masked_rows = M * K * operand_bytes if dropout else 0
         return stages * K * (M * operand_bytes + R * 4) + rounded_factor + masked_rows + barriers
     if config.variant == "recompute":
-        return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + barriers
+        return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + masked_rows + barriers
     if op == "expand" and config.variant == "tma":
         # The result's buffer lives through the loop over tiles; the rank-R step has two stages of its own.
         loop = config.num_stages * K * (M + N) * operand_bytes
