@@ -132,17 +132,18 @@ class Case:
         config, limits, operand_bytes = self.config, KNOWN_DEVICES[self.arch], DTYPES[self.dtype].itemsize
         if self.op == "shrink_group":
             # The ranks of all members lie side by side.
-            _, members = shrink_group_config(limits, operand_bytes, *self.group)
-            config = replace(config, BLOCK_R=members * config.BLOCK_R)
-        estimate = shared_memory(GROUP_BASE.get(self.op, self.op), config, operand_bytes, limits)
-        if self.op == "shrink_group" and self.dropout:
-            # The masked tile, beside the one that the next member masks.
-            return estimate + config.BLOCK_M * config.BLOCK_K * operand_bytes
-        if self.op == "expand_total" and self.dropout:
-            # Masks change their layout through it.
+            config = replace(
+                config, BLOCK_R=config.BLOCK_R * shrink_group_config(limits, operand_bytes, *self.group)[1]
+            )
+        op = GROUP_BASE.get(self.op, self.op)
+        estimate = shared_memory(op, config, operand_bytes, limits, self.dropout)
+        if self.op != "expand_total":
+            return estimate
+        if self.dropout and config.variant != "tma":
+            # A term changes its layout to be masked.
             estimate = max(estimate, 4 * config.BLOCK_M * config.BLOCK_N)
         # The barriers of several loops lie apart.
-        return estimate + (1024 if self.op == "expand_total" and config.variant == "tma" else 0)
+        return estimate + (1024 if config.variant == "tma" else 0)
 
     @property
     def overlaps(self) -> bool:
@@ -355,6 +356,9 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
     registers = -(-row["registers"] // 8) * 8 * row["threads"]
     if not is_expand:
         memory, most = OVERLAP_SHARED_MEMORY, OVERLAP_REGISTERS
+    elif case.dropout:
+        # The mask takes what registers there are: the launch is hidden, the kernel before is not.
+        return found
     elif case.config.variant == "tma" and case.R * DTYPES[case.dtype].itemsize % 16 == 0:
         memory = SM_SHARED_MEMORY - 2 * 1024 - OVERLAP_SHARED_MEMORY
         most = SM_REGISTERS - OVERLAP_REGISTERS
