@@ -21,7 +21,7 @@ from lorafa_kernels.functional import draw_seed
 from lorafa_kernels.philox import keep_mask
 
 from .cases import DTYPES, Case
-from .contenders import Contender, Layer, compute
+from .contenders import SEEDED, Contender, Layer, compute
 
 SEED = 0
 
@@ -111,8 +111,7 @@ class Judge:
         return verdict(got, *self._right(contender, None))
 
     def _right(self, contender: Contender, mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, float]]:
-        mask_of = "seed" if contender.seeded else contender.mask_dtype(self.case)
-        key = (contender.adapted, mask_of if self.case.dropout else None)
+        key = (contender.adapted, contender.mask_dtype(self.case) if self.case.dropout else None)
         if key not in self._known:
             inputs = self.operands
             if not contender.adapted:
@@ -128,9 +127,9 @@ class Judge:
         if not p or not contender.adapted:
             return None
         torch.manual_seed(SEED)
-        x = self.operands.x
-        if contender.seeded:
+        if contender.mask_dtype(self.case) == SEEDED:
+            x = self.operands.x
             return keep_mask(draw_seed(x.device), p, *x.shape).double() / (1 - p)
-        like = torch.ones_like(x, dtype=DTYPES[contender.mask_dtype(self.case)])
+        like = torch.ones_like(self.operands.x, dtype=DTYPES[contender.mask_dtype(self.case)])
         # 1/(1 − p) itself, and not rounded to the dtype in which the mask was drawn.
         return (F.dropout(like, p) != 0).double() / (1 - p)

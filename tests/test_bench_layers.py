@@ -178,20 +178,20 @@ def test_dropout_is_checked_with_the_mask_that_was_drawn():
         right.module.dropout.p = 0.2
         return right
 
-    rows = measure(DROPOUT, known=with_planted(drops_too_little))
-    assert rows["eager-lorafa", "both"]["status"] == rows["lorafa", "both"]["status"] == "ok"
-    assert rows["planted", "both"]["status"] == "failed"
-    # Of the same seed torch's dropout and this library draw different masks: each is judged by its own.
-    swapped = {
-        "lorafa": replace(CONTENDERS["lorafa"], seeded=False),
-        "eager-lorafa": replace(CONTENDERS["eager-lorafa"], seeded=True),
-    }
-    rows = measure(DROPOUT, known=swapped)
-    assert {row["status"] for row in rows.values()} == {"failed"}
+    def draws_once_more(operands, case) -> Layer:
+        right = contenders.build_lorafa(operands, case)
+        return Layer(lambda x: (torch.rand(1, device=x.device), right.module(x))[1], right.lora_B)
+
+    seeded = CONTENDERS["lorafa"].mask_dtype
+    for wrong, mask_dtype in ((drops_too_little, planted(raising).mask_dtype), (draws_once_more, seeded)):
+        known = with_planted(wrong)
+        known["planted"] = replace(known["planted"], mask_dtype=mask_dtype)
+        rows = measure(DROPOUT, known=known)
+        assert {rows[key, "both"]["status"] for key in ("eager-lorafa", "lorafa", "library")} == {"ok"}
+        assert rows["planted", "both"]["status"] == "failed"
 
 
-def test_what_cannot_be_checked_with_dropout_says_so(monkeypatch):
-    monkeypatch.setattr(layers, "synchronize", lambda: None)
+def test_what_cannot_be_checked_with_dropout_says_so():
     case = judge.Judge(DROPOUT, judge.draw(DROPOUT, "cpu"))
     _, verdicts = layers.check(case, {FROZEN: CONTENDERS[FROZEN]}, "cuda", "graph", lambda fraction: None)
     assert "another mask" in verdicts[FROZEN]["reason"] and verdicts[FROZEN]["status"] == "not run"
@@ -242,8 +242,9 @@ def test_everyone_runs_on_a_gpu_in_every_mode(mode):
 
 @pytest.mark.gpu
 def test_dropout_is_checked_on_a_gpu():
-    keys = ("frozen", "lorafa", "triton", "library", "eager-lorafa", "eager-lora")
-    rows = measure(DROPOUT, device="cuda", keys=keys)
+    rows = measure(
+        DROPOUT, device="cuda", keys=("frozen", "lorafa", "triton", "library", "eager-lorafa", "eager-lora")
+    )
     assert {row["status"] for row in rows.values()} == {"ok"}, rows
 
 
