@@ -208,10 +208,22 @@ def test_gated_operators(device, impl, name, u, need_du):
 
 
 class Case:
-    """x (M, K), dy (M, N), and the operands of gate, up and down; those in `plain` have no adapter."""
+    """x (rows, K), dy (rows, N), and the operands of gate, up and down, of widths K, INTERMEDIATE and N.
+
+    plain: those without an adapter. dropout: the probability of each layer that has one.
+    """
 
     def __init__(
-        self, device, dtype=torch.float32, *, rows=M, bias=True, plain=(), factor_dtype=None, dropout=None
+        self,
+        device,
+        dtype=torch.float32,
+        *,
+        rows=M,
+        widths=(K, INTERMEDIATE, N),
+        bias=True,
+        plain=(),
+        factor_dtype=None,
+        dropout=None,
     ):
         generator = torch.Generator().manual_seed(3)
 
@@ -219,12 +231,10 @@ class Case:
             wide = torch.randn(*shape, generator=generator, dtype=torch.float64)
             return (scale * wide).to(device, dtype)
 
-        self.x = draw(rows, K).requires_grad_()
-        self.dy = draw(rows, N)
+        self.x = draw(rows, widths[0]).requires_grad_()
+        self.dy = draw(rows, widths[2])
         self.layers = {}
-        for name, (inputs, outputs) in zip(
-            LAYERS, ((K, INTERMEDIATE), (K, INTERMEDIATE), (INTERMEDIATE, N)), strict=True
-        ):
+        for name, (inputs, outputs) in zip(LAYERS, (widths[:2], widths[:2], widths[1:]), strict=True):
             R = RANKS[name]
             weight, bias_ = draw(outputs, inputs, scale=inputs**-0.5), draw(outputs)
             lora_A = draw(R, inputs, scale=inputs**-0.5)
@@ -648,7 +658,7 @@ def test_non_finite_values_propagate(device, impl):
 @activations
 def test_gradcheck(impl, activation, dropout):
     """Against finite differences, with dropout at a fixed seed."""
-    case = Case("cpu", torch.float64, rows=3, dropout=dropout)
+    case = Case("cpu", torch.float64, rows=3, widths=(5, 6, 4), dropout=dropout)
     layers = case.layers
 
     def function(x, *lora_Bs):
