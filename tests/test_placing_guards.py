@@ -763,3 +763,24 @@ def test_compiled_in_one_graph(path):
         found.append(results(model, compiled))
         assert_alike(found[-1], wanted)
     assert_alike(found[1], found[0])
+
+
+def test_backward_through_one_output_leaves_the_others_alone(calls):
+    """Its node is used up then: outputs that wait could not be differentiated any more."""
+    attention, x = adapted()[0].attention, inputs().requires_grad_()
+    for shape in (x.shape, (-1, WIDTH)):
+        rows = x.detach().view(shape).requires_grad_()
+        attention.q(rows).sum().backward()
+        attention.v(rows).sum().backward()
+        (attention.q(rows) * attention.k(rows) * attention.v(rows)).sum().backward()
+    assert calls == 6 * ["lorafa_linear_group"]
+
+
+def test_another_forward_put_into_the_class_later_is_called(monkeypatch, calls):
+    model = adapted()
+    wanted = results(model)
+    del calls[:]
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 2 * self.down(self.act(self.gate(x)) * self.up(x)))
+    got = results(model)
+    assert calls == ["rms_norm", "lorafa_linear_group"]
+    assert not torch.allclose(got[0], wanted[0])
