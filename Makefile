@@ -52,7 +52,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m bench quick
 
 bench-cpu: $(VENV)/.dev
-	$(BIN)/python -m bench run --grid cpu --kinds ceilings time host memory block training --device cpu --fresh
+	$(BIN)/python -m bench run --grid cpu --kinds ceilings time host block-time memory block training --device cpu --fresh
 
 memory: $(VENV)/.dev
 	$(BIN)/python -m bench run --kinds family --device cpu --fresh --out bench/results/cpu/memory.jsonl

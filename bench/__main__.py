@@ -22,7 +22,7 @@ import torch
 
 from lorafa_kernels.tuning.models import MODELS
 
-from . import STARTED, compare, report
+from . import STARTED, blocks, compare, memory, models, report, training
 from .cases import (
     DTYPES,
     GRIDS,
@@ -107,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made = add("report", make_report, "Make docs/performance.md and its plots from bench/results.")
     made.add_argument("--compare", metavar="REV-or-FILE", help="show what changed since, instead")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
-    add("list", list_names, "Print the known models, grids, kinds and contenders.")
+    add("list", list_names, "Print the known models, grids, kinds, contenders and cases.")
     return parser.parse_args(argv)
 
 
@@ -270,9 +270,20 @@ def list_names(options: argparse.Namespace) -> int:
     for name, make in GRIDS.items():
         print(f"  {name}: {len(make())} cases. {make.__doc__.splitlines()[0]}")
     print(f"kinds, for --kinds: {', '.join(KINDS)}")
-    print("contenders, for --contenders:")
+    print("contenders of layers, for --contenders:")
     for key in CONTENDERS:
         print(f"  {key}: {TITLES[key]}")
+    print("contenders of blocks (kinds block-time, block and family) and training:")
+    for key, title in models.TITLES.items():
+        print(f"  {key}: {title} ({', '.join(models.CONTENDERS[key].scopes)})")
+    for kind, known in (
+        ("block-time", [case for some in blocks.CASES.values() for case in some]),
+        ("block", memory.BLOCKS.values()),
+        ("family", memory.FAMILIES.values()),
+        ("training", training.TRAININGS.values()),
+    ):
+        print(f"cases of kind {kind}:")
+        print("\n".join(f"  {case.label}" for case in known))
     return 0
 
 

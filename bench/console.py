@@ -10,6 +10,7 @@ from rich.table import Table
 from .contenders import LORAFA
 from .contenders import TITLES as LAYER_TITLES
 from .kernels import LIBRARY
+from .kernels import TITLES as KERNEL_TITLES
 from .reading import (
     MEASURED,
     MODES,
@@ -47,6 +48,7 @@ MEMORY_COLUMNS: dict[str, Columns] = {
 MEMORY_COLUMNS["block"] = {"in hidden states": lambda row: number(row.get("units"))} | MEMORY_COLUMNS["layer"]
 MEMORY_COLUMNS["family"] = MEMORY_COLUMNS["block"]
 TRAINING_COLUMNS: Columns = {
+    "batch": lambda row: f"{row.get('batch', '')}",
     "step, ms (p20–p80)": lambda row: spread(step) if (step := usable(row.get("step_ms"))) else "–",
     "tokens/s": lambda row: number(row.get("tokens_per_s")),
     "kept for backward": lambda row: size(row.get("saved_bytes")),
@@ -89,10 +91,11 @@ def show_times(records: Sequence[Record], title: str, console: Console) -> None:
         console.print(f"{title}: not run: {reasons(records)}", style="yellow", highlight=False)
         return
     parts = list(dict.fromkeys(row["part"] for row in rows))
-    layers = LAYER_TITLES is titles_of(records[0])
+    layers = titles_of(records[0]) is not KERNEL_TITLES
+    baseline = "frozen nn.Linear" if titles_of(records[0]) is LAYER_TITLES else "frozen"
     table = Table("case", "contender", *(f"{part}, ms" for part in parts), title=title)
     if layers:
-        table.add_column("both: time / frozen nn.Linear")
+        table.add_column(f"both: time / {baseline}")
         table.add_column("both: lorafa_kernels / this")
     for record in records:
         titles = titles_of(record)

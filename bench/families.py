@@ -15,9 +15,9 @@ from .reading import Record, Sources, arranged, markdown, newest, number, ordere
 # What an autograd node keeps, by the start of its name; of a layer of this library's.
 NODES = {
     "RMSNorm": "norms: their inputs, and 1/rms in fp32",
-    "ScaledDotProduct": "attention: q, k, v, its output and logsumexp",
-    "LoRAFAGroup": "q, k and v projections: z of each",
-    "LoRAFAGatedMLP": "MLP: outputs of gate and up, z of each of its three layers",
+    "LoRAFALinearGroup": "q, k and v projections: z of each",
+    "ScaledDotProduct": "attention: q, k, v, its output, logsumexp in fp32",
+    "LoRAFAGatedMLP": "MLP: outputs of gate and up, z of gate, up and down",
     "LoRAFALinear": "other linear layers: z of each",
 }
 NOTHING = "Not measured yet."

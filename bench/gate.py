@@ -41,6 +41,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from lorafa_kernels.blocks.activation import ACTIVATIONS
+from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
+from lorafa_kernels.kernels.gated import NUM_WARPS as GATED_WARPS
 from lorafa_kernels.kernels.tile import INTERPRETED
 from lorafa_kernels.tuning.config import (
     KNOWN_DEVICES,
@@ -54,6 +57,8 @@ from lorafa_kernels.tuning.config import (
     default_config,
     rows_aligned,
     shared_memory,
+    shrink_group_config,
+    shrink_total_config,
 )
 
 from .environment import environment
@@ -63,6 +68,9 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 NEIGHBOURS = ("sm_86", "sm_89", "sm_120")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"shrink": ("z", "dz"), "expand": ("y", "dx"), "grad": ("dz, dB", "dB")}
+# Of layers that share an input: what each launches, and the kernel whose configurations it takes.
+GROUP_LAYOUTS = {"shrink_group": "all z", "expand_total": "dx of all", "shrink_total": "dz of all"}
+GROUP_BASE = {"shrink_group": "shrink", "expand_total": "expand", "shrink_total": "shrink"}
 # K and N. even: multiples of every block; ragged: aligned rows, a masked last block; odd: unaligned rows.
 SIZES = {"even": (4096, 4096), "ragged": (4112, 4112), "odd": (4099, 4101)}
 INSTRUCTIONS = {
@@ -74,8 +82,12 @@ INSTRUCTIONS = {
 # Which of them 16-bit products must use, by family of architectures.
 EXPECTED = {"ampere": ("mma",), "hopper": ("wgmma",), "blackwell": ("tcgen05", "mma"), "amd": ("mfma",)}
 TENSOR_MEMORY_COLUMNS = 512
-SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel")
-MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad")
+SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel", "shrink_group_sum_kernel")
+# What the kernels of the gated activation write, for each activation; they have no configuration to pick.
+GATED_RESULTS = ("h", "dg, du", "dg", "du")
+WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
+MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
+KERNELS = (*OPS, "group", "gated")
 # Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
 SM_SHARED_MEMORY = 228 * 1024
 SM_REGISTERS = 65536
@@ -99,20 +111,53 @@ class Case:
     asked_tf32: bool = False
     recompute: bool = False  # as in default_config
     pdl: bool = True  # asked for; sm_90 and newer have it
+    dropout: bool = False
+    members: int = 1  # of a group
 
     @property
     def config(self) -> KernelConfig:
         operand_bytes = DTYPES[self.dtype].itemsize
         aligned = rows_aligned(operand_bytes, *SIZES[self.sizes])
         limits = KNOWN_DEVICES[self.arch]
-        return default_config(self.op, limits, operand_bytes, self.M, self.R, aligned, self.recompute)
+        if self.op == "shrink_group":
+            return shrink_group_config(limits, operand_bytes, *self.group)[0]
+        if self.op == "shrink_total":
+            return shrink_total_config(limits, operand_bytes, self.M, self.R)
+        if self.op == "gated":
+            return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
+        rest = aligned, self.recompute, self.dropout
+        return default_config(GROUP_BASE.get(self.op, self.op), limits, operand_bytes, self.M, self.R, *rest)
+
+    @property
+    def group(self) -> tuple[int, int, int, bool]:
+        return self.M, self.R, self.members, self.dropout
+
+    @property
+    def shared_memory(self) -> int:
+        """What its configuration is estimated to need."""
+        config, limits, operand_bytes = self.config, KNOWN_DEVICES[self.arch], DTYPES[self.dtype].itemsize
+        if self.op == "gated":
+            return 0
+        if self.op == "shrink_group":
+            # The ranks of all members lie side by side.
+            _, members = shrink_group_config(limits, operand_bytes, *self.group)
+            config = replace(config, BLOCK_R=members * config.BLOCK_R)
+        estimate = shared_memory(GROUP_BASE.get(self.op, self.op), config, operand_bytes, limits)
+        # The barriers of several loops lie apart.
+        return estimate + (1024 if self.op == "expand_total" and config.variant == "tma" else 0)
 
     @property
     def overlaps(self) -> bool:
         """Whether its kernels run beside others: expand, and what writes z or dz before it."""
         writes_low_rank = self.layout not in ("y", "dx", "dB")
         takes_part = writes_low_rank or self.config.variant != "recompute"
-        return self.pdl and self.layout != "dB" and takes_part and KNOWN_DEVICES[self.arch].dependent_launch
+        return (
+            self.members == 1
+            and self.pdl
+            and self.layout != "dB"
+            and takes_part
+            and KNOWN_DEVICES[self.arch].dependent_launch
+        )
 
 
 class Recorder:
@@ -129,7 +174,7 @@ class Recorder:
 def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
     modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
-    shrink, expand, _, recompute, grad = modules
+    shrink, expand, _, recompute, grad, group, _, gated = modules
     calls: list = []
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
@@ -138,19 +183,43 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     lora_A, lora_B = tensor(case.R, K, dtype=factor_dtype), tensor(N, case.R, dtype=factor_dtype)
     bias = tensor(N) if case.bias else None
     pdl, config = {"pdl": case.pdl}, {"config": case.config}
+    drop = {"dropout_p": 0.1, "seed": tensor(1, dtype=torch.int64)} if case.dropout else {}
     # As in kernels/linear.py.
     calls_of = {
-        "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl),
+        "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl, **drop),
         "dz": lambda: shrink.shrink(dy, lora_B, 2.0, **pdl),
         "y": lambda: expand.expand(x, weight.t(), z, lora_B.t(), bias, **pdl),
-        "dx": lambda: expand.expand(dy, weight, z, lora_A, **pdl),
+        "dx": lambda: expand.expand(dy, weight, z, lora_A, **pdl, **drop),
         "dz, dB": lambda: grad.grad(dy, z, lora_B, 2.0, factor_dtype, **pdl),
         "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype),
     }
     if case.config.variant == "recompute":
+        dx = {"want_L": False, "drop_P": False}
+        config |= drop
         calls_of = {
             "y": lambda: recompute.recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, 2.0, **config),
-            "dx": lambda: recompute.recompute(dy, weight, lora_B, lora_A, None, 2.0, want_L=False, **config),
+            "dx": lambda: recompute.recompute(dy, weight, lora_B, lora_A, None, 2.0, **dx, **config),
+        }
+    if case.members > 1:
+        n = case.members
+        of_group = group.Dropout(tensor(n, dtype=torch.int64), range(n), [0.1] * n) if case.dropout else None
+        drop = {"dropout": of_group}
+        calls_of = {
+            "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n, **drop),
+            "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n, **drop),
+            "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0),
+        }
+    if case.op == "gated":
+        result, activation = case.layout.split(": ")
+        # Contiguous, or rows within a larger matrix.
+        g = x if case.sizes == "even" else tensor(case.M, 2 * K)[:, :K]
+        u = None if result == "du" else g
+        calls_of = {
+            case.layout: lambda: (
+                gated.gated(g, u, activation)
+                if result == "h"
+                else gated.gated_backward(g, g, u, activation, result != "dg")
+            )
         }
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.asked_tf32 else "ieee"
     with contextlib.ExitStack() as stack:
@@ -212,7 +281,7 @@ def measure(case: Case, launch: int) -> dict:
         "last": launch == len(recorded) - 1,
         "config": asdict(case.config),
     }
-    if row["kernel"] not in SUM_KERNELS and any(
+    if row["kernel"] not in WITHOUT_PRODUCT and any(
         kwargs.get(key, size) != size for key, size in row["config"].items()
     ):
         return {**row, "failures": ["launched with another configuration"]}
@@ -228,9 +297,7 @@ def measure(case: Case, launch: int) -> dict:
     row |= {
         **resources(case.arch, compiled),
         "shared_memory": compiled.metadata.shared,
-        "estimate": shared_memory(
-            case.op, case.config, DTYPES[case.dtype].itemsize, KNOWN_DEVICES[case.arch]
-        ),
+        "estimate": case.shared_memory,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
         "instructions": {name: count for name, count in counts.items() if count},
         "tf32": len(re.findall("tf32|xf32", assembly)),
@@ -266,7 +333,7 @@ def failures(case: Case, row: dict) -> list[str]:
     if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
     found += overlap_failures(case, row)
-    if row["kernel"] in SUM_KERNELS:
+    if row["kernel"] in WITHOUT_PRODUCT:
         return found
     if row["shared_memory"] > row["estimate"]:
         found.append(f"shared memory {row['shared_memory']} above the estimate {row['estimate']}")
@@ -278,11 +345,10 @@ def failures(case: Case, row: dict) -> list[str]:
         found.append(f"no {' or '.join(expected)}")
     if bool(row["tf32"]) != case.asked_tf32:
         found.append("no TF32 product where TF32 was asked for" if case.asked_tf32 else "TF32 product")
-    if (
-        case.op == "expand"
-        and case.config.variant == "tma"
-        and (row["serialized"] or row["pendings"][:1] != [1])
-    ):
+    by_tma = case.op in ("expand", "expand_total") and case.config.variant == "tma"
+    # Each member of a group has a K loop: a wait within it and one behind it.
+    in_loops = row["pendings"][: 2 * case.members : 2]
+    if by_tma and (row["serialized"] or in_loops != [1] * case.members):
         found.append("no product of the K loop is left in flight")
     return found
 
@@ -362,6 +428,30 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
                         yield replace(case, asked_tf32=True)
 
 
+def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
+    """Every configuration of the kernels of groups, for two and three members, in the sizes that change the
+    code, as in all_cases; quick: the default for many rows of three members alone.
+    """
+    for arch, (op, layout), dtype in itertools.product(archs, GROUP_LAYOUTS.items(), ("bf16", "fp32")):
+        masked = (False, True) if op != "shrink_total" else (False,)
+        if quick:
+            if dtype == "bf16":
+                case = Case(arch, op, dtype, "fp32", layout, "even", 8192, 16, members=3)
+                yield from (replace(case, dropout=dropout) for dropout in masked)
+            continue
+        seen = set()
+        shapes = (8192, SPLIT_ROWS, 64), (16, 64, 128), (2, 3), ("even", "ragged", "odd"), masked
+        for M, R, members, sizes, dropout in itertools.product(*shapes):
+            case = Case(arch, op, dtype, "fp32", layout, sizes, M, R, dropout=dropout, members=members)
+            key = (case.config, members, sizes, dropout, case.shared_memory)
+            if key in seen or (arch in NEIGHBOURS and sizes == "ragged"):
+                continue
+            seen.add(key)
+            yield case
+            if case.config.variant == "tma":
+                yield replace(case, R=4)
+
+
 def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
     """The default configuration of each kernel for many and for few rows, in the commonest dtypes: on sm_90
     at R = 16 and 64, elsewhere at the larger.
@@ -378,6 +468,26 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
             few = Case(arch, op, "bf16", "fp32", layouts[0], "even", SPLIT_ROWS, 16)
             fp32 = Case(arch, op, "fp32", "fp32", layouts[0], "even", 8192, 16)
             yield from (few, replace(few, pdl=False), fp32, replace(fp32, asked_tf32=True))
+
+
+def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
+    """The kernels of the gated activation: every activation and result, and both gradients and h also in
+    fp32, in rows that are not contiguous, and in fp16. Architectures with the instructions of sm_80: bf16.
+    quick: h and both gradients by the commonest activation and the one with the rarest function.
+    """
+    for arch, result, activation in itertools.product(archs, GATED_RESULTS, ACTIVATIONS):
+        case = Case(arch, "gated", "bf16", "bf16", f"{result}: {activation}", "even", 8192, 0, pdl=False)
+        usual = result in ("h", "dg, du")
+        if quick:
+            if usual and activation in ("silu", "gelu"):
+                yield case
+            continue
+        yield case
+        if usual and arch not in NEIGHBOURS:
+            yield replace(case, sizes="odd")
+            yield replace(case, dtype="fp32", factor_dtype="fp32")
+            yield replace(case, dtype="fp32", factor_dtype="fp32", sizes="odd")
+            yield replace(case, dtype="fp16", factor_dtype="fp16")
 
 
 def distinct_launches(cases: Iterator[Case]) -> list[tuple[Case, int]]:
@@ -446,7 +556,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--arch", nargs="+", choices=sorted(KNOWN_DEVICES), default=ARCHS)
-    parser.add_argument("--kernel", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument(
         "--quick", action="store_true", help="only the defaults for many rows at R = 16 and 64"
     )
@@ -456,7 +566,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted; unset it to compile them")
     console = Console(stderr=True)
     begin = time.perf_counter()
-    cases = (quick_cases if options.quick else all_cases)(tuple(options.arch), tuple(options.kernel))
+    archs, ops = tuple(options.arch), tuple(op for op in options.kernel if op in OPS)
+    cases = (quick_cases if options.quick else all_cases)(archs, ops)
+    if "group" in options.kernel:
+        cases = itertools.chain(cases, group_cases(archs, options.quick))
+    if "gated" in options.kernel:
+        cases = itertools.chain(cases, gated_cases(archs, options.quick))
     try:
         rows = compile_all(distinct_launches(cases), options.workers, console)
     except KeyboardInterrupt:

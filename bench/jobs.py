@@ -8,16 +8,28 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from . import ceilings, kernels, layers, memory, models, training
+from . import blocks, ceilings, kernels, layers, memory, models, training
 from .cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid
 from .cases import layers as distinct_layers
 from .contenders import CONTENDERS
 from .environment import ROOT
 from .runner import Job
 
-KINDS = ("ceilings", "time", "wall", "graph", "host", "kernel", "memory", "block", "family", "training")
+KINDS = (
+    "ceilings",
+    "time",
+    "wall",
+    "graph",
+    "host",
+    "kernel",
+    "block-time",
+    "memory",
+    "block",
+    "family",
+    "training",
+)
 # On a CPU a call is done when it returns: "wall" would measure the same again.
-QUICK_KINDS = ("ceilings", "time", "graph", "host", "memory", "block", "training")
+QUICK_KINDS = ("ceilings", "time", "graph", "host", "block-time", "memory", "block", "training")
 # Rounds of interleaved samples, by device.
 ROUNDS = {"cuda": 15, "cpu": 21}
 BLOCKS = {
@@ -25,8 +37,8 @@ BLOCKS = {
     "cuda": (memory.BLOCK_LLAMA_8B, memory.BLOCK_LLAMA_1B),
 }
 TRAININGS = {
-    "cpu": (training.TRAINING_TINY,),
-    "cuda": (training.TRAINING_1B, training.TRAINING_8B),
+    "cpu": (training.TRAINING_TINY, training.TRAINING_8B_LARGEST),
+    "cuda": (training.TRAINING_1B, training.TRAINING_8B_LARGEST, training.TRAINING_8B),
 }
 # Compiling takes longer than all that a quick look measures.
 COMPILED = "compiled-lorafa"
@@ -66,19 +78,23 @@ def time_job(
         payload = layers.time_case(
             case, keys, setting.device, mode=mode, rounds=setting.rounds, ceilings=rates, tick=tick
         )
-        parts = list(dict.fromkeys(row["part"] for row in payload["rows"]))
-        payload["rows"] += [
-            {"contender": key, "part": part, "status": "not run", "reason": reason, "left_out": True}
-            | {"errors": {}, "ms": None, "ratios": {}}
-            for key, reason in left_out.items()
-            for part in parts
-        ]
-        return payload
+        return _with_left_out(payload, left_out)
 
     seconds = layers.estimate(case, keys, setting.device, mode, setting.rounds)
     describe = {"case": case.as_record(), "mode": mode, "rounds": setting.rounds}
     key = f"{mode} {case.label}"
     return Job(key, "time", seconds, run, describe, keys, setting.rounds)
+
+
+def _with_left_out(payload: dict, left_out: dict[str, str]) -> dict:
+    parts = list(dict.fromkeys(row["part"] for row in payload["rows"]))
+    payload["rows"] += [
+        {"contender": key, "part": part, "status": "not run", "reason": reason, "left_out": True}
+        | {"errors": {}, "ms": None, "ratios": {}}
+        for key, reason in left_out.items()
+        for part in parts
+    ]
+    return payload
 
 
 def kernel_job(case: Case, setting: Setting) -> Job:
@@ -90,6 +106,19 @@ def kernel_job(case: Case, setting: Setting) -> Job:
     seconds = kernels.estimate(case, setting.rounds) if setting.device == "cuda" else 0.1
     key = f"kernel {case.label}"
     return Job(key, "time", seconds, run, describe, kernels.KERNELS, setting.rounds)
+
+
+def block_time_job(case: blocks.BlockTime, setting: Setting, left_out: dict[str, str]) -> Job:
+    """left_out: contenders that are named as not run, with the reason."""
+    keys = tuple(key for key in models.TIME_KEYS if key not in left_out)
+
+    def run(tick) -> dict:
+        payload = blocks.time_block(case, keys, setting.device, rounds=setting.rounds, tick=tick)
+        return _with_left_out(payload, left_out)
+
+    seconds = blocks.estimate(case, keys, setting.device, setting.rounds)
+    describe = {"case": case.as_record(), "mode": "block", "rounds": setting.rounds}
+    return Job(f"block-time {case.label}", "time", seconds, run, describe, keys, setting.rounds)
 
 
 def memory_job(case: Case, setting: Setting) -> Job:
@@ -122,7 +151,7 @@ def block_job(block: memory.BlockCase, setting: Setting) -> Job:
 
 
 def training_job(case: training.TrainingCase, setting: Setting) -> Job:
-    keys = models.TRAINING_KEYS
+    keys = training.LARGEST_KEYS if case.largest else models.TRAINING_KEYS
 
     def run(tick) -> dict:
         return training.train(case, keys, setting.device, tick)
@@ -182,6 +211,10 @@ def jobs_of(
     if "kernel" in kinds:
         of_kernels = wanted if setting.device == "cuda" else wanted[:1]
         found += [kernel_job(case, setting) for case in of_kernels]
+    if "block-time" in kinds:
+        found += block_time_jobs(
+            setting, "quick" if setting.device == "cpu" and not compiled else setting.device
+        )
     if "memory" in kinds:
         found += [memory_job(case, setting) for case in wanted]
     if "block" in kinds:
@@ -193,12 +226,28 @@ def jobs_of(
     return found
 
 
+def block_time_jobs(setting: Setting, which: str) -> list[Job]:
+    """Return the jobs of blocks.CASES[which]. torch.compile takes part on a GPU, and on a CPU in the first
+    case but not in a quick look.
+    """
+    once = {COMPILED: "left out of all cases but the first: compiling takes long"}
+    never = {COMPILED: "compiling takes long on a CPU"}
+    return [
+        block_time_job(
+            case,
+            setting,
+            {} if setting.device == "cuda" else never if which == "quick" else {} if number == 0 else once,
+        )
+        for number, case in enumerate(blocks.CASES[which])
+    ]
+
+
 def suite(setting: Setting, tests: bool = True) -> list[Job]:
     """Return what a first hour on a GPU needs, most telling first.
 
     Ceilings; the tests; the large product against the device's library; whole layers at M = 8192 against the
-    arrangements of PyTorch; the pass over dy by rank; the host's time; training and the memory of blocks;
-    then other sizes, memory per layer, and CUDA graphs.
+    arrangements of PyTorch; the pass over dy by rank; the host's time; blocks, their time and memory;
+    training, then at the largest batch that fits; then other sizes, memory per layer, and CUDA graphs.
     """
     if setting.device != "cuda":
         return jobs_of(grid("quick"), (*QUICK_KINDS, "kernel"), setting, compiled=False)
@@ -221,11 +270,12 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     found += [time_job(case, setting, left_out=None if case in few else peers) for case in telling]
     found += [kernel_job(case, setting) for case in ranks if case not in products]
     found += [time_job(case, setting, "host", compiled) for case in HOST_CASES]
-    found += [training_job(case, setting) for case in TRAININGS["cuda"][:1]]
+    found += block_time_jobs(setting, "cuda")
     found += [block_job(block, setting) for block in BLOCKS["cuda"]]
+    found += [training_job(case, setting) for case in TRAININGS["cuda"][:2]]
     found += [time_job(case, setting, left_out=peers) for case in rest]
     found += [time_job(case, setting, "wall", peers) for case in rest if case.M <= 512]
-    found += [training_job(case, setting) for case in TRAININGS["cuda"][1:]]
+    found += [training_job(case, setting) for case in TRAININGS["cuda"][2:]]
     found += [memory_job(case, setting) for case in few]
     # Last: a capture that fails can leave the process unable to go on.
     found += [time_job(case, setting, "graph", compiled) for case in cases(llama, (1, 512), (16,))]

@@ -384,7 +384,8 @@ def _saved_by(node: torch.autograd.graph.Node) -> list[Tensor]:
         tensor
         for value in values
         for tensor in (value if isinstance(value, (tuple, list)) else (value,))
-        if isinstance(tensor, Tensor)
+        # Without dimensions: numbers of the program.
+        if isinstance(tensor, Tensor) and tensor.dim()
     ]
 
 

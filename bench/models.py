@@ -216,6 +216,10 @@ class Block(nn.Module):
                 if parameter.dim() == 1:
                     # A norm's weight of one, or a bias of zero, would hide an error.
                     parameter.add_(0.1 * torch.randn_like(parameter))
+                    if size.kind == "t5":
+                        # It does not scale its scores, and relies on small weights of q: with adapters of any
+                        # values attention would be so sharp that it amplifies every rounding.
+                        parameter.mul_((size.head_dim or size.hidden // size.heads) ** -0.25)
 
     @property
     def shared(self) -> tuple[Tensor, ...]:
@@ -296,6 +300,17 @@ def adapt_eager(model: nn.Module, linears: tuple[str, ...], rank: int, *, train_
     return model
 
 
+def adapt_liger(model: nn.Module, linears: tuple[str, ...], rank: int) -> nn.Module:
+    """Adapt as adapt_eager, with the gated product of the MLPs by Liger."""
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    adapt_eager(model, linears, rank)
+    for mlp in model.modules():
+        if hasattr(mlp, "gate_proj"):
+            mlp.forward = lambda x, mlp=mlp: mlp.down_proj(liger_swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+    return model
+
+
 def adapt_lorafa(model: nn.Module, linears: tuple[str, ...], rank: int, **options: bool) -> nn.Module:
     from lorafa_kernels import LoRAFAConfig, apply_lorafa
 
@@ -331,21 +346,26 @@ def peft_lorafa_optimizer(adapted: nn.Module, rank: int, lr: float) -> torch.opt
     return create_lorafa_optimizer(adapted, r=rank, lora_alpha=SCALING * rank, lr=lr)
 
 
+SCOPES = ("block", "family", "time", "training")
+
+
 @dataclass(frozen=True)
 class Contender:
     """adapt(model, linears, rank) adapts the model in place and returns what optimizer(…, rank, lr) takes.
 
-    needs: a package. compiled: torch.compile of the block. scopes: "block", "family" (the table of
-    docs/memory.md) and "training", where it has a row. adapted: whether there is an adapter at all.
+    needs: a package. needs_gpu: whether its kernels run on nothing else. compiled: torch.compile of the
+    block. scopes: where it has a row: "block", "family" (the table of docs/memory.md), "time" (blocks.py),
+    "training". adapted: whether there is an adapter at all.
     """
 
     key: str
     title: str
     adapt: Callable[[nn.Module, tuple[str, ...], int], nn.Module]
     needs: str | None = None
+    needs_gpu: bool = False
     compiled: bool = False
     adapted: bool = True
-    scopes: tuple[str, ...] = ("block", "family", "training")
+    scopes: tuple[str, ...] = SCOPES
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer | None] = adamw
 
     def obstacle(self, device: str) -> str | None:
@@ -353,6 +373,8 @@ class Contender:
         for package in ("transformers", self.needs):
             if package and importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
+        if self.needs_gpu and device != "cuda":
+            return "its kernels need a GPU"
         if self.compiled:
             if not torch._dynamo.is_dynamo_supported():
                 return "torch.compile does not support this Python"
@@ -365,7 +387,8 @@ def _peft(key: str, title: str, train_A: bool, fp32: bool, **rest) -> Contender:
     return Contender(key, title, partial(adapt_peft, train_A=train_A, fp32=fp32), "peft", **rest)
 
 
-_ONE_BLOCK = ("block", "family")
+_NOT_TIMED = ("block", "family", "training")
+_ONE_BLOCK = ("block", "family", "time")
 _ALL = (
     Contender("frozen", "frozen model", adapt_frozen, adapted=False),
     Contender("lorafa", "lorafa_kernels", adapt_lorafa),
@@ -390,9 +413,11 @@ _ALL = (
     Contender("eager-lorafa", "eager LoRA-FA", adapt_eager, scopes=_ONE_BLOCK),
     Contender("eager-lora", "eager LoRA", partial(adapt_eager, train_A=True), scopes=_ONE_BLOCK),
     _peft("peft-lora", "PEFT LoRA, fp32 adapters (default)", True, True),
-    _peft("peft-lora-16bit", "PEFT LoRA, adapters in the model's dtype", True, False),
+    _peft("peft-lora-16bit", "PEFT LoRA, adapters in the model's dtype", True, False, scopes=_NOT_TIMED),
     _peft("peft-lorafa", "PEFT, A frozen, fp32 adapters", False, True),
-    _peft("peft-lorafa-16bit", "PEFT, A frozen, adapters in the model's dtype", False, False),
+    _peft(
+        "peft-lorafa-16bit", "PEFT, A frozen, adapters in the model's dtype", False, False, scopes=_NOT_TIMED
+    ),
     _peft(
         "peft-lorafa-optimizer",
         "PEFT's LoRA-FA optimizer, fp32 adapters",
@@ -413,14 +438,21 @@ _ALL = (
         "torch.compile of eager LoRA",
         partial(adapt_eager, train_A=True),
         compiled=True,
-        scopes=_ONE_BLOCK,
+        scopes=("block", "family"),
+    ),
+    Contender(
+        "liger",
+        "eager LoRA-FA with Liger's SwiGLU",
+        adapt_liger,
+        "liger_kernel",
+        needs_gpu=True,
+        scopes=("block", "time"),
     ),
 )
 CONTENDERS = {contender.key: contender for contender in _ALL}
 TITLES = {contender.key: contender.title for contender in _ALL}
-BLOCK_KEYS, FAMILY_KEYS, TRAINING_KEYS = (
-    tuple(contender.key for contender in _ALL if scope in contender.scopes)
-    for scope in ("block", "family", "training")
+BLOCK_KEYS, FAMILY_KEYS, TIME_KEYS, TRAINING_KEYS = (
+    tuple(contender.key for contender in _ALL if scope in contender.scopes) for scope in SCOPES
 )
 
 

@@ -40,6 +40,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "peft-lorafa-optimizer": ("#CC79A7", "*"),
     "peft-lora": ("#999999", "*"),
     "peft-lora-16bit": ("#D55E00", "<"),
+    "lorafa-layers": ("#009E73", "v"),
+    "liger": ("#CC79A7", "X"),
 }
 OTHER = ("#999999", ".")
 # LoRA-FA in all of them: their losses differ by rounding alone.
@@ -107,7 +109,9 @@ class Trained:
     peak: bool
 
 
-def overhead(points: Sequence[Overhead], path: Path, subtitle: str) -> None:
+def overhead(
+    points: Sequence[Overhead], path: Path, subtitle: str, baseline: str = "the frozen nn.Linear"
+) -> None:
     """A panel for each facet, a row for each shape, a dot with p20–p80 for each contender."""
     if not points:
         return
@@ -145,13 +149,13 @@ def overhead(points: Sequence[Overhead], path: Path, subtitle: str) -> None:
                 elinewidth=1.4,
             )
         _ratio_axis(axes, bottom, top)
-        axes.set_xlabel("time / time of the frozen nn.Linear\nforward + backward (bars: p20–p80)")
+        axes.set_xlabel(f"time / time of {baseline}\nforward + backward (bars: p20–p80)")
         axes.set_title(facet, fontsize=11)
     grid[0][0].set_yticks(range(len(shapes)), shapes)
     grid[0][0].set_ylim(len(shapes) - 0.5, -0.5)
     handles = [_dot(contender, title) for contender, title in contenders]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    _finish(figure, "Overhead of an adapter over the frozen linear layer", subtitle, path)
+    _finish(figure, f"Overhead of adapters over {baseline}", subtitle, path)
 
 
 def roofline(points: Sequence[Achieved], ceilings: Ceilings, path: Path, subtitle: str) -> None:

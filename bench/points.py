@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .blocks import PIECES
 from .cases import DTYPES
 from .contenders import FROZEN, LORAFA
 from .contenders import TITLES as LAYER_TITLES
@@ -36,7 +37,7 @@ from .reading import (
 if TYPE_CHECKING:
     from .plots import Achieved, Ceilings, Kept, Overhead, Trained
 
-PLOTS = ("overhead", "roofline", "blocks", "training")
+PLOTS = ("overhead", "roofline", "block-time", "blocks", "training")
 PLOTTED_SHAPES, PLOTTED_FACETS = 14, 3
 
 
@@ -64,6 +65,7 @@ def draw(device: str, records: list[Record], sources: Sources, plots_dir: Path) 
     points, remark = overhead_points(shown)
     plots.overhead(points, paths["overhead"], subtitle("time", remark))
     plots.roofline(roofline_points(shown), rates, paths["roofline"], subtitle("time"))
+    plots.overhead(block_time_points(shown), paths["block-time"], subtitle("time"), "the frozen block")
     plots.blocks(block_bars(shown), paths["blocks"], subtitle("memory"))
     runs, remark = training_runs(shown)
     plots.training(runs, paths["training"], subtitle("training", remark))
@@ -99,6 +101,25 @@ def overhead_points(records: Sequence[Record]) -> tuple[list[Overhead], str]:
     # In the order of the titles, whoever happens to be in the first case.
     order = ordered((point.contender for point in points), LAYER_TITLES)
     return sorted(points, key=lambda point: order.index(point.contender)), remark
+
+
+def block_time_points(records: Sequence[Record]) -> list[Overhead]:
+    """Return the points of the blocks' plot, a panel for each piece of a layer."""
+    from .plots import Overhead
+
+    points = []
+    for record in records:
+        if record["kind"] != "time" or record["mode"] != "block":
+            continue
+        case = record["case"]
+        facet = PIECES.get(case.get("piece"), "")
+        shape = f"{case.get('model')}\n{case.get('batch')}×{case.get('sequence')} {case.get('dtype')}"
+        for key in ordered((row["contender"] for row in record["rows"]), MODEL_TITLES):
+            if value := ratio(record, key, "both"):
+                numbers = (value["median"], value["p20"], value["p80"])
+                points.append(Overhead(facet, shape, key, MODEL_TITLES.get(key, key), *numbers))
+    order = ordered((point.contender for point in points), MODEL_TITLES)
+    return sorted(points, key=lambda point: order.index(point.contender))
 
 
 def shape_of(case: dict) -> str:
@@ -187,7 +208,8 @@ def training_runs(records: Sequence[Record]) -> tuple[list[Trained], str]:
 
     candidates = []
     for record in records:
-        if record["kind"] != "training":
+        if record["kind"] != "training" or record["case"].get("largest"):
+            # At batches of their own the losses are of other tokens.
             continue
         runs = []
         for row in arranged(record["rows"], MODEL_TITLES):

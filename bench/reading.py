@@ -36,6 +36,7 @@ MODES = {
     "graph": "one layer in a CUDA graph",
     "host": "host time of one layer",
     "kernel": "kernels by themselves",
+    "block": "blocks of a Transformer layer",
 }
 SCOPES = {
     "layer": "memory of a layer",
@@ -116,6 +117,8 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 def titles_of(record: Record) -> dict[str, str]:
     """Return the titles of a record's contenders."""
     if record["kind"] == "training" or (record["kind"] == "memory" and record["scope"] != "layer"):
+        return MODEL_TITLES
+    if record.get("mode") == "block":
         return MODEL_TITLES
     return KERNEL_TITLES if record.get("mode") == "kernel" else LAYER_TITLES
 

@@ -84,6 +84,7 @@ def device_section(
         graph_text(by_mode["graph"], sources),
         host_text(by_mode["host"], sources),
         kernels_text(by_mode["kernel"], sources),
+        blocks_text(by_mode["block"], sources, links.get("block-time")),
         layer_memory_text(layers, sources),
         block_memory_text(blocks, sources, links.get("blocks")),
         training_text(training, sources, links.get("training")),
@@ -297,6 +298,32 @@ def kernels_text(records: list[Record], sources: Sources) -> str:
     return "\n\n".join([title, note, folded(header, rows)])
 
 
+def blocks_text(records: list[Record], sources: Sources, picture: str | None) -> str:
+    """Pieces of a Transformer layer: everybody over the frozen one, and lorafa_kernels over everybody."""
+    if not records:
+        return ""
+    title = "### Blocks of a Transformer layer, forward + backward: time / time of the frozen block"
+    shown, absent = columns(records, MODEL_TITLES)
+    if not shown:
+        return f"{title}\n\nNot run: {reasons(records)}."
+    header = ["", "frozen, ms", *(MODEL_TITLES.get(key, key) for key in shown)]
+    rows = [
+        [sources.of(r), time_cell(r, FROZEN, "both"), *(cell(r, key, "both") for key in shown)]
+        for r in records
+    ]
+    note = (
+        f"Median of {rounds_text(records)} interleaved rounds (p20–p80). lorafa_kernels: the projections as "
+        f"one group, the MLP as one node, the layer as `apply_lorafa` leaves it.{absent}"
+    )
+    chunks = [title, note, folded(header, rows)]
+    others = [key for key in shown if key != LORAFA]
+    if LORAFA in shown and others:
+        lines = [[sources.of(r), *(against(r, key) for key in others)] for r in records]
+        chunks.append("lorafa_kernels against the others, its time / theirs in the same rounds:")
+        chunks.append(folded(["", *(MODEL_TITLES.get(key, key) for key in others)], lines))
+    return "\n\n".join([*chunks, picture] if picture else chunks)
+
+
 def tests_text(records: list[Record], sources: Sources) -> str:
     """What became of the test suite in the run."""
     lines = [
@@ -480,14 +507,17 @@ def training_text(records: list[Record], sources: Sources, picture: str | None) 
     for record in records:
         case = record["case"]
         with_peaks = any(peak(row) for row in record["rows"])
+        with_batch = any(row.get("batch") for row in record["rows"])
         rows = []
         for row in arranged(record["rows"], MODEL_TITLES):
             if status(row) != "ok":
-                rows.append([full_title(row, MODEL_TITLES), status(row), *["–"] * (5 + 2 * with_peaks)])
+                blank = ["–"] * (4 + 2 * with_peaks + with_batch)
+                rows.append([full_title(row, MODEL_TITLES), status(row), *blank])
                 continue
             step = usable(row.get("step_ms"))
             line = [
                 full_title(row, MODEL_TITLES),
+                *([f"{row['batch']}"] if with_batch else []),
                 spread(step) if step else "–",
                 number(row.get("tokens_per_s")),
                 size(row.get("saved_bytes")),
@@ -497,12 +527,19 @@ def training_text(records: list[Record], sources: Sources, picture: str | None) 
             trained = row.get("trained_parameters")
             line += [f"{trained:,}" if trained is not None else "–"]
             rows.append([*line, f"{number(losses[0], 4)} → {number(losses[-1], 4)}"])
-        header = ["", "step, ms (p20–p80)", "tokens/s", "kept for backward"]
+        header = [
+            "",
+            *(["batch"] if with_batch else []),
+            "step, ms (p20–p80)",
+            "tokens/s",
+            "kept for backward",
+        ]
         header += ["peak allocated", "peak reserved"] if with_peaks else []
         length = f": {case['steps']} steps, learning rate {case['lr']:g}" if "steps" in case else ""
         chunks.append(f"{sources.of(record)}{length}.")
         chunks.append(markdown([*header, "trained parameters", "loss, first → last"], rows))
-        chunks.append(deviation_text(record, MODEL_TITLES))
+        if not case.get("largest"):
+            chunks.append(deviation_text(record, MODEL_TITLES))
     return "\n\n".join(chunk for chunk in [*chunks, picture] if chunk)
 
 

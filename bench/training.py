@@ -8,6 +8,8 @@ Before it trains, a contender's logits, their gradient with respect to the embed
 first layers are compared with fp64 (models.Reference), with random lora_B. Training starts at lora_B = 0,
 where all are the base model: the first loss must be the base model's, up to a unit roundoff of the dtype for
 each of the two, and all losses must be finite. Who fails any of this gets no number.
+
+With `largest` everybody trains at the largest batch that fits into the GPU's memory with it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ CHECKED_LAYERS = 2
 CHECKED_TOKENS = 128
 ALPHABET = 64
 NOISE = 0.1
+MOST_BATCH = 256
 NUMBERS = (
     "step_ms",
     "tokens_per_s",
@@ -50,7 +53,8 @@ NUMBERS = (
 class TrainingCase:
     """`steps` steps of AdamW on batches (batch, sequence) for a model of models.SIZES, adapters of rank
     `rank`; the first WARM_UP_STEPS are not timed. needs_gpu: too large for a CPU. What fits one computes
-    there on a single thread.
+    there on a single thread. largest: `batch` is where the search for the largest one begins. checkpointing:
+    without, with.
     """
 
     key: str
@@ -62,6 +66,8 @@ class TrainingCase:
     lr: float = 1e-3
     dtype: str = "bf16"
     needs_gpu: bool = False
+    largest: bool = False
+    checkpointing: tuple[bool, ...] = (False, True)
 
     def __post_init__(self) -> None:
         models.size_of(self.model)
@@ -70,7 +76,8 @@ class TrainingCase:
 
     @property
     def label(self) -> str:
-        return f"{self.model}, {self.batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
+        batch = "largest batch" if self.largest else f"{self.batch}"
+        return f"{self.model}, {batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
 
     def as_record(self) -> dict:
         """Return the case as JSON types, with its label."""
@@ -83,6 +90,7 @@ class TrainingCase:
             "rank": self.rank,
             "lr": self.lr,
             "dtype": self.dtype,
+            "largest": self.largest,
             "cpu_threads": 1,
         }
 
@@ -90,7 +98,19 @@ class TrainingCase:
 TRAINING_TINY = TrainingCase("training-tiny", "tiny Llama", 4, 64, 24, lr=1e-2)
 TRAINING_1B = TrainingCase("training-1b", "Llama-3.2-1B", 2, 2048, 8, needs_gpu=True)
 TRAINING_8B = TrainingCase("training-8b", "Llama-3-8B", 1, 2048, 8, needs_gpu=True)
-TRAININGS = {case.key: case for case in (TRAINING_TINY, TRAINING_1B, TRAINING_8B)}
+TRAINING_8B_LARGEST = TrainingCase(
+    "training-8b-largest",
+    "Llama-3-8B",
+    1,
+    1024,
+    6,
+    needs_gpu=True,
+    largest=True,
+    checkpointing=(False,),
+)
+TRAININGS = {case.key: case for case in (TRAINING_TINY, TRAINING_1B, TRAINING_8B, TRAINING_8B_LARGEST)}
+# With whom the largest batch is searched: it takes a while.
+LARGEST_KEYS = ("lorafa", "peft-lora", "peft-lora-16bit", "peft-lorafa-16bit")
 
 
 def batches(case: TrainingCase, device: str) -> Tensor:
@@ -114,7 +134,7 @@ def train(
     device: str,
     tick: Callable[[float], object] = lambda fraction: None,
 ) -> dict:
-    """Train every contender without and with gradient checkpointing and return the record's payload.
+    """Train every contender, without and with gradient checkpointing, and return the record's payload.
 
     tick is called with the fraction that is done. A contender that raises, or whose numbers are wrong, gets
     status "failed" and no number; one that cannot run here, or for which the memory does not suffice, "not
@@ -125,12 +145,12 @@ def train(
         {"contender": contender.key, "checkpointing": checkpointing, "status": "ok", "reason": None}
         | dict.fromkeys(NUMBERS)
         for contender in chosen
-        for checkpointing in (False, True)
+        for checkpointing in case.checkpointing
     ]
-    by_contender = list(zip(chosen, rows[::2], rows[1::2], strict=True))
+    by_contender = [(of, [row for row in rows if row["contender"] == of.key]) for of in chosen]
     obstacles = {contender.key: _obstacle(case, contender, device) for contender in chosen}
     base = None
-    for number, (contender, *own_rows) in enumerate(by_contender):
+    for number, (contender, own_rows) in enumerate(by_contender):
 
         def part_done(fraction: float, number=number) -> None:
             tick((number + fraction) / len(by_contender))
@@ -208,7 +228,7 @@ def _train_contender(
     rows: list[dict],
     tick: Callable[[float], object],
 ) -> None:
-    """Fill in the rows, the first without and the second with gradient checkpointing."""
+    """Fill in the rows, which are without gradient checkpointing before those with it."""
     device = base.tokens.device.type
     model = models.build_causal_lm(case.model, case.dtype, device)
     adapted = contender.adapt(model, models.size_of(case.model).linears, case.rank)
@@ -226,15 +246,21 @@ def _train_contender(
             if reason := broken(errors):
                 row.update(status="failed", reason=reason)
                 continue
-            models.fill_adapters(model, case.dtype, zero_B=True)
-            numbers = _steps(
-                case,
-                model,
-                contender.optimizer(adapted, case.rank, case.lr),
-                base.tokens,
-                lambda fraction, number=number: tick((number + fraction) / 2),
-            )
-            if reason := _wrong_losses(case, numbers["losses"], base.loss):
+
+            def start() -> torch.optim.Optimizer | None:
+                models.fill_adapters(model, case.dtype, zero_B=True)
+                return contender.optimizer(adapted, case.rank, case.lr)
+
+            def done(fraction: float, number=number) -> None:
+                tick((number + fraction) / len(rows))
+
+            if case.largest:
+                numbers, first = _at_the_largest_batch(case, model, start, base, done)
+                checked = [first, *numbers["losses"]]
+            else:
+                numbers = _steps(case, model, start(), base.tokens, done)
+                checked = numbers["losses"]
+            if reason := _wrong_losses(case, checked, base.loss):
                 row.update(status="failed", reason=reason)
             else:
                 row.update(numbers)
@@ -243,6 +269,76 @@ def _train_contender(
         finally:
             model.zero_grad()
             models.free()
+
+
+def _at_the_largest_batch(
+    case: TrainingCase,
+    model: nn.Module,
+    start: Callable[[], torch.optim.Optimizer | None],
+    base: _Base,
+    tick: Callable[[float], object],
+) -> tuple[dict, float]:
+    """Return the numbers of a row at the largest batch that fits, with it as "batch", and the first loss on
+    the base model's own batch. start() resets the adapters and makes the optimizer.
+    """
+    device = base.tokens.device.type
+    start()
+    with torch.no_grad():
+        first = _loss(model, base.tokens[0]).item()
+
+    def fits(batch: int) -> bool:
+        tick(0.0)
+        return _fits(model, batches(replace(case, batch=batch, steps=WARM_UP_STEPS + 1), device)[0])
+
+    batch = largest_batch(fits, case.batch)
+    while batch:
+        own = replace(case, batch=batch)
+        numbers = _unless_out_of_memory(
+            lambda own=own: _steps(own, model, start(), batches(own, device), tick)
+        )
+        if numbers is not None:
+            return {**numbers, "batch": batch}, first
+        # Several steps leave the memory in more pieces than one.
+        model.zero_grad()
+        models.free()
+        batch -= 1
+    raise torch.OutOfMemoryError(f"a batch of {case.batch} does not fit")
+
+
+def _unless_out_of_memory(compute: Callable[[], dict]) -> dict | None:
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def largest_batch(fits: Callable[[int], bool], first: int = 1) -> int:
+    """Return the largest batch up to MOST_BATCH that fits, from `first` on, or 0; fits(batch) says of one
+    whether it does.
+    """
+    if not fits(first):
+        return 0
+    low, high = first, 2 * first
+    while high <= MOST_BATCH and fits(high):
+        low, high = high, 2 * high
+    high = min(high, MOST_BATCH + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _fits(model: nn.Module, tokens: Tensor) -> bool:
+    """Whether the memory suffices for the forward and backward of one step."""
+
+    def step() -> dict:
+        _loss(model, tokens).backward()
+        return {}
+
+    done = _unless_out_of_memory(step)
+    model.zero_grad()
+    models.free()
+    return done is not None
 
 
 def _wrong_losses(case: TrainingCase, losses: list[float], base_loss: float) -> str | None:
@@ -318,7 +414,10 @@ def estimate(case: TrainingCase, keys: Iterable[str], device: str) -> float:
     if case.needs_gpu and device != "cuda":
         return 0.1
     weights = models.size_of(case.model).parameters()
-    # Forward and dx; with checkpointing the forward again; one step more to count what is kept.
-    flops = (case.steps + 1) * (4 + 6) * weights * case.batch * case.sequence
+    # Forward and dx; with checkpointing the forward again; one step more to count what is kept. The search
+    # for a batch of eight or so tries twenty sequences.
+    a_token = sum(6 if checkpointing else 4 for checkpointing in case.checkpointing) * weights
+    sequences = (case.steps + 1) * 8 + 20 if case.largest else (case.steps + 1) * case.batch
+    flops = sequences * case.sequence * a_token
     rate, building, fixed = {"cuda": (3e14, 1e10, 1.5), "cpu": (4e10, 1e8, 0.4)}[device]
     return (len(list(keys)) + 1) * (flops / rate + weights / building + fixed)

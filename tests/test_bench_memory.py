@@ -196,6 +196,112 @@ def test_units_of_a_llama_block():
         assert "takes a minute" in rows[key, False]["reason"] and has_no_number(rows[key, False])
 
 
+@pytest.mark.parametrize("case", memory.FAMILIES.values(), ids=lambda case: case.key)
+def test_every_family_passes_its_check(case):
+    """At few tokens; the units, of any size, are in docs/memory.md."""
+    few = replace(case, sequence=32, rank=4, compiled=False)
+    payload = memory.block_memory(few, ("frozen", "lorafa", "eager-lorafa", "eager-lora"), "cpu")
+    rows = {row["contender"]: row for row in payload["rows"]}
+    assert [(row["status"], row["reason"]) for row in rows.values()] == [("ok", None)] * 4
+    assert set(rows["lorafa"]["errors"]) == {"y", "dx", "dB"}
+    for row in rows.values():
+        own = row["parts"]["input"] + row["parts"]["rest"]
+        assert sum(row["by_node"].values()) == own == row["saved_bytes"] - row["parts"]["shared"]
+    layers = len(models.adapters(models.adapt_eager(memory._build(few, "cpu"), linears_of(few), 4)))
+    z = layers * 2 * 32 * 4 * 2
+    assert rows["eager-lorafa"]["saved_bytes"] == rows["frozen"]["saved_bytes"] + z
+    assert (
+        rows["lorafa"]["saved_bytes"]
+        <= rows["eager-lorafa"]["saved_bytes"]
+        < rows["eager-lora"]["saved_bytes"]
+    )
+
+
+def test_what_a_llama_layer_keeps_by_name():
+    """Every tensor of apply_lorafa's layer with its defaults, in Llama-2-7B's proportions."""
+    case = replace(BLOCK, sequence=32)
+    block = memory._build(case, "cpu")
+    models.adapt_lorafa(block, models.LLAMA_LINEARS, case.rank)
+    models.fill_adapters(block, case.dtype, zero_B=False)
+    x = torch.randn(4, 32, 256, dtype=torch.bfloat16, requires_grad=True)
+    parts = {"input": [x], "shared": block.shared}
+    _, saved = memory.saved_bytes(lambda: block(x), parts, block.parameters())
+    found = {}
+    for node, tensors in nodes_of(block(x)):
+        kept = [t for t in tensors if not isinstance(t, nn.Parameter)]
+        if "RMSNorm" in node:
+            # From the end of the layer on.
+            name = "norm 1" if "norm 2" in found else "norm 2"
+            found[name], found[f"{name} rstd"] = kept
+        elif "GatedMLP" in node:
+            found["gate"], found["up"], found["z gate, up"], found["z down"] = kept
+        elif "LinearGroup" in node:
+            (found["z q, k, v"],) = kept
+        elif "LoRAFALinear" in node:
+            (found["z o"],) = kept
+        elif "ScaledDotProduct" in node:
+            found |= dict(zip(("key", "logsumexp", "output", "query", "value"), kept, strict=True))
+    assert found["norm 1"] is x
+    M, R, half = 4 * 32, 4, 2
+    want = {
+        **{name: M * 256 * half for name in ("norm 1", "norm 2", "query", "key", "value", "output")},
+        **{name: M * 4 for name in ("norm 1 rstd", "norm 2 rstd")},
+        "logsumexp": M * 2 * 4,
+        **{name: M * 688 * half for name in ("gate", "up")},
+        "z q, k, v": M * 3 * R * half,
+        "z o": M * R * half,
+        "z gate, up": M * 2 * R * half,
+        "z down": M * R * half,
+    }
+    assert {name: tensor.untyped_storage().nbytes() for name, tensor in found.items()} == want
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == len(want)
+    assert sum(want.values()) == saved["input"] + saved["rest"], "and nothing else"
+    assert sum(want.values()) / case.unit_bytes() < 11.6
+
+
+def nodes_of(y):
+    """(name, saved tensors) of the nodes of a graph that keep something, from y on."""
+    waiting, seen = [y.grad_fn], set()
+    while waiting:
+        node = waiting.pop(0)
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        if tensors := memory._saved_by(node):
+            yield node.name(), tensors
+        waiting += [below for below, _ in node.next_functions]
+
+
+def linears_of(case):
+    return models.size_of(case.model).linears
+
+
+def test_a_block_is_called_as_its_model_calls_it():
+    case = memory.FAMILIES["Llama block, GQA 8:2 512, padding"]
+    case = replace(case, sequence=8)
+    block = memory._build(case, "cpu")
+    mask, *positions = (tensor for tensor in block.shared if tensor.dtype in (torch.bool, torch.bfloat16))
+    assert mask.shape == (2, 1, 8, 8) and mask.dtype == torch.bool
+    assert not mask[0, 0, :, -2:].any() and mask[1, 0].tril().equal(mask[1, 0]) and mask[1, 0, -1].all()
+    assert [part.shape[-2:] for part in positions] == [(8, 64)] * 2
+    # The second of two layers: a T5's first one makes the position bias that the others are given.
+    t5 = memory._build(replace(memory.FAMILIES["T5 block"], sequence=8), "cpu")
+    assert any(part.shape == (1, 6, 8, 8) for part in t5.shared)
+    assert not any("relative_attention_bias" in name for name, _ in t5.named_parameters())
+
+
+def test_bytes_by_node_of_a_known_graph(x):
+    weight = nn.Parameter(torch.randn(K, device=x.device), requires_grad=False)
+    y = (x * weight).exp().square()
+    assert memory.saved_by_node(y, []) == {"PowBackward0": N}, (
+        "the exponential's result is the square's input"
+    )
+    assert memory.saved_by_node(y.exp(), []) == {"ExpBackward0": N, "PowBackward0": N}
+    assert memory.saved_by_node(y, [x, weight]) == {"PowBackward0": N}
+    assert memory.saved_by_node((x * x).exp(), []) == {"ExpBackward0": N, "MulBackward0": N}
+    assert memory.saved_by_node((x * x).exp(), [x]) == {"ExpBackward0": N}
+
+
 def test_hooks_see_all_that_a_block_keeps():
     """What forward leaves allocated is its result and the saved bytes: nothing is kept past the hooks."""
     reference = memory.block_reference(BLOCK, "cpu")
@@ -203,7 +309,8 @@ def test_hooks_see_all_that_a_block_keeps():
     models.adapt_lorafa(block, models.LLAMA_LINEARS, BLOCK.rank)
     models.fill_adapters(block, BLOCK.dtype, zero_B=False)
     x = reference.x.requires_grad_()
-    _, saved = memory.saved_bytes(lambda: block(x), {"shared": block.shared}, block.parameters())
+    parts = {"input": [x], "shared": block.shared}
+    _, saved = memory.saved_bytes(lambda: block(x), parts, block.parameters())
     kept, _, _ = memory.allocations(
         lambda: block(x), lambda y: torch.autograd.grad(y, x, reference.dy), "cpu"
     )

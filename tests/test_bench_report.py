@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from bench import compare, console, contenders, models, plots, points, reading, report
+from bench.blocks import BlockTime
 from bench.cases import Case, cases, find_layers, target_grid
 from bench.predictions import predictions
 from bench.results import load, parse
@@ -118,6 +119,30 @@ def layer_memory(case: Case, gpu: bool) -> dict:
     }
 
 
+def block_time(gpu: bool) -> dict:
+    """Contenders of a block, each slower than the frozen one by its own factor."""
+    case = BlockTime("Llama-3.2-1B", "mlp", 4, 2048)
+    factors = {"frozen": 1.0, "lorafa": 1.211, "lorafa-layers": 1.322, "peft-lora": 1.433}
+    rows = []
+    for part, share in (("forward", 0.4), ("both", 1.0)):
+        for key, factor in factors.items():
+            others = [k for k in factors if k != key and (k == "frozen" or key == "lorafa")]
+            ratios = {other: summary(factor / factors[other]) for other in others}
+            rows.append({"contender": key, "part": part, "status": "ok", "reason": None, "errors": {}})
+            rows[-1] |= {"ms": summary(7 * share * factor), "ratios": ratios}
+        reason = "its kernels need a GPU"
+        rows.append({"contender": "liger", "part": part, "status": "not run", "reason": reason})
+        rows[-1] |= {"ms": None, "ratios": {}}
+    return {
+        "kind": "time",
+        "key": f"block-time {case.label}",
+        "case": case.as_record(),
+        "mode": "block",
+        "rounds": 15,
+        "rows": rows,
+    }
+
+
 def block_memory(gpu: bool) -> dict:
     unit = 2**21 if not gpu else 2**26
     rows = [
@@ -207,7 +232,7 @@ def measurements(gpu: bool) -> list[dict]:
     found += [time_record(case, ms, gpu) for case, ms in sizes.items()]
     case = next(iter(sizes))
     found += [time_record(case, 0.5, gpu, mode) for mode in ("graph", "host")]
-    return [*found, layer_memory(case, gpu), block_memory(gpu), training_record(gpu)]
+    return [*found, block_time(gpu), layer_memory(case, gpu), block_memory(gpu), training_record(gpu)]
 
 
 def write_run(
@@ -272,7 +297,14 @@ def test_the_page_has_every_part(root, no_plots):
     assert gpu < cpu and report.NOT_MEASURED_ON_A_GPU not in page
     for heading in ("Ceilings", "Target", "One layer", "Forward and backward", "lorafa_kernels against"):
         assert f"### {heading}" in page[gpu:cpu]
-    for heading in ("Host time", "Memory of one layer", "Memory of one Transformer block", "Training"):
+    headings = (
+        "Host time",
+        "Blocks of",
+        "Memory of one layer",
+        "Memory of one Transformer block",
+        "Training",
+    )
+    for heading in headings:
         assert f"### {heading}" in page[gpu:cpu] and f"### {heading}" in page[cpu:]
     assert "### Target" not in page[cpu:]
     for title in contenders.TITLES.values():
@@ -286,14 +318,50 @@ def test_the_page_has_every_part(root, no_plots):
     assert "at most 0.015 apart in 16 steps (at step 16)" in page
 
 
+def test_blocks_are_compared_with_the_frozen_one_and_with_us(root, no_plots):
+    write_run(root)
+    section = page_of(root).split("### Blocks of")[1].split("\n### ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| Llama-3.2-1B, MLP, 4×2048 tokens")]
+    assert [cells.count("(") for cells in rows] == [3, 2]
+    assert all(f"{factor} (" in rows[0] for factor in (1.211, 1.322, 1.433))
+    assert f"{1.211 / 1.322:.3f} (" in rows[1]
+    assert "Not run: eager LoRA-FA with Liger's SwiGLU" in section
+    records = [reading.described(record) for record in loaded(root) if record["kind"] not in ("run", "end")]
+    found = {(point.facet, point.contender): point.median for point in points.block_time_points(records)}
+    assert found == {("MLP", "lorafa"): 1.211, ("MLP", "lorafa-layers"): 1.322, ("MLP", "peft-lora"): 1.433}
+
+
+def test_a_failed_block_has_no_number(root, no_plots):
+    write_run(root, records=change([block_time(False)], "lorafa-layers", **FAILED))
+    page = page_of(root)
+    assert "1.322" not in page and f"{1.211 / 1.322:.3f}" not in page
+    assert "- lorafa_kernels, fuse=False, norm=False: blocks of a Transformer layer" in page
+    write_run(root, records=change([block_time(False)], "frozen", **FAILED), run="r2", date="2026-11-25")
+    section = page_of(root).split("### Blocks of")[1].split("\n### ")[0]
+    assert "1.211 (" not in section and "baseline failed" in section
+    assert points.block_time_points(list(reading.newest(loaded(root)).values())) == []
+
+
+def test_training_at_the_largest_batch_says_which(root, no_plots):
+    record = training_record(False)
+    case = {**record["case"], "largest": True, "label": "tiny, largest batchx1024 tokens"}
+    for batch, row in enumerate(record["rows"], 3):
+        row["batch"] = batch
+    write_run(root, records=[{**record, "case": case, "key": "training largest"}])
+    section = page_of(root).split("### Training")[1].split("\n### ")[0]
+    assert "|  | batch | step, ms" in section and "| lorafa_kernels | 5 | " in section
+    assert "Losses of" not in section
+    assert points.training_runs(list(reading.newest(loaded(root)).values())) == ([], "")
+
+
 def test_without_results_of_a_gpu_the_page_says_so(root, no_plots):
     write_run(root)
     assert report.NOT_MEASURED_ON_A_GPU in page_of(root)
 
 
 def test_all_plots_are_drawn_and_shown(root):
-    # As little as makes all four: drawing takes long.
-    few = [ceilings_record(False), time_record(CPU_CASES[0], 1.0, False)]
+    # As little as makes all of them: drawing takes long.
+    few = [ceilings_record(False), time_record(CPU_CASES[0], 1.0, False), block_time(False)]
     few += [block_memory(False), training_record(False)]
     for record in few[-2:]:
         record["rows"] = record["rows"][:3]

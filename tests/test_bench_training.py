@@ -132,6 +132,70 @@ def test_too_little_memory_is_not_a_failure(monkeypatch):
         assert has_no_number(row)
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 4, 5, 7, 8, 255, 256, 1000])
+@pytest.mark.parametrize("first", [1, 3])
+def test_largest_batch_is_found(most, first):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= most
+
+    found = training.largest_batch(fits, first)
+    assert found == (0 if most < first else min(most, training.MOST_BATCH))
+    assert len(set(tried)) == len(tried) <= 20
+    assert max(tried) <= max(training.MOST_BATCH, first)
+
+
+def test_training_at_the_largest_batch(monkeypatch):
+    """With a memory that holds three sequences in the search, and two in training."""
+    right, tried = training._steps, []
+
+    def fits(model, tokens):
+        return len(tokens) <= 3
+
+    def steps(case, model, optimizer, tokens, tick):
+        tried.append(case.batch)
+        assert tokens.shape[:2] == (case.steps, case.batch)
+        if case.batch > 2:
+            raise torch.OutOfMemoryError("in pieces")
+        return right(case, model, optimizer, tokens, tick)
+
+    monkeypatch.setattr(training, "_fits", fits)
+    monkeypatch.setattr(training, "_steps", steps)
+    case = replace(CASE, batch=1, largest=True, checkpointing=(False,))
+    rows = train(("lorafa", "frozen"), case)
+    assert list(rows) == [("lorafa", False), ("frozen", False)]
+    for row in rows.values():
+        assert (row["status"], row["reason"], row["batch"]) == ("ok", None, 2)
+        assert row["tokens_per_s"] == pytest.approx(2 * 24 / row["step_ms"]["median"] * 1e3, rel=1e-3)
+    assert tried == [3, 2, 3, 2]
+    assert "largest batch" in case.label
+
+
+def test_largest_batch_that_is_none(monkeypatch):
+    monkeypatch.setattr(training, "_fits", lambda model, tokens: False)
+    case = replace(CASE, largest=True, checkpointing=(False,))
+    (row,) = train(("lorafa",), case).values()
+    assert row["status"] == "not run" and row["reason"].startswith("out of memory") and has_no_number(row)
+    (row,) = train(("lorafa",), training.TRAINING_8B_LARGEST).values()
+    assert (row["status"], row["reason"]) == ("not run", "a model of this size needs a GPU")
+
+
+def test_fits_says_whether_a_step_ran_out_of_memory(monkeypatch):
+    model = models.build_causal_lm(CASE.model, CASE.dtype, "cpu")
+    models.adapt_eager(model, models.LLAMA_LINEARS, CASE.rank)
+    tokens = training.batches(CASE, "cpu")[0]
+    assert training._fits(model, tokens)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    def raising(model, tokens):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(training, "_loss", raising)
+    assert not training._fits(model, tokens)
+
+
 def test_tokens_are_the_same_everywhere_and_can_be_learned():
     tokens = training.batches(CASE, "cpu")
     assert tokens.shape == (CASE.steps, CASE.batch, CASE.sequence)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..autograd import _RefuseSecondBackward
 from ..choice import check_impl
-from ..functional import _cast, _check_shapes, check_frozen
+from ..functional import _cast, _check_shapes, check_dropout, check_frozen
 from . import group_ops
 from .operands import LinearOperands
 
@@ -212,8 +212,7 @@ def _checked_adapted(x: Tensor, member: LinearOperands) -> Tensor:
     check_frozen(weight, lora_A, bias)
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number, got {scaling}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    check_dropout(dropout_p)
     return _cast(x, weight, lora_A, lora_B, bias)
 
 

@@ -7,6 +7,7 @@ group_backward(dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, s
 
 Lists have one entry a member; shapes, dtypes and what may be None as in reference.py. weights and biases may
 be of another dtype than x (under autocast): they are cast to it here, in temporaries that die with the call.
+seeds is None where there is no dropout.
 
 The plan, fused kernels or library products, is the one that a single layer would have whose width is that of
 all members together: what decides between the two, the passes over wide rows and the launches for few rows,
@@ -46,7 +47,7 @@ def group_forward(
 ) -> tuple[list[Tensor], Tensor]:
     """Compute the y_i (M, N_i) and z (M, ΣR), with share_A (M, R), in the dtype of x."""
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    if run := _direct("forward", impl, x, weights, lora_Bs, biases):
+    if seeds is None and (run := _direct("forward", impl, x, weights, lora_Bs, biases)):
         return run(*arguments)
     *ys, z = _forward_op(*arguments, impl)
     return ys, z
@@ -74,7 +75,7 @@ def group_backward(
     dy = next(dy for dy in dys if dy is not None)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
-    if run := _direct(op, impl, dy, weights, lora_Bs):
+    if seeds is None and (run := _direct(op, impl, dy, weights, lora_Bs)):
         return run(*arguments)
     found = iter(_backward_op(*arguments, impl))
     return next(found) if need_dx else None, [next(found) if need else None for need in need_dBs]
@@ -114,10 +115,11 @@ def _decide(
     weights: Sequence[Tensor | None],
     lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None] = (),
+    dropout: bool = False,
 ) -> tuple[str, Plan | None]:
     """Return the implementation of an operation, and its plan if that is "triton" and sizes are known.
 
-    Arguments as of _direct.
+    Arguments as of _direct; dropout: whether there is one.
     """
     pin = pinned() if impl in ("auto", "triton") else None
     kernels = pin is not None and pin.needs_kernels(op)
@@ -133,7 +135,7 @@ def _decide(
         N += wide.shape[0] if wide is not None else 0
     K = 0 if op == "backward_lora_B" else weights[0].shape[1]
     bias = any(bias is not None for bias in biases)
-    return name, choose_plan(impl, op, x.device, x.dtype, M, N, K, max(1, R), bias, pin)
+    return name, choose_plan(impl, op, x.device, x.dtype, M, N, K, max(1, R), bias, dropout, pin)
 
 
 def _takes_grad_kernel(op: str, plan: Plan) -> bool:
@@ -143,7 +145,7 @@ def _takes_grad_kernel(op: str, plan: Plan) -> bool:
 
 def _forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
     weights, biases = _cast(weights, x.dtype), _cast(biases, x.dtype)
-    decided = _decide("forward", impl, x, weights, lora_Bs, biases)
+    decided = _decide("forward", impl, x, weights, lora_Bs, biases, seeds is not None)
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
     ys, z = _run("forward", decided, x.device, arguments)
     return [*ys, z]
@@ -156,7 +158,7 @@ def _backward(
     if need_dx:
         weights = _cast(weights, dy.dtype)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
-    decided = _decide(op, impl, dy, weights, lora_Bs)
+    decided = _decide(op, impl, dy, weights, lora_Bs, dropout=seeds is not None)
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
     dx, dBs = _run(op, decided, dy.device, arguments)
     return [grad for grad in (dx, *dBs) if grad is not None]

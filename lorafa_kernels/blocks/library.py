@@ -7,8 +7,9 @@
                dx   = dz [lora_A_1; lora_A_2; …], then dx += dy_i weight_i in place, for each i
 
 Shapes and arguments as in reference.py. As in lorafa_kernels/library.py the rank-R products come first,
-because they only write the output. The stacked lora_A (ΣR, K) is the only temporary; with dropout there is
-a masked copy of x, or of one low-rank term of dx, at a time. dx is rounded once for each member.
+because they only write the output. The stacked lora_A (ΣR, K) is the only temporary; with dropout, which
+takes a product for each member, there is one low-rank term of dx (M, K) at a time, and masks are made for
+some rows at a time (philox.CHUNK). dx is rounded once for each member.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..library import _in_dtype, _scaled_product, backward_lora_B
+from ..philox import keep_chunks
 from .operands import rank_columns, rank_makers, seed_of
 
 
@@ -120,8 +122,9 @@ def input_gradient(
             for i in adapted:
                 first, last = last, last + lora_As[i].shape[0]
                 term = _columns(dz, first, last).mm(_in_dtype(lora_As[i], dz.dtype))
-                if dropout_ps[i]:
-                    term.mul_(_keep(seeds, share_A, i, dropout_ps[i], term))
+                if p := dropout_ps[i]:
+                    for rows, keep in keep_chunks(seed_of(seeds, i, share_A), p, *term.shape):
+                        term[rows].mul_(keep)
                 dx = term if dx is None else dx.add_(term)
     for dy, weight in zip(dys, weights, strict=True):
         if dy is not None:
@@ -137,10 +140,13 @@ def _low_rank(x, lora_As, scalings, dropout_ps, seeds, share_A, makers, columns)
         return _scaled_product(x, _stacked([lora_As[i] for i in makers], x.dtype).t(), s)
     z = x.new_empty((x.shape[0], max(last for _, last in columns)))
     for i in makers:
-        p = dropout_ps[i]
-        rows = x if p == 0.0 else x * _keep(seeds, share_A, i, p, x)
-        factor = _in_dtype(lora_As[i], x.dtype).t()
-        _columns(z, *columns[i]).addmm_(rows, factor, beta=0, alpha=scalings[i] / (1 - p))
+        p, part = dropout_ps[i], _columns(z, *columns[i])
+        factor, scaling = _in_dtype(lora_As[i], x.dtype).t(), scalings[i] / (1 - p)
+        if p:
+            for rows, keep in keep_chunks(seed_of(seeds, i, share_A), p, *x.shape):
+                part[rows].addmm_(x[rows] * keep, factor, beta=0, alpha=scaling)
+        else:
+            part.addmm_(x, factor, beta=0, alpha=scaling)
     return z
 
 
@@ -152,9 +158,3 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _columns(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor if last - first == tensor.shape[1] else tensor[:, first:last]
-
-
-def _keep(seeds: Tensor, share_A: bool, i: int, p: float, like: Tensor) -> Tensor:
-    from ..philox import keep_mask
-
-    return keep_mask(seed_of(seeds, i, share_A), p, *like.shape)

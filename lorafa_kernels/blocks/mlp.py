@@ -100,15 +100,16 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
         need_dx, need_dBs = _needs(ctx)
         need_dg, need_du = need_dx or need_dBs[0], need_dx or need_dBs[1]
         need_dh = need_dg or need_du
+        trains_input = need_dBs[0] or need_dBs[1]
         reads_values = need_dx, need_dx, need_dh
         ctx.save_for_backward(
             g if need_dh else None,
             u if need_dg else None,
-            z if need_dBs[0] or need_dBs[1] else None,
+            z if trains_input else None,
             z_down if need_dBs[2] else None,
             seeds if need_dh else None,
-            # A dB takes its dtype and shape from lora_B, even where no value of it is needed.
-            *_only(lora_Bs, [a or b for a, b in zip(reads_values, need_dBs, strict=True)]),
+            # Those whose values nothing needs say of which dtype a dB is, and where z lies beside another.
+            *_only(lora_Bs, (need_dx or trains_input, need_dx or trains_input, need_dh or need_dBs[2])),
             *_only(weights, reads_values),
             *_only(lora_As, reads_values),
         )

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..philox import keep_mask
 from ..reference import accumulator_dtype, backward_lora_B
 from .operands import rank_columns, rank_makers, seed_of
 
@@ -106,6 +107,4 @@ def backward(
 
 
 def _keep(seeds: Tensor, share_A: bool, i: int, p: float, like: Tensor) -> Tensor:
-    from ..philox import keep_mask
-
     return keep_mask(seed_of(seeds, i, share_A), p, *like.shape)

@@ -1,13 +1,14 @@
 """expand: the large product with the rank-R term added to its accumulator.
 
-    C (M, N) = round( P (M, K) · Q (K, N) + L (M, R) · F (R, N) + bias (N) )
+    C (M, N) = round( P (M, K) · Q (K, N) + keep (M, N) ⊙ (L (M, R) · F (R, N)) + bias (N) )
 
     y  (M, N): P = x,  Q = weightᵀ, L = z,  F = lora_Bᵀ, bias
-    dx (M, K): P = dy, Q = weight,  L = dz, F = lora_A
+    dx (M, K): P = dy, Q = weight,  L = dz, F = lora_A, and with dropout keep (philox.py)
 
 One kernel for both, through strides. Reads P once per column of blocks and Q once per row of blocks
 (grouped for reuse in L2), L and F once per block, writes C once: the rank-R term costs no pass over C.
-2·M·N·(K + R) FLOPs. Bound by arithmetic.
+2·M·N·(K + R) FLOPs. Bound by arithmetic. With dropout the rank-R step comes first, is multiplied with keep,
+which is made in registers, and the large product is added to it.
 
 The launcher takes the kernel of expand_tma.py where the configuration asks for it and TMA can address the
 operands. Programmatic dependent launch (WAIT) is explained there, and holds here word for word.
@@ -25,9 +26,12 @@ from .expand_tma import expand_tma, storage_order
 from .tile import (
     dependent_launch,
     device_limits,
+    drop,
+    dropout_arguments,
     emulate_bf16,
     gdc_wait,
     input_precision,
+    keep_tile,
     load,
     offsets,
     round_as,
@@ -36,6 +40,41 @@ from .tile import (
 
 
 @triton.jit
+def _low_rank_step(
+    acc,
+    L_ptr,
+    F_ptr,
+    index_m,
+    index_n,
+    M,
+    N,
+    R,
+    stride_L_m,
+    stride_L_r,
+    stride_F_r,
+    stride_F_n,
+    DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    """acc + L · F for one tile. Not pipelined: one or two rounds, and where the main loop is over its shared
+    memory is free to be used again.
+    """
+    in_m = (index_m < M)[:, None]
+    in_n = (index_n < N)[None, :]
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):
+        index_r = start + tl.arange(0, BLOCK_R)
+        in_r = index_r < R
+        L_ptrs = L_ptr + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
+        F_ptrs = F_ptr + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
+        L = load(L_ptrs, in_m & in_r[None, :], EMULATE_BF16)
+        F = round_as(load(F_ptrs, in_r[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
+        acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["seed_ptr", "threshold"])
 def _expand_kernel(
     P_ptr,
     Q_ptr,
@@ -43,6 +82,8 @@ def _expand_kernel(
     F_ptr,
     bias_ptr,
     C_ptr,
+    seed_ptr,
+    threshold,
     M,
     N,
     K,
@@ -63,6 +104,7 @@ def _expand_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     WAIT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -83,6 +125,29 @@ def _expand_kernel(
     P_ptrs = P_ptr + offsets(index_m, stride_P_m)[:, None] + offsets(index_k, stride_P_k)[None, :]
     Q_ptrs = Q_ptr + offsets(index_k, stride_Q_k)[:, None] + offsets(index_n, stride_Q_n)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if DROPOUT:
+        if WAIT:
+            gdc_wait()
+        acc = _low_rank_step(
+            acc,
+            L_ptr,
+            F_ptr,
+            index_m,
+            index_n,
+            M,
+            N,
+            R,
+            stride_L_m,
+            stride_L_r,
+            stride_F_r,
+            stride_F_n,
+            DTYPE,
+            BLOCK_R,
+            INPUT_PRECISION,
+            EMULATE_BF16,
+        )
+        start_n = (in_group // rows_in_group) * BLOCK_N
+        acc = drop(acc, keep_tile(tl.load(seed_ptr), threshold, index_m, start_n, N, BLOCK_N))
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             P = load(P_ptrs, in_m, EMULATE_BF16)
@@ -95,18 +160,29 @@ def _expand_kernel(
         P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
         Q_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_Q_k)
 
-    if WAIT:
-        gdc_wait()
-    # After the main loop: before it, the compiler no longer overlaps the products of the loop. Not
-    # pipelined: one or two rounds, and the main loop's shared memory is free to be used again.
-    for start in tl.range(0, R, BLOCK_R, num_stages=1):
-        index_r = start + tl.arange(0, BLOCK_R)
-        in_r = index_r < R
-        L_ptrs = L_ptr + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
-        F_ptrs = F_ptr + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
-        L = load(L_ptrs, in_m & in_r[None, :], EMULATE_BF16)
-        F = round_as(load(F_ptrs, in_r[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
-        acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
+    # After the main loop where that is possible: before it, the compiler no longer overlaps the products of
+    # the loop.
+    if not DROPOUT:
+        if WAIT:
+            gdc_wait()
+        acc = _low_rank_step(
+            acc,
+            L_ptr,
+            F_ptr,
+            index_m,
+            index_n,
+            M,
+            N,
+            R,
+            stride_L_m,
+            stride_L_r,
+            stride_F_r,
+            stride_F_n,
+            DTYPE,
+            BLOCK_R,
+            INPUT_PRECISION,
+            EMULATE_BF16,
+        )
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + index_n, mask=index_n < N, other=0.0)
@@ -122,14 +198,17 @@ def expand(
     F: Tensor,
     bias: Tensor | None = None,
     *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     config: KernelConfig | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """Return round(P · Q + L · F + bias) as a contiguous (M, N) tensor in the dtype of P.
+    """Return round(P · Q + keep ⊙ (L · F) + bias) as a contiguous (M, N) tensor in the dtype of P.
 
     P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype or fp32; any
-    strides. bias (N,), or None. `pdl`: start while the kernel that writes L still runs, where the device can;
-    that kernel must be the last one launched, and must not have been launched this way itself.
+    strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true where dropout_p is 0. `pdl`:
+    start while the kernel that writes L still runs, where the device can; that kernel must be the last one
+    launched, and must not have been launched this way itself.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -143,13 +222,18 @@ def expand(
     wait = pdl and dependent_launch(limits)
     if config is None:
         aligned = rows_aligned(P.element_size(), K, N)
-        config = default_config("expand", limits, P.element_size(), M, R, aligned, recompute=False)
+        config = default_config(
+            "expand", limits, P.element_size(), M, R, aligned, recompute=False, dropout=dropout_p > 0
+        )
+    dropout = dropout_arguments(dropout_p, seed)
     if config.variant == "tma":
         transposed = storage_order(P, Q)
         if transposed is not None:
-            expand_tma(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms)
+            expand_tma(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms, *dropout)
             return C
-        config = default_config("expand", limits, P.element_size(), M, R, aligned=False, recompute=False)
+        config = default_config(
+            "expand", limits, P.element_size(), M, R, aligned=False, recompute=False, dropout=dropout_p > 0
+        )
     launch = {"launch_pdl": True} if wait else {}
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     _expand_kernel[grid](
@@ -159,6 +243,7 @@ def expand(
         F,
         bias,
         C,
+        *dropout,
         M,
         N,
         K,
@@ -179,6 +264,7 @@ def expand(
         GROUP_M=config.GROUP_M,
         EVEN_K=K % config.BLOCK_K == 0,
         HAS_BIAS=bias is not None,
+        DROPOUT=dropout_p > 0,
         WAIT=wait,
         INPUT_PRECISION=input_precision(P.dtype),
         EMULATE_BF16=emulate_bf16(P, F),

@@ -1,6 +1,6 @@
 """expand for Hopper: the same product as expand.py, persistent and with TMA.
 
-    C (M, N) = round( P (M, K) · Q (K, N) + L (M, R) · F (R, N) + bias (N) )
+    C (M, N) = round( P (M, K) · Q (K, N) + keep (M, N) ⊙ (L (M, R) · F (R, N)) + bias (N) )
 
     y  (M, N): P = x,  Q = weightᵀ, L = z,  F = lora_Bᵀ, bias       TRANSPOSED: Q and F are stored (N, ·)
     dx (M, K): P = dy, Q = weight,  L = dz, F = lora_A              Q and F are stored (·, N)
@@ -10,7 +10,8 @@ of tiles, L and F once per tile, writes C once. 2·M·N·(K + R) FLOPs. Bound by
 
 The order within a tile is what keeps the tensor cores busy (the compile gate holds on to it): the K loop
 first, with one product in flight while the next operands arrive; the rank-R step after it, its operands by
-TMA too; loops over tiles and over K are not flattened into one.
+TMA too; loops over tiles and over K are not flattened into one. With dropout the rank-R step comes first all
+the same, since keep must not reach the large product; then nothing of it overlaps the kernel that writes L.
 
 Programmatic dependent launch (WAIT). The kernel before this one is the one that writes L: it says early that
 its dependent may start, and every block here waits (griddepcontrol.wait) until that kernel has ended and its
@@ -31,7 +32,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning.config import KernelConfig
-from .tile import addressable, describe, emulate_bf16, gdc_wait, load, offsets, round_as
+from .tile import (
+    addressable,
+    describe,
+    drop,
+    emulate_bf16,
+    gdc_wait,
+    keep_tile,
+    load,
+    offsets,
+    round_as,
+)
 
 
 @triton.jit
@@ -41,6 +52,50 @@ def _halves(tile):
 
 
 @triton.jit
+def _low_rank_step(
+    acc,
+    L,
+    F,
+    start_m,
+    start_n,
+    M,
+    N,
+    R,
+    stride_L_m,
+    stride_L_r,
+    stride_F_r,
+    stride_F_n,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    LOW_RANK_TMA: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    """acc + L · F for one tile. Two stages let both operands travel at once; their shared memory is the K
+    loop's.
+    """
+    for start in tl.range(0, R, BLOCK_R, num_stages=2):
+        if LOW_RANK_TMA:
+            L_tile = L.load([start_m, start])
+            F_tile = F.load([start_n, start]).T if TRANSPOSED else F.load([start, start_n])
+            if EMULATE_BF16:
+                L_tile = L_tile.to(tl.float32)
+        else:
+            index_m = start_m + tl.arange(0, BLOCK_M)
+            index_n = start_n + tl.arange(0, BLOCK_N)
+            index_r = start + tl.arange(0, BLOCK_R)
+            in_r = index_r < R
+            L_ptrs = L + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
+            F_ptrs = F + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
+            L_tile = load(L_ptrs, (index_m < M)[:, None] & in_r[None, :], EMULATE_BF16)
+            F_tile = load(F_ptrs, in_r[:, None] & (index_n < N)[None, :], EMULATE_BF16)
+        acc = tl.dot(L_tile, round_as(F_tile, DTYPE, EMULATE_BF16), acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["seed_ptr", "threshold"])
 def _expand_tma_kernel(
     P_desc,
     Q_desc,
@@ -48,6 +103,8 @@ def _expand_tma_kernel(
     F,
     bias_ptr,
     C_desc,
+    seed_ptr,
+    threshold,
     M,
     N,
     K,
@@ -65,6 +122,7 @@ def _expand_tma_kernel(
     TRANSPOSED: tl.constexpr,
     LOW_RANK_TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     WAIT: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
@@ -79,6 +137,32 @@ def _expand_tma_kernel(
         start_n = (in_group // rows_in_group) * BLOCK_N
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if DROPOUT:
+            if WAIT:
+                gdc_wait()
+            acc = _low_rank_step(
+                acc,
+                L,
+                F,
+                start_m,
+                start_n,
+                M,
+                N,
+                R,
+                stride_L_m,
+                stride_L_r,
+                stride_F_r,
+                stride_F_n,
+                DTYPE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
+                TRANSPOSED,
+                LOW_RANK_TMA,
+                EMULATE_BF16,
+            )
+            index_m = start_m + tl.arange(0, BLOCK_M)
+            acc = drop(acc, keep_tile(tl.load(seed_ptr), threshold, index_m, start_n, N, BLOCK_N))
         for start in range(0, K, BLOCK_K):
             P = P_desc.load([start_m, start])
             Q = Q_desc.load([start_n, start]).T if TRANSPOSED else Q_desc.load([start, start_n])
@@ -87,25 +171,30 @@ def _expand_tma_kernel(
                 Q = Q.to(tl.float32)
             acc = tl.dot(P, Q, acc)
 
-        if WAIT:
-            gdc_wait()
-        # Two stages let both operands travel at once; their shared memory is the K loop's.
-        for start in tl.range(0, R, BLOCK_R, num_stages=2):
-            if LOW_RANK_TMA:
-                L_tile = L.load([start_m, start])
-                F_tile = F.load([start_n, start]).T if TRANSPOSED else F.load([start, start_n])
-                if EMULATE_BF16:
-                    L_tile = L_tile.to(tl.float32)
-            else:
-                index_m = start_m + tl.arange(0, BLOCK_M)
-                index_n = start_n + tl.arange(0, BLOCK_N)
-                index_r = start + tl.arange(0, BLOCK_R)
-                in_r = index_r < R
-                L_ptrs = L + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
-                F_ptrs = F + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
-                L_tile = load(L_ptrs, (index_m < M)[:, None] & in_r[None, :], EMULATE_BF16)
-                F_tile = load(F_ptrs, in_r[:, None] & (index_n < N)[None, :], EMULATE_BF16)
-            acc = tl.dot(L_tile, round_as(F_tile, DTYPE, EMULATE_BF16), acc)
+        if not DROPOUT:
+            if WAIT:
+                gdc_wait()
+            acc = _low_rank_step(
+                acc,
+                L,
+                F,
+                start_m,
+                start_n,
+                M,
+                N,
+                R,
+                stride_L_m,
+                stride_L_r,
+                stride_F_r,
+                stride_F_n,
+                DTYPE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
+                TRANSPOSED,
+                LOW_RANK_TMA,
+                EMULATE_BF16,
+            )
 
         if HAS_BIAS:
             index_n = start_n + tl.arange(0, BLOCK_N)
@@ -147,8 +236,12 @@ def expand_tma(
     transposed: bool,
     wait: bool,
     num_sms: int,
+    seed: Tensor | None,
+    threshold: int,
 ) -> None:
-    """Write round(P · Q + L · F + bias) into C. Operands as in expand, with P, Q and C addressable."""
+    """Write round(P · Q + keep ⊙ (L · F) + bias) into C. Operands as in expand, with P, Q and C addressable;
+    seed and threshold as dropout_arguments gives them.
+    """
     M, K = P.shape
     N = Q.shape[1]
     R = L.shape[1]
@@ -168,6 +261,8 @@ def expand_tma(
         else F,
         bias,
         describe(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
+        seed,
+        threshold,
         M,
         N,
         K,
@@ -185,6 +280,7 @@ def expand_tma(
         TRANSPOSED=transposed,
         LOW_RANK_TMA=low_rank_tma,
         HAS_BIAS=bias is not None,
+        DROPOUT=seed is not None,
         WAIT=wait,
         EMULATE_BF16=emulate_bf16(P, F),
         num_warps=config.num_warps,

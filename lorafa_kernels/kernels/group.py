@@ -1,9 +1,9 @@
 """Kernels of linear layers that share an input: one pass over x for all z, one launch for the whole of dx.
 
-    shrink_group  z (M, ΣR) = round( [ s_1 · (x lora_A_1ᵀ), s_2 · (x lora_A_2ᵀ), … ] )
-    expand_total  C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j L_j (M, R_j) · F_j (R_j, N) )
+    shrink_group  z_i (M, R_i) = round( s_i/(1 − p_i) · ((x ⊙ keep_i) lora_A_iᵀ) ), side by side in z (M, ΣR)
+    expand_total  C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j keep_j ⊙ (L_j · F_j) ), L_j (M, R_j)
                   dx: P_i = dy_i, Q_i = weight_i, L_j = dz_j, F_j = lora_A_j
-    shrink_total  dz (M, R) = round( s · Σ_i dy_i lora_B_i ), of members that share lora_A
+    shrink_total  dz (M, R) = round( s/(1 − p) · Σ_i dy_i lora_B_i ), of members that share lora_A
 
 What belongs to a member comes in tuples, over which the kernels' loops are unrolled: one compiled kernel for
 each number of members.
@@ -11,10 +11,12 @@ each number of members.
 shrink_group reads x once and each lora_A once per block of rows: (M·K + ⌈M/BLOCK_M⌉·K·ΣR + M·ΣR) elements.
 Bound by reading x. Members whose ranks together exceed the columns of one block are taken in several passes.
 Few rows are handled as in shrink.py: the contraction is cut, and partial sums are added in a fixed order.
+With dropout the tile of x is multiplied with each member's own mask, made in registers (philox.py).
 
 expand_total keeps the sum over the members in one accumulator, where as many products would read and write C
 once each: it reads P_i and Q_i as so many products do, writes C once, and rounds once.
-2·M·N·Σ(K_i + R_i) FLOPs. Bound by arithmetic. The launcher takes the kernel of group_tma.py where the
+2·M·N·Σ(K_i + R_i) FLOPs. Bound by arithmetic. With dropout the rank-R terms come first, each multiplied with
+its mask before it is added. The launcher takes the kernel of group_tma.py where the
 configuration asks for it and TMA can address the operands. shrink_total is the same kernel with the width of
 a rank, bound by reading the dy_i.
 """
@@ -22,6 +24,7 @@ a rank, bound by reading the dy_i.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,14 +36,19 @@ from ..tuning.config import (
     default_config,
     rows_aligned,
     shrink_group_config,
+    shrink_total_config,
     split_size,
 )
+from .expand import _low_rank_step as low_rank_step
 from .group_tma import expand_total_tma, total_addressable
 from .tile import (
     SUM_BLOCK,
     device_limits,
+    drop,
+    dropout_arguments,
     emulate_bf16,
     input_precision,
+    keep_tile,
     load,
     offsets,
     round_as,
@@ -49,11 +57,14 @@ from .tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seeds_ptr", "thresholds"])
 def _shrink_group_kernel(
     x_ptr,
     factor_ptrs,
     out_ptr,
+    seeds_ptr,
+    seed_offsets,
+    thresholds,
     scalings,
     firsts,
     ranks,
@@ -70,6 +81,7 @@ def _shrink_group_kernel(
     BLOCK_R: tl.constexpr,  # of one member
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
@@ -83,32 +95,35 @@ def _shrink_group_kernel(
     last_k = min(first_k + split_k, K)
     in_m = (index_m < M)[:, None]
 
+    index_k = first_k + tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offsets(index_m, stride_x_m)[:, None] + offsets(index_k, stride_x_k)[None, :]
     accs = ()
-    for _ in tl.static_range(members):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
+    ptrs = ()
+    for i in tl.static_range(members):
+        accs += (tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32),)
+        ptrs += (
+            factor_ptrs[i]
+            + offsets(index_k, strides_factor_k[i])[:, None]
+            + offsets(index_r, strides_factor_r[i])[None, :],
+        )
     for start in range(first_k, last_k, BLOCK_K):
-        index_k = start + tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + offsets(index_m, stride_x_m)[:, None] + offsets(index_k, stride_x_k)[None, :]
-        if EVEN_K:
-            x = load(x_ptrs, in_m, EMULATE_BF16)
-        else:
-            in_k = index_k < last_k
-            x = load(x_ptrs, in_m & in_k[None, :], EMULATE_BF16)
+        in_k = start + tl.arange(0, BLOCK_K) < last_k
+        x = load(x_ptrs, in_m if EVEN_K else in_m & in_k[None, :], EMULATE_BF16)
         sums = ()
+        next_ptrs = ()
         for i in tl.static_range(members):
-            ptrs = (
-                factor_ptrs[i]
-                + offsets(index_k, strides_factor_k[i])[:, None]
-                + offsets(index_r, strides_factor_r[i])[None, :]
-            )
             in_r = (index_r < ranks[i])[None, :]
-            if EVEN_K:
-                factor = load(ptrs, in_r, EMULATE_BF16)
-            else:
-                factor = load(ptrs, in_k[:, None] & in_r, EMULATE_BF16)
+            factor = load(ptrs[i], in_r if EVEN_K else in_k[:, None] & in_r, EMULATE_BF16)
             factor = round_as(factor, DTYPE, EMULATE_BF16)
-            sums = sums + (tl.dot(x, factor, accs[i], input_precision=INPUT_PRECISION),)
+            kept = x
+            if DROPOUT:
+                seed = tl.load(seeds_ptr + seed_offsets[i])
+                kept = drop(x, keep_tile(seed, thresholds[i], index_m, start, K, BLOCK_K))
+            sums += (tl.dot(kept, factor, accs[i], input_precision=INPUT_PRECISION),)
+            next_ptrs += (ptrs[i] + offsets(tl.full((), BLOCK_K, tl.int64), strides_factor_k[i]),)
+        x_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_x_k)
         accs = sums
+        ptrs = next_ptrs
 
     for i in tl.static_range(members):
         rows = index_m
@@ -126,13 +141,16 @@ def _shrink_group_sum_kernel(
     sum_parts(parts_ptr, out_ptr, tl.program_id(0), splits, count, 1.0, BLOCK, EMULATE_BF16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seeds_ptr", "thresholds"])
 def _total_kernel(
     P_ptrs,
     Q_ptrs,
     L_ptrs,
     F_ptrs,
     C_ptr,
+    seeds_ptr,
+    seed_offsets,
+    thresholds,
     scaling,
     M,
     N,
@@ -152,6 +170,7 @@ def _total_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
@@ -163,11 +182,34 @@ def _total_kernel(
     rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
     in_group = pid % (GROUP_M * blocks_n)
     index_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    index_n = (in_group // rows_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_n = (in_group // rows_in_group) * BLOCK_N
+    index_n = start_n + tl.arange(0, BLOCK_N)
     in_m = (index_m < M)[:, None]
     in_n = (index_n < N)[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if DROPOUT:
+        for j in tl.static_range(len(L_ptrs)):
+            term = low_rank_step(
+                tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
+                L_ptrs[j],
+                F_ptrs[j],
+                index_m,
+                index_n,
+                M,
+                N,
+                ranks[j],
+                strides_L_m[j],
+                strides_L_r[j],
+                strides_F_r[j],
+                strides_F_n[j],
+                DTYPE,
+                BLOCK_R,
+                INPUT_PRECISION,
+                EMULATE_BF16,
+            )
+            seed = tl.load(seeds_ptr + seed_offsets[j])
+            acc += drop(term, keep_tile(seed, thresholds[j], index_m, start_n, N, BLOCK_N))
     for i in tl.static_range(len(P_ptrs)):
         index_k = tl.arange(0, BLOCK_K)
         P_tile = (
@@ -187,38 +229,65 @@ def _total_kernel(
             acc = tl.dot(P, round_as(Q, DTYPE, EMULATE_BF16), acc, input_precision=INPUT_PRECISION)
             P_tile += offsets(tl.full((), BLOCK_K, tl.int64), strides_P_k[i])
             Q_tile += offsets(tl.full((), BLOCK_K, tl.int64), strides_Q_k[i])
-
-    # As in expand.py: after the main loops, and not pipelined.
-    for j in tl.static_range(len(L_ptrs)):
-        for start in tl.range(0, ranks[j], BLOCK_R, num_stages=1):
-            index_r = start + tl.arange(0, BLOCK_R)
-            in_r = index_r < ranks[j]
-            L_tile = (
-                L_ptrs[j]
-                + offsets(index_m, strides_L_m[j])[:, None]
-                + offsets(index_r, strides_L_r[j])[None, :]
+    # As in expand.py: after the main loops where that is possible.
+    if not DROPOUT:
+        for j in tl.static_range(len(L_ptrs)):
+            acc = low_rank_step(
+                acc,
+                L_ptrs[j],
+                F_ptrs[j],
+                index_m,
+                index_n,
+                M,
+                N,
+                ranks[j],
+                strides_L_m[j],
+                strides_L_r[j],
+                strides_F_r[j],
+                strides_F_n[j],
+                DTYPE,
+                BLOCK_R,
+                INPUT_PRECISION,
+                EMULATE_BF16,
             )
-            F_tile = (
-                F_ptrs[j]
-                + offsets(index_r, strides_F_r[j])[:, None]
-                + offsets(index_n, strides_F_n[j])[None, :]
-            )
-            L = load(L_tile, in_m & in_r[None, :], EMULATE_BF16)
-            F = round_as(load(F_tile, in_r[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
-            acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
 
     C_tile = C_ptr + offsets(index_m, N)[:, None] + index_n[None, :]
     store(C_tile, acc * scaling, in_m & in_n, EMULATE_BF16)
 
 
-def shrink_group(
-    x: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], *, config: KernelConfig | None = None
-) -> Tensor:
-    """Return the round(scaling_i · (x · factor_i)) side by side: a contiguous (M, ΣR) tensor in the dtype of
-    x.
+@dataclass(frozen=True)
+class Dropout:
+    """The dropout of some members: the seeds of their group, int64 (n,), and for each of them which of the
+    seeds is its own and the probability p, 0 for none.
+    """
 
-    x (M, K) fp32, bf16 or fp16; factors (K, R_i) of that dtype or fp32; any strides. config: its BLOCK_R is
-    the columns of one member.
+    seeds: Tensor
+    offsets: Sequence[int]
+    ps: Sequence[float]
+
+    def arguments(self, members: slice) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        """Return what kernels take for some of the members: seeds, offsets and thresholds."""
+        thresholds = (dropout_arguments(p, self.seeds)[1] for p in self.ps[members])
+        return self.seeds, tuple(self.offsets[members]), tuple(thresholds)
+
+
+NO_DROPOUT: tuple[None, tuple, tuple] = (None, (), ())
+
+
+def shrink_group(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    dropout: Dropout | None = None,
+    config: KernelConfig | None = None,
+) -> Tensor:
+    """Return the round(scaling_i · ((x ⊙ keep_i) · factor_i)) side by side: a contiguous (M, ΣR) tensor in
+    the dtype of x.
+
+    x (M, K) fp32, bf16 or fp16; factors (K, R_i) of that dtype or fp32; any strides. keep_i (M, K) is all
+    true without dropout; 1/(1 − p_i) is for the caller to have in scaling_i. config: its BLOCK_R is the
+    columns of one member.
     """
     M, K = x.shape
     ranks = [factor.shape[1] for factor in factors]
@@ -227,7 +296,8 @@ def shrink_group(
         return out
     limits = device_limits(x.device)
     if config is None:
-        config, members = shrink_group_config(limits, x.element_size(), M, max(ranks), len(ranks))
+        shapes = M, max(ranks), len(ranks)
+        config, members = shrink_group_config(limits, x.element_size(), *shapes, dropout is not None)
     else:
         members = len(ranks) if max(ranks) <= config.BLOCK_R else 1
     split_k = split_size(config, K)
@@ -243,6 +313,7 @@ def shrink_group(
             x,
             tuple(factors[of_pass]),
             parts,
+            *(NO_DROPOUT if dropout is None else dropout.arguments(of_pass)),
             tuple(scalings[of_pass]),
             tuple(firsts[of_pass]),
             tuple(ranks[of_pass]),
@@ -259,6 +330,7 @@ def shrink_group(
             BLOCK_R=config.BLOCK_R,
             EVEN_K=K % config.BLOCK_K == 0,
             SPLIT=split,
+            DROPOUT=dropout is not None,
             INPUT_PRECISION=input_precision(x.dtype),
             EMULATE_BF16=emulate,
             num_warps=config.num_warps,
@@ -278,28 +350,33 @@ def expand_total(
     Ls: Sequence[Tensor],
     Fs: Sequence[Tensor],
     *,
+    dropout: Dropout | None = None,
     config: KernelConfig | None = None,
 ) -> Tensor:
-    """Return round(Σ P_i · Q_i + Σ L_j · F_j) as a contiguous (M, N) tensor in the dtype of the P_i.
+    """Return round(Σ P_i · Q_i + Σ keep_j ⊙ (L_j · F_j)) as a contiguous (M, N) tensor in the dtype of the
+    P_i.
 
     At least one P_i (M, K_i), with Q_i (K_i, N); any number of L_j (M, R_j), with F_j (R_j, N). One dtype,
-    fp32, bf16 or fp16, but F_j may be fp32; any strides.
+    fp32, bf16 or fp16, but F_j may be fp32; any strides. keep_j (M, N) is all true without dropout, which has
+    one entry for each L_j.
     """
     M, N = Ps[0].shape[0], Qs[0].shape[1]
     C = torch.empty((M, N), dtype=Ps[0].dtype, device=Ps[0].device)
     if M == 0 or N == 0:
         return C
     limits = device_limits(C.device)
-    R = max((L.shape[1] for L in Ls), default=1)
+    key = (limits, C.element_size(), M, max((L.shape[1] for L in Ls), default=1))
+    options = {"recompute": False, "dropout": dropout is not None}
     if config is None:
         aligned = rows_aligned(C.element_size(), N, *(P.shape[1] for P in Ps))
-        config = default_config("expand", limits, C.element_size(), M, R, aligned, recompute=False)
+        config = default_config("expand", *key, aligned, **options)
     if config.variant == "tma":
         if total_addressable(Ps, Qs, N):
-            expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms)
+            arguments = NO_DROPOUT if dropout is None else dropout.arguments(slice(None))
+            expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms, *arguments)
             return C
-        config = default_config("expand", limits, C.element_size(), M, R, aligned=False, recompute=False)
-    _total(Ps, Qs, Ls, Fs, C, 1.0, config)
+        config = default_config("expand", *key, aligned=False, **options)
+    _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config)
     return C
 
 
@@ -320,8 +397,8 @@ def shrink_total(
     if M == 0:
         return out
     if config is None:
-        config = default_config("shrink", device_limits(out.device), out.element_size(), M, R)
-    _total(rows, factors, (), (), out, scaling, config)
+        config = shrink_total_config(device_limits(out.device), out.element_size(), M, R)
+    _total(rows, factors, (), (), out, scaling, None, config)
     return out
 
 
@@ -332,18 +409,18 @@ def _total(
     Fs: Sequence[Tensor],
     C: Tensor,
     scaling: float,
+    dropout: Dropout | None,
     config: KernelConfig,
 ) -> None:
     M, N = C.shape
-    # A configuration of shrink has no BLOCK_N: its result is as wide as a rank.
-    BLOCK_N = config.BLOCK_N or config.BLOCK_R
     widths = tuple(P.shape[1] for P in Ps)
-    _total_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+    _total_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
         tuple(Ps),
         tuple(Qs),
         tuple(Ls),
         tuple(Fs),
         C,
+        *(NO_DROPOUT if dropout is None else dropout.arguments(slice(None))),
         scaling,
         M,
         N,
@@ -358,11 +435,12 @@ def _total(
         tuple(F.stride(0) for F in Fs),
         tuple(F.stride(1) for F in Fs),
         BLOCK_M=config.BLOCK_M,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M,
         EVEN_K=all(width % config.BLOCK_K == 0 for width in widths),
+        DROPOUT=dropout is not None,
         INPUT_PRECISION=input_precision(C.dtype),
         EMULATE_BF16=emulate_bf16(C, *Qs, *Fs),
         num_warps=config.num_warps,

@@ -16,7 +16,7 @@ from ..blocks.operands import rank_columns, rank_makers
 from ..tuning.config import KernelConfig, KernelPlan
 from .expand import expand
 from .grad import grad
-from .group import expand_total, shrink_group, shrink_total
+from .group import Dropout, expand_total, shrink_group, shrink_total
 from .shrink import shrink
 
 
@@ -37,7 +37,9 @@ def forward(
     a library product.
     """
     makers = rank_makers(lora_Bs, share_A)
-    z = shrink_group(x, [lora_As[i].t() for i in makers], [scalings[i] for i in makers])
+    factors = [lora_As[i].t() for i in makers]
+    of_rank = [scalings[i] / (1 - dropout_ps[i]) for i in makers]
+    z = shrink_group(x, factors, of_rank, dropout=_dropout(seeds, makers, dropout_ps, share_A))
     config = _expand_config(plan)
     ys = []
     for weight, lora_B, bias, (first, last) in zip(
@@ -85,16 +87,27 @@ def backward(
             dzs.append(dz if one_pass else shrink(dy, lora_B, scaling, config=plan.shrink))
     if not need_dx:
         return None, dBs
-    factors = [lora_As[i] for i in adapted]
     if share_A and adapted:
-        i = adapted[0]
-        scaling = scalings[i] / (1 - dropout_ps[i])
+        # Theirs is the scaling of the last one as well as of any other.
         dzs = [shrink_total([dys[i] for i in adapted], [lora_Bs[i] for i in adapted], scaling)]
-        factors = factors[:1]
+        adapted = adapted[:1]
     dx = expand_total(
-        [dys[i] for i in used], [weights[i] for i in used], dzs, factors, config=_expand_config(plan)
+        [dys[i] for i in used],
+        [weights[i] for i in used],
+        dzs,
+        [lora_As[i] for i in adapted],
+        dropout=_dropout(seeds, adapted, dropout_ps, share_A),
+        config=_expand_config(plan),
     )
     return dx, dBs
+
+
+def _dropout(
+    seeds: Tensor | None, members: Sequence[int], dropout_ps: Sequence[float], share_A: bool
+) -> Dropout | None:
+    if seeds is None or not members:
+        return None
+    return Dropout(seeds, [0] if share_A else members, [dropout_ps[i] for i in members])
 
 
 def _expand_config(plan: KernelPlan) -> KernelConfig | None:

@@ -1,12 +1,13 @@
 """expand_total for Hopper: the sum of several products in one accumulator, persistent and with TMA.
 
-    C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j L_j (M, R_j) · F_j (R_j, N) )
+    C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j keep_j ⊙ (L_j (M, R_j) · F_j (R_j, N)) )
 
     dx: P_i = dy_i, Q_i = weight_i, L_j = dz_j, F_j = lora_A_j, of the members i, and those with an adapter j
 
 About one block per multiprocessor walks the tiles of C. Within a tile the K loops of all members come one
 after the other, each with one product in flight while the next operands arrive, then the rank-R steps: the
-order that expand_tma.py explains, and that the compile gate holds on to. Reads and FLOPs as in group.py.
+order that expand_tma.py explains, and that the compile gate holds on to; also what it does with dropout.
+Reads and FLOPs as in group.py.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning.config import KernelConfig
-from .expand_tma import _halves
-from .tile import addressable, describe, emulate_bf16, load, offsets, round_as
+from .expand_tma import _halves as halves
+from .expand_tma import _low_rank_step as low_rank_step
+from .tile import addressable, describe, drop, emulate_bf16, keep_tile, round_as
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seeds_ptr", "thresholds"])
 def _total_tma_kernel(
     P_descs,
     Q_descs,
     Ls,  # descriptors, or pointers where TMA cannot address one of them
     Fs,
     C_desc,
+    seeds_ptr,
+    seed_offsets,
+    thresholds,
     M,
     N,
     widths,
@@ -45,9 +50,11 @@ def _total_tma_kernel(
     GROUP_M: tl.constexpr,
     EPILOGUE_SUBTILE: tl.constexpr,
     LOW_RANK_TMA: tl.constexpr,
+    DROPOUT: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = C_desc.dtype
+    COLUMNS: tl.constexpr = BLOCK_N // EPILOGUE_SUBTILE
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=False):
@@ -67,41 +74,66 @@ def _total_tma_kernel(
                     Q = Q.to(tl.float32)
                 acc = tl.dot(P, Q, acc)
 
-        for j in tl.static_range(len(Ls)):
-            for start in tl.range(0, ranks[j], BLOCK_R, num_stages=2):
-                if LOW_RANK_TMA:
-                    L = Ls[j].load([start_m, start])
-                    F = Fs[j].load([start, start_n])
-                    if EMULATE_BF16:
-                        L = L.to(tl.float32)
-                else:
-                    index_m = start_m + tl.arange(0, BLOCK_M)
-                    index_n = start_n + tl.arange(0, BLOCK_N)
-                    index_r = start + tl.arange(0, BLOCK_R)
-                    in_r = index_r < ranks[j]
-                    L_ptrs = (
-                        Ls[j]
-                        + offsets(index_m, strides_L_m[j])[:, None]
-                        + offsets(index_r, strides_L_r[j])[None, :]
-                    )
-                    F_ptrs = (
-                        Fs[j]
-                        + offsets(index_r, strides_F_r[j])[:, None]
-                        + offsets(index_n, strides_F_n[j])[None, :]
-                    )
-                    L = load(L_ptrs, (index_m < M)[:, None] & in_r[None, :], EMULATE_BF16)
-                    F = load(F_ptrs, in_r[:, None] & (index_n < N)[None, :], EMULATE_BF16)
-                acc = tl.dot(L, round_as(F, DTYPE, EMULATE_BF16), acc)
+        if not DROPOUT:
+            for j in tl.static_range(len(Ls)):
+                acc = low_rank_step(
+                    acc,
+                    Ls[j],
+                    Fs[j],
+                    start_m,
+                    start_n,
+                    M,
+                    N,
+                    ranks[j],
+                    strides_L_m[j],
+                    strides_L_r[j],
+                    strides_F_r[j],
+                    strides_F_n[j],
+                    DTYPE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_R,
+                    False,
+                    LOW_RANK_TMA,
+                    EMULATE_BF16,
+                )
 
         # As in expand_tma.py: parts of the tile leave one after the other through one buffer.
-        if EPILOGUE_SUBTILE == 1:
-            C_desc.store([start_m, start_n], round_as(acc, DTYPE, EMULATE_BF16).to(DTYPE))
-        else:
-            left, right = _halves(acc)
-            parts = (left, right) if EPILOGUE_SUBTILE == 2 else _halves(left) + _halves(right)
-            for part in tl.static_range(EPILOGUE_SUBTILE):
-                C = round_as(parts[part], DTYPE, EMULATE_BF16).to(DTYPE)
-                C_desc.store([start_m, start_n + part * (BLOCK_N // EPILOGUE_SUBTILE)], C)
+        parts = (acc,)
+        if EPILOGUE_SUBTILE >= 2:
+            parts = halves(acc)
+        if EPILOGUE_SUBTILE == 4:
+            parts = halves(parts[0]) + halves(parts[1])
+        for part in tl.static_range(EPILOGUE_SUBTILE):
+            C = parts[part]
+            start_c = start_n + part * COLUMNS
+            if DROPOUT:
+                for j in tl.static_range(len(Ls)):
+                    term = low_rank_step(
+                        tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32),
+                        Ls[j],
+                        Fs[j],
+                        start_m,
+                        start_c,
+                        M,
+                        N,
+                        ranks[j],
+                        strides_L_m[j],
+                        strides_L_r[j],
+                        strides_F_r[j],
+                        strides_F_n[j],
+                        DTYPE,
+                        BLOCK_M,
+                        COLUMNS,
+                        BLOCK_R,
+                        False,
+                        LOW_RANK_TMA,
+                        EMULATE_BF16,
+                    )
+                    seed = tl.load(seeds_ptr + seed_offsets[j])
+                    index_m = start_m + tl.arange(0, BLOCK_M)
+                    C += drop(term, keep_tile(seed, thresholds[j], index_m, start_c, N, COLUMNS))
+            C_desc.store([start_m, start_c], round_as(C, DTYPE, EMULATE_BF16).to(DTYPE))
 
 
 def total_addressable(Ps: Sequence[Tensor], Qs: Sequence[Tensor], N: int) -> bool:
@@ -119,20 +151,28 @@ def expand_total_tma(
     C: Tensor,
     config: KernelConfig,
     num_sms: int,
+    seeds: Tensor | None,
+    seed_offsets: tuple[int, ...],
+    thresholds: tuple[int, ...],
 ) -> None:
-    """Write round(Σ P_i · Q_i + Σ L_j · F_j) into C. Operands as in expand_total, with P_i and Q_i
-    addressable.
+    """Write round(Σ P_i · Q_i + Σ keep_j ⊙ (L_j · F_j)) into C. Operands as in expand_total, with P_i and Q_i
+    addressable; seeds is None without dropout.
     """
     M, N = C.shape
     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     low_rank_tma = addressable(*Ls, *Fs)
+    columns = BLOCK_N // config.EPILOGUE_SUBTILE
+    low_rank_columns = BLOCK_N if seeds is None else columns
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     _total_tma_kernel[(min(tiles, config.ctas_per_sm * num_sms),)](
         tuple(describe(P, BLOCK_M, BLOCK_K) for P in Ps),
         tuple(describe(Q, BLOCK_K, BLOCK_N) for Q in Qs),
         tuple(describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L for L in Ls),
-        tuple(describe(F, BLOCK_R, BLOCK_N) if low_rank_tma else F for F in Fs),
-        describe(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
+        tuple(describe(F, BLOCK_R, low_rank_columns) if low_rank_tma else F for F in Fs),
+        describe(C, BLOCK_M, columns),
+        seeds,
+        seed_offsets,
+        thresholds,
         M,
         N,
         tuple(P.shape[1] for P in Ps),
@@ -148,6 +188,7 @@ def expand_total_tma(
         GROUP_M=config.GROUP_M,
         EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
         LOW_RANK_TMA=low_rank_tma,
+        DROPOUT=seeds is not None,
         EMULATE_BF16=emulate_bf16(C, *Fs),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -38,10 +38,12 @@ def forward(
     plan: KernelPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R): one launch for few rows, else two."""
-    plan, config = _resolve(plan, x, weight, lora_A.shape[0])
+    plan, config = _resolve(plan, x, weight, lora_A.shape[0], dropout_p > 0)
+    scaling = scaling / (1 - dropout_p)
+    dropout = {"dropout_p": dropout_p, "seed": seed}
     if config.variant == "recompute":
-        return recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, scaling, config=config)
-    z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=plan.pdl)
+        return recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, scaling, config=config, **dropout)
+    z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=plan.pdl, **dropout)
     return expand(x, weight.t(), z, lora_B.t(), bias, config=config, pdl=plan.pdl), z
 
 
@@ -61,12 +63,14 @@ def backward(
 
     The kernel that writes dz is the last before expand, which may start while it runs.
     """
-    plan, config = _resolve(plan, dy, weight, lora_A.shape[0])
+    plan, config = _resolve(plan, dy, weight, lora_A.shape[0], dropout_p > 0)
+    scaling = scaling / (1 - dropout_p)
+    dropout = {"dropout_p": dropout_p, "seed": seed}
     if plan.one_pass and config.variant != "recompute":
         dz, dB = grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.grad, pdl=plan.pdl)
-        return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl), dB
+        return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl, **dropout), dB
     dB = grad(dy, z, None, 1.0, lora_B.dtype, config=plan.grad)[1]
-    return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, config), dB
+    return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, config, dropout), dB
 
 
 def backward_input(
@@ -81,8 +85,9 @@ def backward_input(
     plan: KernelPlan | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone: one launch for few rows, else two."""
-    plan, config = _resolve(plan, dy, weight, lora_A.shape[0])
-    return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, config)
+    plan, config = _resolve(plan, dy, weight, lora_A.shape[0], dropout_p > 0)
+    dropout = {"dropout_p": dropout_p, "seed": seed}
+    return _input_gradient(dy, weight, lora_A, lora_B, scaling / (1 - dropout_p), plan, config, dropout)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype, *, plan: KernelPlan | None = None) -> Tensor:
@@ -98,20 +103,25 @@ def _input_gradient(
     scaling: float,
     plan: KernelPlan,
     config: KernelConfig,
+    dropout: dict,
 ) -> Tensor:
+    """dx, with scaling = s/(1 − p)."""
     if config.variant == "recompute":
-        return recompute(dy, weight, lora_B, lora_A, None, scaling, config=config, want_L=False)[0]
+        dx, _ = recompute(
+            dy, weight, lora_B, lora_A, None, scaling, config=config, want_L=False, drop_P=False, **dropout
+        )
+        return dx
     dz = shrink(dy, lora_B, scaling, config=plan.shrink, pdl=plan.pdl)
-    return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl)
+    return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl, **dropout)
 
 
 def _resolve(
-    plan: KernelPlan | None, rows: Tensor, weight: Tensor, R: int
+    plan: KernelPlan | None, rows: Tensor, weight: Tensor, R: int, dropout: bool
 ) -> tuple[KernelPlan, KernelConfig]:
     """Return the plan, the heuristic one if there is none, and its configuration of expand."""
     if plan is not None and plan.expand is not None:
         return plan, plan.expand
     size = rows.element_size()
     key = (device_limits(rows.device), size, rows.shape[0], R, rows_aligned(size, *weight.shape))
-    plan = plan or default_plan(*key)
-    return plan, plan.expand or default_config("expand", *key)
+    plan = plan or default_plan(*key, dropout=dropout)
+    return plan, plan.expand or default_config("expand", *key, dropout=dropout)

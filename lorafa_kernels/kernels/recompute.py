@@ -1,10 +1,13 @@
 """recompute: shrink and expand in one launch, for few rows.
 
-    L (M, R) = round( s · (P (M, K) · D (K, R)) )
-    C (M, N) = round( P (M, K) · Q (K, N) + L (M, R) · F (R, N) + bias (N) )
+    L (M, R) = round( scaling · ((P (M, K) ⊙ keep) · D (K, R)) )
+    C (M, N) = round( P (M, K) · Q (K, N) + keep ⊙ (L (M, R) · F (R, N)) + bias (N) )
 
     z, y   (M, N): P = x,  D = lora_Aᵀ, Q = weightᵀ, F = lora_Bᵀ, bias
     dz, dx (M, K): P = dy, D = lora_B,  Q = weight,  F = lora_A
+
+keep is the dropout mask (philox.py), made in registers, of the shape of x: in forward it is for P in the
+product with D alone (DROP_P), in backward for L · F (DROP_LF), else all true.
 
 Every block makes the rows of L that it needs, beside its tile of C and from the same tiles of P; the first
 column of blocks writes L. Reads P and D once per column of blocks (from L2, but for the first), Q once per
@@ -20,10 +23,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning.config import KernelConfig
-from .tile import emulate_bf16, input_precision, load, offsets, round_as, store
+from .tile import (
+    drop,
+    dropout_arguments,
+    emulate_bf16,
+    input_precision,
+    keep_tile,
+    load,
+    offsets,
+    round_as,
+    store,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "threshold"])
 def _recompute_kernel(
     P_ptr,
     Q_ptr,
@@ -32,6 +45,8 @@ def _recompute_kernel(
     bias_ptr,
     L_ptr,
     C_ptr,
+    seed_ptr,
+    threshold,
     scaling,
     M,
     N,
@@ -52,6 +67,8 @@ def _recompute_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_L: tl.constexpr,
+    DROP_P: tl.constexpr,
+    DROP_LF: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
@@ -66,6 +83,8 @@ def _recompute_kernel(
     in_m = (index_m < M)[:, None]
     in_n = (index_n < N)[None, :]
     in_r = (index_r < R)[None, :]
+    if DROP_P or DROP_LF:
+        seed = tl.load(seed_ptr)
 
     P_ptrs = P_ptr + offsets(index_m, stride_P_m)[:, None] + offsets(index_k, stride_P_k)[None, :]
     Q_ptrs = Q_ptr + offsets(index_k, stride_Q_k)[:, None] + offsets(index_n, stride_Q_n)[None, :]
@@ -83,6 +102,8 @@ def _recompute_kernel(
             Q = load(Q_ptrs, in_k[:, None] & in_n, EMULATE_BF16)
             D = load(D_ptrs, in_k[:, None] & in_r, EMULATE_BF16)
         acc = tl.dot(P, Q, acc, input_precision=INPUT_PRECISION)
+        if DROP_P:
+            P = drop(P, keep_tile(seed, threshold, index_m, start, K, BLOCK_K))
         D = round_as(D, DTYPE, EMULATE_BF16)
         low_rank = tl.dot(P, D, low_rank, input_precision=INPUT_PRECISION)
         P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
@@ -95,7 +116,12 @@ def _recompute_kernel(
         store(L_ptrs, L, in_m & in_r, EMULATE_BF16)
     F_ptrs = F_ptr + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
     F = round_as(load(F_ptrs, (index_r < R)[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
-    acc = tl.dot(round_as(L, DTYPE, EMULATE_BF16), F, acc, input_precision=INPUT_PRECISION)
+    L = round_as(L, DTYPE, EMULATE_BF16)
+    if DROP_LF:
+        keep = keep_tile(seed, threshold, index_m, block_n * BLOCK_N, N, BLOCK_N)
+        acc += drop(tl.dot(L, F, input_precision=INPUT_PRECISION), keep)
+    else:
+        acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + index_n, mask=index_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -113,11 +139,15 @@ def recompute(
     *,
     config: KernelConfig,
     want_L: bool = True,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    drop_P: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Return C (M, N) and L (M, R), contiguous in the dtype of P; L is None unless wanted.
 
     P (M, K) and Q (K, N) of one dtype, fp32, bf16 or fp16; D (K, R) and F (R, N) of that dtype or fp32; any
-    strides. bias (N,), or None.
+    strides. bias (N,), or None. Where dropout_p is above 0, the mask of `seed` is for P, (M, K), or for
+    L · F, (M, N), if not drop_P; 1/(1 − dropout_p) is for the caller to have in `scaling`.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -140,6 +170,7 @@ def recompute(
         bias,
         L,
         C,
+        *dropout_arguments(dropout_p, seed),
         scaling,
         M,
         N,
@@ -160,6 +191,8 @@ def recompute(
         EVEN_K=K % config.BLOCK_K == 0,
         HAS_BIAS=bias is not None,
         STORE_L=want_L,
+        DROP_P=dropout_p > 0 and drop_P,
+        DROP_LF=dropout_p > 0 and not drop_P,
         INPUT_PRECISION=input_precision(P.dtype),
         EMULATE_BF16=emulate_bf16(P, D, F),
         num_warps=config.num_warps,

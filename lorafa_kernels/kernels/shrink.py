@@ -1,9 +1,10 @@
 """shrink: the product with the low-rank factor's wide side.
 
-    z  (M, R) = round( s · (x (M, K) · lora_Aᵀ (K, R)) )
-    dz (M, R) = round( s · (dy (M, N) · lora_B (N, R)) )
+    z  (M, R) = round( s/(1 − p) · ((x (M, K) ⊙ keep (M, K)) · lora_Aᵀ (K, R)) )
+    dz (M, R) = round( s/(1 − p) · (dy (M, N) · lora_B (N, R)) )
 
-One kernel for both: out = round(s · (rows · factor)), with the contraction named K. Reads rows and factor
+One kernel for both: out = round(scaling · (rows · factor)), with the contraction named K. With dropout
+(philox.py) the tiles of `rows` are multiplied with keep, which is made in registers. Reads rows and factor
 once per block of rows, writes out: (M·K + ⌈M/BLOCK_M⌉·K·R + M·R) elements, 2·M·K·R FLOPs. Bound by reading
 `rows`.
 
@@ -26,9 +27,12 @@ from .tile import (
     SUM_BLOCK,
     dependent_launch,
     device_limits,
+    drop,
+    dropout_arguments,
     emulate_bf16,
     gdc_launch_dependents,
     input_precision,
+    keep_tile,
     load,
     offsets,
     round_as,
@@ -37,11 +41,13 @@ from .tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_ptr", "threshold"])
 def _shrink_kernel(
     rows_ptr,
     factor_ptr,
     out_ptr,
+    seed_ptr,
+    threshold,
     scaling,
     M,
     K,
@@ -56,6 +62,7 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    DROPOUT: tl.constexpr,
     TRIGGER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -78,6 +85,8 @@ def _shrink_kernel(
         last = K
     in_m = (index_m < M)[:, None]
     in_r = (index_r < R)[None, :]
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
 
     rows_ptrs = rows_ptr + offsets(index_m, stride_rows_m)[:, None] + offsets(index_k, stride_rows_k)[None, :]
     factor_ptrs = (
@@ -92,6 +101,8 @@ def _shrink_kernel(
             in_k = start + tl.arange(0, BLOCK_K) < last
             rows = load(rows_ptrs, in_m & in_k[None, :], EMULATE_BF16)
             factor = load(factor_ptrs, in_k[:, None] & in_r, EMULATE_BF16)
+        if DROPOUT:
+            rows = drop(rows, keep_tile(seed, threshold, index_m, start, K, BLOCK_K))
         factor = round_as(factor, DTYPE, EMULATE_BF16)
         acc = tl.dot(rows, factor, acc, input_precision=INPUT_PRECISION)
         rows_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_rows_k)
@@ -123,12 +134,20 @@ def _shrink_sum_kernel(
 
 
 def shrink(
-    rows: Tensor, factor: Tensor, scaling: float, *, config: KernelConfig | None = None, pdl: bool = False
+    rows: Tensor,
+    factor: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: KernelConfig | None = None,
+    pdl: bool = False,
 ) -> Tensor:
-    """Return round(scaling · (rows · factor)) as a contiguous (M, R) tensor in the dtype of rows.
+    """Return round(scaling · ((rows ⊙ keep) · factor)) as a contiguous (M, R) tensor in the dtype of rows.
 
-    rows (M, K) fp32, bf16 or fp16; factor (K, R) of that dtype or fp32; both of any strides. `pdl`: let the
-    next kernel start early, where the device can.
+    rows (M, K) fp32, bf16 or fp16; factor (K, R) of that dtype or fp32; both of any strides. keep (M, K) is
+    the mask of `seed`, and all true where dropout_p is 0; 1/(1 − dropout_p) is for the caller to have in
+    `scaling`. `pdl`: let the next kernel start early, where the device can.
     """
     M, K = rows.shape
     R = factor.shape[1]
@@ -137,7 +156,7 @@ def shrink(
         return out
     limits = device_limits(rows.device)
     if config is None:
-        config = default_config("shrink", limits, rows.element_size(), M, R)
+        config = default_config("shrink", limits, rows.element_size(), M, R, dropout=dropout_p > 0)
     trigger = pdl and dependent_launch(limits)
     split_k = split_size(config, K)
     splits = triton.cdiv(K, split_k)
@@ -149,6 +168,7 @@ def shrink(
         rows,
         factor,
         parts,
+        *dropout_arguments(dropout_p, seed),
         scaling,
         M,
         K,
@@ -163,6 +183,7 @@ def shrink(
         BLOCK_R=config.BLOCK_R,
         EVEN_K=K % config.BLOCK_K == 0,
         SPLIT=split,
+        DROPOUT=dropout_p > 0,
         TRIGGER=trigger and not split,
         INPUT_PRECISION=input_precision(rows.dtype),
         EMULATE_BF16=emulate,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import philox
 from ..tuning.config import INTERPRETER, DeviceLimits
 
 # Programmatic dependent launch. Kernels name the two instructions only behind a constexpr flag.
@@ -82,6 +83,43 @@ def sum_parts(
             parts_ptr + offsets(tl.full((), 1, tl.int64) * part, count) + index, mask=mask, other=0.0
         )
     store(out_ptr + index, acc * scaling, mask, EMULATE_BF16)
+
+
+@triton.jit
+def keep_tile(seed, threshold, rows, first, columns, BLOCK: tl.constexpr):
+    """keep of philox.py for some rows and the columns first to first + BLOCK of a matrix with `columns` of
+    them: int1 (rows, BLOCK). seed and threshold: as dropout_arguments gives them, the seed loaded; `first` is
+    a multiple of 4, and what lies beyond the matrix means nothing.
+    """
+    ROWS: tl.constexpr = rows.shape[0]
+    # In 64 bits: a counter may pass 2³² where no row does.
+    counter = offsets(rows, tl.cdiv(columns, 4))[:, None] + (first // 4 + tl.arange(0, BLOCK // 4))[None, :]
+    word_0, word_1, word_2, word_3 = tl.randint4x(seed, counter)
+    least = tl.cast(threshold, tl.uint32, bitcast=True)
+    # Booleans change their layout here, not words.
+    even = tl.join(word_0 >= least, word_2 >= least)
+    odd = tl.join(word_1 >= least, word_3 >= least)
+    return tl.join(even, odd).reshape(ROWS, BLOCK)
+
+
+@triton.jit
+def drop(tile, keep):
+    """tile ⊙ keep, as a product: what is not finite propagates."""
+    return tile * keep.to(tile.dtype)
+
+
+def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return the seed and the threshold (philox.py) as kernels take them: None and 0 for p = 0; else the
+    int64 tensor of shape (1,), to be loaded, and the word as a signed number of 32 bits.
+
+    Kernels do not specialise on the two: p and where the seed lies change no code.
+    """
+    if not dropout_p:
+        return None, 0
+    if seed is None:
+        raise ValueError(f"dropout of {dropout_p} needs a seed, an int64 tensor of shape (1,)")
+    word = philox.threshold(dropout_p)
+    return seed, word - (1 << 32) if word >= 1 << 31 else word
 
 
 def emulate_bf16(*tensors: Tensor | None) -> bool:

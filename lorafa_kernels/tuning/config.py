@@ -15,6 +15,8 @@ OPS = ("shrink", "expand", "grad")
 VARIANTS = ("portable", "tma", "recompute")
 # Rank blocks above this leave the grad kernel no registers for its dB accumulator; larger ranks are tiled.
 MAX_BLOCK_R = 128
+# On Hopper the rank columns that one pass over x takes of all members of a group.
+MAX_GROUP_R = 192
 # The tensor cores contract at least 16 16-bit elements, and tl.dot asks for 16 rows and columns.
 MIN_BLOCK = 16
 # Rows up to which expand makes z or dz itself: one launch where a launch costs more than the repeated work.
@@ -131,12 +133,14 @@ def default_config(
     R: int,
     aligned: bool = True,
     recompute: bool = True,
+    dropout: bool = False,
 ) -> KernelConfig:
     """Return the default configuration of kernel `op` for x or dy with M rows of `operand_bytes`-byte
     elements and rank R.
 
     `aligned`: rows_aligned of the wide sizes, and for expand on Hopper operands that TMA can address;
-    `recompute`: expand may make z or dz itself.
+    `recompute`: expand may make z or dz itself; `dropout`: the kernel makes a mask, if it is one of those
+    that do.
 
     A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
     pipeline stages and then smaller rank blocks until what is in flight fits its shared memory. Raises
@@ -170,26 +174,49 @@ def default_config(
 
 @functools.lru_cache(maxsize=1024)
 def shrink_group_config(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int, dropout: bool = False
 ) -> tuple[KernelConfig, int]:
-    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and as many
+    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and so many
     members, the largest rank R, and how many of the members one pass over x takes.
 
     BLOCK_R of the configuration is one member's; shared_memory holds with that of all members of a pass.
     """
-    config = default_config("shrink", limits, operand_bytes, M, 1 << 20)
-    BLOCK_R = min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
-    members = min(members, config.BLOCK_R // BLOCK_R)
-    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R)
+    wide_blocks = limits.family == "hopper" and operand_bytes < 4
+    widest = (
+        MAX_GROUP_R if wide_blocks else default_config("shrink", limits, operand_bytes, M, 1 << 20).BLOCK_R
+    )
+    BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
+    members = min(members, widest // BLOCK_R)
+    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R, dropout=dropout)
+    if members * BLOCK_R > 64:
+        config = _less_in_registers(config, limits)
+    if wide_blocks:
+        # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free.
+        few = members * BLOCK_R <= 64
+        config = replace(config, BLOCK_K=64, num_warps=4 if few else 8, num_stages=4 if few else 3)
     return replace(config, BLOCK_R=BLOCK_R), members
 
 
 @functools.lru_cache(maxsize=1024)
+def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
+    """Return the configuration of shrink_total: shrink's, with a result as wide as a rank block."""
+    config = default_config("shrink", limits, operand_bytes, M, R)
+    if R > 32:
+        config = _less_in_registers(config, limits)
+    return replace(config, BLOCK_N=config.BLOCK_R)
+
+
+def _less_in_registers(config: KernelConfig, limits: DeviceLimits) -> KernelConfig:
+    # Ampere holds the operands there, beside the pointers of several members: a few words would spill.
+    return replace(config, BLOCK_K=min(config.BLOCK_K, 32)) if limits.family == "ampere" else config
+
+
+@functools.lru_cache(maxsize=1024)
 def default_plan(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True, dropout: bool = False
 ) -> KernelPlan:
     """Return the plan of the heuristics; arguments as for default_config. A pure function."""
-    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned) for op in OPS}
+    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned, dropout=dropout) for op in OPS}
     return KernelPlan(
         **configs,
         one_pass=one_pass_moves_less(configs["grad"], operand_bytes, R),
@@ -268,9 +295,10 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
 
 
 def all_default_configs(
-    op: str, limits: DeviceLimits, operand_bytes: int
+    op: str, limits: DeviceLimits, operand_bytes: int, dropout: bool = False
 ) -> dict[KernelConfig, tuple[int, int, bool, bool]]:
-    """Return every configuration that default_config can return for this kernel, device and operand size.
+    """Return every configuration that default_config can return for this kernel, device, operand size and
+    with or without dropout.
 
     Each comes with an (M, R, aligned, recompute) that it is returned for.
     """
@@ -279,7 +307,7 @@ def all_default_configs(
     found: dict[KernelConfig, tuple[int, int, bool, bool]] = {}
     for recompute, aligned, M, R in itertools.product((True, False), (True, False), rows, ranks):
         shapes = (M, R, aligned, recompute)
-        found.setdefault(default_config(op, limits, operand_bytes, *shapes), shapes)
+        found.setdefault(default_config(op, limits, operand_bytes, *shapes, dropout), shapes)
     return found
 
 
