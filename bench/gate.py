@@ -143,6 +143,9 @@ class Case:
             _, members = shrink_group_config(limits, operand_bytes, *self.group)
             config = replace(config, BLOCK_R=members * config.BLOCK_R)
         estimate = shared_memory(GROUP_BASE.get(self.op, self.op), config, operand_bytes, limits)
+        if self.op == "shrink_group" and self.dropout:
+            # The masked tile, beside the one that the next member masks.
+            return estimate + config.BLOCK_M * config.BLOCK_K * operand_bytes
         # The barriers of several loops lie apart.
         return estimate + (1024 if self.op == "expand_total" and config.variant == "tma" else 0)
 

@@ -91,9 +91,8 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
         if need_dx:
             ctx.save_for_backward(z, seeds, *lora_Bs, *weights, *kept_As)
         else:
-            # A dB takes its dtype and shape from lora_B, but no value of it.
-            kept = (B if need else None for B, need in zip(lora_Bs, need_dBs, strict=True))
-            ctx.save_for_backward(z, None, *kept)
+            # A dB takes its dtype and shape from lora_B, z its columns from all of them, but no value.
+            ctx.save_for_backward(z, None, *lora_Bs)
         ctx.scalings = scalings
         ctx.dropout_ps = dropout_ps
         ctx.share_A = share_A

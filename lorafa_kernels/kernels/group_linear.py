@@ -1,19 +1,22 @@
 """Forward and backward of linear layers that share an input, composed of the kernels. Shapes, dtypes and
 Nones as in blocks/reference.py.
 
-`plan` as in linear.py. Its shrink is that of one layer, and is not looked at; an expand of variant
-"recompute" gives way to the default, since z is made for all members at once.
+A group of one is a layer, and left to linear.py. `plan` as there; its shrink is for one layer, and z of
+several members takes its own. For few rows (an expand of variant "recompute") each member makes its z beside
+its y, in one launch, and dx of several members takes the default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks.operands import rank_columns, rank_makers
+from ..blocks.operands import rank_columns, rank_makers, seed_of
 from ..tuning.config import KernelConfig, KernelPlan
+from . import linear
 from .expand import expand
 from .grad import grad
 from .group import Dropout, expand_total, shrink_group, shrink_total
@@ -33,10 +36,23 @@ def forward(
     *,
     plan: KernelPlan,
 ) -> tuple[list[Tensor], Tensor]:
-    """Compute the y_i (M, N_i) and z: one launch for z, and one for each y_i. A member without an adapter is
-    a library product.
+    """Compute the y_i (M, N_i) and z: one launch for z, and one for each y_i; for few rows one for each
+    member, and z is put together from theirs. A member without an adapter is a library product.
     """
     makers = rank_makers(lora_Bs, share_A)
+    recomputes = plan.expand is not None and plan.expand.variant == "recompute"
+    if makers and (len(weights) == 1 or (recomputes and not share_A)):
+        ys, zs = [], []
+        for i, weight in enumerate(weights):
+            if lora_Bs[i] is None:
+                ys.append(F.linear(x, weight, biases[i]))
+                continue
+            seed = None if seeds is None else seed_of(seeds, i, share_A)
+            member = x, weight, lora_As[i], lora_Bs[i], biases[i], scalings[i], dropout_ps[i], seed
+            y, z = linear.forward(*member, plan=plan)
+            ys.append(y)
+            zs.append(z)
+        return ys, zs[0] if len(zs) == 1 else torch.cat(zs, dim=1)
     factors = [lora_As[i].t() for i in makers]
     of_rank = [scalings[i] / (1 - dropout_ps[i]) for i in makers]
     z = shrink_group(x, factors, of_rank, dropout=_dropout(seeds, makers, dropout_ps, share_A))
@@ -70,6 +86,13 @@ def backward(
     """Compute dx (M, K), in one launch, and the dB_i (N_i, R_i), with dz_i by the same pass over dy_i or by
     one more; with share_A by one pass over all dy_i.
     """
+    if len(weights) == 1 and need_dx and lora_Bs[0] is not None:
+        seed = None if seeds is None else seed_of(seeds, 0, share_A)
+        layer = weights[0], lora_As[0], lora_Bs[0], scalings[0], dropout_ps[0], seed
+        if need_dBs[0]:
+            dx, dB = linear.backward(dys[0], z, *layer, plan=plan)
+            return dx, [dB]
+        return linear.backward_input(dys[0], *layer, plan=plan), [None]
     columns = rank_columns(lora_Bs, share_A)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     adapted = [i for i in used if lora_Bs[i] is not None]

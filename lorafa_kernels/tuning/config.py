@@ -188,8 +188,10 @@ def shrink_group_config(
     BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
     members = min(members, widest // BLOCK_R)
     config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R, dropout=dropout)
-    if members * BLOCK_R > 64:
-        config = _less_in_registers(config, limits)
+    if members * BLOCK_R > 64 and limits.family == "ampere":
+        # It holds the operands in registers, beside the pointers of the members: a few words would spill.
+        stages = 2 if dropout else config.num_stages
+        config = replace(config, BLOCK_K=min(config.BLOCK_K, 32), num_stages=stages)
     if wide_blocks:
         # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free.
         few = members * BLOCK_R <= 64
@@ -201,14 +203,10 @@ def shrink_group_config(
 def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
     """Return the configuration of shrink_total: shrink's, with a result as wide as a rank block."""
     config = default_config("shrink", limits, operand_bytes, M, R)
-    if R > 32:
-        config = _less_in_registers(config, limits)
+    if config.BLOCK_R == 64 and limits.family == "ampere":
+        # ptxas squeezes eight warps into 64 registers and spills two.
+        config = replace(config, num_warps=4)
     return replace(config, BLOCK_N=config.BLOCK_R)
-
-
-def _less_in_registers(config: KernelConfig, limits: DeviceLimits) -> KernelConfig:
-    # Ampere holds the operands there, beside the pointers of several members: a few words would spill.
-    return replace(config, BLOCK_K=min(config.BLOCK_K, 32)) if limits.family == "ampere" else config
 
 
 @functools.lru_cache(maxsize=1024)
