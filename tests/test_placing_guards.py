@@ -12,6 +12,8 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,15 +130,18 @@ def assert_alike(got, wanted):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+BLOCKS = (
+    (members_module, "lorafa_linear_group"),
+    (fused_module, "lorafa_gated_mlp"),
+    (fused_module, "rms_norm"),
+)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Names of the blocks that were computed at once since."""
     made = []
-    for module, name in (
-        (members_module, "lorafa_linear_group"),
-        (fused_module, "lorafa_gated_mlp"),
-        (fused_module, "rms_norm"),
-    ):
+    for module, name in BLOCKS:
         function = getattr(module, name)
 
         def counting(*args, name=name, function=function, **kwargs):
@@ -751,7 +756,7 @@ def test_dropout_is_drawn_by_the_blocks(training):
     assert torch.equal(y, other) != training
 
 
-@pytest.mark.parametrize("path", ["", "0", "0.mlp", "0.attention", "0.norm"])
+@pytest.mark.parametrize("path", ["0", "0.mlp", "0.attention", "0.norm"])
 def test_compiled_in_one_graph(path):
     found = []
     for fuse in (False, True):
@@ -763,3 +768,72 @@ def test_compiled_in_one_graph(path):
         found.append(results(model, compiled))
         assert_alike(found[-1], wanted)
     assert_alike(found[1], found[0])
+
+
+def test_backward_through_one_output_leaves_the_others_alone(calls):
+    """Its node is used up then: outputs that wait could not be differentiated any more."""
+    attention, x = adapted()[0].attention, inputs().requires_grad_()
+    for shape in (x.shape, (-1, WIDTH)):
+        rows = x.detach().view(shape).requires_grad_()
+        attention.q(rows).sum().backward()
+        attention.v(rows).sum().backward()
+        (attention.q(rows) * attention.k(rows) * attention.v(rows)).sum().backward()
+    assert calls == 6 * ["lorafa_linear_group"]
+
+
+def test_another_forward_put_into_the_class_later_is_called(monkeypatch, calls):
+    model = adapted()
+    wanted = results(model)
+    del calls[:]
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 2 * self.down(self.act(self.gate(x)) * self.up(x)))
+    got = results(model)
+    assert calls == ["rms_norm", "lorafa_linear_group"]
+    assert not torch.allclose(got[0], wanted[0])
+
+
+ENGINES = ("ddp", "fsdp2", "fsdp2 of blocks")
+
+
+def _wrapped(model, engine):
+    if engine == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    if engine == "fsdp2 of blocks":
+        for block in (model[0].norm, model[0].mlp, model[0].attention):
+            fully_shard(block)
+    return fully_shard(model)
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    made, found = [], {}
+    for module, name in BLOCKS:
+        function = getattr(module, name)
+        setattr(module, name, lambda *a, name=name, f=function, **k: (made.append(name), f(*a, **k))[1])
+    try:
+        for engine in ENGINES:
+            model = adapted()
+            wrapped = _wrapped(model, engine)
+            x, dy = inputs()[rank].requires_grad_(), inputs(100)[rank]
+            # Engines average over the processes, autograd adds.
+            wrapped(x).backward(2 * dy)
+            grads = [p.grad for p in lorafa_parameters(model)]
+            grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+            found[engine] = grads, made[:]
+            del made[:]
+        if rank == 0:
+            torch.save(found, f"{folder}/result")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_engines_train_through_the_blocks(tmp_path):
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    model = adapted(fuse=False)
+    model(inputs()).backward(inputs(100))
+    for grads, made in torch.load(tmp_path / "result").values():
+        assert_alike(grads, [p.grad for p in lorafa_parameters(model)])
+        assert made == ALL

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks.mlp import lorafa_gated_mlp
 from ..blocks.norm import rms_norm
+from ..functional import FLOAT_DTYPES
 from .guards import common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
 from .recognise import MLP, Norm
 
@@ -41,8 +42,8 @@ class FusedBlock:
 
 class FusedMLP(FusedBlock):
     def lorafa_compute(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-        roles: MLP = self.__dict__[_BLOCK]
-        x = _input(args, kwargs, roles.input)
+        roles: MLP | None = self.__dict__.get(_BLOCK)
+        x = None if roles is None else _input(args, kwargs, roles.input)
         if x is None:
             return None
         children = self._modules
@@ -68,15 +69,15 @@ class FusedMLP(FusedBlock):
 
 class FusedNorm(FusedBlock):
     def lorafa_compute(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-        roles: Norm = self.__dict__[_BLOCK]
-        x = _input(args, kwargs, roles.input)
+        roles: Norm | None = self.__dict__.get(_BLOCK)
+        x = None if roles is None else _input(args, kwargs, roles.input)
         # Without a gradient nothing is kept anyway, and a compiler fuses the original better.
         if x is None or not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         weight = self._parameters.get(roles.weight)
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
             return None
-        if weight.shape != x.shape[-1:]:
+        if weight.shape != x.shape[-1:] or weight.dtype not in FLOAT_DTYPES:
             return None
         return rms_norm(x, weight, getattr(self, roles.eps), roles.form)
 
@@ -101,9 +102,10 @@ def fuse_module(module: nn.Module, roles: MLP | Norm) -> None:
 
 def restore_module(module: nn.Module) -> None:
     """Undo fuse_module; does nothing to other modules."""
-    if isinstance(module, FusedBlock):
+    module.__dict__.pop(_BLOCK, None)
+    # A class that was derived from the fused one since, as fully_shard does, stays; it computes as before.
+    if "lorafa_original" in vars(type(module)):
         module.__class__ = type(module).lorafa_original
-        module.__dict__.pop(_BLOCK, None)
 
 
 def _new(original: type, kind: type) -> nn.Module:
@@ -114,9 +116,12 @@ def _new(original: type, kind: type) -> nn.Module:
 
 @functools.lru_cache(maxsize=512)
 def _subclass(original: type, kind: type) -> type:
-    @functools.wraps(original.forward)
+    known = original.forward
+
+    @functools.wraps(known)
     def forward(self, *args, **kwargs):
-        y = self.lorafa_compute(args, kwargs)
+        # Kernel libraries put another forward into the class.
+        y = self.lorafa_compute(args, kwargs) if original.forward is known else None
         return original.forward(self, *args, **kwargs) if y is None else y
 
     names = {

@@ -11,6 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import ops
 from ..blocks.operands import LinearOperands
+from ..functional import FLOAT_DTYPES
 from ..nn.linear import LoRAFALinear
 
 # Classes whose forward is what operands_for describes; members.py adds its own.
@@ -34,8 +35,8 @@ def no_global_hooks() -> bool:
 
 
 def is_plain(x: object) -> bool:
-    """Whether x is a floating-point tensor of torch itself: no DTensor, no other subclass."""
-    return type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
+    """Whether x is a tensor of torch itself, no DTensor or other subclass, of a dtype that blocks take."""
+    return type(x) in (Tensor, nn.Parameter) and x.dtype in FLOAT_DTYPES
 
 
 def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:

@@ -13,6 +13,7 @@ waiting: a checkpoint that runs forward again must meet the same nodes.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -43,13 +44,17 @@ class _Output(NamedTuple):
         return self.versions == _versions(operands)
 
 
+class _Outputs(dict[int, _Output]):
+    """Outputs by place in the group. A class of its own, so that it can be referred to weakly."""
+
+
 class _Waiting(NamedTuple):
-    """Outputs for x by place in the group."""
+    """Outputs for x, and the state of torch that they were computed in."""
 
     x: weakref.ref
     version: int
     state: tuple
-    outputs: dict[int, _Output]
+    outputs: _Outputs
 
     def are_for(self, x: Tensor, state: tuple) -> bool:
         return self.x() is x and self.version == x._version and self.state == state
@@ -110,15 +115,25 @@ class Group:
     ) -> Tensor:
         self._local.waiting = None
         ys = lorafa_linear_group(x, operands, impl=impl)
-        outputs = {
-            other: _Output(y, operands[other], _versions(operands[other]))
+        outputs = _Outputs(
+            (other, _Output(y, operands[other], _versions(operands[other])))
             for other, y in enumerate(ys)
             if other != place
-        }
-        # Called from whichever thread lets go of x, so it clears what waits and not a thread's slot.
-        gone = weakref.ref(x, lambda _: outputs.clear())
-        self._local.waiting = _Waiting(gone, x._version, state, outputs)
+        )
+        # These are called from whichever thread lets go of x, or runs backward, so they clear what waits and
+        # not a thread's slot. What waits must not be held by x or by the graph that it belongs to.
+        clear = functools.partial(_clear, weakref.ref(outputs))
+        if ys[place].grad_fn is not None:
+            # Backward through one output frees what the others need for theirs.
+            ys[place].grad_fn.register_prehook(clear)
+        self._local.waiting = _Waiting(weakref.ref(x, clear), x._version, state, outputs)
         return ys[place]
+
+
+def _clear(outputs: weakref.ref, _: Any) -> None:
+    waiting = outputs()
+    if waiting is not None:
+        waiting.clear()
 
 
 def _state(x: Tensor) -> tuple:
@@ -139,7 +154,8 @@ class GroupMember(LoRAFALinear):
     def forward(self, x: Tensor) -> Tensor:
         """As LoRAFALinear."""
         if not torch.compiler.is_compiling() and is_plain(x) and not x.is_inference():
-            y = self.__dict__[_GROUP].compute(self, x)
+            group: Group | None = self.__dict__.get(_GROUP)
+            y = None if group is None else group.compute(self, x)
             if y is not None:
                 return y
         return super().forward(x)
@@ -163,7 +179,8 @@ def group_layers(layers: list[LoRAFALinear]) -> None:
 
 def ungroup_layer(layer: nn.Module) -> None:
     """Undo group_layers for one layer; the others of its group compute by themselves then."""
-    if isinstance(layer, GroupMember):
+    layer.__dict__.pop(_GROUP, None)
+    layer.__dict__.pop(_PLACE, None)
+    # A class that was derived from it since, as fully_shard does, stays; it computes by itself now.
+    if type(layer) is GroupMember:
         layer.__class__ = LoRAFALinear
-        layer.__dict__.pop(_GROUP)
-        layer.__dict__.pop(_PLACE)

@@ -130,8 +130,9 @@ def _bind(roles: dict[str, Any], role: str, value: Any) -> dict[str, Any] | None
 
 
 def _equal(template: Any, value: Any) -> bool:
-    # True and 1 are equal, and not the same argument; 1 and 1.0 are.
-    return isinstance(template, bool) == isinstance(value, bool) and template == value
+    # 1 and 1.0 are the same argument, 1 and True are not.
+    numbers = type(template) in (int, float) and type(value) in (int, float)
+    return (numbers or type(template) is type(value)) and template == value
 
 
 def _reached(symbol: Symbol, found: dict[int, Symbol] | None = None) -> dict[int, Symbol]:

@@ -23,7 +23,7 @@ _DTYPES = {
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_ALIASES = {"multiply": "mul", "square": "pow", "divide": "div", "true_divide": "div"}
+_ALIASES = {"multiply": "mul", "divide": "div", "true_divide": "div"}
 _HIDDEN = ("operation", "arguments", "trace")
 
 
@@ -76,8 +76,11 @@ class Symbol:
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        trace = next(argument.trace for argument in args if type(argument) is Symbol)
-        return _record(trace, function.__name__, args, kwargs or {})
+        kwargs = kwargs or {}
+        trace = next((a.trace for a in (*args, *kwargs.values()) if type(a) is Symbol), None)
+        if trace is None:
+            raise Untraceable(f"gives a list of tensors to {function.__name__}")
+        return _record(trace, function.__name__, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "dtype" and self.operation == "parameter":
