@@ -374,9 +374,11 @@ def test_frozen_adapters(device, impl, frozen, need_dx):
 @implementations
 @dtypes
 @pytest.mark.parametrize("dropped", [LAYERS, ("up",), ("down",)], ids="-".join)
-def test_dropout_accuracy(device, impl, dtype, dropped):
+@pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "no-dx"])
+def test_dropout_accuracy(device, impl, dtype, dropped, need_dx):
     """Each layer drops by a mask of its own, that of the seed drawn for it; the gradients carry it."""
     case = Case(device, dtype, dropout={name: DROPOUT[name] for name in dropped})
+    case.x.requires_grad_(need_dx)
     check_budget(case.results(impl), case.eager(), case.eager(dtype=torch.float64))
 
 
