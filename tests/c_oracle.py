@@ -224,7 +224,7 @@ def group_forward(
     """The z (M, R_i) of the members, or with share_A the one z in a list, and their y (M, N_i)."""
     x = _rounded_matrix("x", x, dtype)
     M, K = x.shape
-    layers = _Layers(members, K, dtype, share_A)
+    layers = _Layers([_checked(member, K, dtype) for member in members], share_A)
     zs = [np.empty((M, member.rank)) for member in layers.made_of[: 1 if share_A else None]]
     ys = [np.empty((M, len(member.weight))) for member in layers.made_of]
     z_addresses, y_addresses = _addresses(zs), _addresses(ys)
@@ -246,7 +246,7 @@ def group_backward(
 ) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
     """dz (M, R_i) of the members, or with share_A the one dz in a list, dx (M, K), and dB (N_i, R_i)."""
     K = _matrix("weight", members[0].weight).shape[1]
-    layers = _Layers(members, K, dtype, share_A)
+    layers = _Layers([_checked(member, K, dtype) for member in members], share_A)
     dys = [None if dy is None else _rounded_matrix("dy", dy, dtype) for dy in dys]
     zs = [_rounded_matrix("z", z, dtype) for z in zs]
     M = zs[0].shape[0]
@@ -401,12 +401,11 @@ class _CLinear(ctypes.Structure):
 class _Layers:
     """Layers as an array of struct lorafa_linear, and `made_of`, whose arrays it points into."""
 
-    def __init__(self, members: Sequence[Linear], K: int, dtype: str, share_A: bool = False) -> None:
-        self.made_of = [_checked(member, K, dtype) for member in members]
-        if share_A and any(m.rank and m.lora_A is not self.made_of[0].lora_A for m in self.made_of):
-            same = [np.array_equal(m.lora_A, self.made_of[0].lora_A) for m in self.made_of if m.rank]
-            if not all(same):
-                raise ValueError("the members do not share one lora_A")
+    def __init__(self, checked: Sequence[Linear], share_A: bool = False) -> None:
+        self.made_of = list(checked)
+        first = self.made_of[0].lora_A
+        if share_A and not all(np.array_equal(m.lora_A, first) for m in self.made_of if m.rank):
+            raise ValueError("with share_A every member that has a lora_A has that of the first")
         self.array = (_CLinear * len(self.made_of))()
         for c, member in zip(self.array, self.made_of, strict=True):
             c.N, c.R = len(member.weight), member.rank
