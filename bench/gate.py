@@ -6,8 +6,10 @@ The launchers run on meta tensors with their kernels replaced by a recorder, so 
 would launch: the same arguments, specialised by Triton's own rules. A kernel fails that spills registers,
 needs more shared memory than the device has or `shared_memory` estimates, leaves the tensor cores unused for
 16-bit operands, or turns an IEEE fp32 product into TF32. So does one that is launched to overlap another
-without the instructions for it, or has them without; and on sm_90 an expand that waits for each of its
-products, and a kernel that leaves too little of a multiprocessor to the one that it is to overlap.
+without the instructions for it, has them without, or has them in a place where they come too early, too late
+or not for every block; and on sm_90 a kernel whose products ptxas takes one after the other, an expand that
+waits for each of its products, and a kernel that leaves too little of a multiprocessor to the one that it is
+to overlap.
 """
 
 from __future__ import annotations
@@ -85,8 +87,10 @@ MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "grou
 # Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
 SM_SHARED_MEMORY = 228 * 1024
 SM_REGISTERS = 65536
-# ptxas: it could not leave a wgmma in flight and put a wait behind each.
-SERIALIZED = ("C7510", "C7514", "C7515")
+# What ptxas says where it could not leave a wgmma in flight, whatever the reason (C7510 to C7515), and where
+# it put a wait of its own into the code (C7517).
+SERIALIZED = ("wgmma.mma_async instructions are serialized", "warpgroup.wait is injected")
+WAIT = "griddepcontrol.wait"
 
 
 @dataclass(frozen=True)
@@ -294,19 +298,38 @@ def measure(case: Case, launch: int) -> dict:
         "pendings": [int(n) for n in re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", ttgir)],
         "dependent_launch": sorted(set(re.findall(r"griddepcontrol\.(\w+)", assembly))),
         "launched_dependent": bool(getattr(compiled.metadata, "launch_pdl", False)),
-        "reads_before_wait": reads_before_wait(ttgir),
-        "serialized": any(code in log.getvalue() for code in SERIALIZED),
+        "misplaced_wait": misplaced_wait(ttgir),
+        "serialized": serialized(log.getvalue()),
         "seconds": round(time.perf_counter() - begin, 2),
     }
     return {**row, "failures": failures(case, row)}
 
 
-def reads_before_wait(ttgir: str) -> bool:
-    """Whether a kernel that waits for the one before it copies L or writes C above the wait."""
-    wait = ttgir.find("griddepcontrol.wait")
-    must_follow = r"async_tma_copy_global_to_local %L\b|async_tma_copy_local_to_global|tt\.store"
+def serialized(log: str) -> bool:
+    """Whether ptxas says that it takes products one after the other, or waits where Triton did not."""
+    return any(text in log for text in SERIALIZED)
+
+
+def misplaced_wait(ttgir: str) -> list[str]:
+    """Name what is wrong with where a kernel waits for the one before it, if it does: above the wait there
+    must be products, which are what overlaps, but no copy of L and no write to C; and a block that finds no
+    tile in its loop must wait too.
+    """
+    wait = ttgir.find(WAIT)
+    if wait < 0:
+        return []
+    found = []
+    product = re.search(r"\b(warp_group_dot|tc_gen5_mma|dot) %", ttgir)
+    if product is None or product.start() > wait:
+        found.append("waits before its first product")
+    must_follow = r"(global_to_local|tt\.load) %L(_ptrs\w*)?\b|async_tma_copy_local_to_global|tt\.store"
     first = re.search(must_follow, ttgir)
-    return wait >= 0 and first is not None and first.start() < wait
+    if first is not None and first.start() < wait:
+        found.append("reads z or writes the result before it waits")
+    # The operations of a kernel's outermost block are indented by four.
+    if not re.search(rf"^ {{4}}\S.*{re.escape(WAIT)}", ttgir, re.MULTILINE):
+        found.append("waits within a loop only, which some blocks do not enter")
+    return found
 
 
 def failures(case: Case, row: dict) -> list[str]:
@@ -319,6 +342,8 @@ def failures(case: Case, row: dict) -> list[str]:
         found.append(f"shared memory {row['shared_memory']} of {limits.shared_memory}")
     if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
+    if row["serialized"]:
+        found.append("ptxas does not leave its products in flight")
     found += overlap_failures(case, row)
     if row["kernel"] in SUM_KERNELS:
         return found
@@ -335,7 +360,7 @@ def failures(case: Case, row: dict) -> list[str]:
     by_tma = case.op in ("expand", "expand_total") and case.config.variant == "tma"
     # Each member of a group has a K loop: a wait within it and one behind it.
     in_loops = row["pendings"][: 2 * case.members : 2]
-    if by_tma and (row["serialized"] or in_loops != [1] * case.members):
+    if by_tma and in_loops != [1] * case.members:
         found.append("no product of the K loop is left in flight")
     return found
 
@@ -349,8 +374,7 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
         found.append(f"griddepcontrol {row['dependent_launch']}, expected {instructions}")
     if row["launched_dependent"] != (case.overlaps and is_expand):
         found.append(f"launch_pdl is {row['launched_dependent']}")
-    if row["reads_before_wait"]:
-        found.append("reads z or writes the result before it waits")
+    found += row["misplaced_wait"]
     if not instructions or case.arch != "sm_90" or case.dtype == "fp32" or case.sizes == "odd":
         return found
     registers = -(-row["registers"] // 8) * 8 * row["threads"]

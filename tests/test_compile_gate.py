@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.gate import ARCHS, Case, failures, reads_before_wait
+from bench.gate import ARCHS, Case, failures, misplaced_wait, serialized
 from lorafa_kernels.tuning.config import KNOWN_DEVICES, OPS, KernelConfig, all_default_configs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +117,17 @@ MUTATIONS = {
         "before it waits",
     ),
     "no wait at all": ("gdc_wait()", "pass", "griddepcontrol"),
+    "no wait without a tile": (
+        "    if WAIT:\n        gdc_wait()\n\n\ndef",
+        "\n\ndef",
+        "some blocks do not enter",
+    ),
+    "a wait before the products": (
+        "        acc = tl.zeros(",
+        "        if WAIT:\n            gdc_wait()\n        acc = tl.zeros(",
+        "before its first product",
+    ),
+    "too few registers": ('8, 8, 3, "tma", EPILOGUE', '8, 4, 3, "tma", EPILOGUE', "in flight"),
     "no launch_pdl": ('{"launch_pdl": True} if wait else {}', "{}", "launch_pdl"),
     "no room for shrink": ('8, 8, 3, "tma", EPILOGUE', '8, 8, 4, "tma", EPILOGUE', "that overlap"),
 }
@@ -189,7 +200,7 @@ ROW = {
     "serialized": False,
     "dependent_launch": ["wait"],
     "launched_dependent": True,
-    "reads_before_wait": False,
+    "misplaced_wait": [],
 }
 ALONE = {**ROW, "dependent_launch": [], "launched_dependent": False}
 FIRST = {
@@ -228,7 +239,7 @@ def test_rules_accept_clean_code():
         pytest.param(CASE, ROW, {"serialized": True}, "in flight", id="serialized"),
         pytest.param(CASE, ROW, {"dependent_launch": []}, "griddepcontrol", id="no-griddepcontrol"),
         pytest.param(CASE, ROW, {"launched_dependent": False}, "launch_pdl", id="no-launch-pdl"),
-        pytest.param(CASE, ROW, {"reads_before_wait": True}, "before it waits", id="early-read"),
+        pytest.param(CASE, ROW, {"misplaced_wait": ["waits too early"]}, "too early", id="misplaced-wait"),
         pytest.param(CASE, ROW, {"registers": 200}, "that overlap", id="registers-beside-shrink"),
         pytest.param(
             CASE,
@@ -240,6 +251,7 @@ def test_rules_accept_clean_code():
         pytest.param(
             SHRINK, FIRST, {"shared_memory": 46_081, "estimate": 50_000}, "that overlap", id="shrink-shared"
         ),
+        pytest.param(SHRINK, FIRST, {"serialized": True}, "in flight", id="shrink-serialized"),
         pytest.param(SHRINK, FIRST, {"registers": 176}, "that overlap", id="shrink-registers"),
         pytest.param(SHRINK, FIRST, {"launched_dependent": True}, "launch_pdl", id="first-with-launch-pdl"),
         pytest.param(
@@ -255,16 +267,59 @@ def test_rules_name_what_is_broken(case, row, broken, named):
     assert named in found[0]
 
 
+PRODUCT = "      %acc_2 = ttng.warp_group_dot %P, %Q, %acc_1"
+WAIT_IN_LOOP = '      %5 = tt.elementwise_inline_asm "griddepcontrol.wait; // dummy $0" {pure = false} -> i32'
+WAIT_AT_END = WAIT_IN_LOOP[2:]
+EARLY, UNFED, NOT_ALL = "before it waits", "before its first product", "some blocks do not enter"
+
+
 @pytest.mark.parametrize(
-    ("lines", "early"),
+    ("lines", "named"),
     [
-        (["griddepcontrol.wait", "ttng.async_tma_copy_global_to_local %L["], False),
-        (["ttng.async_tma_copy_global_to_local %P_desc[", "griddepcontrol.wait"], False),
-        (["ttng.async_tma_copy_global_to_local %L[", "griddepcontrol.wait"], True),
-        (["ttng.async_tma_copy_local_to_global %C_desc[", "griddepcontrol.wait"], True),
-        (["tt.store %C", "griddepcontrol.wait"], True),
-        (["ttng.async_tma_copy_global_to_local %L["], False),
+        pytest.param(["ttng.async_tma_copy_global_to_local %L["], [], id="no-wait"),
+        pytest.param([PRODUCT, WAIT_AT_END, "tt.load %L_ptrs_1,", "tt.store %C"], [], id="portable"),
+        pytest.param(["tt.load %P_ptrs", "%acc = tt.dot %P, %Q", WAIT_AT_END], [], id="fp32"),
+        pytest.param(["ttng.tc_gen5_mma %P, %Q, %acc", WAIT_AT_END], [], id="blackwell"),
+        pytest.param(
+            ["async_tma_copy_global_to_local %P_desc[", PRODUCT, WAIT_IN_LOOP, WAIT_AT_END], [], id="tma"
+        ),
+        pytest.param([PRODUCT, WAIT_IN_LOOP], [NOT_ALL], id="in-the-loop-only"),
+        pytest.param([WAIT_AT_END, PRODUCT], [UNFED], id="before-the-products"),
+        pytest.param([WAIT_AT_END], [UNFED], id="without-products"),
+        *[
+            pytest.param([PRODUCT, first, WAIT_AT_END], [EARLY], id=id)
+            for id, first in (
+                ("L-by-tma", "ttng.async_tma_copy_global_to_local %L[%start_m]"),
+                ("L-copied", "%t = ttg.async_copy_global_to_local %L_ptrs_7, %tile"),
+                ("L-loaded", "%tile = tt.load %L_ptrs, %in_m"),
+                ("C-by-tma", "ttng.async_tma_copy_local_to_global %C_desc["),
+                ("C-stored", "tt.store %C_ptrs, %acc"),
+            )
+        ],
     ],
 )
-def test_reads_before_wait(lines, early):
-    assert reads_before_wait("\n".join(lines)) == early
+def test_where_a_kernel_waits(lines, named):
+    found = misplaced_wait("\n".join(lines))
+    assert len(found) == len(named)
+    assert all(text in fault for text, fault in zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("ptxas info    : Used 171 registers, used 1 barriers", False),
+        (
+            "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized "
+            "due to insufficient register resources for the wgmma pipeline in the function 'f'",
+            True,
+        ),
+        (
+            "ptxas info    : (C7517) warpgroup.wait is injected in around line 259 by compiler to allow use "
+            "of registers defined by GMMA in function 'f'",
+            True,
+        ),
+    ],
+    ids=["clean", "C7511", "C7517"],
+)
+def test_what_ptxas_says_of_products_in_flight(log, expected):
+    assert serialized(log) == expected
