@@ -407,13 +407,36 @@ def test_a_thawed_tensor_is_refused_by_name(path, name):
         results(model)
 
 
-def test_a_layer_elsewhere_raises_as_without_blocks():
-    """Weights on meta beside x on the CPU would else be computed with, without an error."""
-    for path in ("attention.v", "mlp.down"):
-        model = adapted()
-        model[0].get_submodule(path).to("meta")
-        with pytest.raises(ValueError, match="weight is on meta"):
-            results(model)
+def on_meta(layer):
+    layer.to("meta")
+
+
+def of_another_dtype(layer):
+    layer.to(torch.float32)
+
+
+def emptied(layer):
+    layer.weight.data = torch.empty(0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "change", [on_meta, of_another_dtype, emptied], ids=lambda function: function.__name__
+)
+@pytest.mark.parametrize("path", ["attention.v", "mlp.down", "norm"])
+def test_a_layer_that_does_not_fit_is_left_to_its_own_forward(path, change, calls):
+    """It raises or not as it does without blocks. Weights on meta beside x on the CPU may not raise."""
+    found = []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        change(model[0].get_submodule(path))
+        try:
+            found.append([result is not None and result.device for result in results(model)])
+        except (ValueError, TypeError, RuntimeError) as error:
+            found.append((type(error), str(error)))
+    assert found[0] == found[1]
+    block = {"attention.v": "lorafa_linear_group", "mlp.down": "lorafa_gated_mlp", "norm": "rms_norm"}[path]
+    # A norm may have a weight of another dtype.
+    assert (block in calls) == (path == "norm" and change is of_another_dtype)
 
 
 class Sharded(torch.Tensor):
@@ -837,3 +860,10 @@ def test_engines_train_through_the_blocks(tmp_path):
     for grads, made in torch.load(tmp_path / "result").values():
         assert_alike(grads, [p.grad for p in lorafa_parameters(model)])
         assert made == ALL
+
+
+def test_an_output_that_waits_is_not_taken_for_another_input():
+    attention, first, second = adapted()[0].attention, inputs(), inputs(1)
+    attention.q(first)
+    torch.testing.assert_close(attention.k(second), LoRAFALinear.forward(attention.k, second))
+    torch.testing.assert_close(attention.v(first), LoRAFALinear.forward(attention.v, first))
