@@ -23,6 +23,9 @@ from lorafa_kernels.choice import triton_obstacle
 
 from .cases import DTYPES, Case, unknown
 
+# What mask_dtype says of a mask that is made from a seed.
+SEEDED = "seed"
+
 
 @dataclass
 class Layer:
@@ -38,7 +41,7 @@ class Contender:
     """build(operands, case) -> Layer; obstacle(case, device) -> why it cannot run there, or None.
 
     adapted: whether there is an adapter at all. compiled: by torch.compile. mask_dtype(case): of the tensor
-    on which it calls torch's dropout, as a key of DTYPES.
+    on which it calls torch's dropout, as a key of DTYPES, or SEEDED for a mask made from a seed (philox.py).
     """
 
     key: str
@@ -190,14 +193,27 @@ def _adapter_dtype(case: Case) -> str:
     return case.adapter
 
 
+def _from_a_seed(case: Case) -> str:
+    return SEEDED
+
+
 FROZEN, LORAFA = "frozen", "lorafa"
 _ALL = (
     Contender(FROZEN, "frozen nn.Linear", build_frozen, adapted=False),
-    Contender(LORAFA, "lorafa_kernels", build_lorafa),
+    Contender(LORAFA, "lorafa_kernels", build_lorafa, mask_dtype=_from_a_seed),
     Contender(
-        "triton", "lorafa_kernels, Triton", partial(build_lorafa, impl="triton"), obstacle=_without_kernels
+        "triton",
+        "lorafa_kernels, Triton",
+        partial(build_lorafa, impl="triton"),
+        _without_kernels,
+        mask_dtype=_from_a_seed,
     ),
-    Contender("library", "lorafa_kernels, library products (d′)", partial(build_lorafa, impl="torch")),
+    Contender(
+        "library",
+        "lorafa_kernels, library products (d′)",
+        partial(build_lorafa, impl="torch"),
+        mask_dtype=_from_a_seed,
+    ),
     Contender("eager-lorafa", "eager LoRA-FA", build_eager),
     Contender("eager-lora", "eager LoRA", partial(build_eager, train_A=True)),
     Contender("addmm", "product, then addmm_ (as Unsloth)", build_addmm, obstacle=_without_dropout),

@@ -72,15 +72,14 @@ def cell(record: Record, contender: str) -> str:
 
 
 def sizes_of(records: Sequence[Record]) -> str:
-    lines = []
+    """A row of sizes for each layer."""
+    header = ["", "hidden", "intermediate", "heads of q", "of k and v", "tokens", "R", "dtype", "attention"]
+    names = ("hidden", "intermediate", "heads", "kv_heads", "tokens", "rank", "dtype", "attention")
+    rows = []
     for record in records:
-        case = record["case"]
-        lines.append(
-            f"{short(record)}: hidden {case['hidden']}, intermediate {case['intermediate']}, heads "
-            f"{case['heads']} ({case['kv_heads']} of k and v), {case['batch']}×{case['sequence']} tokens, "
-            f"R = {case['rank']}, {case['dtype']}, {case['attention']} attention"
-        )
-    return f"Sizes: {'; '.join(lines)}."
+        case = record["case"] | {"tokens": "{batch}×{sequence}".format(**record["case"])}
+        rows.append([short(record), *(f"{case[name]}" for name in names)])
+    return markdown(header, rows)
 
 
 def by_name(records: Sequence[Record]) -> list[str]:

@@ -41,9 +41,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lorafa_kernels.blocks.activation import ACTIVATIONS
-from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
-from lorafa_kernels.kernels.gated import NUM_WARPS as GATED_WARPS
 from lorafa_kernels.kernels.tile import INTERPRETED
 from lorafa_kernels.tuning.config import (
     KNOWN_DEVICES,
@@ -55,6 +52,7 @@ from lorafa_kernels.tuning.config import (
     KernelConfig,
     all_default_configs,
     default_config,
+    expand_total_config,
     rows_aligned,
     shared_memory,
     shrink_group_config,
@@ -83,11 +81,7 @@ INSTRUCTIONS = {
 EXPECTED = {"ampere": ("mma",), "hopper": ("wgmma",), "blackwell": ("tcgen05", "mma"), "amd": ("mfma",)}
 TENSOR_MEMORY_COLUMNS = 512
 SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel", "shrink_group_sum_kernel")
-# What the kernels of the gated activation write, for each activation; they have no configuration to pick.
-GATED_RESULTS = ("h", "dg, du", "dg", "du")
-WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
-MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
-KERNELS = (*OPS, "group", "gated")
+MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma")
 # Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
 SM_SHARED_MEMORY = 228 * 1024
 SM_REGISTERS = 65536
@@ -123,10 +117,10 @@ class Case:
             return shrink_group_config(limits, operand_bytes, *self.group)[0]
         if self.op == "shrink_total":
             return shrink_total_config(limits, operand_bytes, self.M, self.R)
-        if self.op == "gated":
-            return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
+        if self.op == "expand_total":
+            return expand_total_config(limits, operand_bytes, self.M, self.R, aligned, self.dropout)
         rest = aligned, self.recompute, self.dropout
-        return default_config(GROUP_BASE.get(self.op, self.op), limits, operand_bytes, self.M, self.R, *rest)
+        return default_config(self.op, limits, operand_bytes, self.M, self.R, *rest)
 
     @property
     def group(self) -> tuple[int, int, int, bool]:
@@ -136,18 +130,20 @@ class Case:
     def shared_memory(self) -> int:
         """What its configuration is estimated to need."""
         config, limits, operand_bytes = self.config, KNOWN_DEVICES[self.arch], DTYPES[self.dtype].itemsize
-        if self.op == "gated":
-            return 0
         if self.op == "shrink_group":
             # The ranks of all members lie side by side.
-            _, members = shrink_group_config(limits, operand_bytes, *self.group)
-            config = replace(config, BLOCK_R=members * config.BLOCK_R)
-        estimate = shared_memory(GROUP_BASE.get(self.op, self.op), config, operand_bytes, limits)
-        if self.op == "shrink_group" and self.dropout:
-            # The masked tile, beside the one that the next member masks.
-            return estimate + config.BLOCK_M * config.BLOCK_K * operand_bytes
+            config = replace(
+                config, BLOCK_R=config.BLOCK_R * shrink_group_config(limits, operand_bytes, *self.group)[1]
+            )
+        op = GROUP_BASE.get(self.op, self.op)
+        estimate = shared_memory(op, config, operand_bytes, limits, self.dropout)
+        if self.op != "expand_total":
+            return estimate
+        if self.dropout and config.variant != "tma":
+            # A term changes its layout to be masked.
+            estimate = max(estimate, 4 * config.BLOCK_M * config.BLOCK_N)
         # The barriers of several loops lie apart.
-        return estimate + (1024 if self.op == "expand_total" and config.variant == "tma" else 0)
+        return estimate + (1024 if config.variant == "tma" else 0)
 
     @property
     def overlaps(self) -> bool:
@@ -177,7 +173,7 @@ class Recorder:
 def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
     modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
-    shrink, expand, _, recompute, grad, group, _, gated = modules
+    shrink, expand, _, recompute, grad, group, _ = modules
     calls: list = []
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
@@ -211,18 +207,6 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
             "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n, **drop),
             "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n, **drop),
             "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0),
-        }
-    if case.op == "gated":
-        result, activation = case.layout.split(": ")
-        # Contiguous, or rows within a larger matrix.
-        g = x if case.sizes == "even" else tensor(case.M, 2 * K)[:, :K]
-        u = None if result == "du" else g
-        calls_of = {
-            case.layout: lambda: (
-                gated.gated(g, u, activation)
-                if result == "h"
-                else gated.gated_backward(g, g, u, activation, result != "dg")
-            )
         }
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.asked_tf32 else "ieee"
     with contextlib.ExitStack() as stack:
@@ -284,7 +268,7 @@ def measure(case: Case, launch: int) -> dict:
         "last": launch == len(recorded) - 1,
         "config": asdict(case.config),
     }
-    if row["kernel"] not in WITHOUT_PRODUCT and any(
+    if row["kernel"] not in SUM_KERNELS and any(
         kwargs.get(key, size) != size for key, size in row["config"].items()
     ):
         return {**row, "failures": ["launched with another configuration"]}
@@ -336,7 +320,7 @@ def failures(case: Case, row: dict) -> list[str]:
     if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
     found += overlap_failures(case, row)
-    if row["kernel"] in WITHOUT_PRODUCT:
+    if row["kernel"] in SUM_KERNELS:
         return found
     if row["shared_memory"] > row["estimate"]:
         found.append(f"shared memory {row['shared_memory']} above the estimate {row['estimate']}")
@@ -372,6 +356,9 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
     registers = -(-row["registers"] // 8) * 8 * row["threads"]
     if not is_expand:
         memory, most = OVERLAP_SHARED_MEMORY, OVERLAP_REGISTERS
+    elif case.dropout:
+        # The mask takes what registers there are: the launch is hidden, the kernel before is not.
+        return found
     elif case.config.variant == "tma" and case.R * DTYPES[case.dtype].itemsize % 16 == 0:
         memory = SM_SHARED_MEMORY - 2 * 1024 - OVERLAP_SHARED_MEMORY
         most = SM_REGISTERS - OVERLAP_REGISTERS
@@ -473,26 +460,6 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
             yield from (few, replace(few, pdl=False), fp32, replace(fp32, asked_tf32=True))
 
 
-def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
-    """The kernels of the gated activation: every activation and result, and both gradients and h also in
-    fp32, in rows that are not contiguous, and in fp16. Architectures with the instructions of sm_80: bf16.
-    quick: h and both gradients by the commonest activation and the one with the rarest function.
-    """
-    for arch, result, activation in itertools.product(archs, GATED_RESULTS, ACTIVATIONS):
-        case = Case(arch, "gated", "bf16", "bf16", f"{result}: {activation}", "even", 8192, 0, pdl=False)
-        usual = result in ("h", "dg, du")
-        if quick:
-            if usual and activation in ("silu", "gelu"):
-                yield case
-            continue
-        yield case
-        if usual and arch not in NEIGHBOURS:
-            yield replace(case, sizes="odd")
-            yield replace(case, dtype="fp32", factor_dtype="fp32")
-            yield replace(case, dtype="fp32", factor_dtype="fp32", sizes="odd")
-            yield replace(case, dtype="fp16", factor_dtype="fp16")
-
-
 def distinct_launches(cases: Iterator[Case]) -> list[tuple[Case, int]]:
     """Return the launches of all cases, without those that compile to the same code as an earlier one."""
     found: dict[tuple, tuple[Case, int]] = {}
@@ -559,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--arch", nargs="+", choices=sorted(KNOWN_DEVICES), default=ARCHS)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernel", nargs="+", choices=(*OPS, "group"), default=(*OPS, "group"))
     parser.add_argument(
         "--quick", action="store_true", help="only the defaults for many rows at R = 16 and 64"
     )
@@ -573,8 +540,6 @@ def main(argv: list[str] | None = None) -> int:
     cases = (quick_cases if options.quick else all_cases)(archs, ops)
     if "group" in options.kernel:
         cases = itertools.chain(cases, group_cases(archs, options.quick))
-    if "gated" in options.kernel:
-        cases = itertools.chain(cases, gated_cases(archs, options.quick))
     try:
         rows = compile_all(distinct_launches(cases), options.workers, console)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from . import blocks, ceilings, kernels, layers, memory, models, training
-from .cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid
+from .cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
 from .cases import layers as distinct_layers
 from .contenders import CONTENDERS
 from .environment import ROOT
@@ -247,7 +247,8 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
 
     Ceilings; the tests; the large product against the device's library; whole layers at M = 8192 against the
     arrangements of PyTorch; the pass over dy by rank; the host's time; blocks, their time and memory;
-    training, then at the largest batch that fits; then other sizes, memory per layer, and CUDA graphs.
+    training, then at the largest batch that fits; then dropout, other sizes, memory per layer, and CUDA
+    graphs.
     """
     if setting.device != "cuda":
         return jobs_of(grid("quick"), (*QUICK_KINDS, "kernel"), setting, compiled=False)
@@ -273,6 +274,7 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     found += block_time_jobs(setting, "cuda")
     found += [block_job(block, setting) for block in BLOCKS["cuda"]]
     found += [training_job(case, setting) for case in TRAININGS["cuda"][:2]]
+    found += [time_job(case, setting, left_out=peers) for case in with_dropout(few, 0.1)]
     found += [time_job(case, setting, left_out=peers) for case in rest]
     found += [time_job(case, setting, "wall", peers) for case in rest if case.M <= 512]
     found += [training_job(case, setting) for case in TRAININGS["cuda"][2:]]

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafa_kernels.accuracy import Operands, allowed_error, draw_operands, plain_formula, relative_error
+from lorafa_kernels.functional import draw_seed
+from lorafa_kernels.philox import keep_mask
 
 from .cases import DTYPES, Case
-from .contenders import Contender, Layer, compute
+from .contenders import SEEDED, Contender, Layer, compute
 
 SEED = 0
 
@@ -125,6 +127,9 @@ class Judge:
         if not p or not contender.adapted:
             return None
         torch.manual_seed(SEED)
+        if contender.mask_dtype(self.case) == SEEDED:
+            x = self.operands.x
+            return keep_mask(draw_seed(x.device), p, *x.shape).double() / (1 - p)
         like = torch.ones_like(self.operands.x, dtype=DTYPES[contender.mask_dtype(self.case)])
         # 1/(1 − p) itself, and not rounded to the dtype in which the mask was drawn.
         return (F.dropout(like, p) != 0).double() / (1 - p)

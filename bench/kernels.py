@@ -208,6 +208,8 @@ def time_kernels(
     ceilings = ceilings or {}
     rows = []
     obstacle = None if interpreted else CONTENDERS["triton"].obstacle(case, device)
+    if case.dropout:
+        obstacle = "kernels by themselves are timed without dropout"
     makers = {} if obstacle else subjects(draw(case, device))
     for number, (part, keys) in enumerate(PARTS.items()):
         found: dict[str, dict] = {}

@@ -172,6 +172,8 @@ def check(
         found = verdicts[key] = {"status": "ok", "reason": None, "errors": {}}
         if mode == "graph" and device != "cuda":
             found.update(status="not run", reason="CUDA graphs need a GPU")
+        elif mode == "graph" and case.dropout:
+            found.update(status="not run", reason="every replay draws another mask, which cannot be checked")
         elif obstacle := contender.obstacle(case, device):
             found.update(status="not run", reason=obstacle)
         if found["status"] != "ok":

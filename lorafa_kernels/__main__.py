@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, doctor
+from . import __version__, doctor, memory
 from .tuning import command as tune
 
 # Each has add_command(subparsers), which sets `run`: parsed arguments -> exit code.
-COMMANDS = (doctor, tune)
+COMMANDS = (doctor, memory, tune)
 INTERRUPTED = 130
 
 

@@ -1,7 +1,8 @@
 """doctor: what is installed, what would run here, and whether it computes the right values.
 
 Prints plain ASCII to paste into an issue. The self-check runs every implementation that is available on
-small layers and compares y, dx and dB with the formula in fp64:
+small layers and blocks (linear layers that share an input, a gated MLP, an RMS norm) and compares y, dx and
+dB with the formula in fp64:
 
     error   = |got - exact| / |exact|   (Frobenius norms; exact: in fp64 from the same rounded inputs)
     allowed = 2 * error of plain PyTorch in the same dtype + unit roundoff of the output's dtype
@@ -20,13 +21,17 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import __version__
 from .accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
+from .blocks.accuracy import BLOCKS, block_results, draw_block, norm_results, plain_block, plain_norm
+from .blocks.norm import FORMS
 from .choice import choose, planned_device, triton_obstacle
 from .explanation import DEFAULT_M, describe_limits, describe_plan, explain
 from .tuning.lookup import CACHE_VARIABLE, cache_path, shipped_table, user_table
@@ -40,11 +45,13 @@ DTYPES = {**CHECKED_DTYPES, "fp64": torch.float64}
 CPU_SHAPES = ((50, 258, 70, 7), (128, 256, 256, 16))
 GPU_SHAPES = ((50, 258, 70, 7), (640, 512, 512, 16))
 INTERPRETER_LIMIT_S = 300
+Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Check:
-    """The error of one output ("y", "dx" or "dB") at the shape where it came closest to what is allowed.
+    """The error of one output at the shape where it came closest to what is allowed: "y", "dx" or "dB" of a
+    layer, "group.y" and so on of a block.
 
     dtype is a key of CHECKED_DTYPES; shape is (M, N, K, R). `problem` says what was raised instead of a
     result; the errors are then NaN.
@@ -53,7 +60,7 @@ class Check:
     impl: str
     dtype: str
     output: str
-    shape: tuple[int, int, int, int]
+    shape: Shape
     error: float = float("nan")
     plain: float = float("nan")
     allowed: float = float("nan")
@@ -112,31 +119,88 @@ def check(impl: str, device: torch.device, dtype: str) -> list[Check]:
 
     Raises nothing that the implementation raises: that is a Check which did not pass.
     """
-    worst: dict[str, Check] = {}
-    for shape in CPU_SHAPES if device.type == "cpu" else GPU_SHAPES:
-        try:
-            found = _measure(impl, device, dtype, shape)
-        except Exception as error:
-            return [Check(impl, dtype, "y, dx, dB", shape, problem=_describe(error))]
-        for one in found:
-            if one.output not in worst or one.share > worst[one.output].share:
-                worst[one.output] = one
-    return list(worst.values())
+
+    def compare(shape: Shape) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        M, N, K, R = shape
+        # As LoRAFALinear holds them: lora_B in fp32.
+        operands = draw_operands(M, K, N, R, CHECKED_DTYPES[dtype], device, factor_dtype=torch.float32)
+        got = lorafa_results(operands, impl)
+        yield from _side_by_side(got, plain_formula(operands), plain_formula(operands, torch.float64))
+
+    return _worst(impl, dtype, "y, dx, dB", _shapes(device), compare)
 
 
-def _measure(impl: str, device: torch.device, dtype: str, shape: tuple[int, int, int, int]) -> list[Check]:
-    M, N, K, R = shape
-    # As LoRAFALinear holds them: lora_B in fp32.
-    operands = draw_operands(M, K, N, R, CHECKED_DTYPES[dtype], device, factor_dtype=torch.float32)
-    got = lorafa_results(operands, impl)
-    exact, plain = plain_formula(operands, torch.float64), plain_formula(operands)
+def check_blocks(impl: str, device: torch.device, dtype: str) -> list[Check]:
+    """Measure y, dx and dB of the blocks, as check does; the norm, which has no implementations, with
+    "torch".
+    """
     found = []
-    for output, tensor in got.items():
-        error = relative_error(tensor, exact[output])
-        plain_error = relative_error(plain[output], exact[output])
-        allowed = allowed_error(plain_error, tensor.dtype)
-        found.append(Check(impl, dtype, output, shape, error, plain_error, allowed))
+    for name in BLOCKS:
+
+        def compare(shape: Shape, name: str = name) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+            operands = draw_block(name, *shape, CHECKED_DTYPES[dtype], device)
+            got = block_results(name, operands, impl)
+            exact = plain_block(name, operands, torch.float64)
+            yield from _side_by_side(got, plain_block(name, operands), exact, f"{name}.")
+
+        shapes = _shapes(device)
+        if impl == "triton" and device.type == "cpu":
+            # In the interpreter a block takes seconds.
+            shapes = shapes[:1]
+        found += _worst(impl, dtype, name, shapes, compare)
+    if impl == "torch":
+        found += _worst(
+            impl, dtype, "norm", _shapes(device), lambda shape: _compare_norms(shape, device, dtype)
+        )
     return found
+
+
+def _compare_norms(
+    shape: Shape, device: torch.device, dtype: str
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    M, N, *_ = shape
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2 * M + 1, N, generator=generator, dtype=torch.float64)
+    x, dy, weight = wide.to(device, CHECKED_DTYPES[dtype]).split([M, M, 1])
+    for form in FORMS:
+        operands = x, weight[0], dy, form
+        exact = plain_norm(*operands, torch.float64)
+        yield from _side_by_side(norm_results(*operands), plain_norm(*operands), exact, "norm.")
+
+
+def _side_by_side(
+    got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], prefix: str = ""
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    for output, tensor in got.items():
+        yield prefix + output, tensor, plain[output], exact[output]
+
+
+def _shapes(device: torch.device) -> tuple[Shape, ...]:
+    return CPU_SHAPES if device.type == "cpu" else GPU_SHAPES
+
+
+def _worst(
+    impl: str,
+    dtype: str,
+    what: str,
+    shapes: Iterable[Shape],
+    compare: Callable[[Shape], Iterable[tuple[str, Tensor, Tensor, Tensor]]],
+) -> list[Check]:
+    """Return for each output the Check that came closest to what is allowed, or a single one that names
+    `what` if something was raised. compare(shape) -> (output, got, plain, exact).
+    """
+    worst: dict[str, Check] = {}
+    for shape in shapes:
+        try:
+            for output, got, plain, exact in compare(shape):
+                error, plain_error = relative_error(got, exact), relative_error(plain, exact)
+                allowed = allowed_error(plain_error, got.dtype)
+                one = Check(impl, dtype, output, shape, error, plain_error, allowed)
+                if output not in worst or one.share > worst[output].share:
+                    worst[output] = one
+        except Exception as error:
+            return [Check(impl, dtype, what, shape, problem=_describe(error))]
+    return list(worst.values())
 
 
 def print_interpreted_checks() -> None:
@@ -144,7 +208,7 @@ def print_interpreted_checks() -> None:
 
     For a process that was started with TRITON_INTERPRET=1.
     """
-    checks = [found for dtype in CHECKED_DTYPES for found in check("triton", torch.device("cpu"), dtype)]
+    checks = [found for some in _all_checks("triton", torch.device("cpu")) for found in some]
     print(json.dumps([dataclasses.asdict(found) for found in checks]))
 
 
@@ -271,7 +335,7 @@ def _print_checks(devices: list[torch.device]) -> list[str]:
     for device in devices:
         _print(f"  {device}")
         for impl in ("reference", "torch"):
-            problems += _print_results(device, (check(impl, device, dtype) for dtype in CHECKED_DTYPES))
+            problems += _print_results(device, _all_checks(impl, device))
         if device.type == "cpu":
             continue
         obstacle = triton_obstacle(device, torch.float32)
@@ -280,10 +344,17 @@ def _print_checks(devices: list[torch.device]) -> list[str]:
             continue
         compiled = True
         _print("    triton: the first run compiles the kernels, which can take a minute")
-        problems += _print_results(device, (check("triton", device, dtype) for dtype in CHECKED_DTYPES))
+        problems += _print_results(device, _all_checks("triton", device))
     if not compiled:
         problems += _print_interpreted()
     return problems
+
+
+def _all_checks(impl: str, device: torch.device) -> Iterator[list[Check]]:
+    """Yield the lists of checks one by one, each as it is done."""
+    for checked in (check, check_blocks):
+        for dtype in CHECKED_DTYPES:
+            yield checked(impl, device, dtype)
 
 
 def _print_interpreted() -> list[str]:
@@ -301,7 +372,7 @@ def _print_results(device, results) -> list[str]:
     """Print a line for each Check of each list in `results` as they come; return the failed ones."""
     failed = []
     for found in (found for checks in results for found in checks):
-        what = f"{found.impl:9s} {found.dtype:4s} {found.output:2s}"
+        what = f"{found.impl:9s} {found.dtype:4s} {found.output:8s}"
         if found.problem:
             text = found.problem
         else:

@@ -38,7 +38,7 @@ class Explanation:
     reason: why that one. device, dtype: those of x. forward, backward: the steps in the order in which they
     run. Only where impl is "triton", the other two being None and empty: limits, what the kernels'
     configurations depend on, and plans, those of "forward" and of "backward" (or "backward_input") with the
-    configuration of each kernel in use.
+    configuration of each kernel in use. dropout_p: the layer's dropout, 0 where it does not drop out.
     """
 
     impl: str
@@ -53,12 +53,17 @@ class Explanation:
     backward: tuple[Step, ...]
     limits: DeviceLimits | None = None
     plans: Mapping[str, Planned] = field(default_factory=dict, hash=False)
+    dropout_p: float = 0.0
 
     def __str__(self) -> str:
         lines = [
             f"M={self.M} N={self.N} K={self.K} R={self.R}, {_name(self.dtype)} on {self.device}",
             f"implementation: {self.impl} ({self.reason})",
         ]
+        if self.dropout_p:
+            lines.append(
+                f"dropout: p={self.dropout_p:g}, keep is made from a seed of 8 bytes in both directions"
+            )
         for title, steps in (("forward", self.forward), ("backward", self.backward)):
             lines.append(f"{title}:")
             lines += [f"  {step.call}: {step.formula}" for step in steps]
@@ -112,6 +117,14 @@ _PRODUCTS = {
 }
 
 
+# What dropout changes in the formulas of steps.
+_WITH_DROPOUT = (
+    ("s * (", "s/(1 - p) * ("),
+    ("(x @ lora_A.T)", "((x * keep) @ lora_A.T)"),
+    ("dz @ lora_A", "keep * (dz @ lora_A)"),
+)
+
+
 def explain(
     layer_or_shapes: LoRAFALinear | Sequence[int],
     *,
@@ -131,8 +144,8 @@ def explain(
             bf16 on a GPU and fp32 elsewhere.
         impl: "auto", "triton", "torch" or "reference". Default: the layer's; "auto" for shapes.
 
-    The backward steps are those for the gradients of x and lora_B, of x alone if the layer's lora_B is
-    frozen. A first layer, whose x needs no gradient, runs fewer.
+    Dropout is that of a layer in training. The backward steps are those for the gradients of x and lora_B, of
+    x alone if the layer's lora_B is frozen. A first layer, whose x needs no gradient, runs fewer.
 
     Raises:
         TypeError: something that is neither a LoRAFALinear nor shapes; sizes that are not integers; M beside
@@ -165,18 +178,21 @@ def explain(
     steps = {"forward": products["forward"], "backward_input": products["dx"]}
     steps["backward"] = products["dx"] + products.get("dB", ())
     limits, plans = None, {}
+    dropout_p = layer.lora_dropout if layer is not None and layer.training and impl != "linear" else 0.0
     if impl == "triton":
         limits = planned_device(device).limits
         M, N, K, R = sizes
         bias = layer is None or layer.bias is not None
         for op in ops:
-            problem = Problem(op, dtype, M, N, K, R, bias and op == "forward")
+            problem = Problem(op, dtype, M, N, K, R, bias and op == "forward", dropout_p > 0)
             if planned := _planned(asked, problem, device, limits):
                 plans[op] = planned
                 steps[op] = _plan_steps(planned.plan, problem, limits)
     forward, backward = (steps[op] for op in ops)
+    if dropout_p:
+        forward, backward = (tuple(_with_dropout(step) for step in steps) for steps in (forward, backward))
     forward, backward = _for_layer(layer, dtype, forward, backward)
-    return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, plans)
+    return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, plans, dropout_p)
 
 
 def describe_plan(op: str, planned: Planned) -> list[str]:
@@ -274,6 +290,13 @@ def _for_layer(
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, a temporary")
         forward, backward = (cast, *forward), (cast, *backward)
     return forward, backward
+
+
+def _with_dropout(step: Step) -> Step:
+    formula = step.formula
+    for without, with_dropout in _WITH_DROPOUT:
+        formula = formula.replace(without, with_dropout)
+    return Step(step.call, formula)
 
 
 def _sizes_of(shapes: object) -> tuple[int, int, int, int]:

@@ -51,6 +51,9 @@ def implementation_cases() -> list:
 def pytest_configure(config):
     # Several workers (pytest -n) share the cores.
     torch.set_num_threads(1)
+    # torch keeps compiled graphs by what was traced, which leaves out the schemas of operators: code compiled
+    # for another version of this library would run here.
+    torch.compiler.config.force_disable_caches = True
 
 
 def pytest_report_header(config):

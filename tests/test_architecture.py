@@ -16,7 +16,7 @@ import lorafa_kernels
 PACKAGE = Path(lorafa_kernels.__file__).parent
 # Lowest first: a module may import what stands before it. Modules of one level do not import each other.
 LEVELS = [
-    {"_version", "blocks.operands", "philox", "tuning.config", "tuning.models"},
+    {"_version", "blocks.operands", "memory", "philox", "tuning.config", "tuning.models"},
     {"reference", "library", "tuning.recipe", "kernels.tile"},
     {"tuning.cost", "tuning.lookup", "tuning.pin"},
     {"tuning.plan"},
@@ -35,7 +35,7 @@ LEVELS = [
     {"placing.recognise", "placing.members"},
     {"placing.fused"},
     {"placing.place"},
-    {"adapt", "explanation", "tuning.search"},
+    {"adapt", "blocks.accuracy", "explanation", "tuning.search"},
     {"checkpoint", "doctor", "tuning.command"},
     {"__main__"},
 ]

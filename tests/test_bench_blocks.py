@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import sys
+import types
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -117,6 +120,49 @@ def test_liger_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: name)
     assert models.CONTENDERS["liger"].obstacle("cpu") == "its kernels need a GPU"
     assert models.CONTENDERS["liger"].obstacle("cuda") is None
+
+
+def test_liger_stands_in_the_mlp(monkeypatch):
+    """With the same product in Liger's place, since its own needs a GPU."""
+    calls = []
+
+    def liger_swiglu(gate, up):
+        calls.append(gate.shape)
+        return torch.nn.functional.silu(gate) * up
+
+    package = types.ModuleType("liger_kernel.transformers.functional")
+    package.liger_swiglu = liger_swiglu
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    liger = replace(models.CONTENDERS["liger"], needs_gpu=False)
+    monkeypatch.setitem(models.CONTENDERS, "liger", liger)
+    for piece in ("mlp", "layer"):
+        rows = measure(replace(CASE, piece=piece), keys=("liger", "frozen"))
+        assert (rows["liger", "both"]["status"], rows["liger", "both"]["reason"]) == ("ok", None)
+    assert set(calls) == {(2, 8, 688)}
+
+
+def test_compiled_contender_is_right(monkeypatch):
+    if reason := models.CONTENDERS["compiled-lorafa"].obstacle(DEVICE):
+        pytest.skip(reason)
+    # The compiler itself is what takes long; what is compared is the same.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    rows = measure(keys=("frozen", "compiled-lorafa"))
+    assert (rows["compiled-lorafa", "both"]["status"], rows["compiled-lorafa", "both"]["reason"]) == (
+        "ok",
+        None,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("piece", PIECES)
+def test_everyone_runs_on_a_gpu(piece):
+    rows = measure(replace(CASE, piece=piece, dtype="bf16"), keys=models.TIME_KEYS)
+    for (key, part), row in rows.items():
+        optional = key.startswith("peft") or key == "liger"
+        assert row["status"] == "ok" or (optional and row["status"] == "not run"), (key, part, row["reason"])
 
 
 def test_flops_are_those_of_the_layers():

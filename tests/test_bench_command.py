@@ -160,6 +160,7 @@ def test_suite_goes_in_the_order_of_what_tells_most():
     assert all({"frozen", "lorafa", "triton", "library"} <= set(job.contenders) for job in timed)
     target = [job for job in timed[:24] if " 8192x" in job.key]
     assert len(target) == 24, "all cells that the target names come first"
+    assert any("dropout=0.1" in job.key for job in timed)
     assert "tests" not in [job.key for job in jobs.suite(Setting("cuda"), tests=False)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -80,7 +81,7 @@ def test_everyone_is_checked_and_timed_or_says_why_not(case):
         assert (FROZEN in row["ratios"]) == (key != FROZEN)
     idle = {key for (key, _), row in rows.items() if row["status"] == "not run"}
     if DEVICE == "cpu":
-        assert idle == {"triton"} | ({"lorafa", "library", "addmm"} if case.dropout else set())
+        assert idle == {"triton"} | ({"addmm"} if case.dropout else set())
 
 
 @pytest.mark.parametrize(
@@ -177,9 +178,25 @@ def test_dropout_is_checked_with_the_mask_that_was_drawn():
         right.module.dropout.p = 0.2
         return right
 
-    rows = measure(DROPOUT, known=with_planted(drops_too_little))
-    assert rows["eager-lorafa", "both"]["status"] == "ok"
-    assert rows["planted", "both"]["status"] == "failed"
+    def draws_once_more(operands, case) -> Layer:
+        right = contenders.build_lorafa(operands, case)
+        return Layer(lambda x: (torch.rand(1, device=x.device), right.module(x))[1], right.lora_B)
+
+    seeded = CONTENDERS["lorafa"].mask_dtype
+    for wrong, mask_dtype in ((drops_too_little, planted(raising).mask_dtype), (draws_once_more, seeded)):
+        known = with_planted(wrong)
+        known["planted"] = replace(known["planted"], mask_dtype=mask_dtype)
+        rows = measure(DROPOUT, known=known)
+        assert {rows[key, "both"]["status"] for key in ("eager-lorafa", "lorafa", "library")} == {"ok"}
+        assert rows["planted", "both"]["status"] == "failed"
+
+
+def test_what_cannot_be_checked_with_dropout_says_so():
+    case = judge.Judge(DROPOUT, judge.draw(DROPOUT, "cpu"))
+    _, verdicts = layers.check(case, {FROZEN: CONTENDERS[FROZEN]}, "cuda", "graph", lambda fraction: None)
+    assert "another mask" in verdicts[FROZEN]["reason"] and verdicts[FROZEN]["status"] == "not run"
+    payload = kernels.time_kernels(DROPOUT, "cpu", rounds=1, interpreted=True)
+    assert {row["reason"] for row in payload["rows"]} == {"kernels by themselves are timed without dropout"}
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -225,7 +242,9 @@ def test_everyone_runs_on_a_gpu_in_every_mode(mode):
 
 @pytest.mark.gpu
 def test_dropout_is_checked_on_a_gpu():
-    rows = measure(DROPOUT, device="cuda", keys=("frozen", "eager-lorafa", "eager-lora"))
+    rows = measure(
+        DROPOUT, device="cuda", keys=("frozen", "lorafa", "triton", "library", "eager-lorafa", "eager-lora")
+    )
     assert {row["status"] for row in rows.values()} == {"ok"}, rows
 
 

@@ -16,7 +16,8 @@ from conftest import TRITON
 import lorafa_kernels
 from lorafa_kernels import doctor, library
 from lorafa_kernels.__main__ import main
-from lorafa_kernels.accuracy import draw_operands, lorafa_results
+from lorafa_kernels.accuracy import draw_operands, lorafa_results, relative_error
+from lorafa_kernels.blocks.accuracy import BLOCKS, BlockOperands, draw_block, plain_block
 from lorafa_kernels.choice import choose, planned_device
 from lorafa_kernels.tuning.config import KNOWN_DEVICES, KernelConfig, KernelPlan
 from lorafa_kernels.tuning.lookup import (
@@ -54,7 +55,14 @@ def results(out: str, impl: str) -> list[str]:
 
 def assert_all_passed(out: str, impl: str) -> None:
     found = [(dtype, output) for _, dtype, output, *_ in map(str.split, results(out, impl))]
-    assert found == [(dtype, output) for dtype in ("fp32", "bf16", "fp16") for output in ("y", "dx", "dB")]
+    blocks = [f"{block}.{output}" for block in ("group", "mlp") for output in ("y", "dx", "dB")]
+    blocks += ["norm.y", "norm.dx"] if impl == "torch" else []
+    assert found == [
+        (dtype, output)
+        for outputs in (("y", "dx", "dB"), blocks)
+        for dtype in ("fp32", "bf16", "fp16")
+        for output in outputs
+    ]
     assert all(line.endswith("  ok") for line in results(out, impl))
 
 
@@ -184,6 +192,64 @@ def test_not_finite_at_one_shape_fails(monkeypatch, wrong, shape):
         ("dx", True),
         ("dB", True),
     ]
+
+
+def failed(found):
+    return [one.output for one in found if not one.passed]
+
+
+def test_wrong_blocks_fail_by_name(monkeypatch):
+    """Each by itself: a group, then a gated MLP, then a norm whose gradient is off."""
+    from lorafa_kernels.blocks import group, mlp, norm
+
+    right = group.group_ops.group_backward
+
+    def off(*args):
+        dx, dBs = right(*args)
+        return dx if dx is None else dx * 1.05, dBs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(group.group_ops, "group_backward", off)
+        # The MLP is made of groups.
+        assert failed(doctor.check_blocks("torch", CPU, "bf16"))[0] == "group.dx"
+    with monkeypatch.context() as patch:
+        right_gated = mlp.gated
+        patch.setattr(mlp, "gated", lambda *args: right_gated(*args) * 1.05)
+        assert failed(doctor.check_blocks("reference", CPU, "bf16")) == ["mlp.y", "mlp.dB"]
+    with monkeypatch.context() as patch:
+        right_norm = norm._backward
+        patch.setattr(norm, "_backward", lambda *args: right_norm(*args) * 1.05)
+        assert failed(doctor.check_blocks("torch", CPU, "fp16")) == ["norm.dx"]
+        assert failed(doctor.check_blocks("reference", CPU, "fp16")) == []
+    assert failed(doctor.check_blocks("torch", CPU, "fp16")) == []
+
+
+def test_raising_block_is_a_failed_check_and_the_others_are_measured(monkeypatch):
+    from lorafa_kernels.blocks import mlp
+
+    def raising(*args):
+        raise RuntimeError("does not run here")
+
+    monkeypatch.setattr(mlp, "gated_backward", raising)
+    found = doctor.check_blocks("torch", CPU, "fp32")
+    assert failed(found) == ["mlp"]
+    assert next(one.problem for one in found if not one.passed) == "RuntimeError: does not run here"
+    assert {"group.y", "group.dx", "group.dB", "norm.y", "norm.dx"} < {one.output for one in found}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_drawn_large_enough_and_every_term_matters(name):
+    M, N, K, R = doctor.CPU_SHAPES[0]
+    operands = draw_block(name, M, N, K, R, torch.float64, CPU)
+    exact = plain_block(name, operands)
+    assert min(tensor.numel() for tensor in exact.values()) >= 256
+    assert plain_block(name, operands, torch.float32)["y"].dtype == torch.float32
+    for index, layer in enumerate(operands.layers):
+        for term in ("weight", "bias", "lora_A", "lora_B"):
+            changed = [*operands.layers]
+            changed[index] = layer._replace(**{term: 1.1 * getattr(layer, term)})
+            y = plain_block(name, BlockOperands(operands.x, changed, operands.dys))["y"]
+            assert relative_error(y, exact["y"]) > 1e-2, (index, term)
 
 
 def test_wrong_kernels_fail(triton_device, monkeypatch):

@@ -179,6 +179,31 @@ def test_gated_offsets_past_32_bits(triton_device, operand):
         assert torch.equal(tensor, want[name]), name
 
 
+@dtypes
+@pytest.mark.parametrize("columns", [7, 64], ids=["ragged", "even"])
+def test_gated_kernels_write_their_results_and_nothing_else(triton_device, monkeypatch, dtype, columns):
+    """Results lie between canaries, and are filled with NaN before the launch."""
+    g, u, dh = draw_gated(dtype, triton_device, (37, columns))
+    kernels = importlib.import_module("lorafa_kernels.kernels.gated")
+    empty, made = torch.empty, []
+
+    def guarded_empty(shape, **options):
+        count = shape[0] * shape[1]
+        buffer = empty(count + 4096, **options).fill_(float("nan"))
+        made.append(buffer)
+        return buffer[2048 : 2048 + count].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    around = guarded_empty(dh.shape, dtype=dtype, device=triton_device)
+    around.copy_(dh)
+    h = kernels.gated(g, u, "silu")
+    du = kernels.gated_backward(around, g, u, "silu", True)
+    assert len(made) == 3
+    for buffer, tensor in zip(made, (around, h, du), strict=True):
+        assert torch.isfinite(tensor).all()
+        assert buffer[:2048].isnan().all() and buffer[2048 + tensor.numel() :].isnan().all()
+
+
 def gated_arguments(name: str, impl: str, device: str, u: bool = True, need_du: bool = True) -> tuple:
     g, other, dh = draw_gated(torch.bfloat16, device, (9, 12))
     if name == "gated":
@@ -349,9 +374,11 @@ def test_frozen_adapters(device, impl, frozen, need_dx):
 @implementations
 @dtypes
 @pytest.mark.parametrize("dropped", [LAYERS, ("up",), ("down",)], ids="-".join)
-def test_dropout_accuracy(device, impl, dtype, dropped):
+@pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "no-dx"])
+def test_dropout_accuracy(device, impl, dtype, dropped, need_dx):
     """Each layer drops by a mask of its own, that of the seed drawn for it; the gradients carry it."""
     case = Case(device, dtype, dropout={name: DROPOUT[name] for name in dropped})
+    case.x.requires_grad_(need_dx)
     check_budget(case.results(impl), case.eager(), case.eager(dtype=torch.float64))
 
 
@@ -611,9 +638,10 @@ def test_same_bits_from_run_to_run(device, impl, dtype):
 def test_output_may_be_written_by_the_caller(device, impl):
     case = Case(device)
     want = case.results(impl)
-    y = case.run(impl)
-    got = case.gradients(y.mul_(1.0).add_(1.0))
-    assert all(torch.equal(got[name], want[name]) for name in case.trained())
+    for shape in ((M, K), (2, M // 2, K)):
+        y = case.run(impl, x=case.x.view(shape))
+        got = case.gradients(y.mul_(1.0).add_(1.0).view(M, N))
+        assert all(torch.equal(got[name], want[name]) for name in case.trained())
 
 
 @implementations

@@ -11,8 +11,8 @@
                "gelu_tanh"  g · (1 + tanh(√(2/π) (g + 0.044715 g³))) / 2
 
 Twice: `reference_*` computes in fp32 or wider and rounds once, as written above; `library_*` is made of
-PyTorch's own operators, which round act(g) and dh · u on the way, and makes no temporary. Both gradients are
-wanted at once, and dh is of no use afterwards: dg is written over it.
+PyTorch's own operators, which round act(g) and dh · u on the way. dh is of no use once both gradients are
+made: dg is written over it, and then nothing but du takes memory.
 """
 
 from __future__ import annotations

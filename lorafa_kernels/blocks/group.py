@@ -139,6 +139,8 @@ def _lora_As(
 
 def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
     n = len(dys)
+    if all(dy is None for dy in dys):
+        return None, [None] * n
     need_dx, need_dBs = _needs(ctx, n)
     z, seeds, *rest = ctx.saved_tensors
     lora_Bs = rest[:n]

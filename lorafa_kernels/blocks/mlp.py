@@ -180,7 +180,7 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
             lora_Bs[which],
             ctx.scalings[which],
             ctx.dropout_ps[which],
-            None if seeds is None else _seeds(which, ctx.dropout_ps, seeds),
+            _seeds(which, ctx.dropout_ps, seeds) if need_dx else None,
             False,
             need_dx,
             need_dBs[which],

@@ -127,6 +127,9 @@ def _expand_tma_kernel(
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = P_desc.dtype
+    COLUMNS: tl.constexpr = BLOCK_N // EPILOGUE_SUBTILE
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=False):
@@ -137,32 +140,6 @@ def _expand_tma_kernel(
         start_n = (in_group // rows_in_group) * BLOCK_N
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if DROPOUT:
-            if WAIT:
-                gdc_wait()
-            acc = _low_rank_step(
-                acc,
-                L,
-                F,
-                start_m,
-                start_n,
-                M,
-                N,
-                R,
-                stride_L_m,
-                stride_L_r,
-                stride_F_r,
-                stride_F_n,
-                DTYPE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_R,
-                TRANSPOSED,
-                LOW_RANK_TMA,
-                EMULATE_BF16,
-            )
-            index_m = start_m + tl.arange(0, BLOCK_M)
-            acc = drop(acc, keep_tile(tl.load(seed_ptr), threshold, index_m, start_n, N, BLOCK_N))
         for start in range(0, K, BLOCK_K):
             P = P_desc.load([start_m, start])
             Q = Q_desc.load([start_n, start]).T if TRANSPOSED else Q_desc.load([start, start_n])
@@ -171,9 +148,9 @@ def _expand_tma_kernel(
                 Q = Q.to(tl.float32)
             acc = tl.dot(P, Q, acc)
 
+        if WAIT:
+            gdc_wait()
         if not DROPOUT:
-            if WAIT:
-                gdc_wait()
             acc = _low_rank_step(
                 acc,
                 L,
@@ -202,14 +179,39 @@ def _expand_tma_kernel(
             acc += bias.to(tl.float32)[None, :]
         # Parts of the tile leave one after the other through one buffer: less shared memory, which the K loop
         # has a stage for.
-        if EPILOGUE_SUBTILE == 1:
-            C_desc.store([start_m, start_n], round_as(acc, DTYPE, EMULATE_BF16).to(DTYPE))
-        else:
-            left, right = _halves(acc)
-            parts = (left, right) if EPILOGUE_SUBTILE == 2 else _halves(left) + _halves(right)
-            for part in tl.static_range(EPILOGUE_SUBTILE):
-                C = round_as(parts[part], DTYPE, EMULATE_BF16).to(DTYPE)
-                C_desc.store([start_m, start_n + part * (BLOCK_N // EPILOGUE_SUBTILE)], C)
+        parts = (acc,)
+        if EPILOGUE_SUBTILE >= 2:
+            parts = _halves(acc)
+        if EPILOGUE_SUBTILE == 4:
+            parts = _halves(parts[0]) + _halves(parts[1])
+        for part in tl.static_range(EPILOGUE_SUBTILE):
+            C = parts[part]
+            start_c = start_n + part * COLUMNS
+            if DROPOUT:
+                low_rank = _low_rank_step(
+                    tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32),
+                    L,
+                    F,
+                    start_m,
+                    start_c,
+                    M,
+                    N,
+                    R,
+                    stride_L_m,
+                    stride_L_r,
+                    stride_F_r,
+                    stride_F_n,
+                    DTYPE,
+                    BLOCK_M,
+                    COLUMNS,
+                    BLOCK_R,
+                    TRANSPOSED,
+                    LOW_RANK_TMA,
+                    EMULATE_BF16,
+                )
+                index_m = start_m + tl.arange(0, BLOCK_M)
+                C += drop(low_rank, keep_tile(seed, threshold, index_m, start_c, N, COLUMNS))
+            C_desc.store([start_m, start_c], round_as(C, DTYPE, EMULATE_BF16).to(DTYPE))
     if WAIT:
         gdc_wait()
 
@@ -248,6 +250,8 @@ def expand_tma(
     factor = F.t() if transposed else F
     low_rank_tma = addressable(L, factor)
     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    columns = BLOCK_N // config.EPILOGUE_SUBTILE
+    low_rank_columns = BLOCK_N if seed is None else columns
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     grid = (min(tiles, config.ctas_per_sm * num_sms),)
 
@@ -256,11 +260,15 @@ def expand_tma(
         describe(P, BLOCK_M, BLOCK_K),
         describe(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe(Q, BLOCK_K, BLOCK_N),
         describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L,
-        (describe(factor, BLOCK_N, BLOCK_R) if transposed else describe(factor, BLOCK_R, BLOCK_N))
+        (
+            describe(factor, low_rank_columns, BLOCK_R)
+            if transposed
+            else describe(factor, BLOCK_R, low_rank_columns)
+        )
         if low_rank_tma
         else F,
         bias,
-        describe(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
+        describe(C, BLOCK_M, columns),
         seed,
         threshold,
         M,

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..tuning.config import (
     KernelConfig,
-    default_config,
+    expand_total_config,
     rows_aligned,
     shrink_group_config,
     shrink_total_config,
@@ -366,16 +366,15 @@ def expand_total(
         return C
     limits = device_limits(C.device)
     key = (limits, C.element_size(), M, max((L.shape[1] for L in Ls), default=1))
-    options = {"recompute": False, "dropout": dropout is not None}
     if config is None:
         aligned = rows_aligned(C.element_size(), N, *(P.shape[1] for P in Ps))
-        config = default_config("expand", *key, aligned, **options)
+        config = expand_total_config(*key, aligned, dropout is not None)
     if config.variant == "tma":
         if total_addressable(Ps, Qs, N):
             arguments = NO_DROPOUT if dropout is None else dropout.arguments(slice(None))
             expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms, *arguments)
             return C
-        config = default_config("expand", *key, aligned=False, **options)
+        config = expand_total_config(*key, False, dropout is not None)
     _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config)
     return C
 

@@ -14,10 +14,19 @@ these operands (TMA: 16-bit, rows at multiples of 16 bytes) gives way to the por
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..tuning.config import KernelConfig, KernelPlan, default_config, default_plan, rows_aligned
+from ..tuning.config import (
+    KernelConfig,
+    KernelPlan,
+    default_config,
+    default_plan,
+    makes_mask,
+    rows_aligned,
+)
 from .expand import expand
 from .grad import grad
 from .recompute import recompute
@@ -38,7 +47,7 @@ def forward(
     plan: KernelPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R): one launch for few rows, else two."""
-    plan, config = _resolve(plan, x, weight, lora_A.shape[0], dropout_p > 0)
+    plan, config = _resolve(plan, x, weight, lora_A.shape[0], dropout_p > 0, forward=True)
     scaling = scaling / (1 - dropout_p)
     dropout = {"dropout_p": dropout_p, "seed": seed}
     if config.variant == "recompute":
@@ -116,12 +125,17 @@ def _input_gradient(
 
 
 def _resolve(
-    plan: KernelPlan | None, rows: Tensor, weight: Tensor, R: int, dropout: bool
+    plan: KernelPlan | None, rows: Tensor, weight: Tensor, R: int, dropout: bool, forward: bool = False
 ) -> tuple[KernelPlan, KernelConfig]:
     """Return the plan, the heuristic one if there is none, and its configuration of expand."""
     if plan is not None and plan.expand is not None:
         return plan, plan.expand
     size = rows.element_size()
     key = (device_limits(rows.device), size, rows.shape[0], R, rows_aligned(size, *weight.shape))
-    plan = plan or default_plan(*key, dropout=dropout)
-    return plan, plan.expand or default_config("expand", *key, dropout=dropout)
+    config = default_config("expand", *key)
+    if dropout and makes_mask("expand", forward, config):
+        config = default_config("expand", *key, dropout=True)
+    if plan is None:
+        # shrink finds its own: it makes the mask or it does not.
+        plan = replace(default_plan(*key), shrink=None)
+    return plan, config

@@ -104,8 +104,8 @@ def keep_tile(seed, threshold, rows, first, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def drop(tile, keep):
-    """tile ⊙ keep, as a product: what is not finite propagates."""
-    return tile * keep.to(tile.dtype)
+    """tile ⊙ keep. Where keep is false still a product, through which what is not finite propagates."""
+    return tl.where(keep, tile, tile * 0)
 
 
 def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int]:

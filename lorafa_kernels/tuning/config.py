@@ -139,8 +139,7 @@ def default_config(
     elements and rank R.
 
     `aligned`: rows_aligned of the wide sizes, and for expand on Hopper operands that TMA can address;
-    `recompute`: expand may make z or dz itself; `dropout`: the kernel makes a mask, if it is one of those
-    that do.
+    `recompute`: expand may make z or dz itself; `dropout`: it is the kernel that makes the mask (makes_mask).
 
     A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
     pipeline stages and then smaller rank blocks until what is in flight fits its shared memory. Raises
@@ -156,13 +155,13 @@ def default_config(
     elif operand_bytes >= 4:
         config = _fp32_config(op)
     elif op == "expand" and recompute and few_rows:
-        config = _recompute_config(family, M, R, aligned)
+        config = _recompute_config(family, M, R, aligned, dropout)
     else:
-        config = _half_config(op, family, M, R, aligned)
+        config = _half_config(op, family, M, R, aligned, dropout)
     config = replace(config, BLOCK_R=min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R))))
     if op == "shrink" and M <= SPLIT_ROWS and family != "interpreter":
         config = replace(config, SPLIT_K=SPLITS)
-    while shared_memory(op, config, operand_bytes, limits) > limits.shared_memory:
+    while shared_memory(op, config, operand_bytes, limits, dropout) > limits.shared_memory:
         if config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
         elif config.BLOCK_R > MIN_BLOCK and config.variant != "recompute":
@@ -195,7 +194,13 @@ def shrink_group_config(
     if wide_blocks:
         # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free.
         few = members * BLOCK_R <= 64
-        config = replace(config, BLOCK_K=64, num_warps=4 if few else 8, num_stages=4 if few else 3)
+        # Masks are made in registers, of which a thread of four warps has too few for them.
+        config = replace(
+            config,
+            BLOCK_K=32 if dropout and not few else 64,
+            num_warps=4 if few and not dropout else 8,
+            num_stages=4 if few else 3,
+        )
     return replace(config, BLOCK_R=BLOCK_R), members
 
 
@@ -210,16 +215,37 @@ def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int
 
 
 @functools.lru_cache(maxsize=1024)
+def expand_total_config(
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool, dropout: bool
+) -> KernelConfig:
+    """Return the configuration of expand_total: expand's, R the largest rank."""
+    config = default_config("expand", limits, operand_bytes, M, R, aligned, recompute=False, dropout=dropout)
+    if dropout and config.variant == "portable" and config.BLOCK_M * config.BLOCK_N > 128 * 64:
+        # One member's rank-R term is masked beside the sum of the others': registers for two blocks.
+        return replace(config, BLOCK_N=64)
+    return config
+
+
+@functools.lru_cache(maxsize=1024)
 def default_plan(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True, dropout: bool = False
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
 ) -> KernelPlan:
-    """Return the plan of the heuristics; arguments as for default_config. A pure function."""
-    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned, dropout=dropout) for op in OPS}
+    """Return the plan of the heuristics without dropout; arguments as for default_config. A pure function."""
+    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned) for op in OPS}
     return KernelPlan(
         **configs,
         one_pass=one_pass_moves_less(configs["grad"], operand_bytes, R),
         pdl=limits.dependent_launch,
     )
+
+
+def makes_mask(op: str, forward: bool, config: KernelConfig) -> bool:
+    """Whether kernel `op` in this configuration makes the mask where there is dropout: in forward shrink, in
+    backward expand, in both an expand that makes z or dz itself.
+    """
+    if op == "expand":
+        return config.variant == "recompute" or not forward
+    return op == "shrink" and forward
 
 
 def one_pass_moves_less(config: KernelConfig, operand_bytes: int, R: int) -> bool:
@@ -259,7 +285,9 @@ def split_size(config: KernelConfig, K: int) -> int:
     return max(1, blocks) * config.BLOCK_K
 
 
-def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: DeviceLimits) -> int:
+def shared_memory(
+    op: str, config: KernelConfig, operand_bytes: int, limits: DeviceLimits, dropout: bool = False
+) -> int:
     """Estimate the shared memory in bytes that a kernel needs: the blocks in flight and what is kept beside.
 
     An upper estimate for operands of `operand_bytes` and a low-rank factor in fp32; the compile gate holds it
@@ -272,11 +300,12 @@ def shared_memory(op: str, config: KernelConfig, operand_bytes: int, limits: Dev
     all_stages = from_shared or operand_bytes >= 4
     stages = config.num_stages if all_stages else max(1, config.num_stages - 1)
     barriers = 64 if from_shared else 0
+    masked_rows = M * K * operand_bytes if dropout else 0
     if op == "shrink":
         rounded_factor = K * R * operand_bytes
-        return stages * K * (M * operand_bytes + R * 4) + rounded_factor + barriers
+        return stages * K * (M * operand_bytes + R * 4) + rounded_factor + masked_rows + barriers
     if config.variant == "recompute":
-        return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + barriers
+        return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + masked_rows + barriers
     if op == "expand" and config.variant == "tma":
         # The result's buffer lives through the loop over tiles; the rank-R step has two stages of its own.
         loop = config.num_stages * K * (M + N) * operand_bytes
@@ -309,7 +338,7 @@ def all_default_configs(
     return found
 
 
-def _half_config(op: str, family: str, M: int, R: int, aligned: bool) -> KernelConfig:
+def _half_config(op: str, family: str, M: int, R: int, aligned: bool, dropout: bool) -> KernelConfig:
     amd = family == "amd"
     num_warps = 4 if R <= 32 else 8
     if op == "shrink":
@@ -333,34 +362,42 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool) -> KernelC
             # The accumulators are in tensor memory; ptxas squeezes eight warps into 64 registers and spills.
             num_warps = 4
         return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
+    # A mask and a wider rank block spill on gfx942.
+    BLOCK_R = 32 if amd and dropout else 64
     if not aligned:
         # Such rows cannot be copied asynchronously: they pass through registers, and larger blocks spill.
-        return KernelConfig(64, 64, 32, 64, 8, 4, 2)
+        return KernelConfig(64, 64, 32, BLOCK_R, 8, 4, 2)
     if family == "hopper":
         # Rank blocks of 16: a wider fp32 block of lora_B takes the registers that shrink needs (OVERLAP_*).
+        # With dropout a part of the tile has its rank-R step and its mask beside the whole tile's
+        # accumulator: parts of 64 columns fit.
         if M <= 64:
-            return KernelConfig(64, 128, 64, MIN_BLOCK, 8, 4, 4, "tma")
+            parts = 2 if dropout else 1
+            return KernelConfig(64, 128, 64, MIN_BLOCK, 8, 4, 4, "tma", EPILOGUE_SUBTILE=parts)
         if M <= 512:
-            return KernelConfig(128, 128, 64, MIN_BLOCK, 8, 8, 4, "tma")
-        return KernelConfig(128, 256, 64, MIN_BLOCK, 8, 8, 3, "tma", EPILOGUE_SUBTILE=2)
+            parts = 2 if dropout else 1
+            return KernelConfig(128, 128, 64, MIN_BLOCK, 8, 8, 4, "tma", EPILOGUE_SUBTILE=parts)
+        parts = 4 if dropout else 2
+        return KernelConfig(128, 256, 64, MIN_BLOCK, 8, 8, 3, "tma", EPILOGUE_SUBTILE=parts)
     if M <= 64:
-        return KernelConfig(64, 64, 64 if amd else 128, 64, 8, 4, 2 if amd else 3)
+        return KernelConfig(64, 64, 64 if amd else 128, BLOCK_R, 8, 4, 2 if amd else 3)
     if amd:
-        return KernelConfig(128, 128, 64, 64, 8, 8, 2)
+        return KernelConfig(128, 128, 64, BLOCK_R, 8, 8, 2)
     if M <= 512 or family == "ampere":
         return KernelConfig(128, 128, 64, 64, 8, 8, 3)
     return KernelConfig(128, 256, 64, 64, 8, 8, 3)
 
 
-def _recompute_config(family: str, M: int, R: int, aligned: bool) -> KernelConfig:
+def _recompute_config(family: str, M: int, R: int, aligned: bool, dropout: bool) -> KernelConfig:
     # Blocks of 128 rows spill where the operands pass through registers: unaligned ones, and Ampere's.
     through_registers = not aligned or (family == "ampere" and R > 32)
     BLOCK_M = 16 if M <= 16 else 64 if M <= 64 or through_registers else 128
     BLOCK_N = 32 if M <= 16 and R <= 16 else 64
     num_stages = 2 if family == "amd" or not aligned else 3
     BLOCK_K = 64 if aligned else 32
-    # Four warps spill at 128 rows, and on sm_100 at 64.
-    num_warps = 8 if BLOCK_M == 128 or (family == "blackwell" and BLOCK_M == 64) else 4
+    # Four warps spill at 128 rows, on sm_100 at 64, and with a mask on Ampere at the widest rank.
+    wide = BLOCK_M == 64 and (family == "blackwell" or (family == "ampere" and dropout and R > 32))
+    num_warps = 8 if BLOCK_M == 128 or wide else 4
     return KernelConfig(BLOCK_M, BLOCK_N, BLOCK_K, RECOMPUTE_RANK, 1, num_warps, num_stages, "recompute")
 
 

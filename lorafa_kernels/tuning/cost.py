@@ -6,6 +6,7 @@ device can do.
     fused      shrink (or grad and the sum of its parts), then the product with a rank-R step, whose FLOPs it
                adds; with PDL the kernel before expand has no gap and is hidden but for a share
     library    skinny products, the rank-R term written into the output, and the product that reads it again
+    dropout    arithmetic of one kernel; the library's plan computes keep by passes over int64 tensors
 
 Pure functions of shapes, configurations and a table of published device figures, for choosing a plan where
 nothing was measured, and to be held against measurements. Everything is an estimate, in microseconds. The
@@ -18,8 +19,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..philox import CHUNK, COLUMNS_PER_CALL
 from .config import DeviceLimits, KernelConfig, row_chunks, split_size
-from .recipe import Problem, Recipe, grad_makes_dz, kernel_configs, launches
+from .recipe import Problem, Recipe, drops, grad_makes_dz, kernel_configs, launches
 
 # Shares of a data sheet's peak that large products and copies reach: 790 of 989 TFLOP/s and 4.3 of 4.8 TB/s,
 # measured on an H200.
@@ -49,6 +51,10 @@ LIBRARY_CALL_US = 5.0
 OPERATOR_US = 8.0
 # Instructions of Philox for an element where one call serves four.
 PHILOX_INSTRUCTIONS = 24
+# Of philox.py in plain torch: its calls for a chunk, and the bytes that they read and write for a counter.
+# A round is two products, two shifts and two masks (16 bytes each) and four xors (24).
+PHILOX_CALLS = 115
+PHILOX_BYTES = 2000
 ROW_BLOCK = 64
 
 
@@ -230,7 +236,18 @@ class _Model:
         elif p.op == "backward":
             device += rows_in
             host += LIBRARY_CALL_US
-        return Cost(device, host)
+        mask_device, mask_host = self.library_mask()
+        return Cost(device + mask_device, host + mask_host)
+
+    def library_mask(self) -> tuple[float, float]:
+        """keep, in chunks of rows, and one more pass over x or dx, on the device and on the host."""
+        p = self.problem
+        if not p.dropout or p.op == "backward_lora_B":
+            return 0.0, 0.0
+        counters = p.M * _ceil(p.K, COLUMNS_PER_CALL)
+        launched = _ceil(counters, CHUNK) * PHILOX_CALLS
+        moved = PHILOX_BYTES * counters / self.reached.bytes_per_us + self.bytes_us(2 * p.M * p.K)
+        return launched * GAP_US + moved, launched * LIBRARY_CALL_US
 
     def product(self) -> float:
         """The frozen linear's product, by the library, which tiles small outputs well."""
@@ -257,7 +274,9 @@ class _Model:
             flops = flops * p.M / (blocks_m * config.BLOCK_M)
         arithmetic = flops / (self.reached.flops_per_us(self.itemsize) * share * fill)
         drawn = min(1.0, LONE_BLOCK_RATE * fill)
-        return GAP_US + max(arithmetic, self.bytes_us(elements) / drawn) + self.philox_us()
+        times = blocks_n if config.variant == "recompute" and p.op == "forward" else 1
+        mask = times * self.philox_us() if drops(p, "expand", config) else 0.0
+        return GAP_US + max(arithmetic, self.bytes_us(elements) / drawn) + mask
 
     def shrink(self, config: KernelConfig) -> list[float]:
         """One pass over x or dy, and the sum of its parts. Without the gaps."""
@@ -267,7 +286,8 @@ class _Model:
         drawn = min(1.0, LONE_BLOCK_RATE * self.fill(blocks))
         elements = p.M * p.width + p.width * p.R + p.M * p.R
         arithmetic = 2 * p.M * p.width * p.R / self.reached.flops_per_us(self.itemsize)
-        pass_us = max(arithmetic, self.bytes_us(elements) / drawn) + self.philox_us()
+        mask = self.philox_us() if drops(p, "shrink", config) else 0.0
+        pass_us = max(arithmetic, self.bytes_us(elements) / drawn) + mask
         written = 4 * splits * p.M * p.R / self.reached.bytes_per_us if splits > 1 else 0.0
         return [pass_us + written, READ_BACK_SHARE * written]
 
@@ -309,8 +329,7 @@ class _Model:
         return MAIN_LOOP_SHARE[variant]
 
     def philox_us(self) -> float:
-        if not self.problem.dropout:
-            return 0.0
+        """keep once, in a kernel."""
         instructions = PHILOX_INSTRUCTIONS * self.problem.M * self.problem.K
         # Two FLOPs each at the rate of ordinary fp32 arithmetic.
         return 2 * instructions / self.reached.flops_per_us(4)

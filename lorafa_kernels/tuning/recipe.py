@@ -17,6 +17,7 @@ from .config import (
     KernelConfig,
     KernelPlan,
     default_config,
+    makes_mask,
     row_chunks,
     rows_aligned,
     shared_memory,
@@ -110,8 +111,14 @@ def heuristic_config(
     recompute=False: that of an expand which leaves z and dz to the kernels before it.
     """
     aligned = problem.aligned if kernel == "expand" else True
-    itemsize = problem.dtype.itemsize
-    return default_config(kernel, limits, itemsize, problem.M, problem.R, aligned, recompute)
+    key = (kernel, limits, problem.dtype.itemsize, problem.M, problem.R, aligned, recompute)
+    config = default_config(*key)
+    return default_config(*key, dropout=True) if drops(problem, kernel, config) else config
+
+
+def drops(problem: Problem, kernel: str, config: KernelConfig) -> bool:
+    """Whether there is dropout, and it is this kernel that makes the mask."""
+    return problem.dropout and makes_mask(kernel, problem.op == "forward", config)
 
 
 def kernel_configs(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> dict[str, KernelConfig]:
@@ -158,7 +165,8 @@ def grad_makes_dz(problem: Problem, configs: Mapping[str, KernelConfig]) -> bool
 def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> str | None:
     """Say what keeps a recipe's kernels from running on a device, or None if nothing does."""
     for kernel, config in kernel_configs(recipe, problem, limits).items():
-        needed = shared_memory(kernel, config, problem.dtype.itemsize, limits)
+        itemsize = problem.dtype.itemsize
+        needed = shared_memory(kernel, config, itemsize, limits, drops(problem, kernel, config))
         if needed > limits.shared_memory:
             return (
                 f"{kernel} needs {needed} bytes of shared memory in this configuration, {limits.arch} has "

@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import ops
 from ..accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 from ..choice import forget_plans, planned_device
+from ..functional import draw_seed
 from .config import KernelConfig
 from .cost import ceilings, predict
 from .lookup import Entry, Measured, key_of, update_table
@@ -69,6 +70,8 @@ FINAL_ROUNDS = 30
 WARM_UPS = 2
 # Rows of the check against fp64: enough to fill blocks, few enough to be quick.
 CHECKED_ROWS = 512
+# The probability with which a problem with dropout is measured: it changes no time.
+DROPOUT_P = 0.1
 # Written before each sample. It empties the L2, and takes so long (0.2 ms and more) that the host has queued
 # the operation's kernels by the time they start: no launch gaps are timed.
 FLUSH_BYTES = 2**30
@@ -265,8 +268,17 @@ class Check:
         self.op = problem.op
         p = problem
         rows = min(p.M, CHECKED_ROWS)
+        dropout_p = DROPOUT_P if p.dropout else 0.0
         self.operands = draw_operands(
-            rows, p.K, p.N, p.R, p.dtype, device, bias=p.bias, factor_dtype=torch.float32
+            rows,
+            p.K,
+            p.N,
+            p.R,
+            p.dtype,
+            device,
+            bias=p.bias,
+            factor_dtype=torch.float32,
+            dropout_p=dropout_p,
         )
         self.exact = plain_formula(self.operands, torch.float64)
         plain = plain_formula(self.operands)
@@ -343,14 +355,15 @@ def steps(problem: Problem, device: torch.device) -> tuple[Step, Step]:
     weight, lora_A = draw(p.N, p.K), draw(p.R, p.K)
     lora_B = draw(p.N, p.R, dtype=torch.float32)
     bias = draw(p.N) if p.bias else None
+    dropout = (DROPOUT_P, draw_seed(device)) if p.dropout else ()
     if p.op == "forward":
         x = draw(p.M, p.K)
         return (
-            lambda: ops.forward(x, weight, lora_A, lora_B, bias, 0.5, "auto"),
+            lambda: ops.forward(x, weight, lora_A, lora_B, bias, 0.5, "auto", *dropout),
             lambda: F.linear(x, weight, bias),
         )
     dy, z = draw(p.M, p.N), draw(p.M, p.R)
     return (
-        lambda: ops.backward(dy, z, weight, lora_A, lora_B, 0.5, "auto"),
+        lambda: ops.backward(dy, z, weight, lora_A, lora_B, 0.5, "auto", *dropout),
         lambda: dy.mm(weight),
     )
