@@ -374,6 +374,16 @@ def test_without_gradients_it_is_the_original_bit_by_bit(call, calls):
     assert calls == []
 
 
+def test_tensors_of_inference_mode_have_no_version_and_work_all_the_same():
+    x = inputs()
+    with torch.inference_mode():
+        made = x.clone()
+        assert adapted(dropout=0.5)[0].attention(made).shape == x.shape
+    y = adapted()[0].attention(made)
+    torch.testing.assert_close(y, adapted(fuse=False)[0].attention(x))
+    assert y.requires_grad
+
+
 def test_an_input_without_gradient(calls):
     found = []
     for fuse in (False, True):
@@ -867,3 +877,13 @@ def test_an_output_that_waits_is_not_taken_for_another_input():
     attention.q(first)
     torch.testing.assert_close(attention.k(second), LoRAFALinear.forward(attention.k, second))
     torch.testing.assert_close(attention.v(first), LoRAFALinear.forward(attention.v, first))
+
+
+@pytest.mark.parametrize("path", ["attention", "mlp"])
+def test_an_input_of_another_dtype_is_refused_as_without_blocks(path, calls):
+    messages = []
+    for fuse in (False, True):
+        with pytest.raises(TypeError, match="dtype") as error:
+            adapted(fuse, dtype=torch.float32)[0].get_submodule(path)(inputs())
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and calls == []
