@@ -291,9 +291,10 @@ def _sync_folder(folder: Path) -> None:
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load the adapter in the folder `path`, written by `save_adapter` or by PEFT, and return `model`.
 
-    A model without LoRA-FA layers is adapted first, as the file's config says; one that has them must agree
-    with the file in layers, ranks and scalings. Values are cast to the dtype of the parameter they go to and
-    follow its device. A lora_A that PEFT trained is taken over, and stays frozen here.
+    A model without LoRA-FA layers is adapted first, as the file's config says, with fused blocks as in
+    `apply_lorafa`; one that has them must agree with the file in layers, ranks and scalings. Values are cast
+    to the dtype of the parameter they go to and follow its device. A lora_A that PEFT trained is taken over,
+    and stays frozen here.
 
     Everything is checked before the model is touched. Raises FileNotFoundError for a missing folder or file,
     RuntimeError while merged, and ValueError for a damaged file, a config field that is not supported, away

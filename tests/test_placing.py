@@ -123,6 +123,14 @@ def test_a_recognised_mlp_computes_the_same_when_fused(kind):
     assert names[1].count("LoRAFAGatedMLPFunctionBackward") == 1 and len(names[1]) < len(names[0])
 
 
+def test_a_dropout_that_is_turned_on_later_acts():
+    model = apply_lorafa(nn.Sequential(NoDropout()), LoRAFAConfig(target_modules=["gate"]))
+    x = torch.randn(4, WIDTH)
+    assert "LoRAFAGatedMLPFunctionBackward" in nodes(model(x))
+    model[0].dropout.p = 1.0
+    assert torch.equal(model(x), model[0].down.bias.expand(4, WIDTH))
+
+
 class Clamped(Gated):
     def forward(self, x):
         gate = self.gate(x).clamp(max=self.limit)
@@ -236,6 +244,24 @@ class Tuple(Gated):
         return self.down(self.act(self.gate(x)) * self.up(x)), None
 
 
+class Checking(Gated):
+    def forward(self, x):
+        y = self.act(self.gate(x)) * self.up(x)
+        return self.down(y) if isinstance(y, torch.Tensor) else y
+
+
+class Power(Gated):
+    """torch.pow reads the memory of what passes for a tensor and has no __torch_function__ of one."""
+
+    def forward(self, x):
+        return self.down(torch.pow(self.act(self.gate(x)), -0.5) * self.up(x))
+
+
+class Concatenating(Gated):
+    def forward(self, x):
+        return self.down(torch.cat([self.gate(x), self.up(x)], -1))
+
+
 class Super(Gated):
     def forward(self, x):
         return super().forward(x)
@@ -263,6 +289,9 @@ NO_MLP = {
     TwoInputs: r"takes 2 inputs",
     Chunked: r"takes the result of chunk apart",
     Tuple: r"does not return one tensor",
+    Checking: r"asks what kind of object",
+    Power: r"asks what kind of object|it has pow \(-0\.5\)",
+    Concatenating: r"gives a list of tensors to cat",
     Super: r"cannot be followed",
 }
 
@@ -405,7 +434,18 @@ class NormLiteral(Norm):
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+class NormAsking(Norm):
+    """Another one once its weight is bf16."""
+
+    def forward(self, x):
+        wide = x.float()
+        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        y = self.weight * (wide * rstd).to(x.dtype)
+        return y * 2 if self.weight.dtype == torch.bfloat16 else y
+
+
 NO_NORM = {
+    NormAsking: r"it has mul \(2\)",
     NormWithBias: r"it has add \(1\)",
     NormCentred: "it has",
     NormRoundedOnce: "not that of a known RMS norm",
@@ -475,10 +515,18 @@ def test_fuse_and_norm_turn_blocks_off(fuse, norm):
     assert (type(model.mlp) is Gated, type(model.norm) is Norm) == (not fuse, not norm)
 
 
+class Capped(nn.Module):
+    """silu, but for numbers that no test with small ones meets."""
+
+    def forward(self, x):
+        return F.silu(x).clamp(max=1e5)
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
         (nn.SiLU(), "silu"),
+        (Capped(), None),
         (nn.GELU(), "gelu"),
         (nn.GELU(approximate="tanh"), "gelu_tanh"),
         (nn.ReLU(), None),

@@ -374,6 +374,16 @@ def test_without_gradients_it_is_the_original_bit_by_bit(call, calls):
     assert calls == []
 
 
+def test_tensors_of_inference_mode_have_no_version_and_work_all_the_same():
+    x = inputs()
+    with torch.inference_mode():
+        made = x.clone()
+        assert adapted(dropout=0.5)[0].attention(made).shape == x.shape
+    y = adapted()[0].attention(made)
+    torch.testing.assert_close(y, adapted(fuse=False)[0].attention(x))
+    assert y.requires_grad
+
+
 def test_an_input_without_gradient(calls):
     found = []
     for fuse in (False, True):
@@ -407,13 +417,36 @@ def test_a_thawed_tensor_is_refused_by_name(path, name):
         results(model)
 
 
-def test_a_layer_elsewhere_raises_as_without_blocks():
-    """Weights on meta beside x on the CPU would else be computed with, without an error."""
-    for path in ("attention.v", "mlp.down"):
-        model = adapted()
-        model[0].get_submodule(path).to("meta")
-        with pytest.raises(ValueError, match="weight is on meta"):
-            results(model)
+def on_meta(layer):
+    layer.to("meta")
+
+
+def of_another_dtype(layer):
+    layer.to(torch.float32)
+
+
+def emptied(layer):
+    layer.weight.data = torch.empty(0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "change", [on_meta, of_another_dtype, emptied], ids=lambda function: function.__name__
+)
+@pytest.mark.parametrize("path", ["attention.v", "mlp.down", "norm"])
+def test_a_layer_that_does_not_fit_is_left_to_its_own_forward(path, change, calls):
+    """It raises or not as it does without blocks. Weights on meta beside x on the CPU may not raise."""
+    found = []
+    for fuse in (False, True):
+        model = adapted(fuse)
+        change(model[0].get_submodule(path))
+        try:
+            found.append([result is not None and result.device for result in results(model)])
+        except (ValueError, TypeError, RuntimeError) as error:
+            found.append((type(error), str(error)))
+    assert found[0] == found[1]
+    block = {"attention.v": "lorafa_linear_group", "mlp.down": "lorafa_gated_mlp", "norm": "rms_norm"}[path]
+    # A norm may have a weight of another dtype.
+    assert (block in calls) == (path == "norm" and change is of_another_dtype)
 
 
 class Sharded(torch.Tensor):
@@ -837,3 +870,20 @@ def test_engines_train_through_the_blocks(tmp_path):
     for grads, made in torch.load(tmp_path / "result").values():
         assert_alike(grads, [p.grad for p in lorafa_parameters(model)])
         assert made == ALL
+
+
+def test_an_output_that_waits_is_not_taken_for_another_input():
+    attention, first, second = adapted()[0].attention, inputs(), inputs(1)
+    attention.q(first)
+    torch.testing.assert_close(attention.k(second), LoRAFALinear.forward(attention.k, second))
+    torch.testing.assert_close(attention.v(first), LoRAFALinear.forward(attention.v, first))
+
+
+@pytest.mark.parametrize("path", ["attention", "mlp"])
+def test_an_input_of_another_dtype_is_refused_as_without_blocks(path, calls):
+    messages = []
+    for fuse in (False, True):
+        with pytest.raises(TypeError, match="dtype") as error:
+            adapted(fuse, dtype=torch.float32)[0].get_submodule(path)(inputs())
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and calls == []

@@ -96,7 +96,7 @@ def _template(forward: Callable, parameter_dtype: torch.dtype) -> tuple[Symbol, 
 
 def _match(template: Any, value: Any, roles: dict[str, Any]) -> dict[str, Any] | None:
     """Roles bound so that `template` becomes `value`, in addition to those given; None if there are none."""
-    if isinstance(template, Slot):
+    if type(template) is Slot:
         return _bind(roles, template.role, value) if type(value) in (int, float) else None
     if type(template) is not Symbol or type(value) is not Symbol:
         alike = type(template) is not Symbol and type(value) is not Symbol
@@ -280,7 +280,8 @@ def identify_activation(module: nn.Module) -> str | None:
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
     try:
-        _, trace = trace_forward(module, torch.float32)
+        # What it answers to a question for a class, its values are compared all the same.
+        _, trace = trace_forward(module, torch.float32, may_ask_class=True)
     except Untraceable:
         return None
     if not {symbol.operation for symbol in trace.values} <= _SMOOTH:

@@ -34,12 +34,14 @@ class Untraceable(Exception):
 class Trace:
     """The expressions of one run of a forward, in order.
 
-    parameter_dtype: what parameters answer when asked for their dtype. identities: children that return their
-    input, which are left out of expressions: nn.Identity, and nn.Dropout with p = 0.
+    parameter_dtype: what parameters answer when asked for their dtype. may_ask_class: whether isinstance of a
+    symbol is answered (no tensor), which torch.pow needs, instead of being untraceable. identities: children
+    that return their input, which are left out of expressions: nn.Identity, and nn.Dropout with p = 0.
     """
 
-    def __init__(self, parameter_dtype: torch.dtype) -> None:
+    def __init__(self, parameter_dtype: torch.dtype, may_ask_class: bool = False) -> None:
         self.parameter_dtype = parameter_dtype
+        self.may_ask_class = may_ask_class
         self.values: list[Symbol] = []
         self.identities: list[str] = []
 
@@ -69,10 +71,13 @@ class Symbol:
         for name, value in zip(_HIDDEN, (operation, arguments, trace), strict=True):
             object.__setattr__(self, name, value)
 
-    # isinstance(x, torch.Tensor) must be answered as for a tensor.
+    # isinstance(x, torch.Tensor) would say no where a tensor says yes. It must never say yes: some of torch's
+    # own functions ask, and then read a tensor's memory.
     @property
     def __class__(self):
-        return Tensor
+        if self.trace.may_ask_class:
+            return Symbol
+        raise Untraceable("asks what kind of object it has been given")
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -236,14 +241,16 @@ def input_name(forward) -> str:
     return required[0].name
 
 
-def trace_forward(module: nn.Module, parameter_dtype: torch.dtype) -> tuple[Symbol, Trace]:
+def trace_forward(
+    module: nn.Module, parameter_dtype: torch.dtype, may_ask_class: bool = False
+) -> tuple[Symbol, Trace]:
     """Return what the class's forward of `module` computes from one input, and everything it computed.
 
-    Raises Untraceable.
+    The options are those of Trace. Raises Untraceable.
     """
     forward = type(module).forward
     input_name(forward)
-    trace = Trace(parameter_dtype)
+    trace = Trace(parameter_dtype, may_ask_class)
     return run(forward, _Self(module, trace), trace), trace
 
 
