@@ -53,6 +53,7 @@ from lorafa_kernels.tuning.config import (
     all_default_configs,
     default_config,
     expand_total_config,
+    makes_mask,
     rows_aligned,
     shared_memory,
     shrink_group_config,
@@ -377,8 +378,10 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
     Left out: a 16-bit factor where K is even (a mask needs more registers, not fewer), and fp16 beyond one
     configuration per kernel (the same instructions as bf16). R = 8 and odd sizes stand for unaligned rows,
     at the smallest rank block; for TMA R = 4 does. Architectures with the instructions of sm_80 and other
-    limits: one case for each configuration.
+    limits: one case for each configuration. With dropout: the kernels that make the mask, with fp32 factors.
     """
+    for arch, op in itertools.product(archs, ops):
+        yield from cases_with_dropout(arch, op)
     for arch in archs:
         for op in ops:
             for dtype, layout in itertools.product(DTYPES, LAYOUTS[op]):
@@ -438,13 +441,32 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
                 continue
             seen.add(key)
             yield case
-            if case.config.variant == "tma":
+            if case.config.variant == "tma" and not dropout:
+                yield replace(case, R=4)
+
+
+def cases_with_dropout(arch: str, op: str) -> Iterator[Case]:
+    """Every configuration of a kernel that makes the mask, with aligned, masked and unaligned rows."""
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS[op]):
+        configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize, dropout=True)
+        for index, (config, (M, R, aligned, recompute)) in enumerate(configs.items()):
+            if not makes_mask(op, layout in ("z", "y"), config) or (dtype == "fp16" and index > 0):
+                continue
+            case = Case(arch, op, dtype, "fp32", layout, "even", M, R, recompute=recompute, dropout=True)
+            case = replace(case, bias=layout == "y")
+            if not aligned:
+                yield replace(case, sizes="odd")
+                continue
+            yield case
+            if arch not in NEIGHBOURS and dtype != "fp16":
+                yield replace(case, sizes="ragged")
+            if config.variant == "tma":
                 yield replace(case, R=4)
 
 
 def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
-    """The default configuration of each kernel for many and for few rows, in the commonest dtypes: on sm_90
-    at R = 16 and 64, elsewhere at the larger.
+    """The default configuration of each kernel for many and for few rows, in the commonest dtypes, without
+    dropout and with it: on sm_90 at R = 16 and 64, elsewhere at the larger.
     """
     for arch, op in itertools.product(archs, ops):
         hopper = arch == "sm_90"
@@ -454,6 +476,11 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
                 yield Case(arch, op, "bf16", "fp32", layout, "even", 8192, R, bias=layout == "y")
         if op == "expand":
             yield Case(arch, op, "bf16", "fp32", "y", "even", 16, 64, bias=True, recompute=True)
+        for layout, M in {"shrink": [("z", 8192)], "expand": [("dx", 8192), ("y", 16), ("dx", 16)]}.get(
+            op, ()
+        ):
+            drops = Case(arch, op, "bf16", "fp32", layout, "even", M, 64, layout == "y", dropout=True)
+            yield replace(drops, recompute=M == 16)
         if hopper:
             few = Case(arch, op, "bf16", "fp32", layouts[0], "even", SPLIT_ROWS, 16)
             fp32 = Case(arch, op, "fp32", "fp32", layouts[0], "even", 8192, 16)

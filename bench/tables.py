@@ -38,7 +38,8 @@ def gate_table(result: dict) -> str:
         if size[1] not in (16, 64) or kernel.endswith("_sum") or (row["layout"] == "y" and not row["bias"]):
             continue
         cell = f"{row['registers']} / {row['shared_memory'] / 1024:.0f}"
-        key = (kernel, row["layout"], *size)
+        layout = row["layout"] + (" with dropout" if row.get("dropout") else "")
+        key = (kernel, layout, *size)
         chosen.setdefault(key, {}).setdefault(row["arch"], cell)
     archs = list(dict.fromkeys(row["arch"] for row in result["rows"]))
     rows = [

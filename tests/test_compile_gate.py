@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 pytest.importorskip("rich")
 
 from bench.gate import ARCHS, Case, failures, reads_before_wait
-from lorafa_kernels.tuning.config import KNOWN_DEVICES, OPS, KernelConfig, all_default_configs
+from lorafa_kernels.tuning.config import KNOWN_DEVICES, OPS, KernelConfig, all_default_configs, makes_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "bench" / "results" / "compile-gate.json"
@@ -47,6 +47,8 @@ def quick(tmp_path_factory):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_defaults_compile(quick, arch):
     rows = [row for row in quick["rows"] if row["arch"] == arch and row["dtype"] == "bf16"]
+    assert not [row for row in rows if row["failures"]]
+    rows = [row for row in rows if not row["dropout"]]
     compiled = {(row["kernel"], row["layout"], row["R"]) for row in rows}
     products = {("shrink_kernel", "z"), ("grad_kernel", "dz, dB")}
     if arch != "gfx942":
@@ -60,7 +62,18 @@ def test_defaults_compile(quick, arch):
     else:
         wanted |= {("expand_kernel", "y", 64), ("expand_kernel", "dx", 64)}
     assert wanted <= compiled
-    assert not [row for row in rows if row["failures"]]
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("arch", ARCHS)
+def test_defaults_compile_with_dropout(quick, arch):
+    rows = [row for row in quick["rows"] if row["arch"] == arch and row["dropout"]]
+    large = "expand_tma_kernel" if arch == "sm_90" else "expand_kernel"
+    wanted = {("shrink_kernel", "z", 8192), (large, "dx", 8192)}
+    if arch != "gfx942":
+        wanted |= {("recompute_kernel", "y", 16), ("recompute_kernel", "dx", 16)}
+    assert wanted <= {(row["kernel"], row["layout"], row["M"]) for row in rows}
+    assert all(row["spills"] == 0 and not row["failures"] for row in rows)
 
 
 @pytest.mark.gate
@@ -152,16 +165,18 @@ def test_committed_result_covers_the_heuristics():
     assert result["failed"] == 0
     assert not [row for row in result["rows"] if row["failures"]]
     compiled = {
-        (row["arch"], row["op"], row["dtype"], KernelConfig(**row["config"]))
+        (row["arch"], row["op"], row["dtype"], row["dropout"], KernelConfig(**row["config"]))
         for row in result["rows"]
         if row["dtype"] != "fp16"
     }
     wanted = {
-        (arch, op, dtype, config)
+        (arch, op, dtype, dropout, config)
         for arch in ARCHS
         for op in OPS
         for dtype, operand_bytes in (("bf16", 2), ("fp32", 4))
-        for config in all_default_configs(op, KNOWN_DEVICES[arch], operand_bytes)
+        for dropout in (False, True)
+        for config in all_default_configs(op, KNOWN_DEVICES[arch], operand_bytes, dropout)
+        if not dropout or any(makes_mask(op, forward, config) for forward in (False, True))
     }
     assert wanted == compiled
 
@@ -188,6 +203,8 @@ ROW = {
     "launched_dependent": True,
     "reads_before_wait": False,
 }
+# What is left for the kernel before is not asked of it.
+DROPS = replace(CASE, layout="dx", bias=False, dropout=True)
 ALONE = {**ROW, "dependent_launch": [], "launched_dependent": False}
 FIRST = {
     **ALONE,
@@ -202,6 +219,7 @@ FIRST = {
 def test_rules_accept_clean_code():
     assert failures(CASE, ROW) == []
     assert failures(SHRINK, FIRST) == []
+    assert failures(DROPS, {**ROW, "registers": 250}) == []
     assert failures(FP32, {**ALONE, "instructions": {}, "pendings": []}) == []
     assert failures(AMPERE, {**ALONE, "instructions": {"mma": 4}, "pendings": []}) == []
 
@@ -242,6 +260,7 @@ def test_rules_accept_clean_code():
         pytest.param(
             replace(SHRINK, pdl=False), FIRST, {}, "griddepcontrol", id="griddepcontrol-without-pdl"
         ),
+        pytest.param(DROPS, ROW, {"pendings": [0, 1]}, "in flight", id="waits-with-dropout"),
         pytest.param(FP32, ALONE, {"tf32": 3}, "TF32 product", id="tf32"),
         pytest.param(TF32, ALONE, {}, "no TF32", id="no-tf32"),
     ],

@@ -57,10 +57,12 @@ def blocks(config) -> list[int]:
     return [size for size in (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R) if size]
 
 
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
-def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes, M, R, aligned, recompute):
-    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute)
-    assert shared_memory(op, config, operand_bytes, limits) <= limits.shared_memory
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans(), st.booleans())
+def test_any_device_and_shape_gets_a_config_that_fits(
+    op, limits, operand_bytes, M, R, aligned, recompute, dropout
+):
+    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute, dropout)
+    assert shared_memory(op, config, operand_bytes, limits, dropout) <= limits.shared_memory
     assert config.num_warps in (4, 8)
     assert config.num_stages >= 1
     assert config.GROUP_M >= 1
@@ -70,28 +72,31 @@ def test_any_device_and_shape_gets_a_config_that_fits(op, limits, operand_bytes,
     assert config.BLOCK_R <= MAX_BLOCK_R
 
 
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
-def test_rank_block_covers_the_rank_up_to_its_cap(op, limits, operand_bytes, M, R, aligned, recompute):
-    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute)
-    cap = default_config(op, limits, operand_bytes, M, 1 << 20, aligned, recompute).BLOCK_R
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans(), st.booleans())
+def test_rank_block_covers_the_rank_up_to_its_cap(
+    op, limits, operand_bytes, M, R, aligned, recompute, dropout
+):
+    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute, dropout)
+    cap = default_config(op, limits, operand_bytes, M, 1 << 20, aligned, recompute, dropout).BLOCK_R
     assert min(R, cap) <= config.BLOCK_R < 2 * max(R, MIN_BLOCK)
 
 
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
-def test_equal_arguments_give_equal_configs(op, limits, operand_bytes, M, R, aligned, recompute):
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans(), st.booleans())
+def test_equal_arguments_give_equal_configs(op, limits, operand_bytes, M, R, aligned, recompute, dropout):
     first, second = (
-        default_config(op, replace(limits), operand_bytes, M, R, aligned, recompute) for _ in range(2)
+        default_config(op, replace(limits), operand_bytes, M, R, aligned, recompute, dropout)
+        for _ in range(2)
     )
     assert first == second
 
 
 @settings(deadline=None)
-@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans())
-def test_all_default_configs_lists_every_config(op, limits, operand_bytes, M, R, aligned, recompute):
-    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute)
-    listed = all_default_configs(op, limits, operand_bytes)
+@given(ops, devices, operand_bytes, sizes, ranks, st.booleans(), st.booleans(), st.booleans())
+def test_all_default_configs_lists_every_config(op, limits, operand_bytes, M, R, aligned, recompute, dropout):
+    config = default_config(op, limits, operand_bytes, M, R, aligned, recompute, dropout)
+    listed = all_default_configs(op, limits, operand_bytes, dropout)
     assert config in listed
-    assert default_config(op, limits, operand_bytes, *listed[config]) == config
+    assert default_config(op, limits, operand_bytes, *listed[config], dropout) == config
 
 
 @given(devices, operand_bytes, sizes, sizes, ranks)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafa_kernels.tuning.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
-from lorafa_kernels.tuning.cost import Ceilings, ceilings, frozen, predict, predict_step
-from lorafa_kernels.tuning.plan import candidates
-from lorafa_kernels.tuning.recipe import OPERATIONS, Device, Problem, Recipe
+from lorafa_kernels.tuning.cost import PHILOX_INSTRUCTIONS, Ceilings, ceilings, frozen, predict, predict_step
+from lorafa_kernels.tuning.plan import candidates, make_plan
+from lorafa_kernels.tuning.recipe import OPERATIONS, Device, Problem, Recipe, heuristic_config
 
 HOPPER = KNOWN_DEVICES["sm_90"]
 H200 = Device("NVIDIA H200", HOPPER, "3.6.0")
@@ -138,6 +138,34 @@ def test_faster_memory_makes_the_rank_r_part_cheaper_and_dropout_makes_it_dearer
     base = predict(fused, problem, HOPPER, CEILINGS).device_us
     assert predict(fused, problem, HOPPER, faster).device_us < base
     assert predict(fused, replace(problem, dropout=True), HOPPER, CEILINGS).device_us > base
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "backward_input"])
+@pytest.mark.parametrize("M", [1, 128, 8192])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_with_dropout_the_kernels_are_predicted_to_win(arch, M, op):
+    """The library's plan makes the mask by a hundred passes over 64-bit numbers, a kernel in registers."""
+    device = Device("?", KNOWN_DEVICES[arch], "3.6.0")
+    problem = Problem(op, torch.bfloat16, M, 4096, 4096, 16, dropout=True)
+    plan = make_plan(problem, device)
+    assert plan.name == "fused"
+    library = min(us for name, us in plan.predicted if name.startswith("library"))
+    assert library > 2 * plan.predicted_us
+
+
+def test_a_mask_made_again_in_every_column_of_blocks_costs_more():
+    """In forward the one launch for z and y repeats keep; in backward it does not."""
+    few = Problem("forward", torch.bfloat16, 128, 14336, 4096, 16, dropout=True)
+    for op, repeats in (("forward", True), ("backward_input", False)):
+        problem = replace(few, op=op)
+        expand = heuristic_config("expand", problem, HOPPER)
+        assert expand.variant == "recompute"
+        recipe = Recipe("fused", KernelPlan(expand=expand, one_pass=False, pdl=False))
+        plain = replace(problem, dropout=False)
+        extra = [predict(recipe, one, HOPPER, CEILINGS).device_us for one in (problem, plain)]
+        once = 2 * PHILOX_INSTRUCTIONS * problem.M * problem.K / CEILINGS.flops_per_us(4)
+        blocks = -(-problem.out_width // expand.BLOCK_N) if repeats else 1
+        assert extra[0] - extra[1] == pytest.approx(blocks * once)
 
 
 def test_few_rows_cost_what_their_launches_cost():

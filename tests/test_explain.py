@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorafa_kernels import LoRAFALinear, ops
 from lorafa_kernels.choice import choose
 from lorafa_kernels.explanation import explain
-from lorafa_kernels.tuning.config import DeviceLimits, KernelConfig, KernelPlan, default_config
+from lorafa_kernels.tuning.config import KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan, default_config
 from lorafa_kernels.tuning.pin import pin_plan
 from lorafa_kernels.tuning.recipe import Recipe
 
@@ -236,6 +236,21 @@ def test_defaults_come_from_the_layer():
     assert (told.impl, told.dtype, told.device) == ("reference", torch.float64, torch.device("cpu"))
     assert (told.N, told.K, told.R) == (N, K, R) and told.M > 0
     assert explain(layer, impl="torch").impl == "torch"
+
+
+def test_dropout_shows_while_training(fake_gpu):
+    """In the formulas of the kernels and of the products, and in the plan; not in eval()."""
+    layer = LoRAFALinear(64, 96, r=4, lora_dropout=0.25)
+    plain = str(explain(layer.eval()))
+    text = str(explain(layer.train()))
+    for words in ("dropout: p=0.25", "z = s/(1 - p) * ((x * keep) @ lora_A.T)", "dx = keep * (dz @ lora_A)"):
+        assert words in text and words not in plain
+    fake_gpu(KNOWN_DEVICES["sm_90"], "NVIDIA H200", (9, 0))
+    layer = LoRAFALinear(4096, 4096, r=16, lora_dropout=0.25, device="meta", dtype=torch.bfloat16)
+    found = [explain(layer.train(mode), M=8192, device="cuda", impl="triton") for mode in (True, False)]
+    dropping, idle = (one.plans["backward"].configs["expand"] for one in found)
+    assert dropping.EPILOGUE_SUBTILE > idle.EPILOGUE_SUBTILE
+    assert "keep * (dz @ lora_A)" in str(found[0]) and "keep" not in str(found[1])
 
 
 def test_shapes_on_the_cpu():

@@ -86,6 +86,24 @@ def test_accuracy(device, impl, dtype, shape):
 
 
 @implementations
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "dropout_p"),
+    [
+        pytest.param(dict(M=130, K=70, N=258, R=16), 0.1, id="ragged"),
+        pytest.param(dict(M=130, K=72, N=264, R=16), 0.5, id="ragged-aligned"),
+        pytest.param(dict(M=65, K=48, N=80, R=24), 0.1, id="rank-not-a-power-of-2"),
+        pytest.param(dict(M=70, K=136, N=80, R=8), 0.999, id="nearly-all-dropped"),
+    ],
+)
+def test_accuracy_with_dropout(device, impl, dtype, shape, dropout_p):
+    """Of the same mask in the operators and in the formula that people write."""
+    factor = None if dtype == torch.float32 else torch.float32
+    options = dict(dtype=dtype, device=device, factor_dtype=factor, dropout_p=dropout_p)
+    check_accuracy(layer(impl), **shape, **options)
+
+
+@implementations
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
 def test_accuracy_with_fp32_lora_B(device, impl, dtype):
     shape = dict(M=70, K=48, N=96, R=12)

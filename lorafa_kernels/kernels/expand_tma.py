@@ -10,18 +10,19 @@ of tiles, L and F once per tile, writes C once. 2·M·N·(K + R) FLOPs. Bound by
 
 The order within a tile is what keeps the tensor cores busy (the compile gate holds on to it): the K loop
 first, with one product in flight while the next operands arrive; the rank-R step after it, its operands by
-TMA too; loops over tiles and over K are not flattened into one. With dropout the rank-R step comes first all
-the same, since keep must not reach the large product; then nothing of it overlaps the kernel that writes L.
+TMA too; loops over tiles and over K are not flattened into one. With dropout keep must not reach the large
+product: the rank-R step then has an accumulator of its own, for one part of the tile's columns at a time
+(EPILOGUE_SUBTILE), which is masked and added to that part on its way out.
 
 Programmatic dependent launch (WAIT). The kernel before this one is the one that writes L: it says early that
 its dependent may start, and every block here waits (griddepcontrol.wait) until that kernel has ended and its
-writes are visible. Before the wait a block only reads P and Q, which kernels wrote that ended before the one
-that writes L was started, since that one is never launched this way itself. The first write to C comes after
-the wait too, so C may lie in memory that the kernel before still reads or writes when this one starts (the
-partial sums that L was added up from, say): the allocator hands memory out again as soon as the host lets go
-of it. A block without a tile waits as well, so that this kernel cannot end before the one it depends on.
-Should another thread put a kernel between the two on this stream, that one becomes the kernel waited for, and
-it started after L was written, or waited for that itself.
+writes are visible. Before the wait a block only reads P, Q and the seed, which kernels wrote that ended
+before the one that writes L was started, since that one is never launched this way itself. The first write
+to C comes after the wait too, so C may lie in memory that the kernel before still reads or writes when this
+one starts (the partial sums that L was added up from, say): the allocator hands memory out again as soon as
+the host lets go of it. A block without a tile waits as well, so that this kernel cannot end before the one it
+depends on. Should another thread put a kernel between the two on this stream, that one becomes the kernel
+waited for, and it started after L was written, or waited for that itself.
 """
 
 from __future__ import annotations

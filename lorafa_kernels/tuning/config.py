@@ -349,6 +349,9 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool, dropout: b
         # A factor's block of 128 × 128 spills, one of 128 × 64 on sm_80, and on sm_100 if K is split.
         split_on_blackwell = family == "blackwell" and M <= SPLIT_ROWS
         BLOCK_K = 64 if amd or R > 64 or (R > 32 and (family == "ampere" or split_on_blackwell)) else 128
+        if dropout and (amd or family == "blackwell"):
+            # The mask beside larger blocks spills.
+            BLOCK_K = 32 if amd or R > 64 else 64
         return KernelConfig(64, 0, BLOCK_K, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
     if op == "grad":
         # dB's accumulator is BLOCK_N × BLOCK_R fp32 in registers; a wider strip means fewer partial sums of
@@ -362,8 +365,8 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool, dropout: b
             # The accumulators are in tensor memory; ptxas squeezes eight warps into 64 registers and spills.
             num_warps = 4
         return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
-    # A mask and a wider rank block spill on gfx942.
-    BLOCK_R = 32 if amd and dropout else 64
+    # A mask and a wider rank block spill on gfx942 and on sm_100.
+    BLOCK_R = 32 if dropout and family in ("amd", "blackwell") else 64
     if not aligned:
         # Such rows cannot be copied asynchronously: they pass through registers, and larger blocks spill.
         return KernelConfig(64, 64, 32, BLOCK_R, 8, 4, 2)
@@ -384,14 +387,16 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool, dropout: b
     if amd:
         return KernelConfig(128, 128, 64, BLOCK_R, 8, 8, 2)
     if M <= 512 or family == "ampere":
-        return KernelConfig(128, 128, 64, 64, 8, 8, 3)
-    return KernelConfig(128, 256, 64, 64, 8, 8, 3)
+        return KernelConfig(128, 128, 64, BLOCK_R, 8, 8, 3)
+    return KernelConfig(128, 256, 64, BLOCK_R, 8, 8, 3)
 
 
 def _recompute_config(family: str, M: int, R: int, aligned: bool, dropout: bool) -> KernelConfig:
-    # Blocks of 128 rows spill where the operands pass through registers: unaligned ones, and Ampere's.
+    # Blocks of 128 rows spill where the operands pass through registers: unaligned ones, and Ampere's; and on
+    # sm_100 beside a mask.
     through_registers = not aligned or (family == "ampere" and R > 32)
-    BLOCK_M = 16 if M <= 16 else 64 if M <= 64 or through_registers else 128
+    few = through_registers or (family == "blackwell" and dropout)
+    BLOCK_M = 16 if M <= 16 else 64 if M <= 64 or few else 128
     BLOCK_N = 32 if M <= 16 and R <= 16 else 64
     num_stages = 2 if family == "amd" or not aligned else 3
     BLOCK_K = 64 if aligned else 32

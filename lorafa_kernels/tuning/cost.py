@@ -202,10 +202,12 @@ class _Model:
         before = self.before_expand(configs, names)
         device = sum(before) + GAP_US * len(before)
         if "expand" in configs:
-            # With PDL the launch overlaps the last kernel before it, and its work is mostly hidden.
+            # With PDL the launch overlaps the last kernel before it, and its work is mostly hidden, unless a mask
+            # takes the registers that it needs.
             variant = configs["expand"].variant
             if before and variant == "tma" and recipe.kernels.pdl and self.limits.dependent_launch:
-                device -= GAP_US + (1 - NOT_HIDDEN) * before[-1]
+                masked = drops(self.problem, "expand", configs["expand"])
+                device -= GAP_US + (0.0 if masked else (1 - NOT_HIDDEN) * before[-1])
             device += self.expand(configs["expand"], main_loop)
         return Cost(device, OPERATOR_US + TRITON_LAUNCH_US * len(names))
 
