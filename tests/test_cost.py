@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lorafa_kernels.tuning.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
 from lorafa_kernels.tuning.cost import PHILOX_INSTRUCTIONS, Ceilings, ceilings, frozen, predict, predict_step
 from lorafa_kernels.tuning.plan import candidates, make_plan
-from lorafa_kernels.tuning.recipe import OPERATIONS, Device, Problem, Recipe, heuristic_config
+from lorafa_kernels.tuning.recipe import OPERATIONS, Device, Problem, Recipe, heuristic_config, kernel_configs
 
 HOPPER = KNOWN_DEVICES["sm_90"]
 H200 = Device("NVIDIA H200", HOPPER, "3.6.0")
@@ -126,7 +126,8 @@ def test_every_candidate_has_a_cost_that_grows_with_the_rows(problem, limits):
     for found in candidates(problem, device):
         cost = predict(found, problem, limits, reached)
         assert 0 < cost.device_us < float("inf") and 0 < cost.host_us < 1000
-        if found.name == "library":
+        # More rows fill more of a GPU with the blocks of the grad kernel.
+        if found.name == "library" and not kernel_configs(found, problem, limits):
             more = predict(found, replace(problem, M=4 * problem.M), limits, reached)
             assert more.device_us >= cost.device_us
 

@@ -240,7 +240,7 @@ def expand_tma(
     wait: bool,
     num_sms: int,
     seed: Tensor | None,
-    threshold: int,
+    threshold: int | None,
 ) -> None:
     """Write round(P · Q + keep ⊙ (L · F) + bias) into C. Operands as in expand, with P, Q and C addressable;
     seed and threshold as dropout_arguments gives them.

@@ -108,14 +108,15 @@ def drop(tile, keep):
     return tl.where(keep, tile, tile * 0)
 
 
-def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int]:
-    """Return the seed and the threshold (philox.py) as kernels take them: None and 0 for p = 0; else the
-    int64 tensor of shape (1,), to be loaded, and the word as a signed number of 32 bits.
+def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """Return the seed and the threshold (philox.py) as kernels take them: None for p = 0, which leaves no
+    trace in the compiled code; else the int64 tensor of shape (1,), to be loaded, and the word as a signed
+    number of 32 bits.
 
     Kernels do not specialise on the two: p and where the seed lies change no code.
     """
     if not dropout_p:
-        return None, 0
+        return None, None
     if seed is None:
         raise ValueError(f"dropout of {dropout_p} needs a seed, an int64 tensor of shape (1,)")
     word = philox.threshold(dropout_p)

@@ -398,17 +398,18 @@ def _half_config(op: str, family: str, M: int, R: int, aligned: bool, dropout: b
 
 
 def _recompute_config(family: str, M: int, R: int, aligned: bool, dropout: bool) -> KernelConfig:
-    # Blocks of 128 rows spill where the operands pass through registers: unaligned ones, and Ampere's; and on
-    # sm_100 beside a mask.
+    # Blocks of 128 rows spill where the operands pass through registers: unaligned ones, and Ampere's; and
+    # beside a mask but on Hopper. The mask and the widest rank leave 32 rows on Ampere.
     through_registers = not aligned or (family == "ampere" and R > 32)
-    few = through_registers or (family == "blackwell" and dropout)
+    few = through_registers or (dropout and family != "hopper")
     BLOCK_M = 16 if M <= 16 else 64 if M <= 64 or few else 128
+    if BLOCK_M == 64 and dropout and family == "ampere" and R > 32:
+        BLOCK_M = 32
     BLOCK_N = 32 if M <= 16 and R <= 16 else 64
     num_stages = 2 if family == "amd" or not aligned else 3
     BLOCK_K = 64 if aligned else 32
-    # Four warps spill at 128 rows, on sm_100 at 64, and with a mask on Ampere at the widest rank.
-    wide = BLOCK_M == 64 and (family == "blackwell" or (family == "ampere" and dropout and R > 32))
-    num_warps = 8 if BLOCK_M == 128 or wide else 4
+    # Four warps spill at 128 rows, and on sm_100 at 64.
+    num_warps = 8 if BLOCK_M == 128 or (family == "blackwell" and BLOCK_M == 64) else 4
     return KernelConfig(BLOCK_M, BLOCK_N, BLOCK_K, RECOMPUTE_RANK, 1, num_warps, num_stages, "recompute")
 
 

@@ -202,8 +202,8 @@ class _Model:
         before = self.before_expand(configs, names)
         device = sum(before) + GAP_US * len(before)
         if "expand" in configs:
-            # With PDL the launch overlaps the last kernel before it, and its work is mostly hidden, unless a mask
-            # takes the registers that it needs.
+            # With PDL the launch overlaps the last kernel before it, whose work is mostly hidden: not where a
+            # mask takes the registers that it needs.
             variant = configs["expand"].variant
             if before and variant == "tma" and recipe.kernels.pdl and self.limits.dependent_launch:
                 masked = drops(self.problem, "expand", configs["expand"])
