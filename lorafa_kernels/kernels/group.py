@@ -268,7 +268,8 @@ class Dropout:
 
     def arguments(self, members: slice) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
         """Return what kernels take for some of the members: seeds, offsets and thresholds."""
-        thresholds = (dropout_arguments(p, self.seeds)[1] for p in self.ps[members])
+        # From 0 on every element is kept.
+        thresholds = (dropout_arguments(p, self.seeds)[1] or 0 for p in self.ps[members])
         return self.seeds, tuple(self.offsets[members]), tuple(thresholds)
 
 
