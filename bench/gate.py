@@ -465,7 +465,7 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
                 continue
             seen.add(key)
             yield case
-            if case.config.variant == "tma":
+            if case.config.variant == "tma" and not dropout:
                 yield replace(case, R=4)
 
 

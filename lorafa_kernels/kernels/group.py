@@ -43,6 +43,7 @@ from .expand import _low_rank_step as low_rank_step
 from .group_tma import expand_total_tma, total_addressable
 from .tile import (
     SUM_BLOCK,
+    addressable,
     device_limits,
     drop,
     dropout_arguments,
@@ -267,7 +268,8 @@ class Dropout:
 
     def arguments(self, members: slice) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
         """Return what kernels take for some of the members: seeds, offsets and thresholds."""
-        thresholds = (dropout_arguments(p, self.seeds)[1] for p in self.ps[members])
+        # From 0 on every element is kept.
+        thresholds = (dropout_arguments(p, self.seeds)[1] or 0 for p in self.ps[members])
         return self.seeds, tuple(self.offsets[members]), tuple(thresholds)
 
 
@@ -370,7 +372,8 @@ def expand_total(
         aligned = rows_aligned(C.element_size(), N, *(P.shape[1] for P in Ps))
         config = expand_total_config(*key, aligned, dropout is not None)
     if config.variant == "tma":
-        if total_addressable(Ps, Qs, N):
+        # Masks leave no registers for a rank-R step by pointers.
+        if total_addressable(Ps, Qs, N) and (dropout is None or addressable(*Ls, *Fs)):
             arguments = NO_DROPOUT if dropout is None else dropout.arguments(slice(None))
             expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms, *arguments)
             return C

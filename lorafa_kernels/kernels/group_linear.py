@@ -114,13 +114,15 @@ def backward(
         # Theirs is the scaling of the last one as well as of any other.
         dzs = [shrink_total([dys[i] for i in adapted], [lora_Bs[i] for i in adapted], scaling)]
         adapted = adapted[:1]
+    dropout = _dropout(seeds, adapted, dropout_ps, share_A)
     dx = expand_total(
         [dys[i] for i in used],
         [weights[i] for i in used],
         dzs,
         [lora_As[i] for i in adapted],
-        dropout=_dropout(seeds, adapted, dropout_ps, share_A),
-        config=_expand_config(plan),
+        dropout=dropout,
+        # With the masks of several members it takes other blocks than a layer.
+        config=_expand_config(plan) if dropout is None else None,
     )
     return dx, dBs
 

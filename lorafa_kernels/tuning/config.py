@@ -220,8 +220,14 @@ def expand_total_config(
 ) -> KernelConfig:
     """Return the configuration of expand_total: expand's, R the largest rank."""
     config = default_config("expand", limits, operand_bytes, M, R, aligned, recompute=False, dropout=dropout)
-    if dropout and config.variant == "portable" and config.BLOCK_M * config.BLOCK_N > 128 * 64:
-        # One member's rank-R term is masked beside the sum of the others': registers for two blocks.
+    if not dropout:
+        return config
+    # Each member's rank-R term is masked beside the sum of the others': registers for two blocks.
+    if config.variant == "tma" and config.BLOCK_N == 256:
+        return replace(config, BLOCK_M=256, BLOCK_N=128)
+    if operand_bytes >= 4:
+        return replace(config, num_warps=8)
+    if config.variant == "portable" and config.BLOCK_M * config.BLOCK_N > 128 * 64:
         return replace(config, BLOCK_N=64)
     return config
 
