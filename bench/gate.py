@@ -43,6 +43,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from lorafa_kernels.blocks.activation import ACTIVATIONS
+from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
+from lorafa_kernels.kernels.gated import NUM_WARPS as GATED_WARPS
 from lorafa_kernels.kernels.tile import INTERPRETED
 from lorafa_kernels.tuning.config import (
     KNOWN_DEVICES,
@@ -84,7 +87,11 @@ INSTRUCTIONS = {
 EXPECTED = {"ampere": ("mma",), "hopper": ("wgmma",), "blackwell": ("tcgen05", "mma"), "amd": ("mfma",)}
 TENSOR_MEMORY_COLUMNS = 512
 SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel", "shrink_group_sum_kernel")
-MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma")
+# What the kernels of the gated activation write, for each activation; they have no configuration to pick.
+GATED_RESULTS = ("h", "dg, du", "dg", "du")
+WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
+MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
+KERNELS = (*OPS, "group", "gated")
 # Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
 SM_SHARED_MEMORY = 228 * 1024
 SM_REGISTERS = 65536
@@ -124,6 +131,8 @@ class Case:
             return shrink_total_config(limits, operand_bytes, self.M, self.R)
         if self.op == "expand_total":
             return expand_total_config(limits, operand_bytes, self.M, self.R, aligned, self.dropout)
+        if self.op == "gated":
+            return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
         rest = aligned, self.recompute, self.dropout
         return default_config(self.op, limits, operand_bytes, self.M, self.R, *rest)
 
@@ -135,6 +144,8 @@ class Case:
     def shared_memory(self) -> int:
         """What its configuration is estimated to need."""
         config, limits, operand_bytes = self.config, KNOWN_DEVICES[self.arch], DTYPES[self.dtype].itemsize
+        if self.op == "gated":
+            return 0
         if self.op == "shrink_group":
             # The ranks of all members lie side by side.
             config = replace(
@@ -178,7 +189,7 @@ class Recorder:
 def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
     modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
-    shrink, expand, _, recompute, grad, group, _ = modules
+    shrink, expand, _, recompute, grad, group, _, gated = modules
     calls: list = []
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
@@ -212,6 +223,18 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
             "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n, **drop),
             "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n, **drop),
             "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0),
+        }
+    if case.op == "gated":
+        result, activation = case.layout.split(": ")
+        # Contiguous, or rows within a larger matrix.
+        g = x if case.sizes == "even" else tensor(case.M, 2 * K)[:, :K]
+        u = None if result == "du" else g
+        calls_of = {
+            case.layout: lambda: (
+                gated.gated(g, u, activation)
+                if result == "h"
+                else gated.gated_backward(g, g, u, activation, result != "dg")
+            )
         }
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.asked_tf32 else "ieee"
     with contextlib.ExitStack() as stack:
@@ -273,7 +296,7 @@ def measure(case: Case, launch: int) -> dict:
         "last": launch == len(recorded) - 1,
         "config": asdict(case.config),
     }
-    if row["kernel"] not in SUM_KERNELS and any(
+    if row["kernel"] not in WITHOUT_PRODUCT and any(
         kwargs.get(key, size) != size for key, size in row["config"].items()
     ):
         return {**row, "failures": ["launched with another configuration"]}
@@ -346,7 +369,7 @@ def failures(case: Case, row: dict) -> list[str]:
     if row["serialized"]:
         found.append("ptxas does not leave its products in flight")
     found += overlap_failures(case, row)
-    if row["kernel"] in SUM_KERNELS:
+    if row["kernel"] in WITHOUT_PRODUCT:
         return found
     if row["shared_memory"] > row["estimate"]:
         found.append(f"shared memory {row['shared_memory']} above the estimate {row['estimate']}")
@@ -511,6 +534,26 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
             yield from (few, replace(few, pdl=False), fp32, replace(fp32, asked_tf32=True))
 
 
+def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
+    """The kernels of the gated activation: every activation and result, and both gradients and h also in
+    fp32, in rows that are not contiguous, and in fp16. Architectures with the instructions of sm_80: bf16.
+    quick: h and both gradients by the commonest activation and the one with the rarest function.
+    """
+    for arch, result, activation in itertools.product(archs, GATED_RESULTS, ACTIVATIONS):
+        case = Case(arch, "gated", "bf16", "bf16", f"{result}: {activation}", "even", 8192, 0, pdl=False)
+        usual = result in ("h", "dg, du")
+        if quick:
+            if usual and activation in ("silu", "gelu"):
+                yield case
+            continue
+        yield case
+        if usual and arch not in NEIGHBOURS:
+            yield replace(case, sizes="odd")
+            yield replace(case, dtype="fp32", factor_dtype="fp32")
+            yield replace(case, dtype="fp32", factor_dtype="fp32", sizes="odd")
+            yield replace(case, dtype="fp16", factor_dtype="fp16")
+
+
 def distinct_launches(cases: Iterator[Case]) -> list[tuple[Case, int]]:
     """Return the launches of all cases, without those that compile to the same code as an earlier one."""
     found: dict[tuple, tuple[Case, int]] = {}
@@ -577,7 +620,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--arch", nargs="+", choices=sorted(KNOWN_DEVICES), default=ARCHS)
-    parser.add_argument("--kernel", nargs="+", choices=(*OPS, "group"), default=(*OPS, "group"))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument(
         "--quick", action="store_true", help="only the defaults for many rows at R = 16 and 64"
     )
@@ -591,6 +634,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = (quick_cases if options.quick else all_cases)(archs, ops)
     if "group" in options.kernel:
         cases = itertools.chain(cases, group_cases(archs, options.quick))
+    if "gated" in options.kernel:
+        cases = itertools.chain(cases, gated_cases(archs, options.quick))
     try:
         rows = compile_all(distinct_launches(cases), options.workers, console)
     except KeyboardInterrupt:
