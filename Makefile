@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest Triton that is supported, beside the pinned one.
+VENV36 := .venv-3.6
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test gate gpu lint format doctor bench bench-cpu memory report tables clean
+.PHONY: help demo test gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
 	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
+	@echo "make gate-3.6     the same on Triton 3.6.0"
 	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"
@@ -42,6 +45,15 @@ test: $(VENV)/.dev
 
 gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --out bench/results/compile-gate.json
+
+$(VENV36)/.gate: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV36)
+	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "torch==2.13.0" rich safetensors platformdirs
+	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet "triton==3.6.0" "numpy<2.4"
+	@touch $@
+
+gate-3.6: $(VENV36)/.gate
+	$(VENV36)/bin/python -m bench.gate --out bench/results/compile-gate-triton-3.6.json
 
 # Not in .venv: whatever torch and Triton the machine with the GPU has.
 gpu:
@@ -76,5 +88,5 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build .demo
+	rm -rf $(VENV) $(VENV36) build .demo
 	$(MAKE) -C csrc_reference clean
