@@ -180,27 +180,33 @@ def shrink_group_config(
 
     BLOCK_R of the configuration is one member's; shared_memory holds with that of all members of a pass.
     """
-    wide_blocks = limits.family == "hopper" and operand_bytes < 4
-    widest = (
-        MAX_GROUP_R if wide_blocks else default_config("shrink", limits, operand_bytes, M, 1 << 20).BLOCK_R
-    )
+    half, family = operand_bytes < 4, limits.family
+    if half and family == "hopper":
+        widest = MAX_GROUP_R
+    else:
+        widest = default_config("shrink", limits, operand_bytes, M, 1 << 20, dropout=dropout).BLOCK_R
+        if half and family == "ampere" and dropout:
+            # It holds the operands in registers, and their masks.
+            widest = min(widest, max(64, _next_power_of_2(R)))
     BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
     members = min(members, widest // BLOCK_R)
-    config = default_config("shrink", limits, operand_bytes, M, members * BLOCK_R, dropout=dropout)
-    if members * BLOCK_R > 64 and limits.family == "ampere":
-        # It holds the operands in registers, beside the pointers of the members: a few words would spill.
-        stages = 2 if dropout else config.num_stages
-        config = replace(config, BLOCK_K=min(config.BLOCK_K, 32), num_stages=stages)
-    if wide_blocks:
-        # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free.
-        few = members * BLOCK_R <= 64
-        # Masks are made in registers, of which a thread of four warps has too few for them.
+    columns = members * BLOCK_R
+    config = default_config("shrink", limits, operand_bytes, M, columns, dropout=dropout)
+    if half and family == "hopper":
+        # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free. Masks are made in
+        # registers, of which a thread of four warps has too few for them.
         config = replace(
             config,
-            BLOCK_K=32 if dropout and not few else 64,
-            num_warps=4 if few and not dropout else 8,
-            num_stages=4 if few else 3,
+            BLOCK_K=32 if dropout and columns > 64 else 64,
+            num_warps=4 if columns <= 64 and not dropout else 8,
+            num_stages=4 if columns <= 64 else 3,
         )
+    elif half and family == "ampere" and members > 1:
+        if dropout:
+            config = replace(config, BLOCK_K=64, num_warps=8)
+        elif columns > 64:
+            # The pointers of the members are in registers too: a few words would spill.
+            config = replace(config, BLOCK_K=min(config.BLOCK_K, 32))
     return replace(config, BLOCK_R=BLOCK_R), members
 
 
