@@ -151,15 +151,16 @@ def check_accuracy(impl: str, M: int, K: int, shapes: list, change=lambda group:
     budget.check()
 
 
-QKV = [(48, 8), (16, 8), (16, 8)]
+# N·R of each at least 256, so that its dB need not be pooled.
+QKV = [(64, 8), (32, 8), (32, 8)]
 SHAPES = {
     "qkv-gqa": (34, 40, QKV),
     "gate-up": (70, 31, [(37, 7), (37, 7)]),
-    "ranks": (33, 40, [(24, 3), (40, 17), (16, 16)]),
-    "plain-member": (20, 40, [(24, 4), (40, None), (16, 12)]),
+    "ranks": (33, 40, [(96, 3), (40, 17), (16, 16)]),
+    "plain-member": (20, 40, [(64, 4), (40, None), (24, 12)]),
     "all-plain": (20, 24, [(24, None), (16, None)]),
-    "one": (20, 24, [(24, 4)]),
-    "rank-above-block": (17, 24, [(32, 140), (24, 9)]),
+    "one": (20, 24, [(64, 4)]),
+    "rank-above-block": (17, 24, [(32, 140), (32, 9)]),
     "one-row": (1, 24, [(40, 2), (24, 1)]),
 }
 shapes_of_groups = pytest.mark.parametrize(("M", "K", "shapes"), SHAPES.values(), ids=SHAPES)
@@ -174,7 +175,7 @@ def test_accuracy(device, impl, dtype, M, K, shapes):
 
 @implementations
 @dtypes
-@pytest.mark.parametrize("shapes", [QKV, [(24, 5), (40, None), (16, 5)]], ids=["qkv", "plain-member"])
+@pytest.mark.parametrize("shapes", [QKV, [(64, 5), (40, None), (56, 5)]], ids=["qkv", "plain-member"])
 def test_accuracy_with_one_A(device, impl, dtype, shapes):
     check_accuracy(impl, 34, 40, shapes, dtype=dtype, device=device, share_A=True)
 
@@ -203,9 +204,9 @@ def test_unused_outputs(device, impl, unused, share_A):
         return replace(group, dys=[None if i in unused else dy for i, dy in enumerate(group.dys)])
 
     options = dict(dtype=torch.float32, device=device, share_A=share_A)
-    check_accuracy(impl, 20, 40, [(24, 4), (40, 4), (16, 4)], change=forget, **options)
+    check_accuracy(impl, 20, 40, [(64, 4), (72, 4), (64, 4)], change=forget, **options)
     if not share_A:
-        check_accuracy(impl, 20, 40, [(24, 4), (40, None), (16, 4)], change=forget, **options)
+        check_accuracy(impl, 20, 40, [(64, 4), (40, None), (72, 4)], change=forget, **options)
 
 
 @implementations
@@ -239,9 +240,10 @@ def test_strided_operands(device, impl, dtype):
 @implementations
 def test_expanded_gradients(device, impl):
     """sum().backward() sends dys of stride 0."""
-    group = draw_group(20, 24, [(24, 4), (16, 4)], torch.float32, device)
+    shapes = [(64, 4), (72, 4)]
+    group = draw_group(20, 24, shapes, torch.float32, device)
     group.dys = [dy[:1, :1].expand_as(dy) for dy in group.dys]
-    check_accuracy(impl, 20, 24, [(24, 4), (16, 4)], lambda _: group, dtype=torch.float32, device=device)
+    check_accuracy(impl, 20, 24, shapes, lambda _: group, dtype=torch.float32, device=device)
 
 
 @implementations
@@ -278,7 +280,7 @@ def test_single_gradients_equal_those_of_the_full_backward(device, impl):
 @pytest.mark.parametrize("need_dx", [True, False])
 def test_one_frozen_lora_B(device, impl, need_dx):
     """The others find their columns of z."""
-    group = draw_group(34, 40, [(48, 8), (16, 3), (16, 8)], torch.float32, device)
+    group = draw_group(34, 40, [(64, 8), (32, 3), (32, 8)], torch.float32, device)
     want = results(group, impl)
     x = group.x.detach().requires_grad_(need_dx)
     lora_Bs = [member.lora_B.detach().requires_grad_(i != 0) for i, member in enumerate(group.members)]
@@ -433,7 +435,7 @@ def masks_of(saved: Saved, group: Group) -> list[Tensor | None]:
     ("share_A", "ps", "shapes"),
     [
         pytest.param(False, (0.3, 0.5, 0.1), QKV, id="own"),
-        pytest.param(False, (0.3, 0.0, 0.4), [(24, 4), (40, 12), (16, None)], id="some"),
+        pytest.param(False, (0.3, 0.0, 0.4), [(64, 4), (40, 12), (16, None)], id="some"),
         pytest.param(True, (0.3,) * 3, QKV, id="one-A"),
     ],
 )
