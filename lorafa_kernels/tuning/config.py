@@ -201,10 +201,10 @@ def shrink_group_config(
             num_warps=4 if columns <= 64 and not dropout else 8,
             num_stages=4 if columns <= 64 else 3,
         )
-    elif half and family == "ampere" and members > 1:
-        if dropout:
-            config = replace(config, BLOCK_K=64, num_warps=8)
-        elif columns > 64:
+    elif half and family == "ampere":
+        if dropout and (members > 1 or columns > 64):
+            config = replace(config, BLOCK_K=64 if columns <= 64 else 32, num_warps=8)
+        elif members > 1 and columns > 64:
             # The pointers of the members are in registers too: a few words would spill.
             config = replace(config, BLOCK_K=min(config.BLOCK_K, 32))
     return replace(config, BLOCK_R=BLOCK_R), members
