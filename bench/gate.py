@@ -89,6 +89,7 @@ TENSOR_MEMORY_COLUMNS = 512
 SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel", "shrink_group_sum_kernel")
 # What the kernels of the gated activation write, for each activation; they have no configuration to pick.
 GATED_RESULTS = ("h", "dg, du", "dg", "du")
+WAITS_FIRST = "waits before its first product"
 WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
 MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
 KERNELS = (*OPS, "group", "gated")
@@ -345,7 +346,7 @@ def misplaced_wait(ttgir: str) -> list[str]:
     found = []
     product = re.search(r"\b(warp_group_dot|tc_gen5_mma|dot) %", ttgir)
     if product is None or product.start() > wait:
-        found.append("waits before its first product")
+        found.append(WAITS_FIRST)
     must_follow = r"(global_to_local|tt\.load) %L(_ptrs\w*)?\b|async_tma_copy_local_to_global|tt\.store"
     first = re.search(must_follow, ttgir)
     if first is not None and first.start() < wait:
@@ -398,7 +399,9 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
         found.append(f"griddepcontrol {row['dependent_launch']}, expected {instructions}")
     if row["launched_dependent"] != (case.overlaps and is_expand):
         found.append(f"launch_pdl is {row['launched_dependent']}")
-    found += row["misplaced_wait"]
+    # The portable kernel masks the rank-R term before its K loop: only the launch is hidden then.
+    first = case.dropout and case.config.variant == "portable"
+    found += [fault for fault in row["misplaced_wait"] if not (first and fault == WAITS_FIRST)]
     if not instructions or case.arch != "sm_90" or case.dtype == "fp32" or case.sizes == "odd":
         return found
     registers = -(-row["registers"] // 8) * 8 * row["threads"]

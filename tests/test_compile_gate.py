@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.gate import ARCHS, Case, failures, misplaced_wait, serialized
+from bench.gate import ARCHS, WAITS_FIRST, Case, failures, misplaced_wait, serialized
 from lorafa_kernels.tuning.config import KNOWN_DEVICES, OPS, KernelConfig, all_default_configs, makes_mask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,8 +126,8 @@ MUTATIONS = {
         "in flight",
     ),
     "no wait for z": (
-        "        if WAIT:\n            gdc_wait()\n        # Two",
-        "        # Two",
+        "        if WAIT:\n            gdc_wait()\n        if not DROPOUT",
+        "        if not DROPOUT",
         "before it waits",
     ),
     "no wait at all": ("gdc_wait()", "pass", "griddepcontrol"),
@@ -237,6 +237,9 @@ def test_rules_accept_clean_code():
     assert failures(CASE, ROW) == []
     assert failures(SHRINK, FIRST) == []
     assert failures(DROPS, {**ROW, "registers": 250}) == []
+    assert failures(DROPS, {**ROW, "misplaced_wait": [WAITS_FIRST]}) == [WAITS_FIRST]
+    portable = replace(DROPS, arch="sm_120")
+    assert failures(portable, {**ROW, "instructions": {"mma": 4}, "misplaced_wait": [WAITS_FIRST]}) == []
     assert failures(FP32, {**ALONE, "instructions": {}, "pendings": []}) == []
     assert failures(AMPERE, {**ALONE, "instructions": {"mma": 4}, "pendings": []}) == []
 

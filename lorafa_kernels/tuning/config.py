@@ -189,7 +189,8 @@ def shrink_group_config(
             # It holds the operands in registers, and their masks.
             widest = min(widest, max(64, _next_power_of_2(R)))
     BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
-    members = min(members, widest // BLOCK_R)
+    # An AMD GPU's scalar registers do not hold the masks of several members.
+    members = 1 if dropout and family == "amd" else min(members, widest // BLOCK_R)
     columns = members * BLOCK_R
     config = default_config("shrink", limits, operand_bytes, M, columns, dropout=dropout)
     if half and family == "hopper":
@@ -207,6 +208,8 @@ def shrink_group_config(
         elif members > 1 and columns > 64:
             # The pointers of the members are in registers too: a few words would spill.
             config = replace(config, BLOCK_K=min(config.BLOCK_K, 32))
+    elif family == "amd" and dropout:
+        config = replace(config, num_stages=1)
     return replace(config, BLOCK_R=BLOCK_R), members
 
 
