@@ -12,7 +12,7 @@ help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
 	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
-	@echo "make gate-3.6     the same on Triton 3.6.0"
+	@echo "make gate-3.6     those for Hopper on Triton 3.6.0"
 	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"
@@ -53,7 +53,7 @@ $(VENV36)/.gate: pyproject.toml constraints.txt
 	@touch $@
 
 gate-3.6: $(VENV36)/.gate
-	$(VENV36)/bin/python -m bench.gate --out bench/results/compile-gate-triton-3.6.json
+	$(VENV36)/bin/python -m bench.gate --arch sm_90 --out bench/results/compile-gate-triton-3.6.json
 
 # Not in .venv: whatever torch and Triton the machine with the GPU has.
 gpu:

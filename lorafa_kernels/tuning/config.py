@@ -237,7 +237,10 @@ def expand_total_config(
     if operand_bytes >= 4:
         return replace(config, num_warps=8)
     if config.variant == "portable" and config.BLOCK_M * config.BLOCK_N > 128 * 64:
-        return replace(config, BLOCK_N=64)
+        config = replace(config, BLOCK_N=64)
+    if limits.family == "blackwell":
+        # A term comes from tensor memory into registers; of 32 columns a few words would spill.
+        config = replace(config, BLOCK_R=MIN_BLOCK)
     return config
 
 
