@@ -44,7 +44,8 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not gate_all"
 
 gate: $(VENV)/.dev
-	$(BIN)/python -m bench.gate --out bench/results/compile-gate.json
+	$(BIN)/python -m bench.gate --kernel shrink expand grad gated --out bench/results/compile-gate.json
+	$(BIN)/python -m bench.gate --kernel group --out bench/results/compile-gate-groups.json
 
 $(VENV36)/.gate: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV36)

@@ -267,15 +267,18 @@ def source(arch: str, kernel: triton.JITFunction, args: tuple, kwargs: dict) -> 
 
 
 def resources(arch: str, compiled) -> dict:
-    """Return registers per thread and bytes (AMD: registers) spilled."""
+    """Return registers per thread and bytes (AMD: registers and bytes) spilled to memory; for AMD also how
+    many scalar registers are parked in vector registers.
+    """
     if arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         count = {
             key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
             for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         }
-        spills = count["vgpr_spill_count"] + count["sgpr_spill_count"] + count["private_segment_fixed_size"]
-        return {"registers": count["vgpr_count"], "spills": spills}
+        # Scalar registers that do not fit are parked in lanes of vector registers, which takes no memory.
+        spills = count["vgpr_spill_count"] + count["private_segment_fixed_size"]
+        return {"registers": count["vgpr_count"], "spills": spills, "parked": count["sgpr_spill_count"]}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -649,6 +652,7 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "what": "kernels compiled for GPUs that were not present: resources and instructions of the code",
         "command": "python -m bench.gate",
+        "kernels": options.kernel,
         "quick": options.quick,
         "date": now["date"],
         "commit": now["commit"],

@@ -189,8 +189,7 @@ def shrink_group_config(
             # It holds the operands in registers, and their masks.
             widest = min(widest, max(64, _next_power_of_2(R)))
     BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
-    # An AMD GPU's scalar registers do not hold the masks of several members.
-    members = 1 if dropout and family == "amd" else min(members, widest // BLOCK_R)
+    members = min(members, widest // BLOCK_R)
     columns = members * BLOCK_R
     config = default_config("shrink", limits, operand_bytes, M, columns, dropout=dropout)
     if half and family == "hopper":
@@ -205,11 +204,11 @@ def shrink_group_config(
     elif half and family == "ampere":
         if dropout and (members > 1 or columns > 64):
             config = replace(config, BLOCK_K=64 if columns <= 64 else 32, num_warps=8)
-        elif members > 1 and columns > 64:
+        elif columns > 64:
             # The pointers of the members are in registers too: a few words would spill.
             config = replace(config, BLOCK_K=min(config.BLOCK_K, 32))
-    elif family == "amd" and dropout:
-        config = replace(config, num_stages=1)
+    elif family == "ampere" and dropout and members > 1:
+        config = replace(config, num_warps=8)
     return replace(config, BLOCK_R=BLOCK_R), members
 
 
@@ -220,6 +219,9 @@ def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int
     if config.BLOCK_R == 64 and limits.family == "ampere":
         # ptxas squeezes eight warps into 64 registers and spills two.
         config = replace(config, num_warps=4)
+    if operand_bytes >= 4 and limits.family == "blackwell":
+        # Beside a second stage in registers a few words spill.
+        config = replace(config, num_stages=1)
     return replace(config, BLOCK_N=config.BLOCK_R)
 
 
@@ -230,7 +232,9 @@ def expand_total_config(
     """Return the configuration of expand_total: expand's, R the largest rank."""
     config = default_config("expand", limits, operand_bytes, M, R, aligned, recompute=False, dropout=dropout)
     if not dropout:
-        return config
+        # Several K loops hold more pointers than one: a few words would spill.
+        narrow = config.variant == "portable" and limits.family == "ampere"
+        return replace(config, BLOCK_K=min(config.BLOCK_K, 64)) if narrow else config
     # Each member's rank-R term is masked beside the sum of the others': registers for two blocks.
     if config.variant == "tma" and config.BLOCK_N == 256:
         return replace(config, BLOCK_M=256, BLOCK_N=128)
