@@ -207,7 +207,7 @@ def shrink_group_config(
         elif columns > 64:
             # The pointers of the members are in registers too: a few words would spill.
             config = replace(config, BLOCK_K=min(config.BLOCK_K, 32))
-    elif family == "ampere" and dropout and members > 1:
+    elif not half and dropout and members > 1 and family != "interpreter":
         config = replace(config, num_warps=8)
     return replace(config, BLOCK_R=BLOCK_R), members
 
