@@ -190,6 +190,9 @@ def shrink_group_config(
             widest = min(widest, max(64, _next_power_of_2(R)))
     BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
     members = min(members, widest // BLOCK_R)
+    if not half and dropout and family == "ampere":
+        # Two members' masks beside fp32 operands spill.
+        members = 1
     columns = members * BLOCK_R
     config = default_config("shrink", limits, operand_bytes, M, columns, dropout=dropout)
     if half and family == "hopper":
@@ -233,8 +236,9 @@ def expand_total_config(
     config = default_config("expand", limits, operand_bytes, M, R, aligned, recompute=False, dropout=dropout)
     if not dropout:
         # Several K loops hold more pointers than one: a few words would spill.
-        narrow = config.variant == "portable" and limits.family == "ampere"
-        return replace(config, BLOCK_K=min(config.BLOCK_K, 64)) if narrow else config
+        if config.variant == "portable" and limits.family == "ampere" and config.BLOCK_M <= 64:
+            return replace(config, BLOCK_K=min(config.BLOCK_K, 64), BLOCK_R=min(config.BLOCK_R, 32))
+        return config
     # Each member's rank-R term is masked beside the sum of the others': registers for two blocks.
     if config.variant == "tma" and config.BLOCK_N == 256:
         return replace(config, BLOCK_M=256, BLOCK_N=128)
