@@ -225,7 +225,7 @@ def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int
     if operand_bytes >= 4 and limits.family == "blackwell":
         # Beside a second stage in registers a few words spill.
         config = replace(config, num_stages=1)
-    return replace(config, BLOCK_N=config.BLOCK_R)
+    return replace(config, BLOCK_N=config.BLOCK_R, SPLIT_K=1)
 
 
 @functools.lru_cache(maxsize=1024)
