@@ -39,7 +39,7 @@ from .cases import (
 from .console import show
 from .contenders import CONTENDERS, TITLES, layer_contenders
 from .environment import ROOT, device_slug, environment
-from .jobs import KINDS, QUICK_KINDS, ROUNDS, Setting, jobs_of, suite
+from .jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
 from .results import RESULTS, load
 from .runner import Job, Outcome, make_console, run
 
@@ -82,6 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
         found.add_argument("--fresh", action="store_true", help="discard what the result file has")
         found.add_argument("--rounds", type=int, help="interleaved rounds a case")
+        found.add_argument("--sittings", type=int, help="that its rounds are spread over")
         found.add_argument("--contenders", nargs="+", metavar="NAME", help="only these (list names them)")
         found.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
         found.add_argument("--threads", type=int, help="of PyTorch on the CPU")
@@ -113,7 +114,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def measure_quick(options: argparse.Namespace) -> int:
     setting = make_setting(options)
-    setting.rounds = options.rounds or 15
     jobs = jobs_of(grid("quick"), QUICK_KINDS, setting, compiled=False)
     code = measure(options, jobs, setting, "quick")
     if code == 0 and not options.no_report:
@@ -171,14 +171,15 @@ def make_setting(options: argparse.Namespace) -> Setting:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("PyTorch finds no GPU here (torch.cuda.is_available() is False): use --device cpu")
-    for name in ("threads", "rounds", "budget"):
+    for name in ("threads", "rounds", "sittings", "budget"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} must be positive")
     if options.threads:
         torch.set_num_threads(options.threads)
     keys = tuple(layer_contenders(options.contenders))
-    return Setting(device, keys, options.rounds or ROUNDS[device])
+    rounds = options.rounds or ROUNDS[device]
+    return Setting(device, keys, rounds, min(options.sittings or SITTINGS[device], rounds))
 
 
 def measure(

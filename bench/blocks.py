@@ -166,12 +166,13 @@ def time_block(
     *,
     rounds: int = 15,
     tick: Callable[[float], object] = lambda fraction: None,
+    sitting: int = 0,
 ) -> dict:
     """Measure the contenders `keys` of one case; return the record's payload, of kind "time", mode "block".
 
-    tick is called with the fraction that is done. A contender that raises, or whose results are outside the
-    budget, gets status "failed" and no time; one that cannot run here "not run" and the reason. Raises
-    DeviceLost.
+    tick is called with the fraction that is done. sitting: its number, so that the turns are others in each.
+    A contender that raises, or whose results are outside the budget, gets status "failed" and no time; one
+    that cannot run here "not run" and the reason. Raises DeviceLost.
     """
     contenders = models.select(keys, "time")
     steps: dict[str, dict[str, Step]] = {}
@@ -223,6 +224,7 @@ def time_block(
             rounds,
             timer_for(device, "eager")(),
             lambda number=number, done=done: tick((number + next(done) / rounds) / len(PARTS)),
+            sitting,
         )
         for key, error in raised.items():
             own[key].update(failure(error, key))

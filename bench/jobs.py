@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -30,8 +31,10 @@ KINDS = (
 )
 # On a CPU a call is done when it returns: "wall" would measure the same again.
 QUICK_KINDS = ("ceilings", "time", "graph", "host", "block-time", "memory", "block", "training")
-# Rounds of interleaved samples, by device.
-ROUNDS = {"cuda": 15, "cpu": 21}
+# Rounds of interleaved samples, by device, and the sittings that they are spread over: a CPU that is shared
+# changes its pace within a minute, a GPU that is held does not.
+ROUNDS = {"cuda": 15, "cpu": 20}
+SITTINGS = {"cuda": 1, "cpu": 5}
 BLOCKS = {
     "cpu": (memory.BLOCK_CPU, memory.BLOCK_CPU_GQA),
     "cuda": (memory.BLOCK_LLAMA_8B, memory.BLOCK_LLAMA_1B),
@@ -48,14 +51,20 @@ TESTS_SECONDS = 100.0
 
 @dataclass
 class Setting:
-    """Where and with whom is measured. contenders: keys of layer contenders; ceilings: the payload of that
-    record, filled by its job.
+    """Where and with whom is measured. contenders: keys of layer contenders; rounds: of all sittings;
+    ceilings: the payload of that record, filled by its job.
     """
 
     device: str
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     rounds: int = 15
+    sittings: int = 1
     ceilings: dict | None = None
+
+    @property
+    def rounds_each(self) -> int:
+        """Rounds of one sitting."""
+        return math.ceil(self.rounds / self.sittings)
 
 
 def ceilings_job(setting: Setting) -> Job:
@@ -73,17 +82,27 @@ def time_job(
     left_out = left_out or {}
     keys = tuple(key for key in setting.contenders if key not in left_out)
 
-    def run(tick) -> dict:
-        rates = ceilings.rates(setting.ceilings, case.dtype)
+    # Without a GPU nothing is captured: once is enough to say so.
+    sittings = 1 if mode == "graph" else setting.sittings
+    rounds = setting.rounds if mode == "graph" else setting.rounds_each
+
+    def run(tick, sitting: int = 0) -> dict:
         payload = layers.time_case(
-            case, keys, setting.device, mode=mode, rounds=setting.rounds, ceilings=rates, tick=tick
+            case,
+            keys,
+            setting.device,
+            mode=mode,
+            rounds=rounds,
+            ceilings=ceilings.rates(setting.ceilings, case.dtype),
+            tick=tick,
+            sitting=sitting,
         )
         return _with_left_out(payload, left_out)
 
-    seconds = layers.estimate(case, keys, setting.device, mode, setting.rounds)
-    describe = {"case": case.as_record(), "mode": mode, "rounds": setting.rounds}
+    seconds = layers.estimate(case, keys, setting.device, mode, rounds)
+    describe = {"case": case.as_record(), "mode": mode, "rounds": rounds * sittings}
     key = f"{mode} {case.label}"
-    return Job(key, "time", seconds, run, describe, keys, setting.rounds)
+    return Job(key, "time", seconds, run, describe, keys, rounds * sittings, sittings=sittings)
 
 
 def _with_left_out(payload: dict, left_out: dict[str, str]) -> dict:
@@ -112,13 +131,17 @@ def block_time_job(case: blocks.BlockTime, setting: Setting, left_out: dict[str,
     """left_out: contenders that are named as not run, with the reason."""
     keys = tuple(key for key in models.TIME_KEYS if key not in left_out)
 
-    def run(tick) -> dict:
-        payload = blocks.time_block(case, keys, setting.device, rounds=setting.rounds, tick=tick)
+    def run(tick, sitting: int = 0) -> dict:
+        payload = blocks.time_block(
+            case, keys, setting.device, rounds=setting.rounds_each, tick=tick, sitting=sitting
+        )
         return _with_left_out(payload, left_out)
 
-    seconds = blocks.estimate(case, keys, setting.device, setting.rounds)
-    describe = {"case": case.as_record(), "mode": "block", "rounds": setting.rounds}
-    return Job(f"block-time {case.label}", "time", seconds, run, describe, keys, setting.rounds)
+    rounds = setting.rounds_each * setting.sittings
+    seconds = blocks.estimate(case, keys, setting.device, setting.rounds_each)
+    describe = {"case": case.as_record(), "mode": "block", "rounds": rounds}
+    key = f"block-time {case.label}"
+    return Job(key, "time", seconds, run, describe, keys, rounds, sittings=setting.sittings)
 
 
 def memory_job(case: Case, setting: Setting) -> Job:

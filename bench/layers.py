@@ -19,6 +19,7 @@ from lorafa_kernels.accuracy import Operands
 from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders
 from .judge import Judge, broken, draw
+from .sittings import ratios
 from .timing import (
     SAMPLE_SECONDS,
     WARM_UP,
@@ -28,6 +29,7 @@ from .timing import (
     Step,
     WallTimer,
     captured,
+    digits,
     interleave,
     one_thread,
     summary,
@@ -88,12 +90,14 @@ def time_case(
     ceilings: dict[str, float | None] | None = None,
     tick: Callable[[float], object] = lambda fraction: None,
     known: dict[str, Contender] | None = None,
+    sitting: int = 0,
 ) -> dict:
     """Measure the contenders `keys` of one case and return the record's payload (docs/benchmarks.md).
 
     ceilings: FLOP/s of the case's dtype ("product") and bytes/s ("copy"), for the floor. tick is called with
-    the fraction that is done. A contender that raises, or whose results are outside the budget, gets status
-    "failed" and no time; one that cannot run here "not run" and the reason. Raises DeviceLost.
+    the fraction that is done. sitting: its number, so that the turns are others in each. A contender that
+    raises, or whose results are outside the budget, gets status "failed" and no time; one that cannot run
+    here "not run" and the reason. Raises DeviceLost.
     """
     contenders = known or layer_contenders(keys)
     with contextlib.ExitStack() as stack:
@@ -104,7 +108,7 @@ def time_case(
         if device == "cuda" and mode == "graph":
             # All on one stream: a capture must not meet a graph that another stream built.
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-        rows = rows_of(case, contenders, device, mode, rounds, tick)
+        rows = rows_of(case, contenders, device, mode, rounds, tick, sitting)
     ceilings = ceilings or {}
     return {
         "case": case.as_record(),
@@ -124,6 +128,7 @@ def rows_of(
     mode: str,
     rounds: int,
     tick: Callable[[float], object],
+    sitting: int = 0,
 ) -> list[dict]:
     """Check everybody, then time who passed, part by part; return a row for each contender and part."""
     parts = PARTS_OF[mode]
@@ -153,6 +158,7 @@ def rows_of(
             rounds,
             timer_for(device, mode)(),
             lambda number=number, done=done: tick((number + next(done) / rounds) / len(parts)),
+            sitting,
         )
         for key, error in raised.items():
             own[key].update(failure(error, key))
@@ -234,11 +240,10 @@ def timer_for(device: str, mode: str) -> Callable[[], Callable[[Step], float]]:
 
 def row_of(key: str, part: str, found: dict, samples: dict[str, list[float]]) -> dict:
     """Return one contender's row for one part, with its ratios."""
-    row = {"contender": key, "part": part, **found, "ms": None, "ratios": {}}
+    row = {"contender": key, "part": part, **found, "ms": None, "ratios": {}, "samples_ms": None}
     own = samples.get(key)
     if own and found["status"] == "ok":
         row["ms"] = summary(own, 1e3)
-        for baseline, others in samples.items():
-            if baseline != key and (baseline == FROZEN or key in OURS):
-                row["ratios"][baseline] = summary([a / b for a, b in zip(own, others, strict=True)])
+        row["ratios"] = ratios(key, samples, [other for other in samples if other == FROZEN or key in OURS])
+        row["samples_ms"] = [digits(seconds * 1e3) for seconds in own]
     return row

@@ -56,7 +56,7 @@ def newest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
     """Return the newest record of every (device, kind, key), without the lines that only frame a run."""
     found: dict[tuple[str, str, str], Record] = {}
     for record in records:
-        if record["kind"] in ("run", "begin", "end"):
+        if record["kind"] in ("run", "begin", "sitting", "end"):
             continue
         name = (device_of(record), record["kind"], record["key"])
         if name not in found or record["date"] >= found[name]["date"]:

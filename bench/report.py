@@ -106,7 +106,7 @@ def readme_table(records: Sequence[Record]) -> str:
     ]
     note = (
         "Forward + backward of one layer: time over that of the frozen nn.Linear (forward + dx) in the same "
-        f"round, median of {rounds_text(times)} interleaved rounds (p20–p80)."
+        f"round, median of {rounds_text(times)} (p20–p80)."
         f"{absent.replace(' (reasons below)', '')}"
     )
     header = ["M×K×N", "frozen nn.Linear, ms", *(LAYER_TITLES.get(key, key) for key in shown)]

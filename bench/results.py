@@ -14,10 +14,11 @@ import json
 import os
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .environment import ROOT
+from .sittings import merged
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -108,22 +109,32 @@ def load(root: Path = RESULTS) -> tuple[list[dict], list[str]]:
 @dataclass(frozen=True)
 class History:
     """What earlier calls left: the records by key, the keys of what broke or took its call along (suspect),
-    and the run to go on with.
+    the run to go on with, and of measurements in several sittings those that there were (sat).
     """
 
     records: dict[str, dict]
     suspect: frozenset[str]
     run: str | None = None
+    sat: dict[str, dict] = field(default_factory=dict)
 
     def has(self, key: str, contenders: Iterable[str], rounds: int) -> bool:
         """Whether this was measured with all these contenders and at least so many rounds, and need not be
         again.
         """
         record = self.records.get(key)
-        if record is None or record.get("retry"):
-            return False
-        there = {row.get("contender") for row in record["rows"] if not row.get("left_out")}
-        return set(contenders) <= there and record.get("rounds", rounds) >= rounds
+        return _has_all(record, contenders) and record.get("rounds", rounds) >= rounds
+
+    def partial(self, key: str, contenders: Iterable[str]) -> dict | None:
+        """Return the record of the sittings that there were with all these contenders, or None."""
+        record = self.sat.get(key)
+        return record if _has_all(record, contenders) else None
+
+
+def _has_all(record: dict | None, contenders: Iterable[str]) -> bool:
+    if record is None or record.get("retry"):
+        return False
+    there = {row.get("contender") for row in record["rows"] if not row.get("left_out")}
+    return set(contenders) <= there
 
 
 def history(records: Iterable[dict], identity: str, grid: str | None = None) -> History:
@@ -140,6 +151,7 @@ def history(records: Iterable[dict], identity: str, grid: str | None = None) -> 
             return History({}, frozenset())
     measured: dict[str, dict] = {}
     begun: dict[str, str] = {}
+    sat: dict[str, dict] = {}
     suspect = set()
     for record in own:
         kind, now = record["kind"], record["run"]
@@ -149,7 +161,13 @@ def history(records: Iterable[dict], identity: str, grid: str | None = None) -> 
             begun[now] = record["key"]
         elif kind != "run":
             begun.pop(now, None)
-        if "rows" in record:
+        if kind == "sitting":
+            before = sat.get(record["key"])
+            sat[record["key"]] = merged(before, record) if before else {**record, "sittings": 1}
+        elif "rows" in record:
             measured[record["key"]] = record
+            sat.pop(record["key"], None)
+            if "sittings" in record:
+                sat[record["key"]] = record
             (suspect.add if record.get("retry") else suspect.discard)(record["key"])
-    return History(measured, frozenset(suspect | set(begun.values())), run)
+    return History(measured, frozenset(suspect | set(begun.values())), run, sat)

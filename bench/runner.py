@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .environment import environment, identity
 from .layers import DeviceLost
 from .results import Store, history, load, read
+from .sittings import bare, merged, turns
 
 
 class BudgetSpent(BaseException):
@@ -28,17 +29,20 @@ class Job:
 
     key: its name in every run. seconds: how long it takes, roughly. run(tick) -> the record's payload; tick
     takes the fraction that is done. describe: what to write down if it raises. contenders and rounds: what an
-    earlier measurement must have to stand for this one. always: measured in every call.
+    earlier measurement must have to stand for this one. always: measured in every call. sittings: how often
+    it is run to be complete; where that is more than once, run(tick, number) with the sitting's, and seconds
+    is for one of them.
     """
 
     key: str
     kind: str
     seconds: float
-    run: Callable[[Callable[[float], object]], dict]
+    run: Callable[..., dict]
     describe: dict = field(default_factory=dict)
     contenders: tuple[str, ...] = ()
     rounds: int = 0
     always: bool = False
+    sittings: int = 1
 
 
 @dataclass
@@ -83,23 +87,27 @@ def run(
         return Outcome([], [], "complete")
     todo = [job for job in jobs if job.always or job in lacking]
     todo.sort(key=lambda job: job.key in past.suspect)
+    book = {job.key: _Sittings(job, past.partial(job.key, job.contenders)) for job in todo}
+    order = turns([replace(job, sittings=book[job.key].lacking) for job in todo])
     store = Store(path, past.run)
     # Also when it goes on: the machine may be busier now.
     store.append("run", command=command, grid=grid, identity=own, environment=about)
     records, left, stopped = [], [job.key for job in todo], "complete"
     spent = expected = 0.0
     with _progress(console) as progress:
-        bar = progress.add_task("", total=sum(job.seconds for job in todo))
+        bar = progress.add_task("", total=sum(job.seconds for job in order))
         base = 0.0
         try:
-            for number, job in enumerate(todo):
+            for number, job in enumerate(order):
+                sittings = book[job.key]
                 # Half the trust in what was seen so far, so that one odd job does not decide.
                 pace = (spent + expected + 5) / (2 * expected + 5)
                 now = time.monotonic()
-                if budget is not None and now - started + job.seconds * pace > budget:
+                late = budget is not None and now - started + job.seconds * pace > budget
+                if late or sittings.given_up:
                     progress.update(bar, completed=(base := base + job.seconds), refresh=True)
                     continue
-                progress.update(bar, description=f"{number + 1}/{len(todo)} {job.key[:60]}", refresh=True)
+                progress.update(bar, description=f"{number + 1}/{len(order)} {job.key[:60]}", refresh=True)
 
                 def tick(fraction: float, job=job, base=base) -> None:
                     progress.update(bar, completed=base + fraction * job.seconds, refresh=True)
@@ -108,7 +116,7 @@ def run(
 
                 store.append("begin", key=job.key)
                 try:
-                    payload = job.run(tick)
+                    payload = sittings.sit(tick)
                 except BudgetSpent:
                     break
                 except DeviceLost as error:
@@ -116,19 +124,57 @@ def run(
                 except Exception as error:
                     payload = _failed(job, error, "failed")
                 seconds = time.monotonic() - now
-                records.append(store.append(job.kind, key=job.key, seconds=round(seconds, 2), **payload))
-                if not payload.get("retry"):
-                    left.remove(job.key)
+                if sittings.add(payload, seconds):
+                    records.append(sittings.write(store))
+                    if not payload.get("retry"):
+                        left.remove(job.key)
+                else:
+                    store.append("sitting", key=job.key, seconds=round(seconds, 2), **bare(payload))
                 spent, expected = spent + seconds, expected + job.seconds
                 progress.update(bar, completed=(base := base + job.seconds), refresh=True)
                 if stopped != "complete":
                     break
         except KeyboardInterrupt:
             stopped = "interrupted"
+    records += [sittings.write(store) for sittings in book.values() if sittings.unwritten]
     if left and stopped == "complete":
         stopped = "budget"
     store.append("end", done=len(records), left=left, stopped=stopped)
     return Outcome(records, left, stopped)
+
+
+class _Sittings:
+    """What a job has of its sittings. partial: the record that earlier calls left of them, or None."""
+
+    def __init__(self, job: Job, partial: dict | None):
+        self.job, self.payload = job, partial
+        self.had = partial["sittings"] if partial else 0
+        self.seconds = partial["seconds"] if partial else 0.0
+        self.unwritten = self.given_up = False
+
+    @property
+    def lacking(self) -> int:
+        """How many it still needs."""
+        return max(1, self.job.sittings - self.had)
+
+    def sit(self, tick: Callable[[float], object]) -> dict:
+        """Measure once."""
+        return self.job.run(tick, self.had) if self.job.sittings > 1 else self.job.run(tick)
+
+    def add(self, payload: dict, seconds: float) -> bool:
+        """Take the payload of a sitting, and return whether it was the last."""
+        self.had, self.seconds, self.unwritten = self.had + 1, self.seconds + seconds, True
+        self.given_up = bool(payload.get("retry"))
+        if self.job.sittings > 1 and not self.given_up:
+            payload = {**payload, "sittings": 1}
+            payload = merged(self.payload, payload) if self.payload else payload
+        self.payload = payload
+        return self.given_up or self.had >= self.job.sittings
+
+    def write(self, store: Store) -> dict:
+        """Append the record of all its sittings so far, and return it."""
+        self.unwritten = False
+        return store.append(self.job.kind, key=self.job.key, seconds=round(self.seconds, 2), **self.payload)
 
 
 def _failed(job: Job, error: Exception, status: str) -> dict:

@@ -118,7 +118,12 @@ def columns(
 
 def rounds_text(records: Sequence[Record]) -> str:
     counts = sorted({record["rounds"] for record in records if record.get("rounds")}) or ["no"]
-    return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    sittings = sorted({record.get("sittings") or 1 for record in records}) or [1]
+    rounds, sat = (
+        " to ".join(str(count) for count in dict.fromkeys((found[0], found[-1])))
+        for found in (counts, sittings)
+    )
+    return f"{rounds} interleaved rounds" + (f" in {sat} sittings" if sittings[-1] > 1 else "")
 
 
 def layer_text(records: list[Record], sources: Sources, picture: str | None) -> str:
@@ -137,10 +142,7 @@ def layer_text(records: list[Record], sources: Sources, picture: str | None) -> 
         rows.append(line + [cell(record, key, "both") for key in shown])
     if mean := mean_row(records, shown):
         rows.append([mean[0], *[""] * (3 + len(extra)), *mean[1:]])
-    note = (
-        f"Median of {rounds_text(records)} interleaved rounds (p20–p80). Below 1 is faster than the frozen "
-        f"nn.Linear.{absent}"
-    )
+    note = f"Median of {rounds_text(records)} (p20–p80). Below 1 is faster than the frozen nn.Linear.{absent}"
     table = folded(header + [LAYER_TITLES.get(key, key) for key in shown], rows)
     chunks = ["### One layer, forward + backward: time / time of the frozen nn.Linear", note, table, picture]
     return "\n\n".join(chunk for chunk in chunks if chunk)
@@ -312,7 +314,7 @@ def blocks_text(records: list[Record], sources: Sources, picture: str | None) ->
         for r in records
     ]
     note = (
-        f"Median of {rounds_text(records)} interleaved rounds (p20–p80). lorafa_kernels: the projections as "
+        f"Median of {rounds_text(records)} (p20–p80). lorafa_kernels: the projections as "
         f"one group, the MLP as one node, the layer as `apply_lorafa` leaves it.{absent}"
     )
     chunks = [title, note, folded(header, rows)]

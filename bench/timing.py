@@ -31,7 +31,12 @@ def summary(samples: list[float], scale: float = 1.0) -> dict[str, float]:
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
     numbers = {"median": median.item(), "p20": p20.item(), "p80": p80.item(), "min": min(samples)}
-    return {name: float(f"{number * scale:.5g}") for name, number in numbers.items()}
+    return {name: digits(number * scale) for name, number in numbers.items()}
+
+
+def digits(number: float) -> float:
+    """Return the number to five digits."""
+    return float(f"{number:.5g}")
 
 
 class EventTimer:
@@ -120,7 +125,11 @@ def calls_per_sample(step: Step) -> int:
 
 
 def interleave(
-    steps: dict[str, Step], rounds: int, seconds: Callable[[Step], float], advance: Callable[[], object]
+    steps: dict[str, Step],
+    rounds: int,
+    seconds: Callable[[Step], float],
+    advance: Callable[[], object],
+    seed: int = 0,
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Time every step once a round, each round in an order of its own, the same in every run.
 
@@ -128,7 +137,7 @@ def interleave(
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     raised: dict[str, Exception] = {}
-    shuffled = random.Random(0)
+    shuffled = random.Random(seed)
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -14,6 +14,7 @@ from bench.contenders import CONTENDERS
 from bench.jobs import COMPILED, KINDS, Setting
 
 TINY = ["--layers", "MiniLM/query", "--rows", "16", "--ranks", "4", "--dtype", "fp32", "--rounds", "2"]
+ONCE = ["--sittings", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _short_samples(monkeypatch):
 
 
 def run(out, *more: str) -> int:
-    return command.main(["run", *TINY, "--device", "cpu", "--out", str(out), *more])
+    return command.main(["run", *TINY, *ONCE, "--device", "cpu", "--out", str(out), *more])
 
 
 def test_run_writes_a_file_and_shows_a_table(tmp_path, capsys):
@@ -39,6 +40,18 @@ def test_run_writes_a_file_and_shows_a_table(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "lorafa_kernels" in shown
     assert str(tmp_path / "chosen.jsonl") in shown
+
+
+def test_rounds_are_spread_over_sittings(tmp_path):
+    more = ("--kinds", "time", "--contenders", "frozen", "lorafa", "--rounds", "3", "--sittings", "2")
+    assert run(tmp_path, *more) == 0
+    records, _ = results.load(tmp_path)
+    first, last = (record for record in records if "rows" in record)
+    assert (first["kind"], first["rounds"], last["kind"]) == ("sitting", 2, "time")
+    assert (last["rounds"], last["sittings"]) == (4, 2)
+    for row in last["rows"]:
+        assert len(row["samples_ms"]) == 4
+        assert row["ms"]["min"] == min(row["samples_ms"])
 
 
 def test_fresh_discards_and_plain_appends(tmp_path):
