@@ -395,3 +395,29 @@ def test_estimates(case):
     for device in ("cpu", "cuda"):
         one = memory.estimate(case, ("lorafa",), device)
         assert 0 < one < memory.estimate(case, ("lorafa", "frozen", "compiled-lorafa"), device)
+
+
+def test_error_of_one_gradient_in_a_chain_is_pooled():
+    errors = {"y": 0.1, "dx": 0.2, "dB a": 0.01, "dB b": 0.07}
+    common = 0.05
+    assert models.pooled(errors) == {"y": 0.1, "dx": 0.2, "dB a": pytest.approx(common), "dB b": 0.07}
+    assert models.pooled({"y": 0.1, "dB a": 0.01}) == {"y": 0.1, "dB a": pytest.approx(0.01)}
+    assert models.pooled({"y": 0.1}) == {"y": 0.1}
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_wrong_gradient_of_one_layer_is_found(which):
+    """Right outputs and dx, one dB of seven that is 5 % off."""
+
+    def adapt(model, linears, rank):
+        models.adapt_eager(model, linears, rank)
+        wrong = [module for module in model.modules() if isinstance(module, models.EagerLoRA)][which]
+        wrong.lora_B.register_hook(lambda grad: 1.05 * grad)
+        return model
+
+    reference = memory.block_reference(memory.BLOCK_CPU, "cpu")
+    size = models.size_of(memory.BLOCK_CPU.model)
+    block = adapt(models.build_block(memory.BLOCK_CPU.model, 128, "bf16", "cpu", batch=2), size.linears, 8)
+    models.fill_adapters(block, "bf16", zero_B=False)
+    errors = reference.errors(models.Contender("planted", "planted", adapt), block)
+    assert [name for name, error in errors.items() if not error["kept"]] == ["dB"]
