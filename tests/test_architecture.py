@@ -40,9 +40,10 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-ALLOWED_THIRD_PARTY = {"torch", "numpy", "safetensors", "platformdirs", "triton"}
+ALLOWED_THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
-OPTIONAL = {"tuning.command": {"rich"}}
+# The user's cache is found without platformdirs, too: not every environment with torch and Triton has it.
+OPTIONAL = {"tuning.command": {"rich"}, "tuning.lookup": {"platformdirs"}}
 
 
 def modules() -> dict[str, Path]:

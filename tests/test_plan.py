@@ -312,6 +312,19 @@ def test_cache_files_are_named_after_device_and_triton(monkeypatch):
     assert "lorafa_kernels" in str(path.parent)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_cache_is_the_same_without_platformdirs(monkeypatch, tmp_path, elsewhere):
+    monkeypatch.delenv(lookup.CACHE_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if elsewhere:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cache_path(H200)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert cache_path(H200) == path
+    assert str(path).startswith(str(tmp_path)) == elsewhere
+
+
 def test_shipped_tables_can_be_read(monkeypatch):
     monkeypatch.undo()
     assert lookup.SHIPPED.is_dir()

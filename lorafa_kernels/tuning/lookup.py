@@ -31,8 +31,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from .recipe import OPERATIONS, Device, Problem, Recipe, obstacle, recipe_from_json, recipe_to_json
 
 FORMAT = 1
@@ -140,8 +138,17 @@ def distance(one: Key, other: Key) -> float:
 
 def cache_path(device: Device) -> Path:
     """Return the file of the user's own table for this device and Triton. It need not exist."""
-    directory = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("lorafa_kernels", False)
+    directory = os.environ.get(CACHE_VARIABLE) or _user_cache_dir()
     return Path(directory) / f"{_slug(device.name)}-triton-{_slug(device.triton)}.json"
+
+
+def _user_cache_dir() -> str:
+    try:
+        import platformdirs
+    except ImportError:
+        # A checkout that runs in an environment of its own making, on Linux as all of Triton.
+        return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafa_kernels")
+    return platformdirs.user_cache_dir("lorafa_kernels", False)
 
 
 def shipped_path(device: Device) -> Path:
