@@ -54,13 +54,11 @@ class LoRAFALinearFunction(torch.autograd.Function):
             # Under create_graph=True. dx and dB depend on more than dy (on lora_B, and through z on x), so
             # they must not pass for constants even where dy is one.
             anchor = torch.empty(0, requires_grad=True)
-            dx, dB = (
-                None if grad is None else _RefuseSecondBackward.apply(grad, anchor) for grad in (dx, dB)
-            )
+            dx, dB = (None if grad is None else RefuseSecondBackward.apply(grad, anchor) for grad in (dx, dB))
         return dx, None, None, dB, None, None, None, None, None
 
 
-class _RefuseSecondBackward(torch.autograd.Function):
+class RefuseSecondBackward(torch.autograd.Function):
     """Passes a gradient on; raises when it is differentiated."""
 
     @staticmethod

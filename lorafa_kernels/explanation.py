@@ -144,8 +144,10 @@ def explain(
             bf16 on a GPU and fp32 elsewhere.
         impl: "auto", "triton", "torch" or "reference". Default: the layer's; "auto" for shapes.
 
-    Dropout is that of a layer in training. The backward steps are those for the gradients of x and lora_B, of
-    x alone if the layer's lora_B is frozen. A first layer, whose x needs no gradient, runs fewer.
+    A layer is explained as it runs by itself: inside a block that apply_lorafa fused (its report's `blocks`)
+    it takes part in the block's own steps. Dropout is that of a layer in training. The backward steps are
+    those for the gradients of x and lora_B, of x alone if the layer's lora_B is frozen. A first layer, whose
+    x needs no gradient, runs fewer.
 
     Raises:
         TypeError: something that is neither a LoRAFALinear nor shapes; sizes that are not integers; M beside

@@ -55,13 +55,13 @@ def lorafa_linear(
         RuntimeError: impl="triton" where it cannot run.
     """
     K = x.shape[-1] if x.dim() else 0
-    _check_shapes(x, weight, lora_A, lora_B, bias)
+    check_shapes(x, weight, lora_A, lora_B, bias)
     check_frozen(weight, lora_A, bias)
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number, got {scaling}")
     check_dropout(dropout_p)
     check_impl(impl)
-    x = _cast(x, weight, lora_A, lora_B, bias)
+    x = cast(x, weight, lora_A, lora_B, bias)
 
     rows = x if x.dim() == 2 else x.reshape(-1, K) if K else x.reshape(math.prod(x.shape[:-1]), 0)
     seed = draw_seed(x.device) if dropout_p else None
@@ -72,7 +72,7 @@ def lorafa_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+def check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
     N, K = weight.shape
@@ -123,7 +123,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _cast(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+def cast(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
     """Return x in the dtype to compute in, after checking that the other dtypes can go with it."""
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(FLOAT_DTYPES)}")

@@ -37,12 +37,12 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
-    factor = _in_dtype(lora_A, x.dtype).t()
+    factor = in_dtype(lora_A, x.dtype).t()
     if dropout_p:
         z = _dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
     else:
-        z = _scaled_product(x, factor, scaling)
-    y = F.linear(z, _in_dtype(lora_B, x.dtype), bias)
+        z = scaled_product(x, factor, scaling)
+    y = F.linear(z, in_dtype(lora_B, x.dtype), bias)
     return y.addmm_(x, weight.t()), z
 
 
@@ -73,7 +73,7 @@ def backward_input(
     """Compute dx (M, K) alone."""
     if dropout_p:
         scaling = scaling / (1 - dropout_p)
-    dz = _scaled_product(dy, _in_dtype(lora_B, dy.dtype), scaling)
+    dz = scaled_product(dy, in_dtype(lora_B, dy.dtype), scaling)
     return input_gradient(dy, dz, weight, lora_A, dropout_p, seed)
 
 
@@ -86,7 +86,7 @@ def input_gradient(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) where dz (M, R) is known, s/(1 − p) included."""
-    dx = dz.mm(_in_dtype(lora_A, dy.dtype))
+    dx = dz.mm(in_dtype(lora_A, dy.dtype))
     if dropout_p:
         for rows, keep in keep_chunks(seed, dropout_p, *dx.shape):
             dx[rows].mul_(keep)
@@ -97,10 +97,10 @@ def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute dB = dyᵀ z (N, R) in `dtype`."""
     if dtype != dy.dtype and dy.is_cuda and torch.version.hip is None:
         return torch.mm(dy.t(), z, out_dtype=dtype)
-    return _in_dtype(dy.t().mm(z), dtype)
+    return in_dtype(dy.t().mm(z), dtype)
 
 
-def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     # beta=0 ignores what the new tensor holds; alpha multiplies the accumulator before the only rounding.
     # Scaling afterwards would round 16-bit results twice, and in fp16 overflow where the scaled product fits.
     product = left.new_empty((left.shape[0], right.shape[1]))
@@ -116,6 +116,6 @@ def _dropped_product(left: Tensor, right: Tensor, scaling: float, dropout_p: flo
     return product
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Tensor.to would return the same tensor too, but takes over a microsecond for it, five times a step.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

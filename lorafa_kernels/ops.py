@@ -240,35 +240,35 @@ def _backward_lora_B_fake(dy, z, lora_B, impl):
     return dy.new_empty(lora_B.shape, dtype=lora_B.dtype)
 
 
-def _define(name: str, schema: str, operation, fake):
+def define(name: str, schema: str, operation, fake):
     _library.define(f"{name}{schema}", tags=_TAGS)
     _library.impl(name, operation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafa_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.lorafa_kernels, name).default
 
 
-_forward_op = _define(
+_forward_op = define(
     "forward",
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, str impl,"
     " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-_backward_op = _define(
+_backward_op = define(
     "backward",
     "(Tensor dy, Tensor z, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl,"
     " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-_backward_input_op = _define(
+_backward_input_op = define(
     "backward_input",
     "(Tensor dy, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str impl,"
     " float dropout_p=0.0, Tensor? seed=None) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )
-_backward_lora_B_op = _define(
+_backward_lora_B_op = define(
     "backward_lora_B",
     "(Tensor dy, Tensor z, Tensor lora_B, str impl) -> Tensor",
     _backward_lora_B,

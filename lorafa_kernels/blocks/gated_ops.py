@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..choice import choose
-from ..ops import _define, autocast_enabled
+from ..ops import autocast_enabled, define
 from . import activation as plain
 
 # Made of PyTorch's own operators, and therefore open to a direct call.
@@ -99,8 +99,8 @@ def _gated_backward_fake(dh, g, u, activation, need_du, impl):
     return dh.new_empty(dh.shape if u is not None and need_du else (0,))
 
 
-_gated_op = _define("gated", "(Tensor g, Tensor u, str activation, str impl) -> Tensor", _gated, _gated_fake)
-_gated_backward_op = _define(
+_gated_op = define("gated", "(Tensor g, Tensor u, str activation, str impl) -> Tensor", _gated, _gated_fake)
+_gated_backward_op = define(
     "gated_backward_",
     "(Tensor(a!) dh, Tensor g, Tensor? u, str activation, bool need_du, str impl) -> Tensor",
     _gated_backward,

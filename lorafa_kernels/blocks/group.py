@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autograd import _RefuseSecondBackward
+from ..autograd import RefuseSecondBackward
 from ..choice import check_impl
-from ..functional import _cast, _check_shapes, check_dropout, check_frozen
+from ..functional import cast, check_dropout, check_frozen, check_shapes
 from . import group_ops
 from .operands import LinearOperands
 
@@ -109,7 +109,7 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
             # As in autograd.py: under create_graph=True they must not pass for constants.
             anchor = torch.empty(0, requires_grad=True)
             dx, *dBs = (
-                None if grad is None else _RefuseSecondBackward.apply(grad, anchor) for grad in (dx, *dBs)
+                None if grad is None else RefuseSecondBackward.apply(grad, anchor) for grad in (dx, *dBs)
             )
         n, operands = len(dys), len(ctx.needs_input_grad) - 6
         return dx, *[None] * (5 + n), *dBs, *[None] * (operands - 2 * n)
@@ -176,9 +176,9 @@ def _checked(x: Tensor, members: Sequence[LinearOperands], share_A: bool) -> Ten
             if (member.lora_A is None) != (member.lora_B is None):
                 raise ValueError("it has one of lora_A and lora_B without the other")
             if member.lora_A is None:
-                x = _checked_plain(x, member)
+                x = checked_plain(x, member)
                 continue
-            x = _checked_adapted(x, member)
+            x = checked_adapted(x, member)
             if share_A:
                 shared = shared or member
                 _check_shared(member, shared)
@@ -207,17 +207,17 @@ def _check_shared(member: LinearOperands, first: LinearOperands) -> None:
             raise ValueError(f"share_A=True, but its {name} is {value}, that of another member {expected}")
 
 
-def _checked_adapted(x: Tensor, member: LinearOperands) -> Tensor:
+def checked_adapted(x: Tensor, member: LinearOperands) -> Tensor:
     weight, bias, lora_A, lora_B, scaling, dropout_p = member
-    _check_shapes(x, weight, lora_A, lora_B, bias)
+    check_shapes(x, weight, lora_A, lora_B, bias)
     check_frozen(weight, lora_A, bias)
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number, got {scaling}")
     check_dropout(dropout_p)
-    return _cast(x, weight, lora_A, lora_B, bias)
+    return cast(x, weight, lora_A, lora_B, bias)
 
 
-def _checked_plain(x: Tensor, member: LinearOperands) -> Tensor:
+def checked_plain(x: Tensor, member: LinearOperands) -> Tensor:
     weight, bias = member.weight, member.bias
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
@@ -228,4 +228,4 @@ def _checked_plain(x: Tensor, member: LinearOperands) -> Tensor:
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: all must be on one device")
     check_frozen(weight, weight, bias)
-    return _cast(x, weight, weight, weight, bias)
+    return cast(x, weight, weight, weight, bias)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..choice import choose, choose_plan
-from ..ops import _define, autocast_enabled
+from ..ops import autocast_enabled, define
 from ..tuning.pin import pinned
 from ..tuning.plan import Plan
 from . import library, reference
@@ -228,14 +228,14 @@ def _backward_fake(
     return [dy.new_empty((dy.shape[0], weights[0].shape[1])), *dBs] if need_dx else dBs
 
 
-_forward_op = _define(
+_forward_op = define(
     "group_forward",
     "(Tensor x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] biases, float[] scalings,"
     " float[] dropout_ps, Tensor? seeds, bool share_A, str impl) -> Tensor[]",
     _forward,
     _forward_fake,
 )
-_backward_op = _define(
+_backward_op = define(
     "group_backward",
     "(Tensor?[] dys, Tensor? z, Tensor?[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, float[] scalings,"
     " float[] dropout_ps, Tensor? seeds, bool share_A, bool need_dx, bool[] need_dBs, str impl) -> Tensor[]",

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..library import _in_dtype, _scaled_product, backward_lora_B
+from ..library import backward_lora_B, in_dtype, scaled_product
 from ..philox import keep_chunks
 from .operands import rank_columns, rank_makers, seed_of
 
@@ -44,7 +44,7 @@ def forward(
         if lora_B is None:
             ys.append(F.linear(x, weight, bias))
         else:
-            y = F.linear(_columns(z, first, last), _in_dtype(lora_B, x.dtype), bias)
+            y = F.linear(_columns(z, first, last), in_dtype(lora_B, x.dtype), bias)
             ys.append(y.addmm_(x, weight.t()))
     return ys, z
 
@@ -94,7 +94,7 @@ def low_rank_gradient(
     last = 0
     for turn, (i, R) in enumerate(zip(adapted, ranks, strict=True)):
         first, last = (0, R) if share_A else (last, last + R)
-        factor = _in_dtype(lora_Bs[i], dy.dtype)
+        factor = in_dtype(lora_Bs[i], dy.dtype)
         beta = 1 if share_A and turn else 0
         part = _columns(dz, first, last)
         part.addmm_(dys[i], factor, beta=beta, alpha=scalings[i] / (1 - dropout_ps[i]))
@@ -121,7 +121,7 @@ def input_gradient(
             last = 0
             for i in adapted:
                 first, last = last, last + lora_As[i].shape[0]
-                term = _columns(dz, first, last).mm(_in_dtype(lora_As[i], dz.dtype))
+                term = _columns(dz, first, last).mm(in_dtype(lora_As[i], dz.dtype))
                 if p := dropout_ps[i]:
                     for rows, keep in keep_chunks(seed_of(seeds, i, share_A), p, *term.shape):
                         term[rows].mul_(keep)
@@ -137,11 +137,11 @@ def _low_rank(x, lora_As, scalings, dropout_ps, seeds, share_A, makers, columns)
         return x.new_empty((x.shape[0], 0))
     s = scalings[makers[0]]
     if seeds is None and all(scalings[i] == s for i in makers):
-        return _scaled_product(x, _stacked([lora_As[i] for i in makers], x.dtype).t(), s)
+        return scaled_product(x, _stacked([lora_As[i] for i in makers], x.dtype).t(), s)
     z = x.new_empty((x.shape[0], max(last for _, last in columns)))
     for i in makers:
         p, part = dropout_ps[i], _columns(z, *columns[i])
-        factor, scaling = _in_dtype(lora_As[i], x.dtype).t(), scalings[i] / (1 - p)
+        factor, scaling = in_dtype(lora_As[i], x.dtype).t(), scalings[i] / (1 - p)
         if p:
             for rows, keep in keep_chunks(seed_of(seeds, i, share_A), p, *x.shape):
                 part[rows].addmm_(x[rows] * keep, factor, beta=0, alpha=scaling)
@@ -152,8 +152,8 @@ def _low_rank(x, lora_As, scalings, dropout_ps, seeds, share_A, makers, columns)
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if len(factors) == 1:
-        return _in_dtype(factors[0], dtype)
-    return torch.cat([_in_dtype(factor, dtype) for factor in factors])
+        return in_dtype(factors[0], dtype)
+    return torch.cat([in_dtype(factor, dtype) for factor in factors])
 
 
 def _columns(tensor: Tensor, first: int, last: int) -> Tensor:

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autograd import _RefuseSecondBackward
+from ..autograd import RefuseSecondBackward
 from ..choice import check_impl
 from . import group_ops
 from .activation import check_activation
 from .gated_ops import gated, gated_backward
-from .group import _checked_adapted, _checked_plain
+from .group import checked_adapted, checked_plain
 from .operands import LinearOperands
 
 # Of lists with an entry for each of gate, up and down: the group of the two that read x, and that of down.
@@ -129,7 +129,7 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
             # As in autograd.py: under create_graph=True they must not pass for constants.
             anchor = torch.empty(0, requires_grad=True)
             dx, *dBs = (
-                None if grad is None else _RefuseSecondBackward.apply(grad, anchor) for grad in (dx, *dBs)
+                None if grad is None else RefuseSecondBackward.apply(grad, anchor) for grad in (dx, *dBs)
             )
         return dx, *[None] * 8, *dBs, *[None] * 6
 
@@ -205,7 +205,7 @@ def _checked(x: Tensor, gate: LinearOperands, up: LinearOperands, down: LinearOp
                 raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
             if (member.lora_A is None) != (member.lora_B is None):
                 raise ValueError("it has one of lora_A and lora_B without the other")
-            check = _checked_plain if member.lora_A is None else _checked_adapted
+            check = checked_plain if member.lora_A is None else checked_adapted
             if name == "down":
                 _check_down(weight, gate.weight)
                 # What h will be, as far as the checks look at it.

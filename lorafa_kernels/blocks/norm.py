@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import _RefuseSecondBackward
+from ..autograd import RefuseSecondBackward
 from ..functional import FLOAT_DTYPES
 
 FORMS = ("llama", "gemma", "t5")
@@ -101,7 +101,7 @@ class RMSNormFunction(torch.autograd.Function):
         # Under create_graph=True; as in autograd.py, dx depends on x even where dy is a constant.
         with torch.no_grad():
             dx = _backward(dy, *ctx.saved_tensors, ctx.form)
-        return _RefuseSecondBackward.apply(dx, torch.empty(0, requires_grad=True)), None, None, None
+        return RefuseSecondBackward.apply(dx, torch.empty(0, requires_grad=True)), None, None, None
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
