@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest Triton that is supported, beside the pinned one.
 VENV36 := .venv-3.6
+# The oldest torch with its Triton. PyPI has it as a CUDA build alone, which runs on a CPU, too.
+VENV_OLDEST := .venv-oldest
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
+.PHONY: help demo test test-oldest gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
+	@echo "make test-oldest  the same on the oldest torch and Triton that are supported (downloads 3 GB)"
 	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
 	@echo "make gate-3.6     those for Hopper on Triton 3.6.0"
 	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
@@ -42,6 +45,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(MAKE) -C csrc_reference
 	$(BIN)/python -m pytest -n 2 -m "not gate_all"
+
+$(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(VENV_OLDEST)/constraints.txt
+	$(VENV_OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV_OLDEST)/constraints.txt "torch==2.11.0" "triton==3.6.0" -e ".[dev]"
+	@touch $@
+
+# Without the gate, which has a command of its own, and the demo's package.
+test-oldest: $(VENV_OLDEST)/.dev
+	$(MAKE) -C csrc_reference
+	$(VENV_OLDEST)/bin/python -m pytest -n 2 -m "not gate and not gate_all"
 
 gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --kernel shrink expand grad gated --out bench/results/compile-gate.json
@@ -89,5 +103,5 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV36) build .demo
+	rm -rf $(VENV) $(VENV36) $(VENV_OLDEST) build .demo
 	$(MAKE) -C csrc_reference clean

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
+from test_bench_runs import lines, run
 
-from bench import results, runner
+from bench import results
 from bench.cases import grid
 from bench.compare import compare
 from bench.jobs import QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of
@@ -17,23 +15,9 @@ from bench.reading import newest
 from bench.runner import Job
 from bench.sittings import bare, merged, turns
 
-ABOUT = {
-    "date": "2026-01-01T00:00:00+00:00",
-    "machine": {"cpu": "chip", "cores": 2, "threads": 2, "load_average": 0.1, "gpu": None},
-    "versions": {"python": "3", "torch": "2"},
-    "commit": None,
-    "dirty": None,
-}
 # Times of a contender and its baseline by sitting; the machine is slower in the second.
 SAMPLES = ([2.0, 4.0], [6.0, 8.0], [3.0, 3.0])
 BASELINE = ([1.0, 2.0], [2.0, 2.0], [1.0, 1.0])
-
-
-def run(jobs, path, **options) -> runner.Outcome:
-    console = Console(file=io.StringIO(), width=100)
-    return runner.run(
-        jobs, path, **{"grid": "g", "command": "c", "console": console, "about": ABOUT, **options}
-    )
 
 
 def payload(number: int, status: str = "ok") -> dict:
@@ -58,10 +42,6 @@ def job(key: str, ran: list, errors: dict | None = None, **options) -> Job:
         return payload(sitting)
 
     return Job(key, "time", 0.0, measure, {}, ("a", "frozen"), 6, **{"sittings": 3, **options})
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_samples_of_sittings_are_put_together():
