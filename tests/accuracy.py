@@ -1,6 +1,8 @@
-"""How tests compare numbers. Where the same code computes both, with the same shapes and strides:
-`assert_same`, bit for bit. Elsewhere the error budget of lorafa_kernels/accuracy.py against fp64: `Budget`,
-which pools small outputs over many draws, and `check_budget` for one draw. Nothing has a tolerance of its own.
+"""How tests compare numbers: there is no third way, and no tolerance of a test's own.
+
+Where the same code computes both, with the same shapes and strides: `assert_same`, bit for bit. Elsewhere the
+error budget of lorafa_kernels/accuracy.py against fp64: `check_budget` for one draw, and `Budget`, which
+pools small outputs over many draws.
 """
 
 from __future__ import annotations
