@@ -7,12 +7,15 @@ VENV36 := .venv-3.6
 # The oldest torch with its Triton. PyPI has it as a CUDA build alone, which runs on a CPU, too.
 VENV_OLDEST := .venv-oldest
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A worker that is done takes tests from the other one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-oldest gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
+.PHONY: help demo test test-all test-oldest gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
+	@echo "make test-all     all of it (make test leaves out what takes minutes; not the whole gate, which is make gate)"
 	@echo "make test-oldest  the same on the oldest torch and Triton that are supported (downloads 3 GB)"
 	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
 	@echo "make gate-3.6     those for Hopper on Triton 3.6.0"
@@ -44,7 +47,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(MAKE) -C csrc_reference
-	$(BIN)/python -m pytest -n 2 -m "not gate_all"
+	$(PYTEST) -m "not slow and not gate_all"
+
+test-all: $(VENV)/.dev
+	$(MAKE) -C csrc_reference
+	$(PYTEST) -m "not gate_all"
 
 $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_OLDEST)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 import sys
 import tempfile
 
@@ -48,9 +49,25 @@ def implementation_cases() -> list:
     return cases
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("lorafa_kernels")
+    group.addoption(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="run the files, and the tests of each, in the random order of this seed",
+    )
+    group.addoption(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of torch in each process (default 1: several workers, pytest -n, share the cores)",
+    )
+
+
 def pytest_configure(config):
-    # Several workers (pytest -n) share the cores.
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.getoption("threads"))
     # torch keeps compiled graphs by what was traced, which leaves out the schemas of operators: code compiled
     # for another version of this library would run here.
     torch.compiler.config.force_disable_caches = True
@@ -59,16 +76,43 @@ def pytest_configure(config):
 def pytest_report_header(config):
     kernels = "not installed" if not TRITON else "compiled" if GPU else "interpreted"
     gpu = "yes" if GPU else "none, gpu tests deselected"
-    return f"torch {torch.__version__}, Triton kernels {kernels}, GPU: {gpu}"
+    seed = config.getoption("shuffle")
+    order = "as written" if seed is None else f"random (again: --shuffle {seed})"
+    return [
+        f"torch {torch.__version__}, Triton kernels {kernels}, GPU: {gpu}",
+        f"order {order}, threads {torch.get_num_threads()}, instructions {cpu_capability()}",
+    ]
 
 
+def cpu_capability() -> str:
+    """The instruction set of torch's own CPU kernels, which ATEN_CPU_CAPABILITY restricts."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+# Last: pytest itself sorts by the fixtures of modules and sessions.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    if GPU:
-        return
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    needs_gpu = [] if GPU else [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu:
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if (seed := config.getoption("shuffle")) is not None:
+        items[:] = shuffled(items, seed)
+
+
+def shuffled(items: list, seed: int) -> list:
+    """The tests in a random order, those of a file still one after another: a file's fixtures are made once.
+    The same in each worker of pytest -n, which must agree on the order.
+    """
+    draw = random.Random(seed)
+    files: dict[str, list] = {}
+    for item in items:
+        files.setdefault(str(item.path), []).append(item)
+    groups = list(files.values())
+    draw.shuffle(groups)
+    for group in groups:
+        draw.shuffle(group)
+    return [item for group in groups for item in group]
 
 
 @pytest.fixture(params=[on_device(device) for device in DEVICES])
