@@ -168,7 +168,7 @@ class Case:
         writes_low_rank = self.layout not in ("y", "dx", "dB")
         takes_part = writes_low_rank or self.config.variant != "recompute"
         return (
-            self.members == 1
+            self.op not in GROUP_LAYOUTS
             and self.pdl
             and self.layout != "dB"
             and takes_part
@@ -216,7 +216,7 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
             "y": lambda: recompute.recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, 2.0, **config),
             "dx": lambda: recompute.recompute(dy, weight, lora_B, lora_A, None, 2.0, **dx, **config),
         }
-    if case.members > 1:
+    if case.op in GROUP_LAYOUTS:
         n = case.members
         of_group = group.Dropout(tensor(n, dtype=torch.int64), range(n), [0.1] * n) if case.dropout else None
         drop = {"dropout": of_group}
@@ -475,8 +475,9 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
 
 
 def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
-    """Every configuration of the kernels of groups, for two and three members, in the sizes that change the
-    code, as in all_cases; quick: the default for many rows of three members alone.
+    """Every configuration of the kernels of groups, for two and three members (of the kernel with TMA, which
+    takes no more than four: one to four), in the sizes that change the code, as in all_cases; quick: the
+    default for many rows of three members alone.
     """
     for arch, (op, layout), dtype in itertools.product(archs, GROUP_LAYOUTS.items(), ("bf16", "fp32")):
         masked = (False, True) if op != "shrink_total" else (False,)
@@ -486,9 +487,11 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
                 yield from (replace(case, dropout=dropout) for dropout in masked)
             continue
         seen = set()
-        shapes = (8192, SPLIT_ROWS, 64), (16, 64, 128), (2, 3), ("even", "ragged", "odd"), masked
+        shapes = (8192, SPLIT_ROWS, 64), (16, 64, 128), (1, 2, 3, 4), ("even", "ragged", "odd"), masked
         for M, R, members, sizes, dropout in itertools.product(*shapes):
             case = Case(arch, op, dtype, "fp32", layout, sizes, M, R, dropout=dropout, members=members)
+            if members not in (2, 3) and case.config.variant != "tma":
+                continue
             key = (case.config, members, sizes, dropout, case.shared_memory)
             if key in seen or (arch in NEIGHBOURS and sizes == "ragged"):
                 continue

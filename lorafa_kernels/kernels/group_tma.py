@@ -12,7 +12,7 @@ Reads and FLOPs as in group.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -24,13 +24,29 @@ from .expand_tma import _halves as halves
 from .expand_tma import _low_rank_step as low_rank_step
 from .tile import addressable, describe, drop, emulate_bf16, keep_tile, round_as
 
+# Triton 3.6.0 and 3.7.1 cannot launch a kernel that takes a tuple of descriptors: those of each member are
+# arguments of their own, None beyond the last member.
+MOST_MEMBERS = 4
+
 
 @triton.jit(do_not_specialize=["seeds_ptr", "thresholds"])
 def _total_tma_kernel(
-    P_descs,
-    Q_descs,
-    Ls,  # descriptors, or pointers where TMA cannot address one of them
-    Fs,
+    P_0,
+    P_1,
+    P_2,
+    P_3,
+    Q_0,
+    Q_1,
+    Q_2,
+    Q_3,
+    L_0,  # descriptors, or pointers where TMA cannot address one of them
+    L_1,
+    L_2,
+    L_3,
+    F_0,
+    F_1,
+    F_2,
+    F_3,
     C_desc,
     seeds_ptr,
     seed_offsets,
@@ -53,6 +69,12 @@ def _total_tma_kernel(
     DROPOUT: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
+    P_descs = (P_0, P_1, P_2, P_3)
+    Q_descs = (Q_0, Q_1, Q_2, Q_3)
+    Ls = (L_0, L_1, L_2, L_3)
+    Fs = (F_0, F_1, F_2, F_3)
+    MEMBERS: tl.constexpr = len(widths)
+    ADAPTERS: tl.constexpr = len(ranks)
     DTYPE: tl.constexpr = C_desc.dtype
     COLUMNS: tl.constexpr = BLOCK_N // EPILOGUE_SUBTILE
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -65,7 +87,7 @@ def _total_tma_kernel(
         start_n = (in_group // rows_in_group) * BLOCK_N
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for i in tl.static_range(len(P_descs)):
+        for i in tl.static_range(MEMBERS):
             for start in range(0, widths[i], BLOCK_K):
                 P = P_descs[i].load([start_m, start])
                 Q = Q_descs[i].load([start, start_n])
@@ -75,7 +97,7 @@ def _total_tma_kernel(
                 acc = tl.dot(P, Q, acc)
 
         if not DROPOUT:
-            for j in tl.static_range(len(Ls)):
+            for j in tl.static_range(ADAPTERS):
                 acc = low_rank_step(
                     acc,
                     Ls[j],
@@ -108,7 +130,7 @@ def _total_tma_kernel(
             C = parts[part]
             start_c = start_n + part * COLUMNS
             if DROPOUT:
-                for j in tl.static_range(len(Ls)):
+                for j in tl.static_range(ADAPTERS):
                     term = low_rank_step(
                         tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32),
                         Ls[j],
@@ -137,10 +159,19 @@ def _total_tma_kernel(
 
 
 def total_addressable(Ps: Sequence[Tensor], Qs: Sequence[Tensor], N: int) -> bool:
-    """Whether TMA can address these operands and a contiguous C (M, N) of their dtype."""
+    """Whether the kernel takes so many members, and TMA can address these operands and a contiguous C (M, N)
+    of their dtype.
+    """
+    if len(Ps) > MOST_MEMBERS:
+        return False
     if Ps[0].dtype not in (torch.bfloat16, torch.float16) or N * Ps[0].element_size() % 16:
         return False
     return addressable(*Ps, *Qs)
+
+
+def _flat(operands: Iterable) -> list:
+    operands = list(operands)
+    return operands + [None] * (MOST_MEMBERS - len(operands))
 
 
 def expand_total_tma(
@@ -165,10 +196,10 @@ def expand_total_tma(
     low_rank_columns = BLOCK_N if seeds is None else columns
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     _total_tma_kernel[(min(tiles, config.ctas_per_sm * num_sms),)](
-        tuple(describe(P, BLOCK_M, BLOCK_K) for P in Ps),
-        tuple(describe(Q, BLOCK_K, BLOCK_N) for Q in Qs),
-        tuple(describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L for L in Ls),
-        tuple(describe(F, BLOCK_R, low_rank_columns) if low_rank_tma else F for F in Fs),
+        *_flat(describe(P, BLOCK_M, BLOCK_K) for P in Ps),
+        *_flat(describe(Q, BLOCK_K, BLOCK_N) for Q in Qs),
+        *_flat(describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L for L in Ls),
+        *_flat(describe(F, BLOCK_R, low_rank_columns) if low_rank_tma else F for F in Fs),
         describe(C, BLOCK_M, columns),
         seeds,
         seed_offsets,
