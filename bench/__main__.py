@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
+import math
 import sys
 from pathlib import Path
 
@@ -42,29 +42,25 @@ from .environment import ROOT, device_slug, environment
 from .jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
 from .results import RESULTS, load
 from .runner import Job, Outcome, make_console, run
+from .shell import INTERRUPTED, Parser, run_command
 
 QUICK_BUDGET = 140.0
+# What the report after a quick look takes of its budget (measured: 4 s on an idle CPU, with matplotlib's
+# import).
+REPORT_SECONDS = 8.0
 PAGE, PLOTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "plots"
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    try:
+    def command() -> int:
+        options = parse(argv)
         return options.command(options)
-    except ValueError as error:
-        print(f"python -m bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has seen enough; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+    return run_command("python -m bench", command)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -115,6 +111,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure_quick(options: argparse.Namespace) -> int:
     setting = make_setting(options)
     jobs = jobs_of(grid("quick"), QUICK_KINDS, setting, compiled=False)
+    if not options.no_report and options.budget:
+        options.budget = max(options.budget - REPORT_SECONDS, options.budget / 2)
     code = measure(options, jobs, setting, "quick")
     if code == 0 and not options.no_report:
         return make_report(argparse.Namespace(compare=None, results=RESULTS))
@@ -173,8 +171,8 @@ def make_setting(options: argparse.Namespace) -> Setting:
         raise ValueError("PyTorch finds no GPU here (torch.cuda.is_available() is False): use --device cpu")
     for name in ("threads", "rounds", "sittings", "budget"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name} must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be positive and finite")
     if options.threads:
         torch.set_num_threads(options.threads)
     keys = tuple(layer_contenders(options.contenders))
@@ -200,20 +198,26 @@ def measure(
     if about["commit"] is None:
         console.print("no commit is known: set BENCH_COMMIT to publish these results", style="yellow")
     command = f"python -m bench {options.name}"
-    outcome = run(
-        jobs,
-        path,
-        grid=name,
-        command=command,
-        budget=options.budget,
-        started=STARTED if options.budget else None,
-        elsewhere=(*elsewhere, path.parent) if elsewhere else (),
-        console=console,
-        about=about,
-    )
-    if outcome.records:
-        show(outcome.records, console)
-    return conclude(outcome, path, console)
+    try:
+        outcome = run(
+            jobs,
+            path,
+            grid=name,
+            command=command,
+            budget=options.budget,
+            started=STARTED,
+            elsewhere=(*elsewhere, path.parent) if elsewhere else (),
+            console=console,
+            about=about,
+        )
+        if outcome.records:
+            show(outcome.records, console)
+        return conclude(outcome, path, console)
+    except KeyboardInterrupt:
+        # While the tables are made, or before the first measurement.
+        if path.exists():
+            print(f"interrupted; what was measured is in {path}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def result_file(out: Path | None, about: dict, name: str) -> Path:
@@ -250,10 +254,12 @@ def conclude(outcome: Outcome, path: Path, console) -> int:
 
 
 def make_report(options: argparse.Namespace) -> int:
+    if not options.results.is_dir():
+        raise ValueError(f"--results {options.results}: there is no such folder")
     records, warnings = load(options.results)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if options.compare:
+    if options.compare is not None:
         old = compare.load_old(options.compare, options.results)
         compare.show(compare.compare(records, old), make_console())
         return 0

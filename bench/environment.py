@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from .shell import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 # Files of bench/ that change no measurement.
 PRESENTATION = (
@@ -29,6 +31,7 @@ PRESENTATION = (
     "predictions.py",
     "reading.py",
     "compare.py",
+    "shell.py",
     "tables.py",
     "gate.py",
 )
@@ -61,14 +64,7 @@ def environment(threads: int | None = None) -> dict:
 
 def write_json(path: Path, result: dict) -> None:
     """Write `result` to `path`: all of it, or, after an error or Ctrl-C, the previous file untouched."""
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def _cpu_model() -> str | None:

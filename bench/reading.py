@@ -25,11 +25,11 @@ from .contenders import TITLES as LAYER_TITLES
 from .environment import ROOT, device_slug
 from .kernels import TITLES as KERNEL_TITLES
 from .models import TITLES as MODEL_TITLES
+from .results import MEASURED as MEASURED
 
 Record = dict
 Row = dict
 
-MEASURED = ("time", "memory", "training")
 MODES = {
     "eager": "one layer",
     "wall": "wall time of one layer",

@@ -9,6 +9,7 @@ What a device's part of the page says is in sections.py.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .environment import ROOT
 from .models import TITLES as MODEL_TITLES
 from .points import PLOTS, draw
 from .reading import (
+    MEASURED,
     Record,
     Sources,
     arranged,
@@ -36,6 +38,7 @@ from .reading import (
 )
 from .results import load
 from .sections import columns, device_section, rounds_text
+from .shell import write_whole
 
 NOT_MEASURED_ON_A_GPU = "Speed on a GPU is not measured yet: there is no result file of one."
 INTRODUCTION = """# Performance
@@ -55,9 +58,34 @@ Written by `python -m bench report` from the files below `bench/results/`. No nu
 def write(root: Path, page: Path, plots_dir: Path) -> list[str]:
     """Write the page and its plots from every result file below `root`; return warnings about the files.
 
-    Plots of an earlier report that have no data any more are removed.
+    Plots of an earlier report that have no data any more are removed. Raises ValueError where there is
+    nothing to report; the page and its plots are then as they were, as they are after an error or Ctrl-C
+    before the new ones are all made.
     """
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder")
     records, warnings = load(root)
+    if not any(record["kind"] in MEASURED for record in records):
+        damaged = f"; {len(warnings)} damaged lines" if warnings else ""
+        raise ValueError(f"{root}: there are no results to report (time, memory or training){damaged}")
+    plots_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=plots_dir) as aside:
+        text, drawn = _page(root, page, plots_dir, Path(aside), records, warnings)
+        # The page first: until its plots follow, it shows those of before.
+        write_whole(page, text)
+        for path in drawn:
+            os.replace(path, plots_dir / path.name)
+    for name in PLOTS:
+        for path in plots_dir.glob(f"{name}-*.png"):
+            if path.name not in {new.name for new in drawn}:
+                path.unlink()
+    return warnings
+
+
+def _page(
+    root: Path, page: Path, plots_dir: Path, aside: Path, records: list[Record], warnings: list[str]
+) -> tuple[str, list[Path]]:
+    """Return the page's text, and its plots, which are drawn into `aside`."""
     sections = []
     drawn: list[Path] = []
     by_device: dict[str, list[Record]] = {}
@@ -69,10 +97,10 @@ def write(root: Path, page: Path, plots_dir: Path) -> list[str]:
     for device in devices:
         sources = Sources(by_device[device], root)
         ends = [r for r in records if r["kind"] == "end" and device_of(r) == device]
-        pictures = draw(device, by_device[device], sources, plots_dir)
+        pictures = draw(device, by_device[device], sources, aside)
         drawn += pictures.values()
         links = {
-            name: f"![{name}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
+            name: f"![{name}]({Path(os.path.relpath(plots_dir / path.name, page.parent)).as_posix()})"
             for name, path in pictures.items()
         }
         sections.append(device_section(device, by_device[device], sources, links, ends))
@@ -80,13 +108,7 @@ def write(root: Path, page: Path, plots_dir: Path) -> list[str]:
         sections.append(
             "## Skipped\n\n" + "\n".join(f"- {_without_folders(text, root)}" for text in warnings)
         )
-    for name in PLOTS:
-        for path in plots_dir.glob(f"{name}-*.png"):
-            if path not in drawn:
-                path.unlink()
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join([INTRODUCTION, *sections]) + "\n", encoding="utf-8")
-    return warnings
+    return "\n\n".join([INTRODUCTION, *sections]) + "\n", drawn
 
 
 def readme_table(records: Sequence[Record]) -> str:

@@ -21,6 +21,7 @@ from .environment import ROOT
 from .sittings import merged
 
 RESULTS = ROOT / "bench" / "results"
+MEASURED = ("time", "memory", "training")
 
 
 class Store:
@@ -68,7 +69,7 @@ def parse(text: str, name: Path | str) -> tuple[list[dict], list[str]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not _is_record(record):
             warnings.append(f"{name}, line {number}: damaged, skipped")
@@ -85,8 +86,19 @@ def parse(text: str, name: Path | str) -> tuple[list[dict], list[str]]:
 def _is_record(record: object) -> bool:
     if not isinstance(record, dict):
         return False
-    texts = ["kind", "run", "date", *(["identity", "grid"] if record.get("kind") == "run" else [])]
-    return all(isinstance(record.get(name), str) for name in texts)
+    kind = record.get("kind")
+    texts = ["kind", "run", "date", *(["identity", "grid", "command"] if kind == "run" else [])]
+    texts += ["key"] if "rows" in record or kind in ("begin", "sitting", *MEASURED) else []
+    if not all(isinstance(record.get(name), str) for name in texts):
+        return False
+    if kind == "run":
+        about = record.get("environment")
+        parts = [about.get(name) for name in ("machine", "versions")] if isinstance(about, dict) else [None]
+        return all(isinstance(part, dict) for part in parts)
+    if kind in ("sitting", *MEASURED) or "rows" in record:
+        rows = record.get("rows")
+        return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return True
 
 
 def read(path: Path) -> tuple[list[dict], list[str]]:

@@ -1,12 +1,15 @@
-"""Runs a list of measurements: within a budget, with a progress bar, and so that it can be cut and gone on
-with.
+"""Runs a list of measurements: within a budget, with its progress shown, and so that it can be cut and gone
+on with.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,9 +21,47 @@ from .layers import DeviceLost
 from .results import Store, history, load, read
 from .sittings import bare, merged, turns
 
+# In a log: seconds between two lines about one measurement, and the least between any two.
+HEARTBEAT_S, LINE_S = 10.0, 1.0
+
 
 class BudgetSpent(BaseException):
     """Raised inside a measurement when the time is up. Not an Exception: no contender has failed."""
+
+
+@contextlib.contextmanager
+def alarm(end: float | None) -> Iterator[None]:
+    """Raise BudgetSpent inside at `end` (time.monotonic), also in a measurement that never ticks.
+
+    A signal, once more every second in case something swallows it; so in the main thread alone, and not on
+    Windows. What was set for SIGALRM before counts again afterwards.
+    """
+    if (
+        end is None
+        or not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    armed = True
+
+    def ring(number, frame) -> None:
+        if armed:
+            raise BudgetSpent
+
+    began = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, ring)
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, max(1e-3, end - began), 1.0)
+    try:
+        try:
+            yield
+        finally:
+            armed = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if delay:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, delay - (time.monotonic() - began)), interval)
 
 
 @dataclass(frozen=True)
@@ -71,9 +112,10 @@ def run(
     """Measure what is lacking of `jobs`, append each result to `path` at once, and return the new records.
 
     budget: seconds since `started` (time.monotonic; default now). A job that would not fit any more, by its
-    estimate scaled with how the others did, is left out; one that takes longer than that is cut at its next
-    tick. elsewhere: folders whose results of the same identity count as measured; without any, those of the
-    unfinished run in `path` do. What took an earlier call along comes last. Ctrl-C keeps what was measured.
+    estimate scaled with how the others did, is left out; one that takes longer than that is cut when the
+    budget is spent. elsewhere: folders whose results of the same identity count as measured; without any,
+    those of the unfinished run in `path` do. What took an earlier call along comes last. Ctrl-C keeps what
+    was measured.
     """
     started = time.monotonic() if started is None else started
     about = about or environment()
@@ -94,9 +136,9 @@ def run(
     store.append("run", command=command, grid=grid, identity=own, environment=about)
     records, left, stopped = [], [job.key for job in todo], "complete"
     spent = expected = 0.0
-    with _progress(console) as progress:
-        bar = progress.add_task("", total=sum(job.seconds for job in order))
-        base = 0.0
+    end = None if budget is None else started + budget
+    with _Shown(console, order, started, end) as shown:
+        shown.say(f"measuring {grid} into {path}: {len(order)} steps, about {shown.total:.0f} s")
         try:
             for number, job in enumerate(order):
                 sittings = book[job.key]
@@ -105,18 +147,19 @@ def run(
                 now = time.monotonic()
                 late = budget is not None and now - started + job.seconds * pace > budget
                 if late or sittings.given_up:
-                    progress.update(bar, completed=(base := base + job.seconds), refresh=True)
+                    shown.done(job)
                     continue
-                progress.update(bar, description=f"{number + 1}/{len(order)} {job.key[:60]}", refresh=True)
+                shown.begin(number, job)
 
-                def tick(fraction: float, job=job, base=base) -> None:
-                    progress.update(bar, completed=base + fraction * job.seconds, refresh=True)
-                    if budget is not None and time.monotonic() - started > budget:
+                def tick(fraction: float, job=job) -> None:
+                    shown.advance(job, fraction)
+                    if end is not None and time.monotonic() > end:
                         raise BudgetSpent
 
                 store.append("begin", key=job.key)
                 try:
-                    payload = sittings.sit(tick)
+                    with alarm(end):
+                        payload = sittings.sit(tick)
                 except BudgetSpent:
                     break
                 except DeviceLost as error:
@@ -131,7 +174,7 @@ def run(
                 else:
                     store.append("sitting", key=job.key, seconds=round(seconds, 2), **bare(payload))
                 spent, expected = spent + seconds, expected + job.seconds
-                progress.update(bar, completed=(base := base + job.seconds), refresh=True)
+                shown.done(job)
                 if stopped != "complete":
                     break
         except KeyboardInterrupt:
@@ -186,18 +229,68 @@ def _failed(job: Job, error: Exception, status: str) -> dict:
     return {**job.describe, "rows": rows, "retry": reason}
 
 
-def _progress(console: Console | None) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    # Refreshed between samples only: a thread of its own would take time from them.
-    return Progress(*columns, console=console or make_console(), transient=True, auto_refresh=False)
+class _Shown:
+    """The progress of a run: a bar on a terminal; in a log a line for what begins, and one every ten seconds
+    while it lasts. end: when the budget is spent (time.monotonic), or None.
+    """
+
+    def __init__(self, console: Console | None, order: list[Job], started: float, end: float | None):
+        self.console = console or make_console()
+        self.count, self.total = len(order), sum(job.seconds for job in order)
+        self.started, self.end = started, end
+        self.base, self.said = 0.0, 0.0
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        # Refreshed between samples only: a thread of its own would take time from them.
+        self.progress = Progress(*columns, console=self.console, transient=True, auto_refresh=False)
+        self.bar = self.progress.add_task("", total=self.total)
+
+    def __enter__(self) -> _Shown:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line with the seconds that have passed and, with a budget, those that are left."""
+        now = time.monotonic()
+        left = "" if self.end is None else f", {max(0.0, self.end - now):.0f} s left"
+        words = f"[{now - self.started:.0f} s{left}] {text}"
+        self.console.print(words, highlight=False, markup=False, soft_wrap=True)
+        self.said = now
+
+    def begin(self, number: int, job: Job) -> None:
+        text = f"{number + 1}/{self.count} {job.key[:60]}"
+        self.progress.update(self.bar, description=text, refresh=self.console.is_terminal)
+        if not self.console.is_terminal and (job.seconds >= LINE_S or time.monotonic() - self.said >= LINE_S):
+            self.say(f"{text}: about {job.seconds:.0f} s")
+
+    def advance(self, job: Job, fraction: float) -> None:
+        completed = self.base + fraction * job.seconds
+        self.progress.update(self.bar, completed=completed, refresh=self.console.is_terminal)
+        if not self.console.is_terminal and time.monotonic() - self.said >= HEARTBEAT_S:
+            self.say(f"{job.key[:60]}: {100 * fraction:.0f} %")
+
+    def done(self, job: Job) -> None:
+        self.base += job.seconds
+        self.progress.update(self.bar, completed=self.base, refresh=self.console.is_terminal)
+
+
+class _Console(Console):
+    """A console whose closed pipe ends the command, and not the process as rich's does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def make_console() -> Console:
     """Return a console; into a file or a log rich would assume 80 columns and break the lines."""
-    return Console(width=None if sys.stdout.isatty() else 170)
+    return _Console(width=None if sys.stdout.isatty() else 170)

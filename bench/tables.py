@@ -7,7 +7,6 @@ nothing is written, and the exit code is 1 if a table is not what its result fil
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -20,6 +19,7 @@ from .environment import ROOT, environment, write_json
 from .families import memory_table
 from .reading import markdown, provenance
 from .report import readme_table
+from .shell import Parser, run_command, write_whole
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
@@ -87,14 +87,22 @@ def take_demo(path: Path) -> None:
     """Keep a result of the demo as the one that README shows, with the commit and without the folder's
     name.
     """
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_json(path)
+    if not all(isinstance(result.get(name), kind) for name, kind in (("runs", list), ("options", dict))):
+        raise ValueError(f"{path}: it is no result of the demo (make demo writes .demo/results.json)")
     result["options"].pop("out", None)
     now = environment()
     write_json(ROOT / DEMO_RESULTS, {**result, "commit": now["commit"], "dirty": now["dirty"]})
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: it is no JSON file") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it holds no JSON object")
+    return found
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -129,7 +137,11 @@ def fill(text: str, name: str, table: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
+    return run_command("python -m bench.tables", lambda: fill_all(argv))
+
+
+def fill_all(argv: list[str] | None) -> int:
+    parser = Parser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if a table is out of date"
     )
@@ -148,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         if after != before:
             stale.append(f"{table.page}: {name}")
             if not check:
-                path.write_text(after, encoding="utf-8")
+                write_whole(path, after)
     print(
         "\n".join(f"{'out of date' if check else 'written'}: {entry}" for entry in stale) or "all up to date"
     )

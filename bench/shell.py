@@ -1,0 +1,69 @@
+"""What the commands of bench/ share: one line for a wrong call, quiet pipes, files that are written whole."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+# Errors of the system that a wrong path on the command line makes.
+WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong call with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message} (--help says what is possible)\n")
+
+
+def run_command(name: str, command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; 2 and one line for a wrong call, 130 for Ctrl-C.
+
+    A wrong call is what raises ValueError, or an error of the system for a path. A reader of a pipe that has
+    seen enough (head, less) ends the command quietly.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            # Here, where a closed pipe can be answered; also after --help, which ends the process.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more at exit, when it flushes.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ValueError as error:
+        return _fail(name, error, USAGE_ERROR)
+    except OSError as error:
+        return _fail(name, error, USAGE_ERROR if isinstance(error, WRONG_PATHS) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(name: str, error: Exception, code: int) -> int:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    print(f"{name}: {lines[0]}", file=sys.stderr)
+    return code
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path`: all of it, or, after an error or Ctrl-C, the previous file untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.chmod(0o644)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
