@@ -66,7 +66,7 @@ def test_contenders_train_alike():
         assert row["peak_allocated_bytes"] is None and row["peak_reserved_bytes"] is None
         if checkpointing:
             assert row["saved_bytes"] < rows[key, False]["saved_bytes"] / 2
-            assert row["losses"] == pytest.approx(rows[key, False]["losses"], rel=1e-6)
+            assert row["losses"] == rows[key, False]["losses"]
     # 4 · (N of the seven linear layers) of two layers.
     assert rows["lorafa", False]["trained_parameters"] == 4 * 2 * (5 * 128 + 2 * 344)
     assert rows["frozen", False]["trained_parameters"] == 0

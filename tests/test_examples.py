@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import check_budget
 from torch import nn
 
 from examples import DemoError, finetune_minilm, movie_reviews
@@ -309,9 +311,30 @@ def test_lora_and_lorafa_start_alike_and_lorafa_follows_the_plain_formula(demo) 
     assert {id(p) for p in trained_library} == {id(p) for p in library.parameters() if p.requires_grad}
 
     cpu = torch.device("cpu")
-    losses = train(plain, trained_plain, snippets, order, cpu).losses
+    batch = snippets.batch(range(len(snippets)), cpu)
+    check_one_step(library, plain, batch)
+    losses = train(library, trained_library, snippets, order, cpu).losses
     assert losses[0] != losses[-1]
-    torch.testing.assert_close(train(library, trained_library, snippets, order, cpu).losses, losses)
+    # What was learned, put into the plain model: it goes on from there alike.
+    with torch.no_grad():
+        for one, other in zip(trained_plain, trained_library, strict=True):
+            assert one.shape == other.shape
+            one.copy_(other)
+    assert all(one.lora_B.any() for one in plain_layers)
+    check_one_step(library, plain, batch)
+
+
+def check_one_step(library: nn.Module, plain: nn.Module, batch) -> None:
+    """The error budget for the encoder's states and all gradients, the library's beside plain PyTorch's."""
+    from examples.training import batch_loss
+
+    found = []
+    for model in (library, plain, copy.deepcopy(plain).double()):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hidden = model.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        grads = torch.autograd.grad(batch_loss(model, batch), trained)
+        found.append({"hidden": hidden.detach(), "grads": torch.cat([grad.flatten() for grad in grads])})
+    check_budget(got=found[0], plain=found[1], exact=found[2])
 
 
 def test_an_adapter_that_does_not_reproduce_fails_the_demo(demo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,17 @@ address tensors of more than 2³¹ elements."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from accuracy import check_budget
 from conftest import TRITON_DEVICE, on_device
 from kernel_plans import PLANS, pin_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import lorafa_linear, reference
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.accuracy import draw_operands, plain_formula
 
 pytest.importorskip("triton")
 linear = pytest.importorskip("lorafa_kernels.kernels.linear")
@@ -70,7 +73,7 @@ def guarded(monkeypatch):
 @kernel_dtypes
 @pytest.mark.parametrize("plan", [None, *PLANS])
 @pytest.mark.parametrize(
-    "shape", [(70, 40, 200, 9), (1, 1, 1, 1), (300, 136, 264, 140)], ids=["ragged", "ones", "two-rank-blocks"]
+    "shape", [(70, 40, 200, 9), (1, 1, 1, 1), (70, 72, 136, 129)], ids=["ragged", "ones", "two-rank-blocks"]
 )
 def test_outputs_are_written_whole_and_nothing_else(monkeypatch, triton_device, guarded, dtype, shape, plan):
     pin_by_name(monkeypatch, plan)
@@ -124,18 +127,22 @@ def test_offsets_past_32_bits(triton_device, operand, layout):
 
 @pytest.mark.gpu
 def test_results_of_more_than_32_bits():
-    """y, dx and dy of more than 2³¹ elements, checked at rows from both ends against the same rows alone."""
+    """y, dx and dy of more than 2³¹ elements, checked at rows from both ends."""
     M, K, N, R = (1 << 31) // 4096 + 300, 64, 4096, 8
     inputs = draw_operands(256, K, N, R, torch.bfloat16, "cuda", bias=False)
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
     y, z = linear.forward(x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)
     assert y.numel() > 1 << 31
     for rows in (slice(0, 256), slice(M - 256, M)):
-        part, _ = linear.forward(x[rows], inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)
-        torch.testing.assert_close(y[rows], part)
+        check_rows(replace(inputs, x=x[rows]), "y", y[rows])
     dx, _ = linear.backward(y, z, inputs.weight, inputs.lora_A, inputs.lora_B, 0.7)
-    part = linear.backward_input(y[-256:], inputs.weight, inputs.lora_A, inputs.lora_B, 0.7)
-    torch.testing.assert_close(dx[-256:], part)
+    check_rows(replace(inputs, dy=y[-256:]), "dx", dx[-256:])
+
+
+def check_rows(inputs, name, got):
+    """The budget for one result of these rows: `inputs` has no others."""
+    exact, plain = plain_formula(inputs, torch.float64), plain_formula(inputs)
+    check_budget({name: got}, {name: exact[name]}, {name: plain[name]})
 
 
 @pytest.mark.gpu
@@ -191,6 +198,5 @@ def test_dB_is_not_rounded_to_the_dtype_of_x(triton_only, dtype):
     inputs = draw_operands(64, 32, 48, 6, dtype, triton_only, factor_dtype=torch.float32)
     z = reference.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 1.0)[1]
     dB = linear.backward_lora_B(inputs.dy, z, torch.float32)
-    exact = inputs.dy.double().T @ z.double()
-    # 64 products summed in fp32.
-    assert ((dB.double() - exact).norm() / exact.norm()).item() < 64 * torch.finfo(torch.float32).eps
+    exact, plain = (inputs.dy.to(wide).T @ z.to(wide) for wide in (torch.float64, torch.float32))
+    check_budget({"dB": dB}, {"dB": exact}, {"dB": plain})

@@ -169,9 +169,8 @@ BLOCKS = (
 )
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Names of the blocks that were computed at once since."""
+def _count_calls(set_attribute):
+    """A list that gets the name of each block that is computed at once from now on."""
     made = []
     for module, name in BLOCKS:
         function = getattr(module, name)
@@ -180,8 +179,14 @@ def calls(monkeypatch):
             made.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, counting)
+        set_attribute(module, name, counting)
     return made
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the blocks that were computed at once since."""
+    return _count_calls(monkeypatch.setattr)
 
 
 ALL = ["rms_norm", "lorafa_linear_group", "lorafa_gated_mlp"]
@@ -890,37 +895,48 @@ def _wrapped(model, engine):
     return fully_shard(model)
 
 
-def _worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    made, found = [], {}
-    for module, name in BLOCKS:
-        function = getattr(module, name)
-        setattr(module, name, lambda *a, name=name, f=function, **k: (made.append(name), f(*a, **k))[1])
+def _train_through_engines(rank, world, folder, made):
+    """Write the gradients of all processes together, and the blocks that were computed, for each engine."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    found = {}
     try:
         for engine in ENGINES:
+            del made[:]
             model = adapted()
             wrapped = _wrapped(model, engine)
-            x, dy = (inputs(seed).chunk(2)[rank] for seed in (0, 100))
-            x = x.clone().requires_grad_()
+            x, dy = (inputs(seed).chunk(world)[rank] for seed in (0, 100))
             # Engines average over the processes, autograd adds.
-            wrapped(x).backward(2 * dy)
+            wrapped(x.clone().requires_grad_()).backward(world * dy)
             grads = [p.grad for p in lorafa_parameters(model)]
             grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
             found[engine] = grads, made[:]
-            del made[:]
         if rank == 0:
             torch.save(found, f"{folder}/result")
     finally:
         dist.destroy_process_group()
 
 
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    _train_through_engines(rank, 2, folder, _count_calls(setattr))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_engines_train_through_the_blocks(tmp_path):
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)
     found = {kind: {"dB": results(adapted(kind))["dB"]} for kind in (PLAIN, EXACT)}
     for grads, made in torch.load(tmp_path / "result").values():
         assert_alike({**found, FUSED: {"dB": grads}})
+        assert made == ALL
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_engines_of_one_process_train_through_the_blocks(tmp_path, calls):
+    _train_through_engines(0, 1, str(tmp_path), calls)
+    want = results(adapted())["dB"]
+    for engine, (grads, made) in torch.load(tmp_path / "result").items():
+        assert_same(grads, want, name=engine)
         assert made == ALL
 
 
