@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from ..blocks.mlp import lorafa_gated_mlp
 from ..blocks.norm import rms_norm
 from ..functional import FLOAT_DTYPES
 from .guards import common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
-from .recognise import MLP, Norm
+from .recognise import MLP, Norm, recognise_mlp, recognise_norm
+from .shield import Guards, Untraceable
 
 _BLOCK = "_lorafa_block"
+# Children that return their input, and the forward that does so.
+_IDENTITIES = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
 
 
 class FusedBlock:
@@ -42,7 +46,7 @@ class FusedBlock:
 
 class FusedMLP(FusedBlock):
     def lorafa_compute(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-        roles: MLP | None = self.__dict__.get(_BLOCK)
+        roles: MLP | None = _roles(self, recognise_mlp)
         x = None if roles is None else _input(args, kwargs, roles.input)
         if x is None:
             return None
@@ -53,6 +57,12 @@ class FusedMLP(FusedBlock):
         for name, kind in roles.others:
             child = children.get(name)
             if type(child) is not kind or not is_quiet(child) or (kind is nn.Dropout and child.p != 0):
+                return None
+            if _IDENTITIES.get(kind, kind.forward) is not kind.forward:
+                return None
+        if roles.activation_guards is not None:
+            name, guards = roles.activation_guards
+            if not _hold(guards, children[name]):
                 return None
         impl = common_impl(linears)
         if impl is None or not no_global_hooks():
@@ -69,10 +79,12 @@ class FusedMLP(FusedBlock):
 
 class FusedNorm(FusedBlock):
     def lorafa_compute(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-        roles: Norm | None = self.__dict__.get(_BLOCK)
-        x = None if roles is None else _input(args, kwargs, roles.input)
         # Without a gradient nothing is kept anyway, and a compiler fuses the original better.
-        if x is None or not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        roles: Norm | None = _roles(self, recognise_norm)
+        x = None if roles is None else _input(args, kwargs, roles.input)
+        if x is None or not x.requires_grad:
             return None
         weight = self._parameters.get(roles.weight)
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
@@ -80,6 +92,29 @@ class FusedNorm(FusedBlock):
         if weight.shape != x.shape[-1:] or weight.dtype not in FLOAT_DTYPES:
             return None
         return rms_norm(x, weight, getattr(self, roles.eps), roles.form)
+
+
+def _roles(module: nn.Module, recognise: Callable) -> MLP | Norm | None:
+    """The roles of `module`, None where something that its forward reads is not what it was when it was
+    recognised, and where it is not fused.
+    """
+    roles = module.__dict__.get(_BLOCK)
+    if roles is None:
+        return None
+    if roles.guards.stale and not torch.compiler.is_compiling():
+        # Out of a pickle, so that its globals may be others.
+        try:
+            roles = recognise(module)
+        except Untraceable:
+            roles = None
+        module.__dict__[_BLOCK] = roles
+    return roles if roles is not None and _hold(roles.guards, module) else None
+
+
+def _hold(guards: Guards, module: nn.Module) -> bool:
+    if torch.compiler.is_compiling():
+        return guards.hold_compiled(module)
+    return guards.hold(module)
 
 
 def _input(args: tuple, kwargs: dict[str, Any], name: str) -> Tensor | None:
@@ -121,7 +156,8 @@ def _subclass(original: type, kind: type) -> type:
     @functools.wraps(known)
     def forward(self, *args, **kwargs):
         # Kernel libraries put another forward into the class.
-        y = self.lorafa_compute(args, kwargs) if original.forward is known else None
+        # Whoever kept this method may call it after the block was taken out, when `self` is none any more.
+        y = kind.lorafa_compute(self, args, kwargs) if original.forward is known else None
         return original.forward(self, *args, **kwargs) if y is None else y
 
     names = {

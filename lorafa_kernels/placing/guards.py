@@ -6,6 +6,8 @@ hold is not an error: the layer then runs by itself, as it would without the blo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -14,8 +16,9 @@ from ..blocks.operands import LinearOperands
 from ..functional import FLOAT_DTYPES
 from ..nn.linear import LoRAFALinear
 
-# Classes whose forward is what operands_for describes; members.py adds its own.
-LINEARS: set[type] = {nn.Linear, LoRAFALinear}
+# Classes whose forward is what operands_for describes, and that forward: kernel libraries put another into
+# the class. members.py adds its own.
+LINEARS: dict[type, Callable] = {kind: kind.forward for kind in (nn.Linear, LoRAFALinear)}
 
 
 def is_quiet(module: nn.Module) -> bool:
@@ -47,11 +50,12 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     (offloaded ones are on meta), sharded, empty or of a subclass; if a frozen one was thawed, which that
     forward trains or refuses; if its dtype is not that of x, outside of autocast.
     """
-    if type(linear) not in LINEARS or not is_quiet(linear):
+    kind = type(linear)
+    if kind not in LINEARS or kind.forward is not LINEARS[kind] or not is_quiet(linear):
         return None
     # Read past nn.Module's __getattr__, which takes longer than all the rest.
     attributes, parameters = linear.__dict__, linear._parameters
-    adapted = type(linear) is not nn.Linear
+    adapted = kind is not nn.Linear
     if adapted and (attributes["merged"] or not attributes["adapter_enabled"]):
         return None
     weight = parameters.get("weight")

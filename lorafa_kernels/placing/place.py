@@ -14,7 +14,7 @@ from .guards import is_quiet
 from .members import group_layers, ungroup_layer
 from .projections import shared_inputs
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
-from .symbolic import Untraceable
+from .shield import Untraceable
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ multiplier, a dropout, rejects it with a reason that names it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn.linear import LoRAFALinear
-from .symbolic import Child, Slot, Symbol, Trace, Untraceable, input_name, run, trace_forward
+from .shield import Guards, Reads, Untraceable
+from .symbolic import Child, Slot, Symbol, Trace, input_name, original_class, run, trace_forward
 
 _COMMUTE = frozenset({"add", "mul"})
 # Forwards may ask for the dtype of their parameters, and it may change later: all answers must do.
@@ -28,7 +29,8 @@ class MLP(NamedTuple):
 
     gate, up, down: names of linear children. activation: "silu", "gelu" or "gelu_tanh". others: names and
     classes of the other children that forward calls, the activation and those that return their input.
-    input: name of x.
+    input: name of x. guards: what forward read beside its layers; activation_guards: the activation's, and
+    the class it is of.
     """
 
     gate: str
@@ -37,15 +39,20 @@ class MLP(NamedTuple):
     activation: str
     others: tuple[tuple[str, type], ...]
     input: str
+    guards: Guards
+    activation_guards: tuple[str, Guards] | None
 
 
 class Norm(NamedTuple):
-    """An RMS norm of a form of blocks/norm.py; weight, eps, input: names of attributes and of x."""
+    """An RMS norm of a form of blocks/norm.py; weight, eps, input: names of attributes and of x; guards: what
+    forward read beside the weight.
+    """
 
     form: str
     weight: str
     eps: str
     input: str
+    guards: Guards
 
 
 def _gated(self, x):
@@ -158,11 +165,15 @@ def _operations(symbols: Any) -> Counter[str]:
     return Counter(s.operation for s in symbols if s.operation not in ignored)
 
 
-def _bound(module: nn.Module, template: Callable, kind: str) -> tuple[dict[str, Any], Trace]:
-    """Roles of `template` in `module`, and the trace. Raises Untraceable, which names what is more."""
+def _bound(module: nn.Module, template: Callable, kind: str) -> tuple[dict[str, Any], Trace, list[Reads]]:
+    """Roles of `template` in `module`, the trace, and what was read. Raises Untraceable, which names what is
+    more.
+    """
     roles: dict[str, Any] = {}
+    read = []
     for dtype in _PARAMETER_DTYPES:
-        result, trace = trace_forward(module, dtype)
+        result, trace, reads = trace_forward(module, dtype)
+        read.append(reads)
         wanted, wanted_trace = _template(template, dtype)
         unused = list(_unused(result, trace))
         if unused:
@@ -172,7 +183,7 @@ def _bound(module: nn.Module, template: Callable, kind: str) -> tuple[dict[str, 
             more = _surplus(module, trace, wanted_trace)
             raise Untraceable(f"is not that of {kind}" + (f": it has {more}" if more else ""))
         roles = found
-    return roles, trace
+    return roles, trace, read
 
 
 def _surplus(module: nn.Module, trace: Trace, template: Trace) -> str:
@@ -218,15 +229,19 @@ def _name(module: nn.Module, symbol: Symbol) -> str:
 
 def recognise_mlp(module: nn.Module) -> MLP:
     """Return the roles of the children of `module` in a gated MLP. Raises Untraceable if it is none."""
-    roles, trace = _bound(module, _gated, "a gated MLP")
+    roles, trace, read = _bound(module, _gated, "a gated MLP")
     for role in ("gate", "up", "down"):
         child = module._modules[roles[role]]
         if type(child) is not nn.Linear and not isinstance(child, LoRAFALinear):
             raise Untraceable(f"has a {type(child).__name__} for {roles[role]}")
     activation, others = roles["activation"], tuple(dict.fromkeys(trace.identities))
+    guards = None
     if isinstance(activation, str):
         others = (activation, *others)
-        known = identify_activation(module._modules[activation])
+        known, reads = _identified(module._modules[activation])
+        if reads is not None:
+            forward = type(module._modules[activation]).forward
+            guards = activation, Guards.of([reads], forward=forward)
         shown = f"{activation} ({type(module._modules[activation]).__name__})"
     else:
         known = {("silu",): "silu", ("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh"}.get(activation)
@@ -234,12 +249,15 @@ def recognise_mlp(module: nn.Module) -> MLP:
     if known is None:
         raise Untraceable(f"has {shown} for its activation, which is none of {', '.join(ACTIVATIONS)}")
     kinds = tuple((name, type(module._modules[name])) for name in others)
-    return MLP(roles["gate"], roles["up"], roles["down"], known, kinds, input_name(type(module).forward))
+    names = roles["gate"], roles["up"], roles["down"]
+    # The children that are asked for at each call are guarded there.
+    own = Guards.of(read, without=(*names, *others))
+    return MLP(*names, known, kinds, input_name(original_class(module).forward), own, guards)
 
 
 def recognise_norm(module: nn.Module) -> Norm:
     """Return the form and names of `module` as an RMS norm. Raises Untraceable if it is none."""
-    _, trace = trace_forward(module, torch.float32)
+    _, trace, _ = trace_forward(module, torch.float32)
 
     def distance(form: str) -> int:
         ours, theirs = _operations(trace.values), _operations(_template(NORMS[form], torch.float32)[1].values)
@@ -248,7 +266,7 @@ def recognise_norm(module: nn.Module) -> Norm:
     refused = None
     for form in sorted(NORMS, key=distance):
         try:
-            roles, _ = _bound(module, NORMS[form], "a known RMS norm")
+            roles, _, read = _bound(module, NORMS[form], "a known RMS norm")
         except Untraceable as error:
             # The reason that counts is what keeps it from being the nearest form.
             refused = refused or error
@@ -256,19 +274,54 @@ def recognise_norm(module: nn.Module) -> Norm:
         eps = next((name for name, value in vars(module).items() if value is roles["eps"]), None)
         if eps is None:
             raise Untraceable("takes eps from elsewhere than an attribute of the module")
-        return Norm(form, roles["weight"], eps, input_name(type(module).forward))
+        guards = Guards.of(read, without=(roles["weight"],))
+        return Norm(form, roles["weight"], eps, input_name(original_class(module).forward), guards)
     raise refused
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+def _gelu(x: float, approximate: str = "none") -> float:
+    if approximate == "tanh":
+        return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": _gelu,
+    "gelu_tanh": lambda x: _gelu(x, "tanh"),
 }
 # Functions that are analytic: if two compositions of them agree on many points they agree everywhere.
-_SMOOTH = frozenset(
-    {"input", "add", "mul", "sub", "div", "pow", "neg", "tanh", "erf", "exp", "sigmoid", "silu", "gelu"}
-)
+_SMOOTH: dict[str, Callable] = {
+    "add": lambda a, b: a + b,
+    "mul": lambda a, b: a * b,
+    "sub": lambda a, b: a - b,
+    "div": lambda a, b: a / b,
+    "pow": math.pow,
+    "neg": lambda a: -a,
+    "tanh": math.tanh,
+    "erf": math.erf,
+    "exp": _exp,
+    "sigmoid": _sigmoid,
+    "silu": ACTIVATIONS["silu"],
+    "gelu": _gelu,
+}
+
+
+def _value(symbol: Any, x: float) -> Any:
+    """What an expression of smooth functions is at x, in fp64."""
+    if type(symbol) is not Symbol:
+        return symbol
+    if symbol.operation == "input":
+        return x
+    return _SMOOTH[symbol.operation](*(_value(argument, x) for argument in symbol.arguments))
 
 
 def identify_activation(module: nn.Module) -> str | None:
@@ -277,20 +330,29 @@ def identify_activation(module: nn.Module) -> str | None:
     It must consist of smooth elementwise functions, without state, and agree with the known one in fp64 on
     points of all sizes to twelve digits.
     """
+    return _identified(module)[0]
+
+
+def _identified(module: nn.Module) -> tuple[str | None, Reads | None]:
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-        return None
+        return None, None
     try:
         # What it answers to a question for a class, its values are compared all the same.
-        _, trace = trace_forward(module, torch.float32, may_ask_class=True)
+        result, trace, reads = trace_forward(module, torch.float32, may_ask_class=True)
     except Untraceable:
-        return None
-    if not {symbol.operation for symbol in trace.values} <= _SMOOTH:
-        return None
-    sizes = torch.logspace(-3, 3, 64, dtype=torch.float64)
-    points = torch.cat((-sizes, sizes))
-    with torch.no_grad():
-        got = type(module).forward(module, points)
+        return None, None
+    if not {symbol.operation for symbol in trace.values} <= {"input", *_SMOOTH}:
+        return None, None
+    sizes = [10 ** (-3 + 6 * step / 63) for step in range(64)]
+    points = [*(-size for size in sizes), *sizes]
+    try:
+        # Without torch, whose modes and default device are the user's.
+        got = [_value(result, x) for x in points]
         for name, function in ACTIVATIONS.items():
-            if bool(((got - function(points)).abs() <= 1e-12 * (1 + points.abs())).all()):
-                return name
-    return None
+            wanted = map(function, points)
+            if all(abs(one - two) <= 1e-12 * (1 + abs(one)) for one, two in zip(got, wanted, strict=True)):
+                return name, reads
+    except (ArithmeticError, TypeError, ValueError):
+        # Arguments that are not known, or numbers that no fp64 holds.
+        pass
+    return None, None

@@ -1,8 +1,8 @@
 """What a module's forward computes, as an expression: forward is run once on a tensor that is not there.
 
-The stand-in for the module answers with symbols for its parameters and children and with their own values for
-everything else, so that what forward does with its attributes is seen as it is. What depends on a tensor's
-value, on whether the module is training, or on the inside of a child cannot be an expression: `Untraceable`.
+The stand-in for the module answers with symbols for its parameters and children; everything else is seen,
+and kept from harm, as shield.py says, which also notes what was read. What depends on a tensor's value, on
+whether the module is training, or on the inside of a child cannot be an expression: `Untraceable`.
 
 Operations are named alike however they are written (x * y, torch.mul(x, y), x.mul(y); x.float(),
 x.to(torch.float32)). Nothing of the module is changed, no child runs, and no state of torch is touched.
@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .shield import Reads, Self, Untraceable
 
 _DTYPES = {
     "float": torch.float32,
@@ -25,10 +28,6 @@ _DTYPES = {
 }
 _ALIASES = {"multiply": "mul", "divide": "div", "true_divide": "div"}
 _HIDDEN = ("operation", "arguments", "trace")
-
-
-class Untraceable(Exception):
-    """A forward that is no expression of its input; the message says why and completes "its forward ..."."""
 
 
 class Trace:
@@ -77,6 +76,12 @@ class Symbol:
     def __class__(self):
         if self.trace.may_ask_class:
             return Symbol
+        raise Untraceable("asks what kind of object it has been given")
+
+    def lorafa_is_instance(self, kind: type) -> bool:
+        """The answer of isinstance to forward itself."""
+        if self.trace.may_ask_class and kind in (Tensor, object):
+            return True
         raise Untraceable("asks what kind of object it has been given")
 
     @classmethod
@@ -196,41 +201,6 @@ class Child:
         raise Untraceable(f"sets {name} of its {self._name}")
 
 
-class _Self:
-    """Stands for the module itself while its forward is traced."""
-
-    def __init__(self, module: nn.Module, trace: Trace) -> None:
-        self.__dict__.update(_module=module, _trace=trace)
-
-    def __getattr__(self, name: str) -> Any:
-        module, trace = self._module, self._trace
-        if name == "training":
-            raise Untraceable("asks whether it is training")
-        for kind, group in (("parameter", module._parameters), ("buffer", module._buffers)):
-            if name in group:
-                return None if group[name] is None else trace.record(kind, name)
-        if name in module._modules:
-            child = module._modules[name]
-            return None if child is None else Child(name, trace, child)
-        value = vars(module)[name] if name in vars(module) else inspect.getattr_static(type(module), name)
-        if isinstance(value, Tensor):
-            return trace.record("tensor", name)
-        if isinstance(value, nn.Module):
-            raise Untraceable(f"uses {name}, which is none of its children")
-        if isinstance(value, types.MethodType) and value.__self__ is module:
-            return types.MethodType(value.__func__, self)
-        if name in vars(module):
-            return value
-        if isinstance(value, types.FunctionType):
-            return types.MethodType(value, self)
-        if isinstance(value, property):
-            return value.fget(self)
-        return getattr(type(module), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise Untraceable(f"sets its attribute {name}")
-
-
 def input_name(forward) -> str:
     """Name of the one argument that `forward(self, x)` must be given; Untraceable if it is not one."""
     _, *parameters = inspect.signature(forward).parameters.values()
@@ -241,20 +211,29 @@ def input_name(forward) -> str:
     return required[0].name
 
 
+def original_class(module: nn.Module) -> type:
+    """The class of `module`, or what it was before it was fused."""
+    return getattr(type(module), "lorafa_original", type(module))
+
+
 def trace_forward(
     module: nn.Module, parameter_dtype: torch.dtype, may_ask_class: bool = False
-) -> tuple[Symbol, Trace]:
-    """Return what the class's forward of `module` computes from one input, and everything it computed.
+) -> tuple[Symbol, Trace, Reads]:
+    """Return what the class's forward of `module` computes from one input, everything it computed on the way,
+    and what it read.
 
     The options are those of Trace. Raises Untraceable.
     """
-    forward = type(module).forward
+    forward = original_class(module).forward
     input_name(forward)
-    trace = Trace(parameter_dtype, may_ask_class)
-    return run(forward, _Self(module, trace), trace), trace
+    if not isinstance(forward, types.FunctionType):
+        raise Untraceable(f"is a {type(forward).__name__}")
+    trace, reads = Trace(parameter_dtype, may_ask_class), Reads(module)
+    stand_in = Self(reads, trace.record, lambda name, child: Child(name, trace, child))
+    return run(lambda *args: reads.run(forward, args, {}), stand_in, trace), trace, reads
 
 
-def run(forward, stand_in: Any, trace: Trace) -> Symbol:
+def run(forward: Callable, stand_in: Any, trace: Trace) -> Symbol:
     """Return what forward(stand_in, x) computes from one input. Raises Untraceable."""
     try:
         result = forward(stand_in, trace.record("input"))
