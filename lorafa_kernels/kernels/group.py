@@ -294,8 +294,8 @@ def shrink_group(
     M, K = x.shape
     ranks = [factor.shape[1] for factor in factors]
     out = torch.empty((M, sum(ranks)), dtype=x.dtype, device=x.device)
-    if M == 0 or not ranks:
-        return out
+    if M == 0 or K == 0 or not ranks:
+        return out.zero_()
     limits = device_limits(x.device)
     if config is None:
         shapes = M, max(ranks), len(ranks)

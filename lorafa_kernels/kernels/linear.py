@@ -52,8 +52,9 @@ def forward(
     dropout = {"dropout_p": dropout_p, "seed": seed}
     if config.variant == "recompute":
         return recompute(x, weight.t(), lora_A.t(), lora_B.t(), bias, scaling, config=config, **dropout)
-    z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=plan.pdl, **dropout)
-    return expand(x, weight.t(), z, lora_B.t(), bias, config=config, pdl=plan.pdl), z
+    pdl = plan.pdl and _launches(x)
+    z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=pdl, **dropout)
+    return expand(x, weight.t(), z, lora_B.t(), bias, config=config, pdl=pdl), z
 
 
 def backward(
@@ -76,8 +77,9 @@ def backward(
     scaling = scaling / (1 - dropout_p)
     dropout = {"dropout_p": dropout_p, "seed": seed}
     if plan.one_pass and config.variant != "recompute":
-        dz, dB = grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.grad, pdl=plan.pdl)
-        return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl, **dropout), dB
+        pdl = plan.pdl and _launches(dy)
+        dz, dB = grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.grad, pdl=pdl)
+        return expand(dy, weight, dz, lora_A, config=config, pdl=pdl, **dropout), dB
     dB = grad(dy, z, None, 1.0, lora_B.dtype, config=plan.grad)[1]
     return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, config, dropout), dB
 
@@ -120,8 +122,16 @@ def _input_gradient(
             dy, weight, lora_B, lora_A, None, scaling, config=config, want_L=False, drop_P=False, **dropout
         )
         return dx
-    dz = shrink(dy, lora_B, scaling, config=plan.shrink, pdl=plan.pdl)
-    return expand(dy, weight, dz, lora_A, config=config, pdl=plan.pdl, **dropout)
+    pdl = plan.pdl and _launches(dy)
+    dz = shrink(dy, lora_B, scaling, config=plan.shrink, pdl=pdl)
+    return expand(dy, weight, dz, lora_A, config=config, pdl=pdl, **dropout)
+
+
+def _launches(rows: Tensor) -> bool:
+    """Whether z or dz of these rows takes a kernel, which expand can overlap with: without columns it does
+    not.
+    """
+    return rows.shape[1] > 0
 
 
 def _resolve(

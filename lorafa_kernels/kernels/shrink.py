@@ -152,8 +152,8 @@ def shrink(
     M, K = rows.shape
     R = factor.shape[1]
     out = torch.empty((M, R), dtype=rows.dtype, device=rows.device)
-    if M == 0:
-        return out
+    if M == 0 or K == 0:
+        return out.zero_()
     limits = device_limits(rows.device)
     if config is None:
         config = default_config("shrink", limits, rows.element_size(), M, R, dropout=dropout_p > 0)
