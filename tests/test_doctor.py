@@ -33,6 +33,9 @@ from lorafa_kernels.tuning.recipe import Problem, Recipe
 
 CPU = torch.device("cpu")
 BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
+# The shapes of the report take half a minute; these, too, have outputs of 256 elements and more.
+SMALL_SHAPES = ((20, 18, 17, 16), (17, 32, 24, 16))
+SMALL = f"from lorafa_kernels import doctor\ndoctor.CPU_SHAPES = {SMALL_SHAPES}\n"
 RUN = "from lorafa_kernels.__main__ import main\nraise SystemExit(main(['doctor', '--device', 'cpu']))\n"
 
 
@@ -66,6 +69,7 @@ def assert_all_passed(out: str, impl: str) -> None:
     assert all(line.endswith("  ok") for line in results(out, impl))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_report_with_triton():
     done = run("-m", "lorafa_kernels", "doctor", "--device", "cpu")
@@ -88,8 +92,9 @@ def test_report_with_triton():
     assert done.stdout.isascii() and not done.stderr
 
 
-def test_report_without_triton():
-    done = run("-c", BLOCK_TRITON + RUN)
+@pytest.mark.parametrize("shapes", [pytest.param("", id="all", marks=pytest.mark.slow), pytest.param(SMALL, id="small")])
+def test_report_without_triton(shapes):
+    done = run("-c", BLOCK_TRITON + shapes + RUN)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Triton         not installed" in done.stdout
     assert "triton: not available: triton is not installed" in done.stdout
@@ -112,21 +117,22 @@ def test_triton_that_cannot_be_imported_is_told_from_none(tmp_path):
     assert "triton: not available" in done.stdout and done.stdout.endswith("[]\n")
 
 
-def test_wrong_implementation_fails_and_is_named():
-    plant = (
-        "from lorafa_kernels import library\n"
-        "right = library.forward\n"
-        "def wrong(*args):\n"
-        "    y, z = right(*args)\n"
-        "    return y * 1.01, z\n"
-        "library.forward = wrong\n"
-    )
-    done = run("-c", BLOCK_TRITON + plant + RUN)
-    assert done.returncode == 1, done.stdout + done.stderr
-    summary = done.stdout[done.stdout.index("\nFAILED") :]
+def test_wrong_implementation_fails_and_is_named(monkeypatch, capsys):
+    right = library.forward
+
+    def wrong(*args):
+        y, z = right(*args)
+        return y * 1.01, z
+
+    monkeypatch.setattr(library, "forward", wrong)
+    monkeypatch.setattr(doctor, "CPU_SHAPES", SMALL_SHAPES)
+    monkeypatch.setattr(doctor, "interpreted_checks", list)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    summary = out[out.index("\nFAILED") :]
     assert "torch on cpu, fp32, y at M=" in summary
     assert "dB" not in summary and "reference" not in summary
-    assert_all_passed(done.stdout, "reference")
+    assert_all_passed(out, "reference")
 
 
 def test_raising_implementation_is_reported_in_any_locale():
@@ -136,7 +142,7 @@ def test_raising_implementation_is_reported_in_any_locale():
         "    raise ValueError('no x \\u00d7 A today\\nsecond line')\n"
         "reference.backward = wrong\n"
     )
-    done = run("-c", BLOCK_TRITON + plant + RUN, LC_ALL="C", PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0")
+    done = run("-c", BLOCK_TRITON + SMALL + plant + RUN, LC_ALL="C", PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0")
     assert done.returncode == 1, done.stdout + done.stderr
     summary = done.stdout[done.stdout.index("\nFAILED: 3") :]
     assert r"reference on cpu, bf16, y, dx, dB" in summary and r"ValueError: no x \xd7 A today" in summary
@@ -172,7 +178,7 @@ def test_errors_and_budget_are_those_of_the_contract(impl, dtype):
 
 
 def test_every_output_is_large_enough_to_measure():
-    for M, N, K, R in (*doctor.CPU_SHAPES, *doctor.GPU_SHAPES):
+    for M, N, K, R in (*doctor.CPU_SHAPES, *doctor.GPU_SHAPES, *SMALL_SHAPES):
         assert min(M * N, M * K, N * R) >= 256
 
 
