@@ -196,7 +196,14 @@ def test_units_of_a_llama_block():
         assert "takes a minute" in rows[key, False]["reason"] and has_no_number(rows[key, False])
 
 
-@pytest.mark.parametrize("case", memory.FAMILIES.values(), ids=lambda case: case.key)
+# BERT's is the quickest; a Llama's layer has a test of its own above.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.key, marks=[] if case.key == "BERT block" else [pytest.mark.slow])
+        for case in memory.FAMILIES.values()
+    ],
+)
 def test_every_family_passes_its_check(case):
     """At few tokens; the units, of any size, are in docs/memory.md."""
     few = replace(case, sequence=32, rank=4, compiled=False)
@@ -405,7 +412,7 @@ def test_error_of_one_gradient_in_a_chain_is_pooled():
     assert models.pooled({"y": 0.1}) == {"y": 0.1}
 
 
-@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("which", [0, pytest.param(-1, marks=pytest.mark.slow)])
 def test_wrong_gradient_of_one_layer_is_found(which):
     """Right outputs and dx, one dB of seven that is 5 % off."""
 

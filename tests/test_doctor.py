@@ -92,7 +92,9 @@ def test_report_with_triton():
     assert done.stdout.isascii() and not done.stderr
 
 
-@pytest.mark.parametrize("shapes", [pytest.param("", id="all", marks=pytest.mark.slow), pytest.param(SMALL, id="small")])
+@pytest.mark.parametrize(
+    "shapes", [pytest.param("", id="all", marks=pytest.mark.slow), pytest.param(SMALL, id="small")]
+)
 def test_report_without_triton(shapes):
     done = run("-c", BLOCK_TRITON + shapes + RUN)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -142,7 +144,9 @@ def test_raising_implementation_is_reported_in_any_locale():
         "    raise ValueError('no x \\u00d7 A today\\nsecond line')\n"
         "reference.backward = wrong\n"
     )
-    done = run("-c", BLOCK_TRITON + SMALL + plant + RUN, LC_ALL="C", PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0")
+    done = run(
+        "-c", BLOCK_TRITON + SMALL + plant + RUN, LC_ALL="C", PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0"
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     summary = done.stdout[done.stdout.index("\nFAILED: 3") :]
     assert r"reference on cpu, bf16, y, dx, dB" in summary and r"ValueError: no x \xd7 A today" in summary

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import LoRAFALinear, ops
@@ -300,31 +297,3 @@ def test_text_is_ascii_and_complete():
 def test_errors(shapes, options, error, message):
     with pytest.raises(error, match=message):
         explain(shapes, **options)
-
-
-def in_a_fresh_process(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
-    ).stdout
-
-
-def test_works_with_triton_missing():
-    out = in_a_fresh_process(
-        "import sys; sys.modules['triton'] = None\n"
-        "from lorafa_kernels.explanation import explain\n"
-        "print(explain((8, 8, 8, 8), device='cpu').impl)\n"
-        "try: explain((8, 8, 8, 8), device='cpu', impl='triton')\n"
-        "except RuntimeError as error: print(error)\n"
-    )
-    assert out.startswith("torch\n") and "triton is not installed" in out
-
-
-@pytest.mark.skipif(not TRITON, reason="needs Triton")
-def test_leaves_triton_alone_for_other_implementations():
-    out = in_a_fresh_process(
-        "import sys\n"
-        "from lorafa_kernels.explanation import explain\n"
-        "explain((8, 8, 8, 8), device='cpu', impl='torch')\n"
-        "print('triton' in sys.modules)\n"
-    )
-    assert out == "False\n"

@@ -1,13 +1,6 @@
-"""The operators obey PyTorch's rules: schema, fakes, compile, export; and the package imports where Triton
-or a GPU is missing.
-"""
+"""The operators obey PyTorch's rules: schema, fakes, compile, export."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -35,10 +28,10 @@ def operator_arguments(name: str, device: str, impl: str, dtype=torch.float32, b
 
 @implementations
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_opcheck(device, impl, name, dtype):
+def test_opcheck(device, impl, name):
+    """In bf16, where the factors have another dtype than the rest."""
     operator = getattr(torch.ops.lorafa_kernels, name).default
-    torch.library.opcheck(operator, operator_arguments(name, device, impl, dtype))
+    torch.library.opcheck(operator, operator_arguments(name, device, impl, torch.bfloat16))
 
 
 @implementations
@@ -125,55 +118,3 @@ def test_operators_are_where_compilers_look():
         assert torch.Tag.pt2_compliant_tag in operator.tags
         assert not operator._schema.is_mutable
         assert callable(getattr(ops, name))
-
-
-TRAIN_ONE_STEP = """
-import torch, lorafa_kernels
-layer = lorafa_kernels.LoRAFALinear(8, 6, r=2)
-layer(torch.randn(3, 8)).sum().backward()
-assert layer.lora_B.grad is not None
-try:
-    layer.impl = "triton"
-    layer(torch.randn(3, 8))
-except RuntimeError as error:
-    assert {words!r} in str(error), error
-else:
-    raise AssertionError("impl='triton' ran")
-{check}
-print("ok")
-"""
-BLOCK_TRITON = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Block())
-"""
-
-
-def run_fresh(code: str, **env: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-
-def test_imports_and_trains_without_triton():
-    code = BLOCK_TRITON + TRAIN_ONE_STEP.format(
-        words="not installed", check="assert 'triton' not in sys.modules"
-    )
-    result = run_fresh(code, CUDA_VISIBLE_DEVICES="")
-    assert result.stdout.strip() == "ok", result.stderr
-
-
-def test_imports_and_trains_without_a_gpu():
-    code = TRAIN_ONE_STEP.format(words="interpreter is off", check="assert not torch.cuda.is_available()")
-    result = run_fresh(code, CUDA_VISIBLE_DEVICES="")
-    assert result.stdout.strip() == "ok", result.stderr
-
-
-def test_import_brings_in_no_kernel():
-    """Importing the package reads no kernel file: Triton is imported when a kernel is first needed."""
-    kernels = "[m for m in sys.modules if m.startswith('lorafa_kernels.kernels')]"
-    result = run_fresh(f"import sys, lorafa_kernels; print({kernels})")
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr

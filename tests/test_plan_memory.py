@@ -48,11 +48,18 @@ def adapted(model, contender: str, zero_B: bool = True):
     return model
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+BLOCKS = ("Llama block, MHA 256", "Llama block, GQA 8:2 512", "Mistral block", "Qwen2 block")
+
+
+# Each dtype with each block and with each method.
 @pytest.mark.parametrize(
-    "name", ["Llama block, MHA 256", "Llama block, GQA 8:2 512", "Mistral block", "Qwen2 block"]
+    ("method", "name", "dtype"),
+    [
+        (method, name, ("bf16", "fp32")[(i + j) % 2])
+        for i, method in enumerate(METHODS)
+        for j, name in enumerate(BLOCKS)
+    ],
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_a_layer_keeps_what_is_planned(name, method, dtype):
     block = models.build_block(name, SEQUENCE, dtype, "cpu", batch=BATCH)
     adapted(block, CONTENDERS[method])
