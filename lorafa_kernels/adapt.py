@@ -28,6 +28,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .nn.linear import INITIALISATIONS, LoRAFALinear
+from .placing.bypass import check_calls
+from .placing.first_steps import watch_first_steps
 from .placing.place import Block, place_blocks, remove_blocks
 
 _LOG = logging.getLogger("lorafa_kernels")
@@ -287,11 +289,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config does to a model, by module name; `saved`: the outermost modules of modules_to_save."""
+    """What a config does to a model, by module name; `saved`: the outermost modules of modules_to_save;
+    `doubts`: adapters that may not act, in words.
+    """
 
     config: LoRAFAConfig
     targets: dict[str, Target]
     saved: dict[str, nn.Module]
+    doubts: tuple[str, ...] = ()
 
 
 def plan_lorafa(model: nn.Module, config: LoRAFAConfig) -> Plan:
@@ -329,7 +334,8 @@ def plan_lorafa(model: nn.Module, config: LoRAFAConfig) -> Plan:
         targets[name] = Target(module, *config.rank_and_alpha(name))
     if not targets:
         raise ValueError(_nothing_matches(modules, config))
-    return Plan(config, targets, saved)
+    doubts = check_calls(model, {id(target.linear): name for name, target in targets.items()})
+    return Plan(config, targets, saved, doubts)
 
 
 def _plan_saved(model: nn.Module, config: LoRAFAConfig) -> dict[str, nn.Module]:
@@ -418,6 +424,7 @@ class AdapterReport:
     """What `apply_lorafa` did; `str()` of it is a short table. A shared parameter counts once.
 
     blocks: the modules that hold a fused block now, and those that were considered and why they hold none.
+    doubts: adapters that may not act everywhere, and why.
     """
 
     layers: tuple[AdaptedLayer, ...]
@@ -425,6 +432,7 @@ class AdapterReport:
     trained_parameters: int
     total_parameters: int
     blocks: tuple[Block, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds: dict[tuple[str, int, int, int, float], int] = {}
@@ -447,6 +455,7 @@ class AdapterReport:
             for (leaf, k, n, r, scaling), count in kinds.items()
         ]
         lines += [f"  trained whole: {name}" for name in self.modules_to_save]
+        lines += [f"  may not act: {text}" for text in self.doubts]
         alike = Counter(map(str, sorted(self.blocks, key=lambda block: not block.fused)))
         lines += [f"  {count:4d} x {text}" for text, count in alike.items()]
         return "\n".join(lines)
@@ -468,12 +477,19 @@ def apply_lorafa(
     compute as before where a block cannot: without gradients, with hooks on the layers inside, offloaded or
     sharded. The report's `blocks` says what was fused and why the rest was not.
 
+    Warns of adapters that may not act everywhere (the report's `doubts`), since the model reads the weight of
+    their layer in some places without calling it, and in the third backward pass of those that got no
+    gradient.
+
     Raises ValueError or TypeError, and leaves the model untouched, if nothing matches (close names are
-    listed), a matched module is not a plain nn.Linear, a module is both adapted and saved, or the model is a
-    Linear itself or holds LoRA-FA layers already.
+    listed), a matched module is not a plain nn.Linear, is never called by its model, or was compiled by
+    itself, a module is both adapted and saved, or the model is a Linear itself or holds LoRA-FA layers
+    already.
     """
     plan = plan_lorafa(model, config)
     _warn_unused(model, plan)
+    for text in plan.doubts:
+        warnings.warn(text, stacklevel=2)
     apply_plan(model, plan, fuse=fuse, norm=norm)
     return model
 
@@ -508,6 +524,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, fuse: bool = True, norm: bool = 
     blocks = place_blocks(modules_by_name(model), fuse=fuse, norm=norm)
     model.lorafa_config = config
     model.lorafa_report = _report(model, plan, blocks)
+    watch_first_steps(lorafa_layers(model))
     _LOG.info("%s", model.lorafa_report)
 
 
@@ -530,6 +547,7 @@ def _report(model: nn.Module, plan: Plan, blocks: tuple[Block, ...]) -> AdapterR
         sum(parameter.numel() for parameter in lorafa_parameters(model)),
         sum(parameter.numel() for parameter in model.parameters()),
         blocks,
+        plan.doubts,
     )
 
 
