@@ -60,9 +60,9 @@ class _Watch:
             more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
             warnings.warn(
                 f"the adapters of {', '.join(left[:_SHOWN])}{more} got no gradient in the first "
-                f"{_PASSES} backward passes: these layers were not called, or the loss does not depend on them. Where a model "
-                "reads the weight of a layer without calling it, an adapter does nothing (exclude_modules "
-                "leaves it out)",
+                f"{_PASSES} backward passes: these layers were not called, or the loss does not "
+                "depend on them. Where a model reads the weight of a layer without calling it, an adapter "
+                "does nothing (exclude_modules leaves it out)",
                 stacklevel=2,
             )
 
