@@ -189,9 +189,14 @@ def measure(
 ) -> int:
     """Run the jobs, show what came out, and return 1 if anybody's results were wrong."""
     about = environment()
-    if setting.device == "cpu":
+    if setting.device == "cpu" and not about.get("stub"):
         about["machine"]["gpu"] = None
     path = result_file(options.out, about, name)
+    if about.get("stub") and path.resolve().is_relative_to(RESULTS.resolve()):
+        raise ValueError(
+            f"{about['machine']['gpu']['name']} is the stub driver, which computes nothing: no result of it "
+            "may lie in bench/results (give --out another folder)"
+        )
     if options.fresh:
         path.unlink(missing_ok=True)
     console = make_console()

@@ -6,7 +6,7 @@ import torch
 
 from .cases import DTYPES
 from .environment import gpu_state
-from .timing import WARM_UP, CPUTimer, EventTimer, interleave, summary
+from .timing import WARM_UP, CPUTimer, EventTimer, digits, interleave, summary
 
 # Sizes of square products by dtype, of which the best is the ceiling; bytes that are copied.
 SIZES = {
@@ -41,17 +41,20 @@ def measure(device: str, rounds: int = ROUNDS) -> dict:
         samples |= interleave({name: step}, rounds, timer, lambda: None)[0]
     # Before any work a GPU stands at the clock of an idle one.
     clocks = gpu_state() if device == "cuda" else None
+    raw = {name: [digits(seconds * 1e3) for seconds in found] for name, found in samples.items()}
     rows = [
         {
             "what": "product",
             "dtype": dtype,
             "size": [size] * 3,
+            "samples_ms": raw[dtype, size],
             "tflops": summary([2 * size**3 / seconds * 1e-12 for seconds in samples[dtype, size]]),
         }
         for dtype, size in products
     ]
     rate = summary([2 * copied / seconds * 1e-9 for seconds in samples["copy"]])
-    return {"rows": [*rows, {"what": "copy", "bytes": copied, "gb_per_s": rate}], "clocks": clocks}
+    copy = {"what": "copy", "bytes": copied, "gb_per_s": rate, "samples_ms": raw["copy"]}
+    return {"rows": [*rows, copy], "clocks": clocks}
 
 
 def rates(payload: dict | None, dtype: str) -> dict[str, float | None]:

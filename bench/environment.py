@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from .shell import write_whole
+from .stub import START, stub_name
+from .tree import tree_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 # Files of bench/ that change no measurement.
@@ -32,25 +34,31 @@ PRESENTATION = (
     "reading.py",
     "compare.py",
     "shell.py",
+    "stub.py",
+    "tree.py",
     "tables.py",
     "gate.py",
 )
 
 
 def environment(threads: int | None = None) -> dict:
-    """Return machine, date (UTC), versions and commit, as JSON types; what cannot be found out is None.
+    """Return machine, date (UTC), versions, commit and the hash of the files (tree.py), as JSON types; what
+    cannot be found out is None. A run through the stub driver has the mark "stub", and its device's name.
 
     Call it before measuring: it notes how busy the machine is with other work. threads: those that will be
     used, if not as many as PyTorch uses now.
     """
+    gpu = _gpu()
+    stub = stub_name() is not None or (gpu is not None and gpu["name"].startswith(START))
     return {
+        **({"stub": True} if stub else {}),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": threads or torch.get_num_threads(),
             "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-            "gpu": _gpu(),
+            "gpu": gpu,
         },
         "versions": {
             "python": platform.python_version(),
@@ -59,6 +67,7 @@ def environment(threads: int | None = None) -> dict:
             },
         },
         **_commit(),
+        "tree": tree_hash(ROOT),
     }
 
 
@@ -76,6 +85,9 @@ def _cpu_model() -> str | None:
 
 
 def _gpu() -> dict | None:
+    if name := stub_name():
+        # Nothing of a GPU that may be there as well.
+        return {"name": name, "capability": None, "smi_name": None, **dict.fromkeys(_GPU_STATE.values())}
     if not torch.cuda.is_available():
         return None
     limits = torch.cuda.get_device_properties(0)
@@ -85,6 +97,7 @@ def _gpu() -> dict | None:
         "multiprocessors": limits.multi_processor_count,
         "memory_gib": round(limits.total_memory / 2**30, 1),
         "runtime": torch.version.cuda or torch.version.hip,
+        "smi_name": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"),
         **gpu_state(),
     }
 

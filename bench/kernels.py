@@ -28,7 +28,7 @@ from .cases import Case
 from .contenders import CONTENDERS
 from .judge import broken, draw, poisoned_memory, verdict
 from .layers import failure, prepare, timer_for
-from .timing import Step, interleave, summary
+from .timing import Step, digits, interleave, summary
 
 LIBRARY, TRITON = "cublas", "triton"
 PORTABLE, SERIAL, TWO_PASSES = "triton-portable", "triton-serial", "triton-two-passes"
@@ -242,7 +242,10 @@ def time_kernels(
                 pairs = zip(samples[key], samples[LIBRARY], strict=True)
                 ratios[LIBRARY] = summary([a / b for a, b in pairs])
             times = summary(samples[key], 1e3) if key in samples else None
-            rows.append({"contender": key, "part": part, **row, "ms": times, "ratios": ratios})
+            raw = [digits(seconds * 1e3) for seconds in samples[key]] if key in samples else None
+            rows.append(
+                {"contender": key, "part": part, **row, "ms": times, "ratios": ratios, "samples_ms": raw}
+            )
     return {
         "case": case.as_record(),
         "mode": "kernel",

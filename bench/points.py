@@ -55,7 +55,11 @@ def draw(device: str, records: list[Record], sources: Sources, plots_dir: Path) 
     def subtitle(kind: str, remark: str = "") -> str:
         used = [r for r in shown if r["kind"] == kind]
         marks = {mark for r in used for mark in sources.marks(r)}
-        words = {"†": "† some not committed", "‡": "‡ some with uncommitted changes"}
+        words = {
+            "†": "† some not committed",
+            "‡": "‡ some with uncommitted changes",
+            "§": "§ some of no commit",
+        }
         dates = sorted({r["date"][:10] for r in used})
         days = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
         title = device_title(device, records)[0]

@@ -26,6 +26,8 @@ from .environment import ROOT, device_slug
 from .kernels import TITLES as KERNEL_TITLES
 from .models import TITLES as MODEL_TITLES
 from .results import MEASURED as MEASURED
+from .stub import is_stub, refuse_stub
+from .tree import fitting_commit, has_git
 
 Record = dict
 Row = dict
@@ -43,6 +45,8 @@ SCOPES = {
     "block": "memory of a block",
     "family": "memory of a layer of each family of models",
 }
+# Kinds of lines that are no measurement.
+FRAMES = ("run", "begin", "sitting", "end", "stage", "check", "test")
 TARGET_ROWS = 8192
 PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
 
@@ -53,10 +57,14 @@ def device_of(record: Record) -> str:
 
 
 def newest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
-    """Return the newest record of every (device, kind, key), without the lines that only frame a run."""
+    """Return the newest record of every (device, kind, key), without the lines that only frame a run or tell
+    of a call (bench.gpu). Raises ValueError for a record of the stub driver.
+    """
     found: dict[tuple[str, str, str], Record] = {}
     for record in records:
-        if record["kind"] in ("run", "begin", "sitting", "end"):
+        if is_stub({**record, "_line": None, "_file": None}):
+            refuse_stub({"stub": True}, record["_file"])
+        if record["kind"] in FRAMES:
             continue
         name = (device_of(record), record["kind"], record["key"])
         if name not in found or record["date"] >= found[name]["date"]:
@@ -264,6 +272,7 @@ class Sources:
     def __init__(self, records: Sequence[Record], root: Path):
         self.root = root
         self.committed: dict[Path, set[str] | None] = {}
+        self.fits: dict[tuple, str | None] = {}
         self.runs: dict[tuple[str, str], Record] = {}
         for record in sorted(records, key=lambda record: (record["date"], record["key"])):
             self.runs.setdefault((self.name(record), record["run"]), record)
@@ -279,7 +288,9 @@ class Sources:
         return file.name
 
     def marks(self, record: Record) -> str:
-        """† a line that is not committed, ‡ a tree with uncommitted changes; [n] the run, if several."""
+        """† a line that is not committed, ‡ a tree with uncommitted changes, § files of a GPU's run that are
+        not those of a commit; [n] the run, if several.
+        """
         found = ""
         file = Path(record["_file"])
         if file not in self.committed:
@@ -291,10 +302,20 @@ class Sources:
             found += "†"
         if record["_run"]["environment"].get("dirty"):
             found += "‡"
+        if device_of(record) != "cpu" and has_git(ROOT) and self.commit(record) is None:
+            found += "§"
         self.seen.update(found)
         if len(self.order) > 1:
             found += f" [{self.order.index((self.name(record), record['run'])) + 1}]"
         return found
+
+    def commit(self, record: Record) -> str | None:
+        """Return the commit whose files the run's hash is of, or None."""
+        now = record["_run"]["environment"]
+        name = (now.get("tree"), now.get("commit"))
+        if name not in self.fits:
+            self.fits[name] = fitting_commit(*name, ROOT) if name[0] else None
+        return self.fits[name]
 
     def of(self, record: Record) -> str:
         return label_of(record["case"]) + (f" {marks.strip()}" if (marks := self.marks(record)) else "")
@@ -303,14 +324,29 @@ class Sources:
         """A line for each run: file, machine, date, versions, commit."""
         numbered = len(self.order) > 1
         return [
-            (f"[{index}] " if numbered else "") + origin(self.runs[name], name[0])
+            (f"[{index}] " if numbered else "") + origin(self.runs[name], name[0]) + self.checked(name)
             for index, name in enumerate(self.order, 1)
         ]
+
+    def checked(self, name: tuple[str, str]) -> str:
+        """Say of a GPU's run which commit has the files that measured, if git is here to tell."""
+        record = self.runs[name]
+        if device_of(record) == "cpu" or not has_git(ROOT):
+            return ""
+        now = record["_run"]["environment"]
+        if not now.get("tree"):
+            return " The run has no hash of its files."
+        commit = self.commit(record)
+        if commit is None:
+            return f" The hash of its files, {now['tree'][:12]}, fits no commit."
+        same = commit == now.get("commit")
+        return " The hash of its files fits the commit." if same else f" Its files are of {commit[:12]}."
 
     def legend(self) -> str:
         words = {
             "†": "† the row's line is not in the committed version of its file.",
             "‡": "‡ measured on a tree with uncommitted changes, so the commit does not say which code ran.",
+            "§": "§ the files that measured, by their hash, are those of no commit.",
             "unknown": "Whether the lines are committed could not be checked: there is no git here.",
         }
         return " ".join(text for mark, text in words.items() if mark in self.seen)

@@ -131,7 +131,7 @@ def run(
     todo.sort(key=lambda job: job.key in past.suspect)
     book = {job.key: _Sittings(job, past.partial(job.key, job.contenders)) for job in todo}
     order = turns([replace(job, sittings=book[job.key].lacking) for job in todo])
-    store = Store(path, past.run)
+    store = Store(path, past.run, stub=bool(about.get("stub")))
     # Also when it goes on: the machine may be busier now.
     store.append("run", command=command, grid=grid, identity=own, environment=about)
     records, left, stopped = [], [job.key for job in todo], "complete"

@@ -20,6 +20,7 @@ from .families import memory_table
 from .reading import markdown, provenance
 from .report import readme_table
 from .shell import Parser, run_command, write_whole
+from .stub import refuse_stub
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
@@ -29,6 +30,7 @@ GATE_RESULTS = "bench/results/compile-gate.json"
 
 def gate_table(result: dict) -> str:
     """One row a kernel's product and rank: registers per thread and shared memory, by architecture."""
+    refuse_stub(result, GATE_RESULTS)
     chosen: dict[tuple, dict[str, str]] = {}
     for row in result["rows"]:
         common = (row["dtype"], row["factor_dtype"], row["sizes"], row["M"], row["asked_tf32"])
@@ -59,6 +61,7 @@ def gate_table(result: dict) -> str:
 
 def demo_table(result: dict) -> str:
     """One row a way of fine-tuning: what is trained, what is kept for backward, how long, how good."""
+    refuse_stub(result, DEMO_RESULTS)
     rows = []
     for run in result["runs"]:
         trained = run["test_accuracy"] is not None
@@ -90,6 +93,7 @@ def take_demo(path: Path) -> None:
     result = read_json(path)
     if not all(isinstance(result.get(name), kind) for name, kind in (("runs", list), ("options", dict))):
         raise ValueError(f"{path}: it is no result of the demo (make demo writes .demo/results.json)")
+    refuse_stub(result, path)
     result["options"].pop("out", None)
     now = environment()
     write_json(ROOT / DEMO_RESULTS, {**result, "commit": now["commit"], "dirty": now["dirty"]})

@@ -30,7 +30,7 @@ from .cases import DTYPES
 from .judge import broken
 from .layers import failure
 from .memory import saved_bytes
-from .timing import one_thread, summary
+from .timing import digits, one_thread, summary
 
 WARM_UP_STEPS = 2
 CHECKED_LAYERS = 2
@@ -40,6 +40,7 @@ NOISE = 0.1
 MOST_BATCH = 256
 NUMBERS = (
     "step_ms",
+    "samples_ms",
     "tokens_per_s",
     "saved_bytes",
     "peak_allocated_bytes",
@@ -387,6 +388,7 @@ def _steps(
     step_ms = summary(seconds, 1e3)
     return {
         "step_ms": step_ms,
+        "samples_ms": [digits(value * 1e3) for value in seconds],
         "tokens_per_s": round(case.batch * case.sequence / step_ms["median"] * 1e3, 1),
         "saved_bytes": sum(saved.values()),
         "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,

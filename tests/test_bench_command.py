@@ -33,7 +33,7 @@ def test_run_writes_a_file_and_shows_a_table(tmp_path, capsys):
     assert not warnings
     assert [record["kind"] for record in records] == ["run", "begin", "time", "end"]
     about = records[0]["environment"]
-    assert set(about) == {"date", "machine", "versions", "commit", "dirty"}
+    assert set(about) == {"date", "machine", "versions", "commit", "dirty", "tree"}
     assert about["machine"]["threads"] == torch.get_num_threads()
     assert {row["contender"] for row in records[2]["rows"]} == {"frozen", "lorafa"}
     assert {row["status"] for row in records[2]["rows"]} == {"ok"}
