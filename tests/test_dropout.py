@@ -8,15 +8,18 @@ import itertools
 
 import pytest
 import torch
+from accuracy import Budget, assert_same, check_budget
 from conftest import TRITON
 from kernel_plans import implementation_and_plan_cases, pin, pin_by_name
 from torch.utils.checkpoint import checkpoint
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear, ops
-from lorafa_kernels.accuracy import draw_operands, lorafa_results
+from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, plain_formula
 from lorafa_kernels.functional import draw_seed
 from lorafa_kernels.philox import keep_chunks, keep_mask, philox4x32, threshold
 from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
+
+pytestmark = pytest.mark.numerics
 
 if TRITON:
     import triton
@@ -225,11 +228,18 @@ class Pairs:
         return covariance / (q * (1 - q) * self.count**0.5)
 
 
-def test_draws_look_independent():
-    """10⁸ draws: the keep rate of all, of rows and of columns, and the covariance of neighbours in rows and
-    in columns, of neighbouring seeds and of the seeds that two layers draw, within 4 standard deviations.
+@pytest.mark.parametrize(
+    ("M", "K"),
+    [
+        pytest.param(1201, 1193, id="6·10⁶"),
+        pytest.param(5003, 4999, id="10⁸", marks=pytest.mark.slow),
+    ],
+)
+def test_draws_look_independent(M, K):
+    """So many draws: the keep rate of all, of rows and of columns, and the covariance of neighbours in rows
+    and in columns, of neighbouring seeds and of the seeds that two layers draw, within 4 standard deviations.
     """
-    M, K, p = 5003, 4999, 0.1
+    p = 0.1
     seeds = [seed_of(41), seed_of(42), draw_seed(torch.device("cpu")), draw_seed(torch.device("cpu"))]
     least = threshold(p)
     q = 1 - least / 2**32
@@ -251,7 +261,6 @@ def test_draws_look_independent():
         for lag in (1, 2, 3, 4, 5, 8):
             pairs[f"columns {lag} apart"].add(masks[0][:, lag:], masks[0][:, :-lag])
     draws = 4 * M * K
-    assert draws >= 10**8
     found = {name: pair.sigmas for name, pair in pairs.items()}
     found["keep rate"] = (per_row.sum().item() - q * draws) / (q * (1 - q) * draws) ** 0.5
     for name, counts, size in (("rates of rows", per_row, K), ("rates of columns", per_column, M)):
@@ -278,9 +287,13 @@ def test_gradient_by_finite_differences(impl, p):
 
 @implementations
 @pytest.mark.parametrize("p", P)
-def test_results_equal_those_of_the_reference(device, impl, p):
-    inputs = draw_operands(70, 44, 56, 6, torch.float32, device, dropout_p=p)
-    torch.testing.assert_close(lorafa_results(inputs, impl), lorafa_results(inputs, "reference"))
+def test_results_are_those_of_the_formula_with_this_mask(device, impl, p):
+    """Of several draws: at p = 0.999 a single one keeps three elements of x."""
+    budget = Budget()
+    for seed in range(3):
+        inputs = draw_operands(70, 44, 56, 6, torch.float32, device, dropout_p=p, seed=seed)
+        budget.add(inputs, lorafa_results(inputs, impl))
+    budget.check()
 
 
 def make_layer(device: str, impl: str, p: float = 0.25, dtype=torch.float32) -> LoRAFALinear:
@@ -399,16 +412,22 @@ def test_first_layer_keeps_no_seed(device, impl):
 def test_frozen_lora_B_keeps_the_seed_and_no_z(device, impl):
     layer = make_layer(device, impl)
     layer.lora_B.requires_grad_(False)
-    x = torch.randn(12, 20, device=device, requires_grad=True)
+    x = torch.randn(16, 20, device=device, requires_grad=True)
+    dy = torch.randn(16, 28, device=device)
     torch.manual_seed(1)
     with Saved() as saved:
         y = layer(x)
     assert [t.numel() for t in saved.tensors] == [560, 80, 112, 1]
-    (dx,) = torch.autograd.grad(y.sum(), x)
+    (dx,) = torch.autograd.grad(y, x, dy)
     layer.lora_B.requires_grad_(True)
     torch.manual_seed(1)
-    both, _ = torch.autograd.grad(layer(x).sum(), (x, layer.lora_B))
-    torch.testing.assert_close(dx, both)
+    both, _ = torch.autograd.grad(layer(x), (x, layer.lora_B), dy)
+    factors = (t.detach() for t in (x, layer.weight, layer.lora_A, layer.lora_B, layer.bias))
+    inputs = Operands(*factors, dy, layer.scaling, layer.lora_dropout, torch_seed=1)
+    exact, plain = plain_formula(inputs, torch.float64), plain_formula(inputs)
+    check_budget({"dx": dx}, {"dx": exact["dx"]}, {"dx": plain["dx"]})
+    if impl != "triton":  # whose kernels may make dz together with dB
+        assert_same(dx, both)
 
 
 @implementations
@@ -508,8 +527,7 @@ def test_compile_fullgraph(device, impl):
             leaf = x.clone().requires_grad_()
             y = module(leaf)
             results.append((y, *torch.autograd.grad(y.square().sum(), (leaf, layer.lora_B))))
-        for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want)
+        assert_same(results[1], results[0])
 
 
 def test_compile_with_inductor():

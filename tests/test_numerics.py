@@ -9,7 +9,7 @@ import importlib
 import c_oracle
 import pytest
 import torch
-from accuracy import Budget, check_accuracy
+from accuracy import Budget, assert_same, check_accuracy, check_budget
 from conftest import TRITON_DEVICE, on_device
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,8 @@ from kernel_plans import PLANS, implementation_and_plan_cases, pin, pin_by_name
 from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, plain_formula, unit_roundoff
 from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
+
+pytestmark = pytest.mark.numerics
 
 SHAPES = [
     pytest.param(dict(M=1, K=1, N=1, R=1), id="all-1"),
@@ -172,16 +174,22 @@ def test_reference_rounds_as_the_c_oracle(dtype, factor_dtype):
 @pytest.mark.parametrize("scaling", [1 / 128, 0.7, 16.0])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 9000.0])
 def test_accuracy_in_fp16_at_any_scale(device, impl, scaling, size):
-    """s is applied to the accumulator: applied later, large gradients overflow and small ones lose bits."""
+    """s is applied to the accumulator: applied later, large gradients overflow and small ones lose bits.
+
+    Of every result that fp16 has numbers for: dx and dB of the largest scaling and dy are beyond them.
+    """
     inputs = draw_operands(64, 48, 64, 8, torch.float16, device, scaling=scaling)
     inputs.dy = (inputs.dy.clamp(-4, 4) * size).half()
-    exact = plain_formula(inputs, torch.float64)
-    assert exact["dx"].abs().max() < 65504 or scaling > 1
-    got, plain = lorafa_results(inputs, impl), plain_formula(inputs)
-    if all(torch.isfinite(tensor).all() for tensor in plain.values()):
-        budget = Budget()
-        budget.add(inputs, got)
-        budget.check()
+    got, plain, exact = (
+        lorafa_results(inputs, impl),
+        plain_formula(inputs),
+        plain_formula(inputs, torch.float64),
+    )
+    largest = torch.finfo(torch.float16).max
+    fitting = [name for name in got if exact[name].abs().max() < largest]
+    wanted = ["y", "dx", "dB"] if size < 9000 or scaling < 0.7 else ["y", "dx"] if scaling < 1 else ["y"]
+    assert fitting == wanted
+    check_budget(*({name: found[name] for name in fitting} for found in (got, exact, plain)))
 
 
 @implementations
@@ -224,14 +232,20 @@ def test_strided_operands(device, impl, plan, dtype):
 @implementations
 def test_expanded_gradient_and_input(device, impl):
     """sum().backward() sends a dy of stride 0; a broadcast input has one as well."""
-    inputs = draw_operands(33, 24, 40, 4, torch.float32, device)
-    x = inputs.x[:1].expand(33, 24).detach().requires_grad_()
-    lora_B = inputs.lora_B.detach().requires_grad_()
-    y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, scaling=0.5, impl=impl)
-    dx, dB = torch.autograd.grad(y.sum(), (x, lora_B))
-    inputs.x, inputs.dy, inputs.bias, inputs.scaling = x.detach().contiguous(), torch.ones_like(y), None, 0.5
-    same = layer(impl)(inputs)
-    torch.testing.assert_close({"y": y.detach(), "dx": dx, "dB": dB}, same)
+    budget = Budget()
+    # All rows are one, hence few elements that tell anything: of several draws.
+    for seed in range(4):
+        inputs = draw_operands(33, 24, 40, 7, torch.float32, device, bias=False, seed=seed)
+        x = inputs.x[:1].expand(33, 24).detach().requires_grad_()
+        lora_B = inputs.lora_B.detach().requires_grad_()
+        y = lorafa_linear(x, inputs.weight, inputs.lora_A, lora_B, scaling=inputs.scaling, impl=impl)
+        dx, dB = torch.autograd.grad(y.sum(), (x, lora_B))
+        inputs.x, inputs.dy = x.detach().contiguous(), torch.ones_like(y)
+        got = {"y": y.detach(), "dx": dx, "dB": dB}
+        budget.add(inputs, got)
+        if impl == "triton":
+            assert_same(got, layer(impl)(inputs))
+    budget.check()
 
 
 @implementations
@@ -248,7 +262,7 @@ def test_shapes_of_x(device, impl, shape):
     if x.numel() == 0:
         assert lora_B.grad.count_nonzero() == 0
     flat = lorafa_linear(x.reshape(-1, 5), inputs.weight, inputs.lora_A, lora_B, inputs.bias, impl=impl)
-    torch.testing.assert_close(y.reshape(-1, 7), flat)
+    assert_same(y.reshape(-1, 7), flat)
 
 
 @implementations
@@ -284,7 +298,9 @@ def test_inputs_are_not_written(device, impl):
 
 @implementations
 def test_single_gradients_equal_those_of_the_full_backward(device, impl):
-    """Asking for dx alone or dB alone changes no result beyond rounding."""
+    """Asking for dx alone or dB alone: of the library and the reference the same bits, of the kernels, which
+    may read dy once for both, values within the budget.
+    """
     inputs = draw_operands(50, 40, 60, 6, torch.float32, device)
     both = layer(impl)(inputs)
     args = (inputs.weight, inputs.lora_A)
@@ -295,8 +311,11 @@ def test_single_gradients_equal_those_of_the_full_backward(device, impl):
     lora_B = inputs.lora_B.detach().requires_grad_()
     y = lorafa_linear(inputs.x, *args, lora_B, inputs.bias, **options)
     (dB,) = torch.autograd.grad(y, lora_B, inputs.dy)
-    torch.testing.assert_close(dx, both["dx"])
-    torch.testing.assert_close(dB, both["dB"])
+    alone = {"dx": dx, "dB": dB}
+    exact, plain = plain_formula(inputs, torch.float64), plain_formula(inputs)
+    check_budget(alone, *({name: found[name] for name in alone} for found in (exact, plain)))
+    if impl != "triton":
+        assert_same(alone, {name: both[name] for name in alone})
 
 
 @implementations
