@@ -1,10 +1,15 @@
-"""Plans that make impl="triton" run its other kernels: those for Hopper and for few rows, at any shape."""
+"""Plans that make impl="triton" run its other kernels, those for Hopper and for few rows, at any shape; and
+the cases of a test, of which the interpreted ones are quick or slow.
+"""
 
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Sequence
 
 import pytest
+import torch
 from conftest import GPU, TRITON_DEVICE, implementation_cases, on_device
 
 from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
@@ -43,8 +48,6 @@ def pin_by_name(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     if name is None:
         return
     if GPU and name.startswith("tma"):
-        import torch
-
         if torch.version.hip is not None or torch.cuda.get_device_capability()[0] != 9:
             pytest.skip("the TMA kernel is for sm_90")
     pin(monkeypatch, PLANS[name])
@@ -60,3 +63,57 @@ def implementation_and_plan_cases(plans: tuple[str, ...] = ("tma", "recompute"))
         for name in plans
         if name in PLANS
     ]
+
+
+
+def grid(*axes: tuple[str, Sequence], indirect: Sequence[str] = ()) -> pytest.MarkDecorator:
+    """Parametrise over the product of axes (argument names, cases), of which the first has the device and the
+    implementation. A case is a value or a pytest.param.
+
+    Interpreted kernels take seconds a case. Of those only a pairwise core is quick, in which any two cases of
+    two axes meet, but fp16 only the first two cases of further axes: the interpreter computes it as fp32. The
+    rest is marked slow. Where kernels are compiled nothing is.
+    """
+    products = list(itertools.product(*([_param(case) for case in cases] for _, cases in axes)))
+    core = pairwise_core([product for product in products if _interpreted(product)])
+    params = []
+    for product in products:
+        marks = [mark for param in product for mark in param.marks]
+        if _interpreted(product) and product not in core:
+            marks.append(pytest.mark.slow)
+        values = [value for param in product for value in param.values]
+        params.append(pytest.param(*values, marks=marks, id="-".join(param.id for param in product)))
+    return pytest.mark.parametrize(",".join(name for name, _ in axes), params, indirect=list(indirect))
+
+
+def pairwise_core(products: list[tuple]) -> list[tuple]:
+    """Some of the products of pytest.params in which the pairs of cases meet that `grid` names, each chosen
+    because it has most of the pairs that were not met before.
+    """
+    axes = [list(dict.fromkeys(param.id for param in cases)) for cases in zip(*products, strict=True)]
+
+    def needed(one: tuple[int, str], other: tuple[int, str]) -> bool:
+        # The first axis is that of implementations.
+        beyond = [axis and axes[axis].index(case) > 1 for axis, case in (one, other)]
+        return not (one[1] == "fp16" and beyond[1] or other[1] == "fp16" and beyond[0])
+
+    def pairs(product: tuple) -> set[tuple]:
+        cases = [(axis, param.id) for axis, param in enumerate(product)]
+        return {pair for pair in itertools.combinations(cases, 2) if needed(*pair)}
+
+    missing = set().union(*map(pairs, products))
+    core = []
+    while missing:
+        core.append(max(products, key=lambda product: len(pairs(product) & missing)))
+        missing -= pairs(core[-1])
+    return core
+
+
+def _param(case):
+    if isinstance(case, torch.dtype):
+        return pytest.param(case, id={"float32": "fp32", "float16": "fp16"}.get(str(case)[6:], "bf16"))
+    return case if hasattr(case, "marks") else pytest.param(case, id=str(case))
+
+
+def _interpreted(product: tuple) -> bool:
+    return tuple(product[0].values[:2]) == ("cpu", "triton")
