@@ -47,9 +47,9 @@ def pin_by_name(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     """Pin the plan of that name, or none; skip where the GPU cannot run it."""
     if name is None:
         return
-    if GPU and name.startswith("tma"):
-        if torch.version.hip is not None or torch.cuda.get_device_capability()[0] != 9:
-            pytest.skip("the TMA kernel is for sm_90")
+    hopper = GPU and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
+    if GPU and name.startswith("tma") and not hopper:
+        pytest.skip("the TMA kernel is for sm_90")
     pin(monkeypatch, PLANS[name])
 
 
@@ -63,7 +63,6 @@ def implementation_and_plan_cases(plans: tuple[str, ...] = ("tma", "recompute"))
         for name in plans
         if name in PLANS
     ]
-
 
 
 def grid(*axes: tuple[str, Sequence], indirect: Sequence[str] = ()) -> pytest.MarkDecorator:
@@ -95,7 +94,7 @@ def pairwise_core(products: list[tuple]) -> list[tuple]:
     def needed(one: tuple[int, str], other: tuple[int, str]) -> bool:
         # The first axis is that of implementations.
         beyond = [axis and axes[axis].index(case) > 1 for axis, case in (one, other)]
-        return not (one[1] == "fp16" and beyond[1] or other[1] == "fp16" and beyond[0])
+        return not ((one[1] == "fp16" and beyond[1]) or (other[1] == "fp16" and beyond[0]))
 
     def pairs(product: tuple) -> set[tuple]:
         cases = [(axis, param.id) for axis, param in enumerate(product)]
