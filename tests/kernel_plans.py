@@ -65,16 +65,19 @@ def implementation_and_plan_cases(plans: tuple[str, ...] = ("tma", "recompute"))
     ]
 
 
-def grid(*axes: tuple[str, Sequence], indirect: Sequence[str] = ()) -> pytest.MarkDecorator:
+def grid(
+    *axes: tuple[str, Sequence], indirect: Sequence[str] = (), each_once: bool = False
+) -> pytest.MarkDecorator:
     """Parametrise over the product of axes (argument names, cases), of which the first has the device and the
     implementation. A case is a value or a pytest.param.
 
     Interpreted kernels take seconds a case. Of those only a pairwise core is quick, in which any two cases of
-    two axes meet, but fp16 only the first two cases of further axes: the interpreter computes it as fp32. The
-    rest is marked slow. Where kernels are compiled nothing is.
+    two axes meet, but fp16 only the first two cases of further axes: the interpreter computes it as fp32.
+    With each_once there is each case in it, and no more. The rest is marked slow. Where kernels are compiled
+    nothing is.
     """
     products = list(itertools.product(*([_param(case) for case in cases] for _, cases in axes)))
-    core = pairwise_core([product for product in products if _interpreted(product)])
+    core = _core([product for product in products if _interpreted(product)], 1 if each_once else 2)
     params = []
     for product in products:
         marks = [mark for param in product for mark in param.marks]
@@ -85,9 +88,9 @@ def grid(*axes: tuple[str, Sequence], indirect: Sequence[str] = ()) -> pytest.Ma
     return pytest.mark.parametrize(",".join(name for name, _ in axes), params, indirect=list(indirect))
 
 
-def pairwise_core(products: list[tuple]) -> list[tuple]:
-    """Some of the products of pytest.params in which the pairs of cases meet that `grid` names, each chosen
-    because it has most of the pairs that were not met before.
+def _core(products: list[tuple], strength: int) -> list[tuple]:
+    """Some of the products of pytest.params in which all cases are (strength 1), or the pairs of cases that
+    `grid` names (2); each chosen because it has most of what those before it have not.
     """
     axes = [list(dict.fromkeys(param.id for param in cases)) for cases in zip(*products, strict=True)]
 
@@ -98,7 +101,8 @@ def pairwise_core(products: list[tuple]) -> list[tuple]:
 
     def pairs(product: tuple) -> set[tuple]:
         cases = [(axis, param.id) for axis, param in enumerate(product)]
-        return {pair for pair in itertools.combinations(cases, 2) if needed(*pair)}
+        found = itertools.combinations(cases, strength)
+        return {some for some in found if strength == 1 or needed(*some)}
 
     missing = set().union(*map(pairs, products))
     core = []

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import check_budget
 from conftest import implementation_cases
-from kernel_plans import implementation_and_plan_cases, pin_by_name
+from kernel_plans import grid, implementation_and_plan_cases, pin_by_name
 from torch import Tensor
 
 from lorafa_kernels import ops, philox
@@ -169,8 +169,11 @@ def oracle_results(operands, seed: int, exact: bool) -> dict[str, np.ndarray]:
     return {"z": z, "y": y, "dx": dx, "dB": dB}
 
 
-@with_plans
-@dtypes
+@grid(
+    ("device,impl,plan", implementation_and_plan_cases()),
+    ("dtype", [torch.float32, torch.bfloat16, torch.float16]),
+    each_once=True,
+)
 def test_a_layer_with_dropout_stays_within_the_budget(device, impl, plan, dtype, monkeypatch):
     pin_by_name(monkeypatch, plan)
     operands = layer, x, dy = draw_layer(dtype, device)
@@ -273,9 +276,12 @@ def group_oracle(members, x, dys, share_A: bool, exact: bool) -> dict[str, np.nd
 groups = pytest.mark.parametrize("name", ["adapted", "some plain", "dropout", "shared"])
 
 
-@implementations
-@dtypes
-@groups
+@grid(
+    ("device,impl", implementation_cases()),
+    ("dtype", [torch.float32, torch.bfloat16, torch.float16]),
+    ("name", ["adapted", "some plain", "dropout", "shared"]),
+    each_once=True,
+)
 def test_a_group_stays_within_the_budget(device, impl, dtype, name):
     members, share_A = draw_group(name, dtype, device)
     draw = Draw(device, dtype, seed=1)
@@ -366,10 +372,13 @@ def test_the_activated_product_rounds_as_the_oracle(device, impl, dtype, activat
         check_rounding(got, expected)
 
 
-@implementations
-@dtypes
-@activations
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@grid(
+    ("device,impl", implementation_cases()),
+    ("dtype", [torch.float32, torch.bfloat16, torch.float16]),
+    ("activation", list(ACTIVATIONS)),
+    ("dropout_p", [0.0, 0.2]),
+    each_once=True,
+)
 def test_the_mlp_stays_within_the_budget(device, impl, dtype, activation, dropout_p):
     draw = Draw(device, dtype)
     wide_N = 40

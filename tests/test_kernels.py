@@ -11,6 +11,7 @@ import torch
 from accuracy import check_budget
 from conftest import TRITON_DEVICE, on_device
 from kernel_plans import PLANS, pin_by_name
+from memory_beds import far_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import lorafa_linear, reference
@@ -107,21 +108,10 @@ def test_outputs_are_written_whole_and_nothing_else(monkeypatch, triton_device, 
         )
 
 
-def far_rows(rows: int, columns: int, dtype: torch.dtype, device: str, values: torch.Tensor) -> torch.Tensor:
-    """A (rows, columns) view whose last row starts more than 2³² elements behind the first. Only the rows
-    touched take memory.
-    """
-    stride = (1 << 32) // (rows - 1) + 1
-    storage = torch.empty((rows - 1) * stride + columns, dtype=dtype, device=device)
-    view = storage.as_strided((rows, columns), (stride, 1))
-    view.copy_(values)
-    return view
-
-
 @pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "dy", "z"])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_offsets_past_32_bits(triton_device, operand, layout):
-    inputs = draw_operands(5, 6, 7, 3, torch.float16, triton_device)
+    inputs = draw_operands(5, 6, 7, 4, torch.float16, triton_device)
     tensors = {name: getattr(inputs, name) for name in ("x", "weight", "lora_A", "lora_B", "dy")}
     tensors["z"] = reference.forward(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.7)[1]
 
@@ -132,7 +122,7 @@ def test_offsets_past_32_bits(triton_device, operand, layout):
 
     want = results(tensors)
     near = tensors[operand] if layout == "rows" else tensors[operand].t()
-    far = far_rows(*near.shape, near.dtype, triton_device, near)
+    far = far_rows(near)
     got = results({**tensors, operand: far if layout == "rows" else far.t()})
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
