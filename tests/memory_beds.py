@@ -15,6 +15,10 @@ ROOM = 1 << 16
 MAP_NORESERVE = 0x4000
 
 
+# Bits of a NaN that no product makes, around and in what is to be written.
+UNWRITTEN = {torch.float32: 0x7FE5A5A5, torch.bfloat16: 0x7FDA, torch.float16: 0x7E5A}
+
+
 class Beds:
     """Tensors within NaN: operands by `lay`, what torch.empty gives by `make`."""
 
@@ -28,6 +32,7 @@ class Beds:
         if values is None:
             return None
         bed, inside = self._bed(values.shape, values.dtype, values.device)
+        bed.fill_(float("nan"))
         inside.copy_(values)
         self.operands.append((bed, bed.clone()))
         return inside
@@ -44,18 +49,24 @@ class Beds:
         nothing around them.
         """
         for bed, before in self.operands:
-            bits = {2: torch.int16, 4: torch.int32}[bed.element_size()]
-            assert torch.equal(bed.view(bits), before.view(bits)), "an operand, or what lies around it"
+            assert torch.equal(bits(bed), bits(before)), "an operand, or what lies around it, was written"
         for bed, inside in self.results:
             what = f"{tuple(inside.shape)} of {inside.dtype}"
             assert torch.isfinite(inside).all(), f"{what}: not written, or made of what is no operand"
-            assert bed[:ROOM].isnan().all(), f"{what}: written before its start"
-            assert bed[ROOM + inside.numel() :].isnan().all(), f"{what}: written past its end"
+            around = bits(bed) == UNWRITTEN[bed.dtype]
+            assert around[:ROOM].all(), f"{what}: written before its start"
+            assert around[ROOM + inside.numel() :].all(), f"{what}: written past its end"
 
     def _bed(self, shape, dtype, device) -> tuple[Tensor, Tensor]:
         count = torch.Size(shape).numel()
-        bed = self._empty(count + 2 * ROOM, dtype=dtype, device=device).fill_(float("nan"))
+        bed = self._empty(count + 2 * ROOM, dtype=dtype, device=device)
+        bits(bed).fill_(UNWRITTEN[dtype])
         return bed, bed[ROOM : ROOM + count].view(shape)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def far_rows(values: Tensor) -> Tensor:
