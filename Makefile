@@ -10,12 +10,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A worker that is done takes tests from the other one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-oldest gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
+.PHONY: help demo test test-all test-everywhere test-oldest gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
 	@echo "make test-all     all of it (make test leaves out what takes minutes; not the whole gate, which is make gate)"
+	@echo "make test-everywhere  the tests of values: 1 and 2 threads, random order, other instruction sets (ARGS=--help)"
 	@echo "make test-oldest  the same on the oldest torch and Triton that are supported (downloads 3 GB)"
 	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
 	@echo "make gate-3.6     those for Hopper on Triton 3.6.0"
@@ -52,6 +53,11 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(MAKE) -C csrc_reference
 	$(PYTEST) -m "not gate_all"
+
+# One of them again: make test-everywhere ARGS="--only two-threads".
+test-everywhere: $(VENV)/.dev
+	$(MAKE) -C csrc_reference
+	$(BIN)/python tests/everywhere.py $(ARGS)
 
 $(VENV_OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_OLDEST)

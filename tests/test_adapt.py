@@ -290,6 +290,7 @@ def assert_frozen(model, bits):
         assert torch.equal(layer.weight, weight) and torch.equal(layer.lora_A, lora_A)
 
 
+@pytest.mark.numerics
 def test_only_lora_B_is_trained_and_the_base_is_shared():
     model = toy()
     before = dict(model.named_parameters())
@@ -486,6 +487,7 @@ def merged_and_back(model):
 STEPS = [copied, pickled, reloaded, disabled, merged_and_back, nn.Module.train, nn.Module.eval]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("config", [CONFIG, SAVING], ids=["adapter", "modules_to_save"])
 def test_frozen_tensors_stay_frozen_and_nothing_is_lost(config):
     model = adapted(config).train()
@@ -507,6 +509,7 @@ def test_frozen_tensors_stay_frozen_and_nothing_is_lost(config):
     assert not torch.equal(model.eval()(TOKENS), y)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("config", [CONFIG, SAVING], ids=["adapter", "modules_to_save"])
 def test_disabled_the_model_is_its_base(config):
     y, model = toy()(TOKENS), adapted(config)
@@ -517,6 +520,7 @@ def test_disabled_the_model_is_its_base(config):
     assert torch.equal(model(TOKENS), trained)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("config", [CONFIG, SAVING], ids=["adapter", "modules_to_save"])
 def test_disable_restores_what_it_found_when_nested_and_after_an_error(config):
     y, model = toy()(TOKENS), adapted(config)
@@ -542,6 +546,7 @@ def test_disable_refuses_a_merged_model():
     unmerge_adapter(model)
 
 
+@pytest.mark.numerics
 def test_merge_keeps_the_outputs_and_unmerge_the_objects():
     model = adapted()
     y, weights = model(TOKENS), [layer.weight for layer in lorafa_layers(model).values()]
@@ -563,6 +568,7 @@ def test_a_failing_merge_is_undone(monkeypatch):
     assert snapshot(model) == before and not any(layer.merged for layer in lorafa_layers(model).values())
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("first", [lambda m: m, merge_adapter], ids=["unmerged", "merged"])
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("config", [CONFIG, SAVING], ids=["adapter", "modules_to_save"])
@@ -586,6 +592,7 @@ def test_unload_leaves_plain_linears(config, merge, first):
         assert torch.equal(model(TOKENS), y)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("inside", [False, True], ids=["enabled", "while disabled"])
 @pytest.mark.parametrize("merge", [True, False])
 def test_unload_within_disable_is_final(merge, inside):
@@ -621,6 +628,7 @@ def test_a_shared_module_to_save_is_trained_once():
     assert own == [id(model.twice.weight), id(model.twice.bias)]
 
 
+@pytest.mark.numerics
 def test_buffers_of_modules_to_save_come_back():
     model = adapted(SAVING)
     model.train()(TOKENS)
@@ -633,6 +641,7 @@ def test_buffers_of_modules_to_save_come_back():
     assert torch.equal(model.norm.running_mean, torch.zeros(6))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("copying", [copied, pickled], ids=["deepcopy", "pickle"])
 def test_originals_follow_copies_and_casts(copying):
     model = copying(adapted(SAVING))
@@ -646,6 +655,7 @@ def test_originals_follow_copies_and_casts(copying):
     assert model.norm.weight.dtype is torch.float64 and model.lm_head.weight is model.embed.weight
 
 
+@pytest.mark.numerics
 def test_recurrent_modules_to_save_compute_with_what_is_in_place():
     model = nn.ModuleDict({"cell": nn.LSTM(3, 3), "out": nn.Linear(3, 3)})
     x = torch.ones(2, 1, 3)
@@ -659,6 +669,7 @@ def test_recurrent_modules_to_save_compute_with_what_is_in_place():
     assert torch.equal(model["cell"](x)[0], trained)
 
 
+@pytest.mark.numerics
 def test_layers_put_in_by_hand_work_alike():
     model = nn.Sequential(LoRAFALinear(4, 4, r=2), nn.ReLU(), nn.Linear(4, 2))
     assert lorafa_parameters(model) == [model[0].lora_B]
@@ -673,6 +684,7 @@ def test_layers_put_in_by_hand_work_alike():
     assert torch.equal(unload_adapter(model)(x), y)
 
 
+@pytest.mark.numerics
 def test_a_layer_by_itself_is_unloaded_into_a_linear():
     layer = integers(LoRAFALinear(4, 4, r=2))
     y = layer(torch.ones(3, 4))

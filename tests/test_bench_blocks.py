@@ -36,6 +36,7 @@ def measure(case=CASE, keys=QUICK, **options) -> dict[tuple[str, str], dict]:
     return {(row["contender"], row["part"]): row for row in payload["rows"]}
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_everyone_is_checked_and_timed_or_says_why_not(piece, dtype):

@@ -63,6 +63,7 @@ def with_wrong_dA(operands, case) -> Layer:
     return right
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("case", [TINY, MIXED, DROPOUT], ids=lambda case: case.label)
 def test_everyone_is_checked_and_timed_or_says_why_not(case):
     pytest.importorskip("peft")
@@ -84,6 +85,7 @@ def test_everyone_is_checked_and_timed_or_says_why_not(case):
         assert idle == {"triton"} | ({"addmm"} if case.dropout else set())
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -222,6 +224,7 @@ def test_host_time_counts_calls_of_the_python_side():
     assert rows["lorafa", "both"]["ms"]["median"] > 0
 
 
+@pytest.mark.numerics
 def test_compiled_contender_is_right(monkeypatch):
     (contender,) = contenders.layer_contenders(("compiled-lorafa",)).values()
     if reason := contender.obstacle(TINY, DEVICE):
@@ -232,6 +235,7 @@ def test_compiled_contender_is_right(monkeypatch):
     assert rows["compiled-lorafa", "backward"]["status"] == "ok", rows["compiled-lorafa", "backward"]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("mode", layers.MODES)
 @pytest.mark.gpu
 def test_everyone_runs_on_a_gpu_in_every_mode(mode):
@@ -240,6 +244,7 @@ def test_everyone_runs_on_a_gpu_in_every_mode(mode):
         assert row["status"] == "ok" or key.startswith("peft"), (key, part, row["reason"])
 
 
+@pytest.mark.numerics
 @pytest.mark.gpu
 def test_dropout_is_checked_on_a_gpu():
     rows = measure(
@@ -248,6 +253,7 @@ def test_dropout_is_checked_on_a_gpu():
     assert {row["status"] for row in rows.values()} == {"ok"}, rows
 
 
+@pytest.mark.numerics
 def test_mask_is_scaled_exactly():
     operands = judge.draw(DROPOUT, "cpu")
     mask = judge.Judge(DROPOUT, operands)._mask(CONTENDERS["eager-lorafa"])
@@ -307,6 +313,7 @@ def test_out_of_memory_is_not_a_wrong_result():
     assert layers.failure(RuntimeError("wrong"))["status"] == "failed"
 
 
+@pytest.mark.numerics
 def test_kernels_are_checked_and_compared_with_library_products(monkeypatch):
     pytest.importorskip("triton")
     payload = kernels.time_kernels(MIXED, DEVICE, rounds=2, interpreted=True)
@@ -318,6 +325,7 @@ def test_kernels_are_checked_and_compared_with_library_products(monkeypatch):
         assert set(row["ratios"]) == ({kernels.LIBRARY} - {row["contender"]})
 
 
+@pytest.mark.numerics
 def test_wrong_kernel_is_red(monkeypatch):
     pytest.importorskip("triton")
     from lorafa_kernels.kernels import shrink

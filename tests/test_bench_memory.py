@@ -102,6 +102,7 @@ def test_temporaries_inside_a_custom_operator_count(x):
     assert (kept, forward, backward) == (N, 2 * N, 2 * N)
 
 
+@pytest.mark.numerics
 def test_layer_rows(device):
     keys = ("frozen", "lorafa", "eager-lorafa", "eager-lora", "addmm")
     rows = by_row(memory.layer_memory(LAYER, keys, device))
@@ -122,6 +123,7 @@ def test_layer_rows(device):
         assert 0 < lorafa["peak_allocated_bytes"] <= lorafa["peak_reserved_bytes"]
 
 
+@pytest.mark.numerics
 def test_planted_failures_of_a_layer_have_no_number():
     def scaled(operands, case):
         right = contenders.build_eager(operands, case)
@@ -148,6 +150,7 @@ def test_planted_failures_of_a_layer_have_no_number():
     assert rows["frozen", False]["status"] == "ok"
 
 
+@pytest.mark.numerics
 def test_units_of_a_llama_block():
     pytest.importorskip("peft")
     payload = memory.block_memory(BLOCK, models.BLOCK_KEYS, "cpu")
@@ -197,6 +200,7 @@ def test_units_of_a_llama_block():
 
 
 # BERT's is the quickest; a Llama's layer has a test of its own above.
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "case",
     [
@@ -343,6 +347,7 @@ def adapt_some(model, linears, rank):
     return models.adapt_eager(model, linears[:3], rank)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("adapt", "reason"),
     [
@@ -374,6 +379,7 @@ def test_missing_peft_stays_in_the_table(monkeypatch):
         assert rows["lorafa", checkpointing]["status"] == "ok"
 
 
+@pytest.mark.numerics
 def test_encoder_block():
     case = BlockCase("test", "MiniLM", 2, 8, rank=4, dtype="fp32", compiled=False)
     rows = by_row(memory.block_memory(case, ("frozen", "lorafa"), "cpu"))
@@ -412,6 +418,7 @@ def test_error_of_one_gradient_in_a_chain_is_pooled():
     assert models.pooled({"y": 0.1}) == {"y": 0.1}
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("which", [0, pytest.param(-1, marks=pytest.mark.slow)])
 def test_wrong_gradient_of_one_layer_is_found(which):
     """Right outputs and dx, one dB of seven that is 5 % off."""

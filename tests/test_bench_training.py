@@ -44,6 +44,7 @@ def plain_losses(dtype: torch.dtype) -> torch.Tensor:
     )
 
 
+@pytest.mark.numerics
 def test_contenders_train_alike():
     """All losses of a run as one vector, within the budget of everything else in this project."""
     pytest.importorskip("peft")

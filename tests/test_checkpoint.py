@@ -137,6 +137,7 @@ def test_the_files_are_those_that_are_documented(saved):
     }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("target", [toy, lambda: apply_lorafa(toy(), CONFIG)], ids=["fresh", "adapted"])
 def test_round_trip(saved, target):
     model = target()
@@ -159,6 +160,7 @@ def test_loading_writes_into_the_parameters_an_optimizer_holds(saved):
     assert [id(parameter) for parameter in lorafa_parameters(model)] == before
 
 
+@pytest.mark.numerics
 def test_values_are_cast_to_the_parameters_dtype(saved):
     model = load_adapter(toy().to(torch.bfloat16), saved)
     layer = model.blocks[0].q
@@ -174,6 +176,7 @@ def test_within_disable_adapter_the_trained_tensors_are_saved(tmp_path, saved):
     assert contents(tmp_path / "other") == contents(saved)
 
 
+@pytest.mark.numerics
 def test_a_model_built_by_hand_gets_a_config_of_its_own(tmp_path):
     def build(linear):
         torch.manual_seed(0)
@@ -209,6 +212,7 @@ def test_targets_that_end_other_names_are_written_as_a_regular_expression(tmp_pa
     assert list(lorafa_layers(load_adapter(toy(), tmp_path))) == ["up"]
 
 
+@pytest.mark.numerics
 def test_the_order_of_patterns_survives(tmp_path):
     pattern = {"up": 2, "blocks.0.up": 4, "0.q": 1}
     with pytest.warns(UserWarning, match="blocks.1.q"):
@@ -230,6 +234,7 @@ class Twice(nn.Module):
         self.last_norm = self.norm
 
 
+@pytest.mark.numerics
 @pytest.mark.filterwarnings("ignore")
 def test_shared_modules_load_here_and_in_peft(tmp_path):
     config = LoRAFAConfig(target_modules=["first", "mid"], modules_to_save=["norm"])
@@ -257,6 +262,7 @@ class Tied(nn.Module):
         self.pair[0].weight = self.pair[1].weight = self.apart.weight
 
 
+@pytest.mark.numerics
 def test_ties_within_a_saved_module_hold_and_those_between_two_end(tmp_path):
     config = LoRAFAConfig(target_modules=["q"], modules_to_save=["pair", "apart"])
     model = apply_lorafa(Tied(), config)
@@ -293,6 +299,7 @@ PEFT_CASES = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_peft_loads_ours(case, tmp_path):
@@ -305,6 +312,7 @@ def test_peft_loads_ours(case, tmp_path):
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
 
 
+@pytest.mark.numerics
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("target", ["fresh", "adapted"])
 @pytest.mark.parametrize("case", PEFT_CASES)
@@ -352,6 +360,7 @@ def relative_error(y, exact):
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.numerics
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -509,6 +518,7 @@ def test_every_field_of_peft_is_supported_neutral_or_refused(saved):
     assert set(peft.LoraConfig(target_modules="q").to_dict()) <= known
 
 
+@pytest.mark.numerics
 def test_unknown_fields_at_rest_and_information_are_ignored(saved):
     edit_config(
         saved, tomorrow=None, later=False, task_type="CAUSAL_LM", peft_version="9", runtime_config={"x": 1}
@@ -649,6 +659,7 @@ def test_a_process_that_dies_while_saving_leaves_the_older_files(moment, saved):
     assert_same_adapter(load_adapter(toy(), saved), trained())
 
 
+@pytest.mark.numerics
 def test_saving_again_with_the_same_config_is_one_rename(saved, monkeypatch):
     renamed = []
     replace = os.replace
@@ -662,6 +673,7 @@ def test_saving_again_with_the_same_config_is_one_rename(saved, monkeypatch):
     assert_same_adapter(load_adapter(toy(), saved), model)
 
 
+@pytest.mark.numerics
 def test_sharded_parameters_are_gathered_and_scattered(saved, tmp_path):
     dist = torch.distributed
     if not dist.is_available():

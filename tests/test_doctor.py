@@ -69,6 +69,7 @@ def assert_all_passed(out: str, impl: str) -> None:
     assert all(line.endswith("  ok") for line in results(out, impl))
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_report_with_triton():
@@ -92,6 +93,7 @@ def test_report_with_triton():
     assert done.stdout.isascii() and not done.stderr
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "shapes", [pytest.param("", id="all", marks=pytest.mark.slow), pytest.param(SMALL, id="small")]
 )
@@ -119,6 +121,7 @@ def test_triton_that_cannot_be_imported_is_told_from_none(tmp_path):
     assert "triton: not available" in done.stdout and done.stdout.endswith("[]\n")
 
 
+@pytest.mark.numerics
 def test_wrong_implementation_fails_and_is_named(monkeypatch, capsys):
     right = library.forward
 
@@ -164,6 +167,7 @@ def test_report_on_a_gpu():
         assert_all_passed(done.stdout, impl)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_errors_and_budget_are_those_of_the_contract(impl, dtype):
@@ -186,6 +190,7 @@ def test_every_output_is_large_enough_to_measure():
         assert min(M * N, M * K, N * R) >= 256
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("shape", [0, 1])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_not_finite_at_one_shape_fails(monkeypatch, wrong, shape):
@@ -209,6 +214,7 @@ def failed(found):
     return [one.output for one in found if not one.passed]
 
 
+@pytest.mark.numerics
 def test_wrong_blocks_fail_by_name(monkeypatch):
     """Each by itself: a group, then a gated MLP, then a norm whose gradient is off."""
     from lorafa_kernels.blocks import group, mlp, norm
@@ -248,6 +254,7 @@ def test_raising_block_is_a_failed_check_and_the_others_are_measured(monkeypatch
     assert {"group.y", "group.dx", "group.dB", "norm.y", "norm.dx"} < {one.output for one in found}
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_drawn_large_enough_and_every_term_matters(name):
     M, N, K, R = doctor.CPU_SHAPES[0]
@@ -263,6 +270,7 @@ def test_blocks_are_drawn_large_enough_and_every_term_matters(name):
             assert relative_error(y, exact["y"]) > 1e-2, (index, term)
 
 
+@pytest.mark.numerics
 def test_wrong_kernels_fail(triton_device, monkeypatch):
     from lorafa_kernels.kernels import linear
 

@@ -291,6 +291,7 @@ def test_the_demo_runs_end_to_end(demo, capsys: pytest.CaptureFixture) -> None:
     assert results["reloaded_adapter"]["accuracy"] == runs["LoRA-FA"]["test_accuracy"]
 
 
+@pytest.mark.numerics
 def test_lora_and_lorafa_start_alike_and_lorafa_follows_the_plain_formula(demo) -> None:
     from examples.compare import adapt
     from examples.sentiment import LoRALinear, SentimentClassifier, apply_lora

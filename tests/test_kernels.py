@@ -18,6 +18,7 @@ from lorafa_kernels import lorafa_linear, reference
 from lorafa_kernels.accuracy import draw_operands, plain_formula
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.numerics
 linear = pytest.importorskip("lorafa_kernels.kernels.linear")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GUARD = 512
@@ -108,6 +109,7 @@ def test_outputs_are_written_whole_and_nothing_else(monkeypatch, triton_device, 
         )
 
 
+@pytest.mark.memory
 @pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "dy", "z"])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_offsets_past_32_bits(triton_device, operand, layout):
@@ -129,6 +131,7 @@ def test_offsets_past_32_bits(triton_device, operand, layout):
 
 
 @pytest.mark.gpu
+@pytest.mark.memory
 def test_results_of_more_than_32_bits():
     """y, dx and dy of more than 2³¹ elements, checked at rows from both ends."""
     M, K, N, R = (1 << 31) // 4096 + 300, 64, 4096, 8

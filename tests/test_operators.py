@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lorafa_kernels import LoRAFALinear, ops
 from lorafa_kernels.accuracy import draw_operands
 
+pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 OPERATORS = ("forward", "backward", "backward_input", "backward_lora_B")
 

@@ -129,6 +129,7 @@ def test_a_recognised_mlp_computes_the_same_when_fused(kind):
     assert names[1].count("LoRAFAGatedMLPFunctionBackward") == 1 and len(names[1]) < len(names[0])
 
 
+@pytest.mark.numerics
 def test_a_dropout_that_is_turned_on_later_acts():
     model = apply_lorafa(nn.Sequential(NoDropout()), LoRAFAConfig(target_modules=["gate"]))
     x = torch.randn(4, WIDTH)
@@ -386,6 +387,7 @@ def test_an_rms_norm_is_recognised_however_it_is_written(kind):
     assert (roles.form, roles.weight, roles.eps) == (NORMS[kind], "weight", "epsilon")
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", NORMS, ids=lambda kind: kind.__name__)
 def test_a_recognised_norm_computes_the_same_when_fused(kind, weight_dtype):

@@ -165,6 +165,7 @@ def test_what_is_fused_in_each_family(family):
         assert str(block) in str(report)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_within_the_budget(family, dtype):
@@ -184,6 +185,7 @@ def test_names_keys_and_classes_stay(family):
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "t5 v1.1"])
 def test_generation_with_a_cache_is_the_same_bit_by_bit(family):
     found = []
@@ -195,6 +197,7 @@ def test_generation_with_a_cache_is_the_same_bit_by_bit(family):
     assert all(torch.equal(one, other) for one, other in zip(found[0].logits, found[1].logits, strict=True))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("reentrant", [False, True], ids=["early stop", "reentrant"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bert", "t5 v1.1"])
 def test_gradient_checkpointing(family, reentrant):
@@ -207,6 +210,7 @@ def test_gradient_checkpointing(family, reentrant):
     check_budget(*found, results(unfused(family).double()), torch.float32)
 
 
+@pytest.mark.numerics
 def test_a_whole_model_is_compiled_in_one_graph():
     found = []
     for model in (adapted("llama", num_hidden_layers=1), unfused("llama", num_hidden_layers=1)):
@@ -216,6 +220,7 @@ def test_a_whole_model_is_compiled_in_one_graph():
     check_budget(*found, exact, torch.float32)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "t5 v1.1"])
 def test_copies_and_pickles(family):
     model = adapted(family)
@@ -228,6 +233,7 @@ def test_copies_and_pickles(family):
         assert all(torch.equal(one, two) for one, two in zip(results(other), wanted, strict=True))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "bert", "t5 v1.1"])
 def test_offloaded_by_accelerate_it_computes_the_same(family):
     accelerate = pytest.importorskip("accelerate", reason="offloads the model")
@@ -244,6 +250,7 @@ def test_offloaded_by_accelerate_it_computes_the_same(family):
     assert wanted.shape == got.shape
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("saved_fused", [True, False])
 def test_adapters_are_saved_and_loaded_across(saved_fused, tmp_path):
     source = adapted("llama") if saved_fused else unfused("llama")
@@ -264,6 +271,7 @@ def test_adapters_are_saved_and_loaded_across(saved_fused, tmp_path):
     }
 
 
+@pytest.mark.numerics
 def test_peft_reads_the_adapter_of_a_fused_model(tmp_path):
     peft = pytest.importorskip("peft", reason="PEFT reads the file")
     model = adapted("llama").eval()
@@ -275,6 +283,7 @@ def test_peft_reads_the_adapter_of_a_fused_model(tmp_path):
     check_budget([model(**inputs)[0]], [theirs(**inputs)[0]], [exact], torch.float32)
 
 
+@pytest.mark.numerics
 def test_training_through_the_blocks_lowers_the_loss():
     """And the next step is that of the same weights without blocks."""
     model, losses = adapted("llama"), []

@@ -465,6 +465,7 @@ PLANS = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_plan_keeps_the_promised_accuracy(triton_device, plan, dtype):
@@ -515,6 +516,7 @@ def test_a_plan_is_chosen_once_for_a_shape(fake_gpu):
     assert choice._plan.cache_info().maxsize is not None
 
 
+@pytest.mark.numerics
 def test_compiled_and_eager_layers_take_the_plan_that_is_pinned_when_they_run(triton_device):
     torch._dynamo.reset()
     layer = LoRAFALinear(16, 24, r=4, init_lora_weights=False, device=triton_device)

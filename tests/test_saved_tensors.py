@@ -71,6 +71,7 @@ def test_keeps_z_and_the_three_objects(device, impl, dtype, shape):
     assert x.grad is not None and layer.lora_B.grad.dtype == torch.float32
 
 
+@pytest.mark.numerics
 @implementations
 @pytest.mark.parametrize("backward_inside", [True, False], ids=["backward-inside", "backward-outside"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32-layer", "bf16-layer"])
@@ -103,6 +104,7 @@ def test_autocast_keeps_no_cast(device, impl, backward_inside, dtype):
     assert torch.equal(y, by_hand)
 
 
+@pytest.mark.numerics
 @implementations
 def test_backward_is_the_same_inside_and_outside_of_autocast(device, impl):
     """Autocast must not leak into the products of backward, where it would change their dtypes."""
@@ -195,6 +197,7 @@ def test_kept_bytes_of_a_model(device, impl):
     y.sum().backward()
 
 
+@pytest.mark.numerics
 @implementations
 def test_saved_objects_survive_a_storage_swap(device, impl):
     """An engine that shards parameters frees their storage after forward and fills it again before
