@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 VENV36 := .venv-3.6
 # The oldest torch with its Triton. PyPI has it as a CUDA build alone, which runs on a CPU, too.
 VENV_OLDEST := .venv-oldest
+# What builds and checks wheel and sdist.
+VENV_DIST := .venv-dist
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A worker that is done takes tests from the other one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-everywhere test-oldest gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
+.PHONY: help demo test test-all test-everywhere test-oldest dist test-dist gate gate-3.6 gpu lint format doctor bench bench-cpu memory report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
@@ -18,6 +20,8 @@ help:
 	@echo "make test-all     all of it (make test leaves out what takes minutes; not the whole gate, which is make gate)"
 	@echo "make test-everywhere  the tests of values: 1 and 2 threads, random order, other instruction sets (ARGS=--help)"
 	@echo "make test-oldest  the same on the oldest torch and Triton that are supported (downloads 3 GB)"
+	@echo "make dist         wheel and sdist in dist/, checked by twine"
+	@echo "make test-dist    installs the wheel into fresh environments away from the checkout, and tries it there"
 	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
 	@echo "make gate-3.6     those for Hopper on Triton 3.6.0"
 	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
@@ -70,13 +74,35 @@ test-oldest: $(VENV_OLDEST)/.dev
 	$(MAKE) -C csrc_reference
 	$(VENV_OLDEST)/bin/python -m pytest -n 2 -m "not gate and not gate_all"
 
+$(VENV_DIST)/.created: Makefile
+	$(PYTHON) -m venv $(VENV_DIST)
+	$(VENV_DIST)/bin/python -m pip --disable-pip-version-check install --quiet "build==1.6.1" "twine==7.0.0"
+	@touch $@
+
+dist: $(VENV_DIST)/.created
+	rm -rf dist build
+	$(VENV_DIST)/bin/python -m build
+	$(VENV_DIST)/bin/python -m twine check --strict dist/*
+
+# First with what the package requires, then with Triton and its interpreter.
+test-dist: dist
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -ex && \
+	$(PYTHON) -m venv "$$folder/env" && cd "$$folder" && unset PYTHONPATH && \
+	pip="env/bin/python -m pip --disable-pip-version-check install --quiet -c $(CURDIR)/constraints.txt" && \
+	wheel=$$(echo $(CURDIR)/dist/*.whl) && $$pip "torch==2.13.0" && \
+	for extra in "" "[interpreter]"; do \
+		$$pip "lorafa-kernels$$extra @ file://$$wheel" && env/bin/python -m pip check && \
+		env/bin/python -I $(CURDIR)/tests/installed.py "$$folder/env" && \
+		env/bin/lorafa-kernels --version && env/bin/lorafa-kernels doctor --device cpu; \
+	done
+
 gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --kernel shrink expand grad gated --out bench/results/compile-gate.json
 	$(BIN)/python -m bench.gate --kernel group --out bench/results/compile-gate-groups.json
 
 $(VENV36)/.gate: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV36)
-	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "torch==2.13.0" rich safetensors platformdirs
+	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "torch==2.13.0" rich "safetensors[numpy]"
 	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet "triton==3.6.0" "numpy<2.4"
 	@touch $@
 
@@ -116,5 +142,5 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV36) $(VENV_OLDEST) build .demo
+	rm -rf $(VENV) $(VENV36) $(VENV_OLDEST) $(VENV_DIST) build dist .demo
 	$(MAKE) -C csrc_reference clean
