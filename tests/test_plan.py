@@ -311,19 +311,6 @@ def test_cache_files_are_named_after_device_and_triton(monkeypatch):
     assert "lorafa_kernels" in str(path.parent)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_cache_is_the_same_without_platformdirs(monkeypatch, tmp_path, elsewhere):
-    monkeypatch.delenv(lookup.CACHE_VARIABLE)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if elsewhere:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = cache_path(H200)
-    monkeypatch.setitem(sys.modules, "platformdirs", None)
-    assert cache_path(H200) == path
-    assert str(path).startswith(str(tmp_path)) == elsewhere
-
-
 def test_shipped_tables_can_be_read(monkeypatch):
     monkeypatch.undo()
     assert lookup.SHIPPED.is_dir()
@@ -422,25 +409,13 @@ def test_the_variable_pins_a_file(monkeypatch, fake_gpu, tmp_path):
     assert (told.plans["forward"].plan.source, told.plans["backward"].plan.source) == ("pinned", "heuristic")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        pytest.param(None, "expected 'fused', 'library' or a JSON file", id="no-file"),
-        pytest.param("{", "Expecting property name", id="no-json"),
-        pytest.param("[]", "it holds no object", id="list"),
-        pytest.param('{"sideways": {"name": "fused"}}', "unknown operations sideways", id="op"),
-        pytest.param('{"forward": {"name": "magic"}}', "a plan's name is 'fused' or 'library'", id="name"),
-    ],
-)
-def test_a_variable_that_makes_no_sense_is_an_error_that_names_it(monkeypatch, tmp_path, content, message):
-    file = tmp_path / "plan.json"
-    if content is not None:
-        file.write_text(content)
-    set_variable(monkeypatch, str(file))
+@pytest.mark.parametrize("value", ["fussed", "no/such/plan.json", "x" * 300], ids=["word", "path", "long"])
+def test_a_variable_that_names_nothing_is_an_error_that_says_so(monkeypatch, value):
+    set_variable(monkeypatch, value)
     layer = LoRAFALinear(8, 8, r=2)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match="expected 'fused', 'library' or a JSON file") as caught:
         layer(torch.randn(2, 8))
-    assert str(caught.value).startswith(f"LORAFA_KERNELS_PLAN={file}: ")
+    assert str(caught.value).startswith(f"LORAFA_KERNELS_PLAN={value}: ")
     layer.impl = "torch"
     assert layer(torch.randn(2, 8)).shape == (2, 8)
 

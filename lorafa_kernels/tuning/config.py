@@ -19,6 +19,13 @@ MAX_BLOCK_R = 128
 MAX_GROUP_R = 192
 # The tensor cores contract at least 16 16-bit elements, and tl.dot asks for 16 rows and columns.
 MIN_BLOCK = 16
+# What a configuration that somebody wrote down may hold: a tensor of Triton's has at most 2**20 elements, a
+# box of TMA 256 rows and columns, a block of threads 32 warps.
+MOST_BLOCK = 1024
+MOST_TMA_BLOCK = 256
+MOST_WARPS = 32
+MOST_STAGES = 16
+MOST_PARTS = 1024
 # Rows up to which expand makes z or dz itself: one launch where a launch costs more than the repeated work.
 RECOMPUTE_ROWS = 128
 RECOMPUTE_RANK = 64
@@ -117,6 +124,48 @@ KNOWN_DEVICES = {
     "gfx942": DeviceLimits("gfx942", 64 * 1024, 304),
 }
 INTERPRETER = DeviceLimits("cpu", 1 << 30, 2)
+
+
+# The block sizes that a kernel reads, and the variants it has.
+_BLOCKS = {
+    "shrink": ("BLOCK_M", "BLOCK_K", "BLOCK_R"),
+    "expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"),
+    "grad": ("BLOCK_M", "BLOCK_N", "BLOCK_R"),
+}
+_VARIANTS = {"shrink": ("portable",), "expand": VARIANTS, "grad": ("portable", "tma")}
+
+
+def wrong_field(op: str, config: KernelConfig) -> str | None:
+    """Return the name of a field of a configuration with which kernel `op` cannot be launched on any device,
+    or None. A pure function, for configurations that a person or a file gives.
+    """
+    if not isinstance(config.variant, str) or config.variant not in _VARIANTS[op]:
+        return "variant"
+
+    def counts(name: str, most: int) -> bool:
+        value = getattr(config, name)
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+    def power_of_2(name: str, most: int) -> bool:
+        return counts(name, most) and getattr(config, name).bit_count() == 1
+
+    most_block = MOST_TMA_BLOCK if config.variant == "tma" else MOST_BLOCK
+    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"):
+        value = getattr(config, name)
+        unused = name not in _BLOCKS[op] and value == 0 and not isinstance(value, bool)
+        if not unused and not (power_of_2(name, most_block) and value >= MIN_BLOCK):
+            return name
+    if not power_of_2("num_warps", MOST_WARPS):
+        return "num_warps"
+    for name, most in (
+        ("num_stages", MOST_STAGES),
+        ("GROUP_M", MOST_PARTS),
+        ("SPLIT_K", MOST_PARTS),
+        ("ctas_per_sm", MOST_WARPS),
+    ):
+        if not counts(name, most):
+            return name
+    return None if power_of_2("EPILOGUE_SUBTILE", 4) else "EPILOGUE_SUBTILE"
 
 
 def rows_aligned(operand_bytes: int, *sizes: int) -> bool:

@@ -13,9 +13,9 @@ A table is a JSON file for one device:
 One entry for a problem's bucket: rank is the rank rounded up to a power of two, at least 16; rows is M
 rounded to the nearest power of two. It holds the fastest plan of each name, with the medians that were
 measured; what decides is the larger of both times. Shipped tables lie in tables/, named after the device;
-the user's in the cache directory of the platform, or where LORAFA_KERNELS_CACHE says, named after device and
-Triton's version. A file that is damaged or not for this device and Triton is ignored, with a warning that
-names it.
+the user's in ~/.cache/lorafa_kernels (XDG_CACHE_HOME instead of ~/.cache where it is set), or where
+LORAFA_KERNELS_CACHE says, named after device and Triton's version. A user without a home has none. A file
+that is damaged or not for this device and Triton is ignored, with a warning that names it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import one_writer, read_json, replace_file, shown
 from .recipe import OPERATIONS, Device, Problem, Recipe, obstacle, recipe_from_json, recipe_to_json
 
 FORMAT = 1
@@ -42,6 +43,9 @@ LEAST_RANK = 16
 FARTHEST = 4.0
 RANK_WEIGHT = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
+# Larger sizes, and times in microseconds (11 days), are no measurements.
+MOST_SIZE = 1 << 40
+MOST_US = 1e12
 
 
 @dataclass(frozen=True)
@@ -136,19 +140,24 @@ def distance(one: Key, other: Key) -> float:
     return apart
 
 
-def cache_path(device: Device) -> Path:
-    """Return the file of the user's own table for this device and Triton. It need not exist."""
-    directory = os.environ.get(CACHE_VARIABLE) or _user_cache_dir()
-    return Path(directory) / f"{_slug(device.name)}-triton-{_slug(device.triton)}.json"
+def cache_path(device: Device) -> Path | None:
+    """Return the file of the user's own table for this device and Triton, which need not exist; None where
+    the user has no home and LORAFA_KERNELS_CACHE names no folder.
+    """
+    folder = os.environ.get(CACHE_VARIABLE) or _user_cache_folder()
+    return Path(folder) / f"{_slug(device.name)}-triton-{_slug(device.triton)}.json" if folder else None
 
 
-def _user_cache_dir() -> str:
-    try:
-        import platformdirs
-    except ImportError:
-        # A checkout that runs in an environment of its own making, on Linux as all of Triton.
-        return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafa_kernels")
-    return platformdirs.user_cache_dir("lorafa_kernels", False)
+def _user_cache_folder() -> Path | None:
+    # A relative path would mean another folder wherever the process is started.
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            # No HOME, and a user whom the machine does not know, as in containers.
+            return None
+    return folder / "lorafa_kernels" if folder.is_absolute() else None
 
 
 def shipped_path(device: Device) -> Path:
@@ -158,7 +167,8 @@ def shipped_path(device: Device) -> Path:
 
 def user_table(device: Device) -> Table | None:
     """Return the user's table for this device and Triton, or None where there is none to use."""
-    return _table(cache_path(device), device.name, device.triton)
+    path = cache_path(device)
+    return None if path is None else _table(path, device.name, device.triton)
 
 
 def shipped_table(device: Device) -> Table | None:
@@ -177,10 +187,10 @@ def _table(path: Path, device: str, triton: str | None) -> Table | None:
     try:
         table = read_table(path)
         if table.device != device:
-            raise ValueError(f"it is for {table.device!r}, not for {device!r}")
+            raise ValueError(f"it is for {shown(table.device)}, not for {device!r}")
         if triton is not None and table.triton != triton:
-            raise ValueError(f"it is for Triton {table.triton}, not {triton}")
-    except FileNotFoundError:
+            raise ValueError(f"it is for Triton {shown(table.triton)}, not {triton}")
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         warnings.warn(f"{path} is ignored: {error}", stacklevel=2)
@@ -190,10 +200,7 @@ def _table(path: Path, device: str, triton: str | None) -> Table | None:
 
 def read_table(path: Path) -> Table:
     """Read a table. Raises OSError, or ValueError saying what is wrong with the file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"it is not a table of format {FORMAT}")
     entries = found.get("entries")
@@ -203,7 +210,10 @@ def read_table(path: Path) -> Table:
     if not isinstance(device, str) or not isinstance(triton, str):
         raise ValueError("it names no device or no Triton version")
     rest = {name: value for name, value in found.items() if name not in ("format", "entries")}
-    about = tuple((name, value if value is None else str(value)) for name, value in sorted(rest.items()))
+    about = tuple(
+        (name, value if value is None or isinstance(value, str) else shown(value))
+        for name, value in sorted(rest.items())
+    )
     read = {}
     for index, value in enumerate(entries):
         try:
@@ -219,33 +229,29 @@ def update_table(
 ) -> None:
     """Write `entries` into the table at `path`, beside those of other keys that are there already.
 
-    All of it is written, or, after an error or Ctrl-C, the previous file is untouched. A damaged or foreign
-    file is replaced. Raises OSError where it cannot be written.
+    All of it is written, or, after an error or Ctrl-C, the previous file is untouched. Several processes and
+    threads can do so at once. A damaged or foreign file is replaced. Raises OSError where it cannot be
+    written.
     """
-    kept: dict[Key, Entry] = {}
-    try:
-        old = read_table(path)
-        if (old.device, old.triton) == (device.name, device.triton):
-            kept = dict(old.by_key)
-    except (OSError, ValueError):
-        pass
-    kept.update((entry.key, entry) for entry in entries)
-    found = {
-        "format": FORMAT,
-        "device": device.name,
-        "triton": device.triton,
-        **about,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "entries": [_entry_to_json(kept[key]) for key in sorted(kept, key=repr)],
-    }
-    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with one_writer(path):
+        kept: dict[Key, Entry] = {}
+        try:
+            old = read_table(path)
+            if (old.device, old.triton) == (device.name, device.triton):
+                kept = dict(old.by_key)
+        except (OSError, ValueError):
+            pass
+        kept.update((entry.key, entry) for entry in entries)
+        found = {
+            "format": FORMAT,
+            "device": device.name,
+            "triton": device.triton,
+            **about,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "entries": [_entry_to_json(kept[key]) for key in sorted(kept, key=repr)],
+        }
+        replace_file(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
     forget()
 
 
@@ -256,7 +262,7 @@ def fits(entry: Entry, problem: Problem, device: Device) -> bool:
 
 def _entry_from_json(value: object) -> Entry:
     if not isinstance(value, dict):
-        raise ValueError(f"it is an object, not {value!r}")
+        raise ValueError(f"it is an object, not {shown(value)}")
     plans = value.get("plans")
     names = set(value) - {"plans"}
     expected = set(Key.__dataclass_fields__)
@@ -264,10 +270,12 @@ def _entry_from_json(value: object) -> Entry:
         raise ValueError(f"its fields are {', '.join(sorted(expected))} and plans")
     key = Key(**{name: value[name] for name in expected})
     sizes = (key.K, key.N, key.rank, key.rows)
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
-        raise ValueError(f"sizes are numbers from 0 on, not {sizes}")
+    if not all(type(size) is int and 0 <= size <= MOST_SIZE for size in sizes):
+        raise ValueError(f"sizes are numbers from 0 to 2**40, not {', '.join(map(shown, sizes))}")
     if key.op not in OPERATIONS or key.dtype not in DTYPES or not isinstance(key.dropout, bool):
-        raise ValueError(f"unknown op, dtype or dropout: {key.op!r}, {key.dtype!r}, {key.dropout!r}")
+        raise ValueError(
+            f"unknown op, dtype or dropout: {shown(key.op)}, {shown(key.dtype)}, {shown(key.dropout)}"
+        )
     if min(key.rank, key.rows) < 1:
         raise ValueError(f"rank and rows are at least 1, not {key.rank} and {key.rows}")
     if not isinstance(plans, list) or not plans:
@@ -277,11 +285,11 @@ def _entry_from_json(value: object) -> Entry:
 
 def _measured_from_json(value: object) -> Measured:
     if not isinstance(value, dict):
-        raise ValueError(f"a plan is an object, not {value!r}")
+        raise ValueError(f"a plan is an object, not {shown(value)}")
     times = {name: value.get(name) for name in ("device_us", "host_us")}
     for name, time in times.items():
-        if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time < math.inf:
-            raise ValueError(f"{name} is a time in microseconds, not {time!r}")
+        if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time <= MOST_US:
+            raise ValueError(f"{name} is a time in microseconds, not {shown(time)}")
     recipe = recipe_from_json({name: found for name, found in value.items() if name not in times})
     return Measured(recipe, **times)
 

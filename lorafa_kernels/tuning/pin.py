@@ -7,22 +7,28 @@
      "backward": {"name": "library", "one_pass": true}}
 
 A plan as in a table (lookup.py). one_pass and pdl are true where left out, a configuration that is left out
-is the heuristics' choice. Operations that the file does not name are planned as always.
+is the heuristics' choice. Operations that the file does not name are planned as always. A file that holds
+something else is ignored, with one warning that names it and what is wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
-import json
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recipe import NAMES, OPERATIONS, Recipe, recipe_from_json
+from ..files import read_json, shown
+from .config import OPS
+from .recipe import NAMES, OPERATIONS, Recipe, check_config, recipe_from_json
 
 PLAN_VARIABLE = "LORAFA_KERNELS_PLAN"
+# What opening a word that names no file raises.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ _by_code: Pin | None = None
 def pinned() -> Pin | None:
     """Return what is pinned now, by pin_plan or else by the environment variable, which is read once.
 
-    Raises ValueError for a variable that is neither a plan's name nor a file with plans.
+    Raises ValueError for a variable that is neither a plan's name nor a file. A file that holds no plans is
+    ignored, with one warning.
     """
     return _by_environment() if _by_code is None else _by_code
 
@@ -77,7 +84,8 @@ def pin_plan(plan: str | Mapping[str, Recipe] | Pin) -> Iterator[None]:
     "triton" means the kernels whatever name is pinned. What is pinned and cannot run raises RuntimeError when
     it is called.
 
-    Raises ValueError for an unknown name or operation.
+    Raises TypeError for what is no plan, and ValueError for an unknown name or operation and for a
+    configuration that no device can run.
     """
     global _by_code
     before, _by_code = _by_code, plan if isinstance(plan, Pin) else make_pin(plan)
@@ -96,14 +104,15 @@ def _by_environment() -> Pin | None:
         return Pin(PLAN_VARIABLE, value)
     origin = f"{PLAN_VARIABLE}={value}"
     try:
-        found = json.loads(Path(value).read_text(encoding="utf-8"))
+        found = read_json(Path(value))
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
         return make_pin({op: recipe_from_json(plan) for op, plan in found.items()}, origin)
-    except OSError as error:
-        raise ValueError(f"{origin}: expected 'fused', 'library' or a JSON file: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in NO_FILE:
+            raise ValueError(f"{origin}: expected 'fused', 'library' or a JSON file: {error}") from error
+        warnings.warn(f"{origin} is ignored: {error}", stacklevel=2)
+        return None
 
 
 def forget_environment() -> None:
@@ -112,15 +121,33 @@ def forget_environment() -> None:
 
 
 def make_pin(plan: str | Mapping[str, Recipe], origin: str = "pin_plan") -> Pin:
-    """Return what pin_plan pins for `plan`. Raises ValueError for an unknown name or operation."""
-    if not isinstance(plan, str):
+    """Return what pin_plan pins for `plan`. Raises TypeError for what is no plan, and ValueError for an
+    unknown name or operation and for a configuration that no device can run.
+    """
+    if isinstance(plan, Mapping):
         return Pin(origin, recipes=_checked(plan))
+    if not isinstance(plan, str):
+        raise TypeError(f"plan is {shown(plan)}, expected a name or a Recipe for each of some operations")
     if plan not in NAMES:
-        raise ValueError(f"unknown plan {plan!r}: one of {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"unknown plan {shown(plan)}: one of {', '.join(map(repr, NAMES))}")
     return Pin(origin, plan)
 
 
 def _checked(recipes: Mapping[str, Recipe]) -> tuple[tuple[str, Recipe], ...]:
     if unknown := recipes.keys() - set(OPERATIONS):
-        raise ValueError(f"unknown operations {', '.join(sorted(unknown))}: {', '.join(OPERATIONS)}")
+        raise ValueError(f"unknown operations {_listed(unknown)}: {', '.join(OPERATIONS)}")
+    for op, recipe in recipes.items():
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"the plan of {op} is {shown(recipe)}, expected a Recipe")
+        for kernel in OPS:
+            if config := getattr(recipe.kernels, kernel):
+                try:
+                    check_config(kernel, config)
+                except ValueError as error:
+                    raise ValueError(f"the plan of {op}: {error}") from error
     return tuple(sorted(recipes.items()))
+
+
+def _listed(names: Iterable[object]) -> str:
+    # A file's names can be of any length.
+    return shown(", ".join(sorted(map(str, names))))[1:-1]

@@ -5,14 +5,13 @@ share.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from ..files import shown
 from .config import (
-    MIN_BLOCK,
     OPS,
-    VARIANTS,
     DeviceLimits,
     KernelConfig,
     KernelPlan,
@@ -22,6 +21,7 @@ from .config import (
     rows_aligned,
     shared_memory,
     split_size,
+    wrong_field,
 )
 
 OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")
@@ -199,20 +199,20 @@ def recipe_from_json(value: object) -> Recipe:
     Raises ValueError naming what is wrong with it.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"a plan is an object, not {value!r}")
+        raise ValueError(f"a plan is an object, not {shown(value)}")
     if unknown := value.keys() - {"name", "one_pass", "pdl", "configs"}:
-        raise ValueError(f"a plan has no {', '.join(sorted(unknown))}")
+        raise ValueError(f"a plan has no {shown(sorted(unknown))}")
     if value.get("name") not in NAMES:
-        raise ValueError(f"a plan's name is 'fused' or 'library', not {value.get('name')!r}")
+        raise ValueError(f"a plan's name is 'fused' or 'library', not {shown(value.get('name'))}")
     kernels = KernelPlan()
     for name in ("one_pass", "pdl"):
         if name in value:
             if not isinstance(value[name], bool):
-                raise ValueError(f"{name} is true or false, not {value[name]!r}")
+                raise ValueError(f"{name} is true or false, not {shown(value[name])}")
             kernels = replace(kernels, **{name: value[name]})
     configs = value.get("configs", {})
     if not isinstance(configs, dict) or configs.keys() - set(OPS):
-        raise ValueError(f"configs is an object with some of {', '.join(OPS)}, not {configs!r}")
+        raise ValueError(f"configs is an object with some of {', '.join(OPS)}, not {shown(configs)}")
     return Recipe(
         value["name"],
         replace(kernels, **{kernel: _config_from_json(kernel, found) for kernel, found in configs.items()}),
@@ -221,21 +221,16 @@ def recipe_from_json(value: object) -> Recipe:
 
 def _config_from_json(kernel: str, value: object) -> KernelConfig:
     if not isinstance(value, dict):
-        raise ValueError(f"the configuration of {kernel} is an object, not {value!r}")
+        raise ValueError(f"the configuration of {kernel} is an object, not {shown(value)}")
     try:
         config = KernelConfig(**value)
     except TypeError as error:
-        raise ValueError(f"the configuration of {kernel}: {error}") from error
-    for item in fields(config):
-        found = getattr(config, item.name)
-        if item.name == "variant":
-            right = found in VARIANTS
-        else:
-            right = isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= 1 << 16
-            if right and item.name.startswith("BLOCK_"):
-                right = found == 0 or (found >= MIN_BLOCK and found & (found - 1) == 0)
-            elif right:
-                right = found >= 1
-        if not right:
-            raise ValueError(f"the configuration of {kernel} has {item.name}={found!r}")
+        raise ValueError(f"the configuration of {kernel} has unknown fields or lacks some") from error
+    check_config(kernel, config)
     return config
+
+
+def check_config(kernel: str, config: KernelConfig) -> None:
+    """Raise ValueError, naming the field, for a configuration that no device can launch `kernel` with."""
+    if name := wrong_field(kernel, config):
+        raise ValueError(f"the configuration of {kernel} has {name}={shown(getattr(config, name))}")
