@@ -70,40 +70,78 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         found.set_defaults(command=command, name=name)
         return found
 
-    def add_measuring(name: str, command, text: str) -> argparse.ArgumentParser:
+    def by_device(values: dict[str, int]) -> str:
+        return f"default: {values['cpu']} on a CPU, {values['cuda']} on a GPU"
+
+    def add_measuring(name: str, command, text: str, budget: float | None = None) -> argparse.ArgumentParser:
         found = add(name, command, text)
-        found.add_argument("--budget", type=float, metavar="SECONDS", help="stop before it takes longer")
+        limit = "none" if budget is None else f"{budget:g}"
         found.add_argument(
-            "--out", type=Path, help="result file, or a folder for it (bench/results/DEVICE/GRID.jsonl)"
+            "--budget",
+            type=float,
+            default=budget,
+            metavar="SECONDS",
+            help=f"stop before it takes longer (default: {limit})",
+        )
+        found.add_argument(
+            "--out",
+            type=Path,
+            help="result file, or a folder for it (default: bench/results/DEVICE/GRID.jsonl)",
         )
         found.add_argument("--fresh", action="store_true", help="discard what the result file has")
-        found.add_argument("--rounds", type=int, help="interleaved rounds a case")
-        found.add_argument("--sittings", type=int, help="that its rounds are spread over")
-        found.add_argument("--contenders", nargs="+", metavar="NAME", help="only these (list names them)")
-        found.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-        found.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+        found.add_argument("--rounds", type=int, help=f"interleaved rounds a case ({by_device(ROUNDS)})")
+        found.add_argument(
+            "--sittings", type=int, help=f"that its rounds are spread over ({by_device(SITTINGS)})"
+        )
+        found.add_argument(
+            "--contenders", nargs="+", metavar="NAME", help="only these, which list names (default: all)"
+        )
+        found.add_argument(
+            "--device", choices=("cpu", "cuda"), help="where to measure (default: the GPU if there is one)"
+        )
+        found.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: as it chooses)")
         return found
 
-    quick = add_measuring("quick", measure_quick, "A look in a minute on a CPU, then the report.")
-    quick.add_argument("--no-report", action="store_true", help="measure only")
     # With what `make bench` installs first, less than four minutes.
-    quick.set_defaults(budget=QUICK_BUDGET)
-    chosen = add_measuring("run", measure_chosen, "Measure cases and kinds of your choice.")
-    chosen.add_argument("--grid", default=None, metavar="NAME", help=f"one of {', '.join(GRIDS)}")
-    chosen.add_argument(
-        "--layers", nargs="+", metavar="MODEL[/LAYER]", help="instead of a grid, with the next five"
+    quick = add_measuring(
+        "quick", measure_quick, "A look in a minute on a CPU, then the report.", QUICK_BUDGET
     )
-    chosen.add_argument("--rows", type=int, nargs="+", default=[2048], metavar="M", help=f"such as {ROWS}")
-    chosen.add_argument("--ranks", type=int, nargs="+", default=[16], metavar="R", help=f"such as {RANKS}")
-    chosen.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the base")
+    quick.add_argument("--no-report", action="store_true", help="measure only")
+    chosen = add_measuring("run", measure_chosen, "Measure cases and kinds of your choice.")
+    chosen.add_argument(
+        "--grid", default=None, metavar="NAME", help=f"one of {', '.join(GRIDS)} (default: quick)"
+    )
+    chosen.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="MODEL[/LAYER]",
+        help="instead of a grid, with the next five (default: none)",
+    )
+    chosen.add_argument(
+        "--rows", type=int, nargs="+", default=[2048], metavar="M", help=f"such as {ROWS} (default: 2048)"
+    )
+    chosen.add_argument(
+        "--ranks", type=int, nargs="+", default=[16], metavar="R", help=f"such as {RANKS} (default: 16)"
+    )
+    chosen.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the base (default: bf16)")
     chosen.add_argument("--adapter", choices=DTYPES, help="of lora_B (default: fp32)")
-    chosen.add_argument("--dropout", type=float, default=0.0, help="probability")
-    chosen.add_argument("--kinds", nargs="+", default=["ceilings", "time"], metavar="KIND", help=f"{KINDS}")
+    chosen.add_argument("--dropout", type=float, default=0.0, help="probability (default: 0)")
+    chosen.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["ceilings", "time"],
+        metavar="KIND",
+        help=f"of {', '.join(KINDS)} (default: ceilings time)",
+    )
     first = add_measuring("suite", measure_suite, "What a first hour on a GPU needs, most telling first.")
     first.add_argument("--no-tests", action="store_true", help="without the tests that need a GPU")
     made = add("report", make_report, "Make docs/performance.md and its plots from bench/results.")
-    made.add_argument("--compare", metavar="REV-or-FILE", help="show what changed since, instead")
-    made.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
+    made.add_argument(
+        "--compare", metavar="REV-or-FILE", help="show what changed since, instead (default: none)"
+    )
+    made.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of result files (default: bench/results)"
+    )
     add("list", list_names, "Print the known models, grids, kinds, contenders and cases.")
     return parser.parse_args(argv)
 

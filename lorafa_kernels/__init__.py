@@ -1,5 +1,7 @@
 """Triton kernels for LoRA-FA (arXiv 2308.03303): adapted linear layers that keep M × R numbers."""
 
+# First: it decides where the others are looked for.
+from . import _safe_path as _safe_path
 from ._version import __version__
 from .adapt import (
     LoRAFAConfig,

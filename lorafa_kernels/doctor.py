@@ -8,7 +8,7 @@ dB with the formula in fp64:
     allowed = 2 * error of plain PyTorch in the same dtype + unit roundoff of the output's dtype
 
 Without a GPU the Triton kernels run in Triton's interpreter. A process either interprets or compiles them,
-so that happens in a process of its own.
+so that happens in a process of its own. Neither process imports anything from the current folder.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .accuracy import allowed_error, draw_operands, lorafa_results, plain_formul
 from .blocks.accuracy import BLOCKS, block_results, draw_block, norm_results, plain_block, plain_norm
 from .blocks.norm import FORMS
 from .choice import choose, planned_device, triton_obstacle
+from .command_line import one_line
 from .explanation import DEFAULT_M, describe_limits, describe_plan, explain
 from .tuning.lookup import CACHE_VARIABLE, cache_path, shipped_table, user_table
 from .tuning.pin import PLAN_VARIABLE
@@ -212,17 +213,30 @@ def print_interpreted_checks() -> None:
     print(json.dumps([dataclasses.asdict(found) for found in checks]))
 
 
+_INTERPRETED = """
+import sys
+sys.path[:] = {paths!r}
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location({name!r}, {init!r}, submodule_search_locations=[{folder!r}])
+sys.modules[{name!r}] = package = module_from_spec(spec)
+spec.loader.exec_module(package)
+from {name}.doctor import print_interpreted_checks
+print_interpreted_checks()
+"""
+
+
 def interpreted_checks() -> list[Check]:
     """Check the Triton kernels in Triton's interpreter, in a process of its own."""
-    here = str(Path(__file__).resolve().parent.parent)
-    paths = [here, os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONIOENCODING": "utf-8",
-    }
-    command = "from lorafa_kernels.doctor import print_interpreted_checks; print_interpreted_checks()"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONIOENCODING": "utf-8"}
+    package = Path(__file__).resolve().parent
+    # The packages that this process has, and this one by its own path: `python -c` looks into the current
+    # folder first, where a torch.py or triton.py can lie.
+    command = _INTERPRETED.format(
+        name=__package__,
+        paths=[path for path in sys.path if path],
+        init=str(package / "__init__.py"),
+        folder=str(package),
+    )
 
     def failed(problem: str) -> list[Check]:
         return [Check("triton", "all", "y, dx, dB", CPU_SHAPES[0], problem=problem)]
@@ -315,7 +329,8 @@ def _describe_tables(device: torch.device) -> list[str]:
     for name, table in (("user cache", user_table(planned)), ("shipped table", shipped_table(planned))):
         entries = "none" if table is None else f"{len(table.entries)} entries, Triton {table.triton}"
         lines.append(f"{name}: {entries}")
-    lines[0] += f" ({cache_path(planned)})"
+    path = cache_path(planned)
+    lines[0] += f" ({path if path else f'no home folder, and no {CACHE_VARIABLE}'})"
     return lines
 
 
@@ -363,6 +378,13 @@ def _print_interpreted() -> list[str]:
     except ImportError:
         _print(f"  triton: not available: {triton_obstacle(torch.device('cpu'), torch.float32)}")
         return []
+    try:
+        import numpy  # noqa: F401
+    except ImportError:
+        _print(
+            "  triton: not checked: its interpreter needs numpy: pip install 'lorafa-kernels[interpreter]'"
+        )
+        return []
     device = "cpu, Triton's interpreter"
     _print(f"  {device} (proves the kernels' values, says nothing about speed or about compiling them)")
     return _print_results(device, [interpreted_checks()])
@@ -401,9 +423,17 @@ def _describe(error: Exception) -> str:
 
 def _device_argument(text: str) -> torch.device:
     try:
-        return explain((1, 1, 1, 1), device=text).device
+        device = explain((1, 1, 1, 1), device=text).device
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(one_line(error)) from error
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError("device is 'meta', which holds no data: there is nothing to check")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=device).item()
+        except Exception as error:
+            raise argparse.ArgumentTypeError(f"device is {text!r}, which this torch cannot use") from error
+    return device
 
 
 def _print(text: str) -> None:

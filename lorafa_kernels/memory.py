@@ -17,11 +17,13 @@ and model keep.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from .command_line import MOST_SIZE, USAGE_ERROR, brief, count, one_line
+from .files import read_json, shown
 
 # Whose layers have nothing else that is kept.
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -33,7 +35,8 @@ METHODS = {
     "peft": "LoRA, fp32 adapters (PEFT's default)",
 }
 LINEARS = 7
-USAGE_ERROR = 2
+MOST_CONFIG_BYTES = 2**20
+MOST_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,11 @@ class ModelSizes:
     def from_config(cls, config: Mapping) -> ModelSizes:
         """Read the sizes off a config.json of transformers.
 
-        Raises ValueError for a model of another kind, and for a size that is missing or not positive.
+        Raises ValueError for a model of another kind, and for a size that is missing, not positive or absurd.
         """
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:
-            raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(MODEL_TYPES)}")
+            raise ValueError(f"model_type is {shown(kind)}, expected one of {', '.join(MODEL_TYPES)}")
         found = dict(config)
         heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
         if not found.get("num_key_value_heads"):
@@ -66,8 +69,13 @@ class ModelSizes:
             found["head_dim"] = hidden // heads
         names = [name for name in cls.__annotations__ if name != "tie_word_embeddings"]
         if wrong := [name for name in names if not _positive(found.get(name))]:
-            listed = ", ".join(f"{name} is {found.get(name)!r}" for name in wrong)
-            raise ValueError(f"{listed}: expected a positive integer")
+            listed = ", ".join(f"{name} is {shown(found.get(name))}" for name in wrong)
+            raise ValueError(f"{listed}: expected a positive integer, at most {MOST_SIZE}")
+        if heads % found["num_key_value_heads"]:
+            raise ValueError(
+                f"num_attention_heads is {heads}, no multiple of num_key_value_heads, which is "
+                f"{found['num_key_value_heads']}"
+            )
         return cls(*(found[name] for name in names), bool(found.get("tie_word_embeddings")))
 
     def linears(self) -> list[tuple[int, int]]:
@@ -187,26 +195,32 @@ def add_command(subparsers) -> None:
         f"and AdamW take. For models of Llama's kind: {', '.join(MODEL_TYPES)}. Needs no GPU and no weights.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a model's config.json, or its folder")
-    parser.add_argument("--batch", type=_count, default=1, metavar="N", help="sequences a step (default: 1)")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences a step (default: 1)")
     parser.add_argument(
-        "--sequence", type=_count, default=2048, metavar="N", help="tokens each (default: 2048)"
+        "--sequence", type=count, default=2048, metavar="N", help="tokens each (default: 2048)"
     )
-    parser.add_argument("--rank", type=_count, default=16, metavar="R", help="of the adapters (default: 16)")
+    parser.add_argument("--rank", type=count, default=16, metavar="R", help="of the adapters (default: 16)")
     parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="of the model (default: bf16)")
-    parser.add_argument("--memory", type=_gib, metavar="GIB", help="say which batch this much holds at most")
+    parser.add_argument(
+        "--memory", type=_gib, metavar="GIB", help="say which batch this much holds at most (default: none)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; return 0, or 2 where the configuration cannot be read."""
-    path = options.config / "config.json" if options.config.is_dir() else options.config
+    path = options.config
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_dir():
+            path = path / "config.json"
+        config = read_json(path, MOST_CONFIG_BYTES)
         if not isinstance(config, dict):
             raise ValueError("it holds no JSON object")
         sizes = ModelSizes.from_config(config)
     except (OSError, ValueError) as error:
-        print(f"plan: {path}: {error}", file=sys.stderr)
+        # An OSError names the file itself, at the end.
+        text = error.strerror if isinstance(error, OSError) and error.strerror else error
+        print(one_line(f"plan: {path}: {text}"), file=sys.stderr)
         return USAGE_ERROR
     print("\n".join(lines_of(sizes, options)))
     return 0
@@ -252,13 +266,7 @@ def _gib_text(size: int) -> str:
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_SIZE
 
 
 def _gib(text: str) -> int:
@@ -266,6 +274,7 @@ def _gib(text: str) -> int:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number of GiB, got {text!r}")
-    return round(value * 2**30)
+    if not 0 < value <= MOST_GIB:
+        raise argparse.ArgumentTypeError(f"{brief(text)} is not a number of GiB above 0, at most {MOST_GIB}")
+    # Even where that is less than a byte it is an amount that was given.
+    return max(1, round(value * 2**30))

@@ -15,8 +15,17 @@ import lorafa_kernels
 PACKAGE = Path(lorafa_kernels.__file__).parent
 # Lowest first: a module may import what stands before it. Modules of one level do not import each other.
 LEVELS = [
-    {"_version", "blocks.operands", "memory", "philox", "tuning.config", "tuning.models"},
-    {"reference", "library", "tuning.recipe", "kernels.tile"},
+    {
+        "_safe_path",
+        "_version",
+        "blocks.operands",
+        "command_line",
+        "files",
+        "philox",
+        "tuning.config",
+        "tuning.models",
+    },
+    {"memory", "reference", "library", "tuning.recipe", "kernels.tile"},
     {"tuning.cost", "tuning.lookup", "tuning.pin"},
     {"tuning.plan"},
     {"choice"},
@@ -40,10 +49,10 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-ALLOWED_THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
+ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
-# The user's cache is found without platformdirs, too: not every environment with torch and Triton has it.
-OPTIONAL = {"tuning.command": {"rich"}, "tuning.lookup": {"platformdirs"}}
+# doctor says whether Triton's interpreter can run, which needs numpy.
+OPTIONAL = {"tuning.command": {"rich"}, "doctor": {"numpy"}}
 
 
 def modules() -> dict[str, Path]:

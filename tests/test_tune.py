@@ -294,7 +294,7 @@ def test_problems_are_those_asked_for_once():
         pytest.param(["--shapes", "8x16x32"], "'8x16x32' is not MxKxNxR", id="three-sizes"),
         pytest.param(["--shapes", "8x16x0x4"], "is not MxKxNxR", id="zero"),
         pytest.param(["--model", "GPT-9"], "invalid choice: 'GPT-9'", id="model"),
-        pytest.param(["--model", "MiniLM", "--rank", "0"], "'0' is not a number from 1 on", id="rank"),
+        pytest.param(["--model", "MiniLM", "--rank", "0"], "'0' is not a number from 1 to", id="rank"),
         pytest.param(["--model", "MiniLM", "--budget", "-1"], "is not a number of seconds", id="budget"),
         pytest.param(["--model", "MiniLM", "--budget", "soon"], "is not a number of seconds", id="word"),
     ],

@@ -12,15 +12,15 @@ import torch
 
 from .. import __version__
 from ..choice import planned_device, triton_obstacle
-from .lookup import cache_path
+from ..command_line import FAILED, MOST_SIZE, USAGE_ERROR, brief, count, one_line
+from .lookup import CACHE_VARIABLE, cache_path
 from .models import MODELS, distinct_shapes
-from .recipe import Problem, describe
+from .recipe import Device, Problem, describe
 from .search import OUTPUTS, EventTimer, Result, Timer, tune
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = (512, 2048, 8192)
 RANKS = (16, 64)
-USAGE_ERROR = 2
 
 
 def add_command(subparsers) -> None:
@@ -30,7 +30,8 @@ def add_command(subparsers) -> None:
         help="measure plans and block sizes on this GPU and keep the fastest",
         description="Measure plans and block sizes on this GPU and keep the fastest in the user's cache, "
         "where impl='auto' and impl='triton' find them. Every candidate is checked against fp64 before it is "
-        "timed. Ctrl-C keeps what was found. Exit code: 0; 2 where there is no GPU to tune for.",
+        "timed. Ctrl-C keeps what was found. Exit code: 0; 1 where the measuring fails; 2 where there is no "
+        "GPU to tune for or no file to write.",
     )
     parser.add_argument(
         "--model",
@@ -38,7 +39,7 @@ def add_command(subparsers) -> None:
         default=[],
         choices=MODELS,
         metavar="NAME",
-        help=f"tune the linear layers of this model, may be repeated: {', '.join(MODELS)}",
+        help=f"tune the linear layers of this model, may be repeated: {', '.join(MODELS)} (default: none)",
     )
     parser.add_argument(
         "--shapes",
@@ -46,22 +47,34 @@ def add_command(subparsers) -> None:
         default=[],
         type=_shape,
         metavar="MxKxNxR",
-        help="tune these: rows of x, in_features, out_features, rank",
+        help="tune these: rows of x, in_features, out_features, rank (default: none)",
     )
-    parser.add_argument(
-        "--rows", nargs="+", type=_positive, default=ROWS, metavar="M", help="rows of x for --model"
-    )
-    parser.add_argument(
-        "--rank", nargs="+", type=_positive, default=RANKS, metavar="R", help="ranks for --model"
-    )
+    for name, default, metavar, what in (
+        ("--rows", ROWS, "M", "rows of x"),
+        ("--rank", RANKS, "R", "ranks"),
+    ):
+        parser.add_argument(
+            name,
+            nargs="+",
+            type=count,
+            default=default,
+            metavar=metavar,
+            help=f"{what} for --model (default: {' '.join(map(str, default))})",
+        )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weight (default: bf16)")
     parser.add_argument(
-        "--budget", type=_seconds, default=math.inf, metavar="S", help="stop searching after S seconds"
+        "--budget",
+        type=_seconds,
+        default=math.inf,
+        metavar="S",
+        help="stop searching after S seconds (default: when everything is searched)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the table here instead of into the cache"
+        "--out", type=Path, metavar="FILE", help="write the table here (default: in the user's cache)"
     )
-    parser.add_argument("--device", default="cuda", metavar="DEVICE", help="the GPU (default: cuda)")
+    parser.add_argument(
+        "--device", type=_device, default="cuda", metavar="DEVICE", help="the GPU (default: cuda)"
+    )
     parser.set_defaults(run=lambda options: run(options, parser))
 
 
@@ -71,16 +84,32 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not problems:
         parser.error("what should be tuned? Give --model NAME or --shapes MxKxNxR")
     dtype = DTYPES[options.dtype]
-    device = torch.device(options.device)
+    device = options.device
     if missing := _missing(device, dtype):
         return _fail(f"tune: {missing}")
     try:
         import rich  # noqa: F401
     except ImportError:
         return _fail("tune: the progress bar and the table need rich: pip install 'lorafa-kernels[tune]'")
-    path = options.out or cache_path(planned_device(device))
-    with torch.cuda.device(device):
-        return search(problems, device, EventTimer(device), path, options.budget)
+    path = table_file(options.out, planned_device(device))
+    if path is None:
+        return _fail(f"tune: no home folder to keep the table in: give --out FILE or set {CACHE_VARIABLE}")
+    # Before the measuring, not after it.
+    if path.exists() and not path.is_file():
+        return _fail(f"tune: {path} is not a regular file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with torch.cuda.device(device):
+            return search(problems, device, EventTimer(device), path, options.budget)
+    except RuntimeError as error:
+        # No memory for a size, no plan that runs, or a device that gave up.
+        print(f"tune: {one_line(str(error).strip().partition(chr(10))[0])}", file=sys.stderr)
+        return FAILED
+
+
+def table_file(out: Path | None, device: Device) -> Path | None:
+    """Return the file that is written: `out` or the user's table for the device; None if neither is there."""
+    return out or cache_path(device)
 
 
 def search(
@@ -187,16 +216,20 @@ def _fail(message: str) -> int:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not MxKxNxR, such as 8192x4096x14336x16")
-    return tuple(map(int, parts))
+    try:
+        M, K, N, R = map(count, text.lower().split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{brief(text)} is not MxKxNxR, such as 8192x4096x14336x16, each from 1 to {MOST_SIZE}"
+        ) from None
+    return M, K, N, R
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise argparse.ArgumentTypeError(f"{brief(text)} is no device such as cuda or cuda:1") from error
 
 
 def _seconds(text: str) -> float:
@@ -205,5 +238,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{brief(text)} is not a number of seconds above 0")
     return seconds

@@ -1,0 +1,123 @@
+"""The doctor in odd surroundings: packages missing, modules of other people in the folder, other devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafa_kernels import doctor
+from lorafa_kernels.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PLANTED = "raise SystemExit('the planted {name} was imported')\n"
+# Only what the package itself is blocked from; the checks are cut to one, which is what takes time.
+BLOCKED = """
+import sys
+for name in {names!r}:
+    sys.modules[name] = None
+from lorafa_kernels import doctor
+from lorafa_kernels.__main__ import main
+doctor.CHECKED_DTYPES = {{"fp32": doctor.CHECKED_DTYPES["fp32"]}}
+doctor.check_blocks = lambda *arguments: []
+raise SystemExit(main(["doctor", "--device", "cpu"]))
+"""
+
+
+def run(*command: str, cwd, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.parametrize(
+    "device", ["meta", "mps", "xla:0", "vulkan", "cuda:-1", "", "cpu\nx", "tpu"], ids=repr
+)
+def test_a_device_where_nothing_can_be_checked_is_refused_in_one_line(capsys, device):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--device", device])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert said.err.count("\n") == 1 and "argument --device: device is " in said.err
+
+
+@pytest.mark.parametrize("device", ["", "cuda:99999999999999999999", "gpu", "cuda:-1"], ids=repr)
+def test_tune_refuses_such_a_device_likewise(capsys, device):
+    with pytest.raises(SystemExit) as stop:
+        main(["tune", "--model", "MiniLM", "--device", device])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "argument --device: " in said
+
+
+OPTIONAL = ("platformdirs", "rich", "numpy", "triton", "transformers", "peft", "matplotlib")
+
+
+def test_the_doctor_needs_nothing_optional(tmp_path):
+    """Not numpy either, which only saving needs; PyTorch warns where it is missing."""
+    done = run("-W", "ignore", "-c", BLOCKED.format(names=OPTIONAL), cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "everything passed" in done.stdout and "triton is not installed" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["platformdirs", "rich", "numpy", "triton"])
+def test_the_doctor_needs_none_of_these(tmp_path, name):
+    done = run("-W", "ignore", "-c", BLOCKED.format(names=(name,)), cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "everything passed" in done.stdout
+    if name == "numpy" and "not installed" not in done.stdout:
+        assert "interpreter needs numpy: pip install 'lorafa-kernels[interpreter]'" in done.stdout
+
+
+def plant(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / f"{name}.py").write_text(PLANTED.format(name=name))
+
+
+NAMES = ("torch", "triton", "numpy", "safetensors", "argparse", "json", "platform", "sympy")
+
+
+def test_the_interpreter_s_process_imports_nothing_from_the_current_folder(monkeypatch, tmp_path):
+    plant(tmp_path, *NAMES)
+    monkeypatch.chdir(tmp_path)
+    # As after the console script, and after python -c.
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(
+        doctor, "_INTERPRETED", doctor._INTERPRETED.rpartition("from {name}.doctor")[0] + "print('[]')\n"
+    )
+    assert doctor.interpreted_checks() == []
+
+
+def test_the_module_s_command_imports_nothing_from_the_current_folder(tmp_path):
+    plant(tmp_path, *NAMES)
+    done = run("-m", "lorafa_kernels", "--version", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and "planted" not in done.stdout + done.stderr, done.stderr
+
+
+def test_in_a_checkout_the_package_is_found_and_nothing_else(tmp_path):
+    """Where the package itself lies in the current folder."""
+    (tmp_path / "lorafa_kernels").symlink_to(ROOT / "lorafa_kernels")
+    plant(tmp_path, *NAMES)
+    done = run("-m", "lorafa_kernels", "plan", ".", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 2 and "plan: config.json: No such file" in done.stderr, done.stderr
+
+
+def test_other_programs_keep_their_folder(tmp_path):
+    """`python -m mine` that imports the package still finds its own modules there."""
+    (tmp_path / "mine.py").write_text("import lorafa_kernels, beside\nprint(beside.value)\n")
+    (tmp_path / "beside.py").write_text("value = 'found'\n")
+    done = run("-m", "mine", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.stdout == "found\n", done.stderr
