@@ -22,8 +22,8 @@ help:
 	@echo "make test-oldest  the same on the oldest torch and Triton that are supported (downloads 3 GB)"
 	@echo "make dist         wheel and sdist in dist/, checked by twine"
 	@echo "make test-dist    installs the wheel into fresh environments away from the checkout, and tries it there"
-	@echo "make gate         compile every kernel config for seven GPU architectures, write the result"
-	@echo "make gate-3.6     those for Hopper on Triton 3.6.0"
+	@echo "make gate         compile every kernel config for seven GPU architectures, launch every plan into a stub driver"
+	@echo "make gate-3.6     both for Hopper on Triton 3.6.0"
 	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"
@@ -99,15 +99,17 @@ test-dist: dist
 gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --kernel shrink expand grad gated --out bench/results/compile-gate.json
 	$(BIN)/python -m bench.gate --kernel group --out bench/results/compile-gate-groups.json
+	$(BIN)/python -m bench.launch_gate --out bench/results/launch-gate.json
 
 $(VENV36)/.gate: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV36)
-	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "torch==2.13.0" rich "safetensors[numpy]"
+	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "torch==2.13.0" rich "safetensors[numpy]" transformers
 	$(VENV36)/bin/python -m pip --disable-pip-version-check install --quiet "triton==3.6.0" "numpy<2.4"
 	@touch $@
 
 gate-3.6: $(VENV36)/.gate
 	$(VENV36)/bin/python -m bench.gate --arch sm_90 --out bench/results/compile-gate-triton-3.6.json
+	$(VENV36)/bin/python -m bench.launch_gate --arch sm_90 --out bench/results/launch-gate-triton-3.6.json
 
 # Not in .venv: whatever torch and Triton the machine with the GPU has.
 gpu:

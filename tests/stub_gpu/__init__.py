@@ -128,9 +128,9 @@ def install(arch: str = "sm_90", *, redirect: bool = False) -> None:
         raise RuntimeError(lacks)
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ[VARIABLE] = arch
-    folder = _cache_folder()
+    folder = cache_folder()
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    os.environ["TRITON_LIBCUDA_PATH"] = str(_build(folder))
+    os.environ["TRITON_LIBCUDA_PATH"] = str(build(folder))
     _stub = Stub(arch, Path(os.environ["TRITON_LIBCUDA_PATH"]) / "libcuda.so.1")
     _present(arch)
     _watch_launches(_stub)
@@ -142,13 +142,16 @@ def install(arch: str = "sm_90", *, redirect: bool = False) -> None:
 class Stub:
     """The stub driver of this process."""
 
-    def __init__(self, arch: str, path: Path):
-        self.arch = arch
+    def __init__(self, arch: str, path: Path, mode: int = ctypes.RTLD_GLOBAL):
         # What is loaded later by the name libcuda.so.1 is this one.
-        self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.library = ctypes.CDLL(str(path), mode=mode)
         self.library.stub_take.restype = ctypes.c_void_p
         self.library.stub_free.argtypes = (ctypes.c_void_p,)
         self.library.stub_parameters.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int))
+        self.become(arch)
+
+    def become(self, arch: str) -> None:
+        """Have the limits of another device."""
         device = DEVICES[arch]
         self.library.stub_device(
             device.major,
@@ -176,7 +179,7 @@ def _compiler() -> str | None:
     return shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Where the built driver and what Triton compiled are kept: their names hold what they are made from."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "lorafa_kernels" / "stub_gpu"
@@ -187,7 +190,7 @@ def _cache_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="stub-gpu-"))
 
 
-def _build(folder: Path) -> Path:
+def build(folder: Path) -> Path:
     """Return the folder that holds libcuda.so.1, built if it is not there yet."""
     include = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
     key = hashlib.sha256(SOURCE.read_bytes() + (include / "cuda.h").read_bytes()).hexdigest()[:16]
@@ -224,15 +227,6 @@ def _present(arch: str) -> None:
         max_threads_per_multi_processor=2048,
         uuid="stub",
     )
-    stream = types.SimpleNamespace(
-        cuda_stream=0,
-        device=torch.device("cpu"),
-        synchronize=lambda: None,
-        wait_stream=lambda other: None,
-        wait_event=lambda event: None,
-        record_event=lambda event=None: event or Event(),
-        query=lambda: True,
-    )
     replaced = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -246,12 +240,12 @@ def _present(arch: str) -> None:
         "get_device_properties": lambda device=None: properties,
         "get_arch_list": lambda: [arch],
         "is_bf16_supported": lambda including_emulation=True: True,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "Stream": lambda *args, **kwargs: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device=None: Stream(),
+        "default_stream": lambda device=None: Stream(),
+        "Stream": Stream,
+        "stream": Current,
         "Event": Event,
-        "device": lambda device: contextlib.nullcontext(),
+        "device": Current,
         "synchronize": lambda device=None: None,
         "is_current_stream_capturing": lambda: False,
         "empty_cache": lambda: None,
@@ -273,6 +267,36 @@ def _present(arch: str) -> None:
     for key, value in replaced.items():
         setattr(torch.cuda, key, value)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
+
+
+class Current(contextlib.nullcontext):
+    """A device or a stream that is current: the only one."""
+
+
+class Stream:
+    """The one stream."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, other) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def record_event(self, event=None):
+        event = event or Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        return True
 
 
 class Event:
