@@ -49,8 +49,16 @@ class Attention(nn.Module):
         self.q, self.k = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER, False)
         self.v = nn.Linear(WIDTH, INNER)
         self.o = nn.Linear(INNER, WIDTH)
-        # Called between q and k, and between k and v.
-        self.between = [nothing, nothing]
+
+    def forward(self, x, mask=None):
+        q = self.q(x)
+        k = self.k(x)
+        v = self.v(x)
+        return self.o(torch.tanh(q) * k + v)
+
+
+class Interrupted(Attention):
+    """Which apply_lorafa would not group: see test_group_windows.py."""
 
     def forward(self, x, mask=None):
         q = self.q(x)
@@ -59,6 +67,19 @@ class Attention(nn.Module):
         self.between[1](x)
         v = self.v(x)
         return self.o(torch.tanh(q) * k + v)
+
+
+def interrupted(attention, place, function):
+    """Call `function` between q and k, or between k and v, which stay in a group if they are in one."""
+    attention.__class__ = Interrupted
+    attention.between = [nothing, nothing]
+    attention.between[place] = function
+    layers = [attention.q, attention.k, attention.v]
+    if isinstance(attention.q, members_module.GroupMember):
+        for layer in layers:
+            members_module.ungroup_layer(layer)
+        members_module.group_layers(layers, Interrupted)
+    return attention
 
 
 class MLP(nn.Module):
@@ -187,6 +208,12 @@ def _count_calls(set_attribute):
 def calls(monkeypatch):
     """Names of the blocks that were computed at once since."""
     return _count_calls(monkeypatch.setattr)
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Outputs wait whoever calls the layers: what else keeps them from being taken is tested by itself."""
+    monkeypatch.setattr(members_module, "is_called_by", lambda code: True)
 
 
 ALL = ["rms_norm", "lorafa_linear_group", "lorafa_gated_mlp"]
@@ -550,13 +577,14 @@ def test_a_waiting_output_is_not_taken_after_a_change(change, place):
         def between(x):
             BETWEEN[change](attention, x)
 
-        attention.between[place] = between
+        interrupted(attention, place, between)
         x = inputs(dtype=model.input_dtype)
         return {"y": attention(x).detach(), "x": x}
 
     assert_alike(found_by(run))
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_a_waiting_output_is_of_its_autocast_and_gradient_mode():
     attention = adapted(dtype=torch.float32)[0].attention
     x = inputs(dtype=torch.float32)
@@ -572,6 +600,7 @@ def test_a_waiting_output_is_of_its_autocast_and_gradient_mode():
     assert attention.v(x).requires_grad
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("order", ["kqv", "vkq", "vqk"])
 def test_any_layer_may_come_first(order, calls):
     def run(kind):
@@ -594,6 +623,7 @@ def test_only_adapted_layers_are_grouped(calls):
     assert block.reason == "no two of its adapted layers share an input"
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_after_an_exception_in_between_the_next_call_is_right():
     def failing(x):
         raise KeyError
@@ -603,7 +633,7 @@ def test_after_an_exception_in_between_the_next_call_is_right():
         def run(kind, place=place):
             model = adapted(kind)
             attention, x = model[0].attention, inputs(dtype=model.input_dtype)
-            attention.between[place] = failing
+            interrupted(attention, place, failing)
             with pytest.raises(KeyError):
                 attention(x)
             attention.between[place] = nothing
@@ -622,6 +652,7 @@ class Held:
         self.tensor = tensor
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_what_was_not_taken_goes_with_its_input():
     attention, held = adapted()[0].attention, []
 
@@ -640,6 +671,7 @@ def test_what_was_not_taken_goes_with_its_input():
     assert all(ref() is None for ref in held)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_what_was_not_taken_goes_with_the_next_call():
     attention = adapted()[0].attention
     first, second = inputs(), inputs(1)
@@ -684,6 +716,7 @@ def test_threads_do_not_take_each_others_outputs():
     assert failures == []
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_an_output_is_not_handed_to_another_thread(calls):
     attention, x, found = adapted()[0].attention, inputs(), []
     other = adapted()[0].attention
@@ -739,6 +772,7 @@ def test_copies_have_blocks_of_their_own(copying, calls):
     assert calls == ALL
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_a_layer_that_is_copied_alone_takes_no_other_along(calls):
     attention, x = adapted()[0].attention, inputs()
     wanted = LoRAFALinear.forward(attention.k, x)
@@ -820,6 +854,7 @@ def test_checkpointing_repeats_what_it_repeats(reentrant, dropout, calls):
     assert_same(results_of_backward(model, checkpointed(model, reentrant)), wanted)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_checkpointing_of_the_attention_alone_stops_early_and_leaves_nothing(calls):
     attention = adapted()[0].attention
     x = inputs().requires_grad_()
@@ -859,6 +894,7 @@ def test_compiled_in_one_graph(path):
     assert_alike({kind: run(kind, compiled=kind == FUSED) for kind in (PLAIN, EXACT, FUSED)})
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_backward_through_one_output_leaves_the_others_alone(calls):
     """Its node is used up then: outputs that wait could not be differentiated any more."""
     attention, x = adapted()[0].attention, inputs().requires_grad_()
@@ -940,6 +976,7 @@ def test_engines_of_one_process_train_through_the_blocks(tmp_path, calls):
         assert made == ALL
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_an_output_that_waits_is_not_taken_for_another_input():
     def run(kind):
         model = adapted(kind)

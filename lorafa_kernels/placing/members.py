@@ -4,7 +4,9 @@ Each stays a LoRAFALinear of its own, called by its own name. The first one call
 outputs of all; the others, called with the same x, find theirs waiting. The outputs wait per thread, until
 they are taken, until x is gone, or until the next call with another x. A layer takes an output only if
 nothing has changed since it was computed: x is the same object at the same version, the layer's parameters
-are, and so are autocast, the CUDA stream and whether gradients are enabled.
+are, and so are autocast, the CUDA stream and whether gradients are enabled. What is written through `.data`
+changes no version: outputs wait only between calls that the forward makes whose source was read for that
+(projections.py), and whoever else calls a layer has it computed by itself.
 
 The layers are computed each by itself if one of them has hooks, is patched, merged, disabled, offloaded or
 sharded, while torch.compile traces, and without gradients. Whether they are does not depend on what is
@@ -14,7 +16,10 @@ waiting: a checkpoint that runs forward again must meet the same nodes.
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import threading
+import types
 import weakref
 from typing import Any, NamedTuple
 
@@ -28,6 +33,16 @@ from ..nn.linear import LoRAFALinear
 from .guards import LINEARS, common_impl, drops, is_plain, no_global_hooks, operands_for
 
 _GROUP, _PLACE = "_lorafa_group", "_lorafa_place"
+# What runs between a forward and that of a child which it calls.
+_CALLS = frozenset({nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__})
+
+
+def is_called_by(code: types.CodeType) -> bool:
+    """Whether the module whose forward asks was called by a function of this code."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code in _CALLS:
+        frame = frame.f_back
+    return frame is not None and frame.f_code is code
 
 
 class _Output(NamedTuple):
@@ -63,16 +78,20 @@ class _Waiting(NamedTuple):
 class Group:
     """The layers that are computed together, by weak reference, and what waits for them in each thread.
 
+    kind: the class whose forward calls them.
+
     A copy of it, by pickle or deepcopy, starts empty: the copies of the layers enter it themselves, so that a
     copied model has groups of its own and a layer that is copied alone takes no other with it.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, kind: type) -> None:
+        self.kind = kind
+        self.code = inspect.unwrap(kind.forward).__code__
         self.members: list[weakref.ref | None] = [None] * size
         self._local = threading.local()
 
     def __reduce__(self):
-        return Group, (len(self.members),)
+        return Group, (len(self.members), self.kind)
 
     def enter(self, member: GroupMember) -> None:
         """Take `member` in at its place, if nobody is there."""
@@ -155,9 +174,10 @@ class GroupMember(LoRAFALinear):
         """As LoRAFALinear."""
         if not torch.compiler.is_compiling() and is_plain(x) and not x.is_inference():
             group: Group | None = self.__dict__.get(_GROUP)
-            y = None if group is None else group.compute(self, x)
-            if y is not None:
-                return y
+            if group is not None and is_called_by(group.code):
+                y = group.compute(self, x)
+                if y is not None:
+                    return y
         # By name: whoever kept this method may call it after the layer has left its group.
         return LoRAFALinear.forward(self, x)
 
@@ -169,9 +189,9 @@ class GroupMember(LoRAFALinear):
 LINEARS[GroupMember] = GroupMember.forward
 
 
-def group_layers(layers: list[LoRAFALinear]) -> None:
-    """Compute the layers, all of class LoRAFALinear, together from now on."""
-    group = Group(len(layers))
+def group_layers(layers: list[LoRAFALinear], kind: type) -> None:
+    """Compute the layers, all of class LoRAFALinear, together when forward of the class `kind` calls them."""
+    group = Group(len(layers), kind)
     for place, layer in enumerate(layers):
         layer.__class__ = GroupMember
         layer.__dict__.update({_GROUP: group, _PLACE: place})

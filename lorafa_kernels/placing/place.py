@@ -10,9 +10,9 @@ from torch import nn
 
 from ..nn.linear import LoRAFALinear
 from .fused import fuse_module, restore_module
-from .guards import is_quiet
+from .guards import LINEARS, is_quiet
 from .members import group_layers, ungroup_layer
-from .projections import shared_inputs
+from .projections import obstacle_between, shared_inputs
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
 from .shield import Untraceable
 
@@ -78,12 +78,13 @@ def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Bloc
     blocks = _place_mlp(name, module)
     if blocks and blocks[0].fused:
         return blocks
+    plain = tuple(name for name in linears if type(module._modules[name]) in LINEARS)
     for names in shared_inputs(type(module)):
         layers = _groupable(module, names)
         if len(layers) > 1:
-            reason = _obstacle(module, layers)
+            reason = _obstacle(module, layers) or obstacle_between(type(module), layers, plain)
             if reason is None:
-                group_layers([module._modules[layer] for layer in layers])
+                group_layers([module._modules[layer] for layer in layers], type(module))
             blocks.append(Block(name, "shared input", kind, layers if reason is None else (), reason))
     return blocks or [Block(name, "shared input", kind, (), "no two of its adapted layers share an input")]
 

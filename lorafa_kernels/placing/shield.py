@@ -284,7 +284,7 @@ class Reads:
             return _Namespace(value, title, self)
         if isinstance(value, type):
             return _Kind(value, title, self)
-        if _is_operation(value):
+        if is_operation(value):
             return _Operation(value, title, self)
         if getattr(value, "__module__", None) == "math" and isinstance(value, types.BuiltinFunctionType):
             return _Operation(value, title, self)
@@ -373,7 +373,7 @@ def is_stand_in(value: object) -> bool:
     return issubclass(type(value), _StandIn)
 
 
-def _is_operation(value: object) -> bool:
+def is_operation(value: object) -> bool:
     """Whether `value` is a function of torch that computes tensors from tensors."""
     module = getattr(value, "__module__", None)
     if isinstance(value, types.BuiltinFunctionType):
@@ -450,7 +450,7 @@ class _Kind(_StandIn):
 
     def __getattr__(self, name: str) -> Any:
         value = _static(self._value, name)
-        if not _is_plain(value) and not _is_operation(value) and not isinstance(value, self._value):
+        if not _is_plain(value) and not is_operation(value) and not isinstance(value, self._value):
             raise Untraceable(f"reads {name} of the class {self._title}")
         return self._reads.stand_in(value, f"{self._title}.{name}")
 
@@ -551,7 +551,7 @@ class Self:
             return reads.stand_in(value.__func__, name)
         if isinstance(value, property) and isinstance(value.fget, types.FunctionType):
             return reads.run(value.fget, (self,), {})
-        if hasattr(type(value), "__get__") and not _is_operation(value):
+        if hasattr(type(value), "__get__") and not is_operation(value):
             raise Untraceable(f"reads {name}, a {type(value).__name__}")
         return reads.stand_in(value, name)
 
