@@ -15,10 +15,10 @@ Afterwards fused blocks are placed (placing/) where the model computes what they
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import logging
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +27,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .nn.linear import INITIALISATIONS, LoRAFALinear
+from .engines import is_dtensor, sharding_engine, wrapped_child
+from .nn.linear import INITIALISATIONS, LARGEST_RANK, LoRAFALinear, as_integer, as_number, shown
+from .patterns import check_expression, compiled, limited
 from .placing.bypass import check_calls
 from .placing.first_steps import watch_first_steps
 from .placing.place import Block, place_blocks, remove_blocks
@@ -35,8 +37,7 @@ from .placing.place import Block, place_blocks, remove_blocks
 _LOG = logging.getLogger("lorafa_kernels")
 _ALL_LINEAR = "all-linear"
 _ASIDE = "_lorafa_aside"
-# torch.compile, FSDP1 and activation checkpointing put a component of their own into module names.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_UNTIED = "_lorafa_untied"
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,21 @@ class LoRAFAConfig:
         object.__setattr__(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern, _rank))
         object.__setattr__(self, "alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _alpha))
 
-        _rank("r", self.r)
-        _alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        object.__setattr__(self, "r", _rank("r", self.r))
+        object.__setattr__(self, "lora_alpha", _alpha("lora_alpha", self.lora_alpha))
+        dropout = as_number(self.lora_dropout)
+        if dropout is None or not 0 <= dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {shown(self.lora_dropout)}")
+        object.__setattr__(self, "lora_dropout", dropout)
         if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+            raise ValueError(f"use_rslora must be True or False, got {shown(self.use_rslora)}")
         # By type as well: 1 equals True, and a config file may hold anything.
         if (
             not isinstance(self.init_lora_weights, (bool, str))
             or self.init_lora_weights not in INITIALISATIONS
         ):
             raise ValueError(
-                f"init_lora_weights must be one of {INITIALISATIONS}, got {self.init_lora_weights!r}"
+                f"init_lora_weights must be one of {INITIALISATIONS}, got {shown(self.init_lora_weights)}"
             )
         if not self.target_modules:
             raise ValueError(
@@ -123,25 +126,32 @@ class LoRAFAConfig:
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _rank(name: str, value: Any) -> int:
+    rank = as_integer(value)
+    if rank is None or not 1 <= rank <= LARGEST_RANK:
+        raise ValueError(f"{name} must be an integer of at least 1, and below 2**31, got {shown(value)}")
+    return rank
 
 
-def _rank(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def _alpha(name: str, value: Any) -> float:
+    alpha = as_number(value)
+    if alpha is None:
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+    return alpha
 
 
-def _alpha(name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+# What stands around an expression of each field where it is matched.
+_AROUND = {
+    "rank_pattern": (r"(.*\.)?(", ")"),
+    "alpha_pattern": (r"(.*\.)?(", ")"),
+    "modules_to_save": (r"(.*\.)?(?:", r")(\..*)?"),
+    "layers_pattern": (r"(.*?\.)??(?:", r")\.(?P<lorafa_index>\d+)\.(?s:.*)"),
+}
 
 
-def _compiles(name: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from None
+def _expression(field: str, source: str) -> str:
+    before, after = _AROUND[field]
+    return before + source + after
 
 
 def _strings(name: str, value: Any) -> list[str] | str | None:
@@ -149,37 +159,44 @@ def _strings(name: str, value: Any) -> list[str] | str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        _compiles(name, value)
+        check_expression(name, value, *_AROUND.get(name, ()))
         return value
     if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)):
-        raise ValueError(f"{name} must be a list of str, got {value!r}")
-    entries = list(value)
+        raise ValueError(f"{name} must be a list of str, got {shown(value)}")
+    try:
+        entries = list(value)
+    except TypeError:
+        entries = [None]
     if not all(isinstance(entry, str) and entry for entry in entries):
-        raise ValueError(f"{name} must hold non-empty str only, got {value!r}")
-    if name in ("modules_to_save", "layers_pattern"):
+        raise ValueError(f"{name} must hold non-empty str only, got {shown(value)}")
+    if name in _AROUND:
         for entry in entries:
-            _compiles(name, entry)
+            check_expression(name, entry, *_AROUND[name])
     return sorted(entries) if isinstance(value, (set, frozenset)) else entries
 
 
 def _indices(value: Any) -> list[int] | int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    entries = list(value) if isinstance(value, Iterable) else [None]
-    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
-        raise ValueError(f"layers_to_transform must be an int or a list of int, got {value!r}")
+    if value is None:
+        return None
+    if (index := as_integer(value)) is not None:
+        return index
+    try:
+        entries = [as_integer(entry) for entry in value]
+    except TypeError:
+        entries = [None]
+    if None in entries:
+        raise ValueError(f"layers_to_transform must be an int or a list of int, got {shown(value)}")
     return entries
 
 
-def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
+def _pattern(name: str, value: Any, check: Callable[[str, Any], Any]) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be a dict from str to numbers, got {value!r}")
-    for key, entry in value.items():
-        _compiles(name, key)
-        check(f"{name}[{key!r}]", entry)
-    return dict(value)
+        raise ValueError(f"{name} must be a dict from str to numbers, got {shown(value)}")
+    for key in value:
+        check_expression(name, key, *_AROUND[name])
+    return {key: check(f"{name}[{shown(key)}]", entry) for key, entry in value.items()}
 
 
 def _ends(name: str) -> list[str]:
@@ -187,8 +204,8 @@ def _ends(name: str) -> list[str]:
     return [name, *(name[dot + 1 :] for dot, character in enumerate(name) if character == ".")]
 
 
-def _ends_as(name: str, expression: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({expression})", name) is not None
+def _ends_as(name: str, source: str) -> bool:
+    return compiled(_expression("rank_pattern", source)).matches(name)
 
 
 def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:
@@ -203,7 +220,7 @@ def _layer_index(name: str, patterns: list[str]) -> int | None:
     if not patterns:
         return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
     for pattern in patterns:
-        if found := re.match(rf"(.*?\.)??(?:{pattern})\.(?P<lorafa_index>\d+)\.", name):
+        if found := compiled(_expression("layers_pattern", pattern)).groups(name):
             return int(found["lorafa_index"])
     return None
 
@@ -211,7 +228,7 @@ def _layer_index(name: str, patterns: list[str]) -> int | None:
 def _matcher(entries: list[str] | str | None) -> Callable[[str], bool]:
     """The rule of target_modules and exclude_modules (with a set: lists may name 10,000 experts)."""
     if isinstance(entries, str):
-        return lambda name: re.fullmatch(entries, name) is not None
+        return compiled(entries).matches
     known = frozenset(entries or ())
     return lambda name: not known.isdisjoint(_ends(name))
 
@@ -235,7 +252,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def target_names(model: nn.Module, config: LoRAFAConfig) -> list[str]:
     """Names of the modules that `config` adapts, in the model's order; a shared one by its first name."""
-    is_excluded, saved = _matcher(config.exclude_modules), config.modules_to_save or []
+    is_excluded = _matcher(config.exclude_modules)
+    saved = [compiled(_expression("modules_to_save", entry)) for entry in config.modules_to_save or []]
     if config.all_linear:
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
@@ -255,27 +273,36 @@ def target_names(model: nn.Module, config: LoRAFAConfig) -> list[str]:
         if name
         and is_target(name, module)
         and not is_excluded(name)
-        and not any(re.fullmatch(rf"(.*\.)?(?:{entry})(\..*)?", name) for entry in saved)
+        and not any(expression.matches(name) for expression in saved)
     ]
 
 
 def modules_by_name(model: nn.Module, *, aliases: bool = False) -> dict[str, nn.Module]:
-    """{name: module} without wrappers' name components; with aliases a shared module comes once per name."""
+    """{name: module} without wrappers' name components; with aliases a shared module comes once per name.
+
+    A wrapper (torch.compile, FSDP1, activation checkpointing, DDP, AveragedModel, a DeepSpeed engine) and
+    what it wraps have one name, which is that of the latter.
+    """
     found: dict[str, nn.Module] = {}
+    plain: dict[str, str] = {}
+    left_out: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=not aliases):
-        found[".".join(part for part in name.split(".") if part not in _WRAPPERS)] = module
+        above, _, last = name.rpartition(".")
+        parts = [plain.get(above, ""), "" if name in left_out else last]
+        plain[name] = ".".join(filter(None, parts))
+        found[plain[name]] = module
+        if (child := wrapped_child(module)) is not None:
+            left_out.add(f"{name}.{child}" if name else child)
     return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside (Distributed)DataParallel and torch.compile, whose names checkpoints use."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
+    """The model inside DDP, AveragedModel, a DeepSpeed engine and torch.compile, whose names checkpoints
+    use.
+    """
+    while (child := wrapped_child(model)) in ("module", "_orig_mod"):
+        model = model._modules[child]
+    return model
 
 
 @dataclass(frozen=True)
@@ -303,15 +330,26 @@ def plan_lorafa(model: nn.Module, config: LoRAFAConfig) -> Plan:
     """Check `config` against `model` without touching it; the errors are those of `apply_lorafa`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = unwrap(model)
     if not isinstance(config, LoRAFAConfig):
         raise TypeError(f"config must be a LoRAFAConfig, got {type(config).__name__}")
+    for name, module in model.named_modules():
+        if engine := sharding_engine(module):
+            raise ValueError(
+                f"{name or 'the model'} is under {engine} already, which would know nothing of the adapter: "
+                "adapt the model first, then wrap it"
+            )
+    model = unwrap(model)
     if lorafa_layers(model):
         raise ValueError("the model holds LoRA-FA layers already; unload_adapter(model) takes them out")
     if isinstance(model, nn.Linear):
         raise ValueError(
             "the model is itself a Linear, which has no parent to replace it in: LoRAFALinear.from_linear"
         )
+    with limited():
+        return _plan(model, config)
+
+
+def _plan(model: nn.Module, config: LoRAFAConfig) -> Plan:
     saved = _plan_saved(model, config)
     inside_saved = {id(inner): name for name, module in saved.items() for inner in module.modules()}
     modules = modules_by_name(model)
@@ -408,6 +446,28 @@ def _warn_unused(model: nn.Module, plan: Plan) -> None:
             warnings.warn(f"{name}: no module matches {', '.join(map(repr, entries))}", stacklevel=3)
 
 
+def _warn_tied(model: nn.Module, plan: Plan) -> None:
+    """An adapter on a layer that shares its weight acts in that layer alone; merged, the tie is cut."""
+    owners = _owners(unwrap(model))
+    for name, target in plan.targets.items():
+        others = [other for other, module in owners[id(target.linear.weight)] if module is not target.linear]
+        if others:
+            warnings.warn(
+                f"{name} shares its weight with {', '.join(others)}: the adapter acts in {name} alone, and "
+                "merging it gives the layer a weight of its own",
+                stacklevel=3,
+            )
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """{id of a parameter: the modules that have it, each once, with its name}"""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in modules_by_name(model).items():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append((name, module))
+    return owners
+
+
 @dataclass(frozen=True)
 class AdaptedLayer:
     """One adapted layer: weight (out_features, in_features), rank r, scaling as LoRAFALinear applies it."""
@@ -483,11 +543,12 @@ def apply_lorafa(
 
     Raises ValueError or TypeError, and leaves the model untouched, if nothing matches (close names are
     listed), a matched module is not a plain nn.Linear, is never called by its model, or was compiled by
-    itself, a module is both adapted and saved, or the model is a Linear itself or holds LoRA-FA layers
-    already.
+    itself, a module is both adapted and saved, or the model is a Linear itself, is sharded or wrapped in DDP,
+    or holds LoRA-FA layers already. Any other error while the model is adapted leaves it untouched as well.
     """
     plan = plan_lorafa(model, config)
     _warn_unused(model, plan)
+    _warn_tied(model, plan)
     for text in plan.doubts:
         warnings.warn(text, stacklevel=2)
     apply_plan(model, plan, fuse=fuse, norm=norm)
@@ -495,10 +556,9 @@ def apply_lorafa(
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, fuse: bool = True, norm: bool = True) -> None:
-    """Carry out a checked plan. Everything is built before the first module is replaced."""
+    """Carry out a checked plan, all of it or, after an error, nothing."""
     model, config = unwrap(model), plan.config
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    with all_or_nothing(model), _ties_told(model):
         layers = {
             id(target.linear): LoRAFALinear.from_linear(
                 target.linear,
@@ -511,21 +571,47 @@ def apply_plan(model: nn.Module, plan: Plan, *, fuse: bool = True, norm: bool = 
             for target in plan.targets.values()
         }
         clones = _clone_tensors(plan.saved.values())
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for module, aside in clones:
+            setattr(module, _ASIDE, aside)
+            _swap(module)
+        _replace(model, layers)
+        blocks = place_blocks(modules_by_name(model), fuse=fuse, norm=norm)
+        model.lorafa_config = config
+        model.lorafa_report = _report(model, plan, blocks)
+        watch_first_steps(lorafa_layers(model))
+    _LOG.info("%s", model.lorafa_report)
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give every module of `model` back its class, attributes and children, and every parameter its
+    requires_grad, if an error ends this context.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = []
+    for module in model.modules():
+        # Modules keep parameters, children and hooks in dicts, and LSTMs their weights in a list.
+        held = {n: copy.copy(v) for n, v in vars(module).items() if isinstance(v, (dict, set, list))}
+        modules.append((module, type(module), dict(vars(module)), held))
+    try:
+        yield
     except BaseException:
-        for parameter, flag in trainable:
+        for module, kind, attributes, held in modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in held.items():
+                if isinstance(content, list):
+                    attributes[name][:] = content
+                elif attributes[name] != content or list(attributes[name]) != list(content):
+                    attributes[name].clear()
+                    attributes[name].update(content)
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
-    for parameter, _ in trainable:
-        parameter.requires_grad_(False)
-    for module, aside in clones:
-        setattr(module, _ASIDE, aside)
-        _swap(module)
-    _replace(model, layers)
-    blocks = place_blocks(modules_by_name(model), fuse=fuse, norm=norm)
-    model.lorafa_config = config
-    model.lorafa_report = _report(model, plan, blocks)
-    watch_first_steps(lorafa_layers(model))
-    _LOG.info("%s", model.lorafa_report)
 
 
 def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -587,11 +673,9 @@ def _swap(module: nn.Module) -> None:
     Those that come back follow what `.to()` did to those in place meanwhile. They stay the same objects, so
     optimizers and ties to other modules hold.
     """
+    # Before the first exchange: a module is either in the one state or in the other.
+    _check_swap(module)
     aside: _Aside = getattr(module, _ASIDE)
-    for name, waiting in aside.tensors.items():
-        # Before the first exchange: a module is either in the one state or in the other.
-        if hasattr(waiting, "device_mesh") != hasattr(getattr(module, name), "device_mesh"):
-            raise RuntimeError(f"{name} of {type(module).__name__} is sharded: its original cannot come back")
     for name, waiting in aside.tensors.items():
         current = getattr(module, name)
         if (waiting.device, waiting.dtype) != (current.device, current.dtype):
@@ -599,6 +683,46 @@ def _swap(module: nn.Module) -> None:
         setattr(module, name, waiting)
         aside.tensors[name] = current
     aside.holds_originals = not aside.holds_originals
+
+
+def _check_swap(module: nn.Module) -> None:
+    for name, waiting in getattr(module, _ASIDE).tensors.items():
+        current, what = getattr(module, name), f"{name} of {type(module).__name__}"
+        if is_dtensor(waiting) != is_dtensor(current):
+            raise RuntimeError(f"{what} is sharded: its original cannot come back")
+        if waiting.shape != current.shape:
+            raise RuntimeError(
+                f"{what} has shape {tuple(current.shape)}, its original {tuple(waiting.shape)}, which cannot "
+                "come back: resize the model (resize_token_embeddings) before apply_lorafa"
+            )
+
+
+def _check_originals(model: nn.Module) -> None:
+    """Raise RuntimeError if the originals of modules_to_save cannot all come back."""
+    for name, module in _replaced(model).items():
+        raise RuntimeError(
+            f"{name}, a {type(module).__name__} of modules_to_save, was replaced since apply_lorafa, and its "
+            "original cannot come back: resize the model (resize_token_embeddings) before apply_lorafa"
+        )
+    for module in _saved_modules(model):
+        _check_swap(module)
+
+
+def _replaced(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: module} of what stands where apply_lorafa had put clones, and has none: it was put there since,
+    by resize_token_embeddings say, and is trained whole like the one before.
+    """
+    core = unwrap(model)
+    report: AdapterReport | None = core.__dict__.get("lorafa_report")
+    if report is None or not report.modules_to_save:
+        return {}
+    return {
+        name: module
+        for name, module in modules_by_name(core, aliases=True).items()
+        if _is_inside(name, report.modules_to_save)
+        and _ASIDE not in module.__dict__
+        and persistent_tensors(module)
+    }
 
 
 def _saved_modules(model: nn.Module) -> list[nn.Module]:
@@ -619,6 +743,8 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         if aside is not None:
             for name, current in persistent_tensors(module).items():
                 found[f"{prefix}.{name}"] = current if aside.holds_originals else aside.tensors[name]
+    for prefix, module in _replaced(model).items():
+        found |= {f"{prefix}.{name}": tensor for name, tensor in persistent_tensors(module).items()}
     return found
 
 
@@ -629,11 +755,15 @@ def lorafa_layers(model: nn.Module) -> dict[str, LoRAFALinear]:
     }
 
 
-def _adapted(model: nn.Module) -> list[LoRAFALinear]:
-    layers = list(lorafa_layers(model).values())
+def _named(model: nn.Module) -> dict[str, LoRAFALinear]:
+    layers = lorafa_layers(model)
     if not layers:
         raise ValueError("the model holds no LoRA-FA layer: apply_lorafa(model, config) puts them in")
     return layers
+
+
+def _adapted(model: nn.Module) -> list[LoRAFALinear]:
+    return list(_named(model).values())
 
 
 def lorafa_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -646,17 +776,26 @@ def lorafa_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in trained}.values())
 
 
-def merge_adapter(model: nn.Module, *, keep: str = "device") -> nn.Module:
+def merge_adapter(model: nn.Module, *, keep: str = "device", safe_merge: bool = False) -> nn.Module:
     """Install weight + scaling · lora_B lora_A (N, K) in every layer; `unmerge_adapter` takes it back.
 
-    The old weight is kept, on the CPU with keep="cpu". Layers that are merged already stay so; if one fails,
-    those merged by this call are unmerged again. Raises ValueError if the model holds no LoRA-FA layer.
+    The old weight is kept, with keep="cpu" on the CPU, unless another module shares it. Layers that are
+    merged already stay so. A layer that shared its weight with the input embedding has one of its own then,
+    and model.config.tie_word_embeddings says so until it is unmerged.
+
+    Raises, naming the layer, and changes nothing: ValueError if the model holds no LoRA-FA layer and, with
+    safe_merge=True, if a merged weight is not finite everywhere; RuntimeError while an adapter is disabled
+    and for weights that are offloaded, partitioned or sharded.
     """
+    layers = {name: layer for name, layer in _named(model).items() if not layer.merged}
+    _check_merge(layers, safe_merge)
+    owners = _owners(model) if keep == "cpu" else {}
     done: list[LoRAFALinear] = []
     try:
-        for layer in _adapted(model):
-            if not layer.merged:
-                layer.merge(keep=keep)
+        with _ties_told(model):
+            for layer in layers.values():
+                shared = len(owners.get(id(layer.weight), ())) > 1
+                layer.merge(keep="device" if shared else keep)
                 done.append(layer)
     except BaseException:
         for layer in done:
@@ -665,25 +804,58 @@ def merge_adapter(model: nn.Module, *, keep: str = "device") -> nn.Module:
     return model
 
 
+def _check_merge(layers: dict[str, LoRAFALinear], safe_merge: bool) -> None:
+    if not isinstance(safe_merge, bool):
+        raise TypeError(f"safe_merge must be True or False, got {safe_merge!r}")
+    for name, layer in layers.items():
+        layer.check_mergeable(name)
+    if safe_merge:
+        for name, layer in layers.items():
+            layer.finite_merged_weight(name)
+
+
 def unmerge_adapter(model: nn.Module) -> nn.Module:
     """Put the old weights back, same objects, same bits. Raises ValueError without a LoRA-FA layer."""
-    for layer in _adapted(model):
-        if layer.merged:
-            layer.unmerge()
+    with _ties_told(model):
+        for layer in _adapted(model):
+            if layer.merged:
+                layer.unmerge()
     return model
 
 
-def unload_adapter(model: nn.Module, merge: bool = True) -> nn.Module:
-    """Put an nn.Linear back for every LoRA-FA layer and return the model; the adapter is gone after that.
+def unload_adapter(model: nn.Module, merge: bool = True, *, safe_merge: bool = False) -> nn.Module:
+    """Put a linear layer back for every LoRA-FA layer and return the model; the adapter is gone after that.
 
     merge=True: with merged weights, and with the trained tensors in modules_to_save; no copy of the old is
-    kept. merge=False: with the original Parameter objects everywhere. requires_grad of what remains does not
-    change. Layers go one by one, so that one merged weight at a time is held beside the old one; after an
-    error a second call does the rest. Raises ValueError if the model holds no LoRA-FA layer.
+    kept. merge=False: with the original Parameter objects everywhere. Each has the class, hooks and
+    attributes of the layer that was adapted. requires_grad of what remains does not change. A layer that
+    shared its weight with the input embedding and was merged has one of its own then, and
+    model.config.tie_word_embeddings says so.
+
+    Errors as merge_adapter, those about merging with merge=True alone; RuntimeError also for a layer whose
+    forward is patched and for modules_to_save whose original cannot come back. They change nothing: all is
+    checked first. Then layers go one by one, so that one merged weight at a time is held beside the old one;
+    where memory runs out a second call does the rest.
     """
-    layers = _adapted(model)
+    layers = _named(model)
+    if not isinstance(merge, bool):
+        raise TypeError(f"merge must be True or False, got {merge!r}")
     if isinstance(model, LoRAFALinear):
-        return model.to_linear(merge=merge)
+        return model.to_linear(merge=merge, safe_merge=safe_merge)
+    for name, layer in layers.items():
+        layer.check_unloadable(name, merge=merge)
+    if merge:
+        _check_merge(layers, safe_merge)
+    else:
+        _check_originals(model)
+    with _ties_told(model):
+        _unload(model, list(layers.values()), merge)
+    for name in ("lorafa_config", "lorafa_report", _UNTIED):
+        unwrap(model).__dict__.pop(name, None)
+    return model
+
+
+def _unload(model: nn.Module, layers: list[LoRAFALinear], merge: bool) -> None:
     remove_blocks(model.modules())
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -699,9 +871,41 @@ def unload_adapter(model: nn.Module, merge: bool = True) -> nn.Module:
         if getattr(module, _ASIDE).holds_originals != merge:
             _swap(module)
         delattr(module, _ASIDE)
-    for name in ("lorafa_config", "lorafa_report"):
-        unwrap(model).__dict__.pop(name, None)
-    return model
+
+
+@contextlib.contextmanager
+def _ties_told(model: nn.Module) -> Iterator[None]:
+    """Keep config.tie_word_embeddings of a transformers model true to what is done in this context.
+
+    With a flag that says "tied" the output embedding is neither saved nor left alone by tie_weights().
+    """
+    core = unwrap(model)
+    before = _is_tied(core)
+    yield
+    after = _is_tied(core)
+    if before and not after:
+        config = getattr(core, "config", None)
+        told = [config]
+        with contextlib.suppress(Exception):
+            told.append(config.get_text_config())
+        told = [c for c in told if getattr(c, "tie_word_embeddings", None) is True]
+        for config in told:
+            config.tie_word_embeddings = False
+        if told:
+            core.__dict__[_UNTIED] = told
+    elif after and not before:
+        for config in core.__dict__.pop(_UNTIED, ()):
+            config.tie_word_embeddings = True
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Whether the output embedding has the weight of the input embedding."""
+    try:
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return False
+    first, last = (getattr(end, "weight", None) for end in ends)
+    return isinstance(first, Tensor) and first is last
 
 
 @contextlib.contextmanager
@@ -709,7 +913,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the model computes as the frozen base model does, modules_to_save included.
 
     On leaving, by an exception too, every layer gets back the flag that it had on entering, so that contexts
-    nest. No requires_grad changes. Raises ValueError without a LoRA-FA layer, RuntimeError if one is merged.
+    nest. No requires_grad changes. Raises ValueError without a LoRA-FA layer, RuntimeError if one is merged
+    or the originals of modules_to_save cannot come back.
     """
     layers = _adapted(model)
     if any(layer.merged for layer in layers):
@@ -718,15 +923,18 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         )
     flags = [(layer, layer.adapter_enabled) for layer in layers]
     trained = [module for module in _saved_modules(model) if getattr(module, _ASIDE).holds_originals]
+    _check_originals(model)
     try:
-        for layer in layers:
-            layer.adapter_enabled = False
-        for module in trained:
-            _swap(module)
+        with _ties_told(model):
+            for layer in layers:
+                layer.adapter_enabled = False
+            for module in trained:
+                _swap(module)
         yield model
     finally:
-        for layer, flag in flags:
-            layer.adapter_enabled = flag
-        for module in trained:
-            if _ASIDE in module.__dict__ and not getattr(module, _ASIDE).holds_originals:
-                _swap(module)
+        with _ties_told(model):
+            for layer, flag in flags:
+                layer.adapter_enabled = flag
+            for module in trained:
+                if _ASIDE in module.__dict__ and not getattr(module, _ASIDE).holds_originals:
+                    _swap(module)

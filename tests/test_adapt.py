@@ -598,9 +598,13 @@ def test_unload_leaves_plain_linears(config, merge, first):
 def test_unload_within_disable_is_final(merge, inside):
     model = adapted(SAVING)
     wanted = model(TOKENS) if merge else toy()(TOKENS)
-    if inside:
+    if inside and merge:
+        # The merged weight would act although the adapter is off.
+        with disable_adapter(model), pytest.raises(RuntimeError, match=r"blocks\.0\.q is disabled"):
+            unload_adapter(model, merge=True)
+    elif inside:
         with disable_adapter(model):
-            unload_adapter(model, merge=merge)
+            unload_adapter(model, merge=False)
     else:
         unload_adapter(model, merge=merge)
     assert torch.equal(model(TOKENS), wanted)

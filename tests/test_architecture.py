@@ -21,6 +21,8 @@ LEVELS = [
         "blocks.operands",
         "command_line",
         "files",
+        "engines",
+        "patterns",
         "philox",
         "tuning.config",
         "tuning.models",

@@ -27,6 +27,10 @@ def operands_of(module: nn.Module) -> LinearOperands:
             raise RuntimeError(
                 "the adapter is merged into the weight: call unmerge() before training, or eval()"
             )
+        if module.merged and not module.adapter_enabled:
+            raise RuntimeError(
+                "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
+            )
         if module.merged or not module.adapter_enabled:
             check_frozen(module.weight, module.lora_A, module.bias)
             return LinearOperands(module.weight, module.bias)
@@ -88,6 +92,8 @@ class LoRAFALinearGroup(nn.Module):
             if not isinstance(module, LoRAFALinear):
                 module.requires_grad_(False)
             self.add_module(name, module)
+        if share_A:
+            self.register_load_state_dict_post_hook(_share_loaded)
 
     @classmethod
     def from_linears(
@@ -161,6 +167,22 @@ class LoRAFALinearGroup(nn.Module):
             for module in adapted[1:]:
                 module.lora_A = adapted[0].lora_A
         return self
+
+
+def _share_loaded(group: LoRAFALinearGroup, _incompatible_keys: object) -> None:
+    """After load_state_dict(assign=True) each member has a lora_A object of its own: make it one again."""
+    adapted = {n: module for n, module in group.named_children() if isinstance(module, LoRAFALinear)}
+    if not adapted:
+        return
+    (first_name, first), *others = adapted.items()
+    for name, module in others:
+        if module.lora_A is first.lora_A:
+            continue
+        if not torch.equal(module.lora_A, first.lora_A):
+            raise ValueError(
+                f"share_A=True, but the state has another lora_A for member {name!r} than for {first_name!r}"
+            )
+        module.lora_A = first.lora_A
 
 
 def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:

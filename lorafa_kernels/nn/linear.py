@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import ops
+from ..engines import full_shape, manager_of, not_plain
 from ..functional import FLOAT_DTYPES, check_frozen, lorafa_linear
 
 INITIALISATIONS = (True, False, "gaussian")
@@ -21,7 +25,29 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
+# Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
+_OWN = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "init_lora_weights",
+        "scaling",
+        "impl",
+        "adapter_enabled",
+        "merged",
+        "_unmerged",
+        "_origin",
+        "_shadowed",
+    }
+)
+LARGEST_RANK = 2**31 - 1
 
 
 class LoRAFALinear(nn.Module):
@@ -46,8 +72,9 @@ class LoRAFALinear(nn.Module):
         adapter_dtype: dtype of lora_B.
 
     Raises:
-        ValueError: r below 1, lora_dropout outside [0, 1), lora_alpha not finite, an unknown
-            init_lora_weights.
+        ValueError: r below 1 or not an integer, lora_dropout outside [0, 1), lora_alpha not finite, an
+            unknown init_lora_weights, a dtype that is not floating point, a device that does not exist.
+        TypeError: another argument of a wrong type. numpy's numbers are as good as Python's.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear. With adapter_enabled=False the
     layer is the frozen base layer.
@@ -72,6 +99,13 @@ class LoRAFALinear(nn.Module):
         dtype=None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
+        in_features = _size("in_features", in_features)
+        out_features = _size("out_features", out_features)
+        _check_flag("bias", bias)
+        _check_dtype("dtype", dtype)
+        _check_device(device)
+        # Before the weight is made, which may be large.
+        check_adapter_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._init_around(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
 
@@ -87,17 +121,32 @@ class LoRAFALinear(nn.Module):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> LoRAFALinear:
-        """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks and
-        training flag: no copy. Other attributes that were set on `linear` stay behind.
+        """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks, buffers,
+        training flag and whatever else was set on it: no copy. to_linear gives all of it back.
 
         Arguments and errors as in the class, and those of check_linear.
         """
         cls.check_linear(linear)
         layer = cls.__new__(cls)
         layer._init_around(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
-        for hooks in _HOOKS:
-            setattr(layer, hooks, getattr(linear, hooks))
-        return layer.train(linear.training)
+        layer._adopt(linear)
+        return layer
+
+    def _adopt(self, linear: nn.Linear) -> None:
+        own = self.__dict__
+        self._origin = type(linear)
+        for name, value in vars(linear).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                for key, entry in value.items():
+                    own[name].setdefault(key, entry)
+            elif name in _HOOKS or name in ("training", "_non_persistent_buffers_set"):
+                own[name] = value
+            elif name in _OWN:
+                # What bears the name of an attribute of ours waits until the layer is a Linear again.
+                self._shadowed[name] = value
+            else:
+                own[name] = value
+        _rebind_hooks(self)
 
     @staticmethod
     def check_linear(linear: nn.Module) -> None:
@@ -106,8 +155,9 @@ class LoRAFALinear(nn.Module):
         Raises:
             TypeError: not an nn.Linear, or a subclass whose forward does something else (quantised and
                 parallel layers).
-            ValueError: a weight that is not a plain floating-point Parameter, a parametrised layer, a
-                patched forward, or the out_proj of nn.MultiheadAttention, whose forward is never called.
+            ValueError: a weight that is not a plain floating-point Parameter (a DTensor, a quantised tensor,
+                the part of a parameter that one process has), a parametrised layer, a patched forward, or
+                the out_proj of nn.MultiheadAttention, whose forward is never called.
         """
         kind = type(linear)
         if not isinstance(linear, nn.Linear):
@@ -121,7 +171,7 @@ class LoRAFALinear(nn.Module):
             raise ValueError(
                 "a parametrised layer cannot be adapted: its weight is computed anew in each forward"
             )
-        if kind.forward is not nn.Linear.forward:
+        if kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Module.__call__:
             raise TypeError(
                 f"{kind.__module__}.{kind.__name__} has a forward of its own: only plain nn.Linear can be "
                 "adapted"
@@ -131,14 +181,25 @@ class LoRAFALinear(nn.Module):
                 "the layer's forward was patched on the instance (by an offloading hook, say): adapt the "
                 "model before that"
             )
-        for name in ("weight", "bias"):
+        for name in ("lora_A", "lora_B"):
+            if name in linear._parameters or name in linear._buffers or name in linear._modules:
+                raise ValueError(f"the layer has a {name} already, by another library")
+        shapes = {"weight": (linear.out_features, linear.in_features), "bias": (linear.out_features,)}
+        for name, shape in shapes.items():
             tensor = getattr(linear, name)
             if tensor is None and name == "bias":
                 continue
+            if isinstance(tensor, Tensor) and (reason := not_plain(tensor)):
+                raise ValueError(f"{name} is {reason}")
             plain = isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor)
             if not plain or tensor.dtype not in FLOAT_DTYPES:
                 what = f"{type(tensor).__name__} of {getattr(tensor, 'dtype', 'no dtype')}"
                 raise ValueError(f"{name} is a {what}, expected a floating-point Parameter")
+            if full_shape(tensor) != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape}: if an engine has partitioned "
+                    "it, adapt the model before that"
+                )
 
     def _init_around(
         self,
@@ -150,9 +211,9 @@ class LoRAFALinear(nn.Module):
         init_lora_weights: bool | str,
         adapter_dtype: torch.dtype,
     ) -> None:
-        check_adapter_options(r, lora_alpha, lora_dropout, init_lora_weights)
-        if adapter_dtype not in FLOAT_DTYPES:
-            raise ValueError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype}")
+        r, lora_alpha, lora_dropout = check_adapter_options(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
         nn.Module.__init__(self)
         self.in_features = base.in_features
         self.out_features = base.out_features
@@ -168,14 +229,27 @@ class LoRAFALinear(nn.Module):
         # A list, so that the kept weight is no Parameter of this module: not in state_dict, not seen by an
         # optimizer.
         self._unmerged: list[nn.Parameter] = []
+        self._origin: type[nn.Linear] = nn.Linear
+        self._shadowed: dict[str, Any] = {}
         weight = base.weight
         self.weight = weight.requires_grad_(False)
-        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
+        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
         empty = {"device": weight.device}
         lora_A = torch.empty(r, self.in_features, dtype=weight.dtype, **empty)
         lora_B = torch.empty(self.out_features, r, dtype=adapter_dtype, **empty)
         self.lora_A = nn.Parameter(lora_A, requires_grad=False)
         self.lora_B = nn.Parameter(lora_B)
+        self.reset_lora_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew: weight and bias as torch.nn.Linear does, lora_A and lora_B as
+        init_lora_weights says. For a layer that was made on the meta device, after to_empty.
+
+        Raises RuntimeError for a merged layer.
+        """
+        if self.merged:
+            raise RuntimeError("the adapter is merged into the weight: call unmerge() before a reset")
+        nn.Linear.reset_parameters(self)
         self.reset_lora_parameters()
 
     @torch.no_grad()
@@ -190,19 +264,26 @@ class LoRAFALinear(nn.Module):
         else:
             nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y (..., out_features) for x (..., in_features). Raises as lorafa_linear; RuntimeError if
-        trained while merged.
+    def forward(self, input: Tensor) -> Tensor:
+        """Return y (..., out_features) for input (..., in_features). Raises as lorafa_linear; RuntimeError
+        if trained or disabled while merged.
         """
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "the adapter is merged into the weight: call unmerge() before training, or eval()"
-            )
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "the adapter is merged into the weight: call unmerge() before training, or eval()"
+                )
+            if not self.adapter_enabled:
+                raise RuntimeError(
+                    "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
+                )
         if self.merged or not self.adapter_enabled:
             check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
+        if is_exported():
+            return self._plain_formula(input)
         return lorafa_linear(
-            x,
+            input,
             self.weight,
             self.lora_A,
             self.lora_B,
@@ -212,31 +293,88 @@ class LoRAFALinear(nn.Module):
             impl=self.impl,
         )
 
-    @torch.no_grad()
+    def _plain_formula(self, x: Tensor) -> Tensor:
+        """What forward computes, of operations that every exporter knows; the tracer differentiates it."""
+        check_frozen(self.weight, self.lora_A, self.bias)
+        dtype = x.dtype
+        dropped = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
+        z = F.linear(dropped, self.lora_A.to(dtype)) * self.scaling
+        return F.linear(x, self.weight, self.bias) + F.linear(z, self.lora_B.to(z.dtype))
+
     def merged_weight(self) -> Tensor:
         """Return round(weight + scaling · lora_B lora_A) (N, K), a new tensor in weight's dtype; computed
-        in fp32 or wider.
+        in fp32 or wider, under autocast too.
         """
+        device = self.lora_B.device
+        # An inference tensor could never be trained on again.
+        with torch.inference_mode(False), torch.no_grad():
+            if ops.autocast_enabled(device.type):
+                with torch.autocast(device.type, enabled=False):
+                    return self._merged_weight(device)
+            return self._merged_weight(device)
+
+    def _merged_weight(self, device: torch.device) -> Tensor:
         weight = self._unmerged[0] if self.merged else self.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        device = self.lora_B.device
         # lora_B acts rounded to weight's dtype in forward, so it is merged as it acts.
         B = self.lora_B.to(weight.dtype).to(wide)
         base = weight.to(device=device, dtype=wide)
         return torch.addmm(base, B, self.lora_A.to(wide), alpha=self.scaling).to(weight.dtype)
 
-    def merge(self, keep: str = "device") -> None:
+    def check_mergeable(self, name: str = "the layer") -> None:
+        """Raise RuntimeError, naming the layer, if it cannot be merged as it is: its adapter is disabled, or
+        a parameter is offloaded, partitioned or managed by an engine that would put its own back.
+        """
+        if not self.adapter_enabled:
+            raise RuntimeError(
+                f"the adapter of {name} is disabled: merging would switch it on. Leave disable_adapter first"
+            )
+        self._check_owned(name, "merged")
+        weight = "weight" if not self.merged else "the weight that was kept"
+        for what, tensor in ((weight, self._base()), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            if tensor.is_meta:
+                raise RuntimeError(
+                    f"{what} of {name} is on the meta device and has no values here: where a hook offloads "
+                    "the model, remove it first (accelerate.hooks.remove_hook_from_submodules)"
+                )
+
+    def _base(self) -> nn.Parameter:
+        return self._unmerged[0] if self.merged else self.weight
+
+    def _check_owned(self, name: str, done: str) -> None:
+        shapes = {
+            "weight": (self.out_features, self.in_features),
+            "lora_A": (self.r, self.in_features),
+            "lora_B": (self.out_features, self.r),
+        }
+        for what, shape in shapes.items():
+            tensor = getattr(self, what)
+            if engine := manager_of(self, what):
+                raise RuntimeError(
+                    f"{name} cannot be {done}: its {what} belongs to {engine}, which would put its own back. "
+                    f"Save the adapter and have it {done} in a model that is not sharded"
+                )
+            if tuple(tensor.shape) != shape:
+                raise RuntimeError(
+                    f"{name} cannot be {done}: its {what} has shape {tuple(tensor.shape)}, expected {shape}"
+                )
+
+    def merge(self, keep: str = "device", safe_merge: bool = False) -> None:
         """Install the merged weight, keeping the present one for unmerge: keep="device" where it is, "cpu"
         in host memory.
 
         keep="cpu" moves the kept Parameter's storage, which a module that shares the Parameter would
-        notice. Merging a merged layer does nothing. Raises ValueError for another `keep`.
+        notice. Merging a merged layer does nothing. Raises ValueError for another `keep`, and with
+        safe_merge=True for a merged weight that is not finite everywhere; RuntimeError as check_mergeable.
+        An error changes nothing.
         """
         if keep not in ("device", "cpu"):
             raise ValueError(f'keep must be "device" or "cpu", got {keep!r}')
+        _check_flag("safe_merge", safe_merge)
         if self.merged:
             return
-        merged = nn.Parameter(self.merged_weight(), requires_grad=False)
+        self.check_mergeable()
+        merged = nn.Parameter(self.finite_merged_weight() if safe_merge else self.merged_weight(), False)
         kept = self.weight
         if keep == "cpu":
             kept.data = kept.data.to("cpu")
@@ -244,31 +382,74 @@ class LoRAFALinear(nn.Module):
         self.weight = merged
         self.merged = True
 
+    def finite_merged_weight(self, name: str = "the layer") -> Tensor:
+        """Return merged_weight(). Raises ValueError, naming the layer, if it is not finite everywhere."""
+        merged = self.merged_weight()
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                f"the merged weight of {name} is not finite everywhere: its adapter or its weight holds NaN "
+                "or Inf, or the sum is too large for the weight's dtype"
+            )
+        return merged
+
     def unmerge(self) -> None:
         """Put back the weight that merge kept: the same Parameter object with the same bits. Does nothing
-        if not merged.
+        if not merged. Raises RuntimeError where an engine took the merged weight over.
         """
         if not self.merged:
             return
-        kept = self._unmerged.pop()
+        kept = self._unmerged[0]
+        self._check_owned("the layer", "unmerged")
+        if self.weight.is_meta and not kept.is_meta:
+            raise RuntimeError(
+                "the merged weight is on the meta device, where the kept one would lose its values: remove "
+                "the hook that offloads it first"
+            )
         kept.data = kept.data.to(self.weight.device, self.weight.dtype)
+        self._unmerged.clear()
         self.weight = kept
         self.merged = False
 
-    def to_linear(self, merge: bool = True) -> nn.Linear:
-        """Return an nn.Linear in this layer's place: with the merged weight, or with the original Parameter
-        objects (merge=False).
+    def to_linear(self, merge: bool = True, safe_merge: bool = False) -> nn.Linear:
+        """Return a linear layer in this layer's place: with the merged weight, or with the original
+        Parameter objects (merge=False).
+
+        It is of the class that from_linear was given, and has its hooks, buffers and other attributes, with
+        what happened to them here. Raises RuntimeError as check_unloadable, ValueError as merge.
         """
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        _check_flag("merge", merge)
+        _check_flag("safe_merge", safe_merge)
+        self.check_unloadable(merge=merge)
         if merge:
-            linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+            merged = self.finite_merged_weight() if safe_merge else self.merged_weight()
+            weight = nn.Parameter(merged, requires_grad=False)
         else:
             self.unmerge()
-            linear.weight = self.weight
-        linear.bias = self.bias
-        for hooks in _HOOKS:
-            setattr(linear, hooks, getattr(self, hooks))
-        return linear.train(self.training)
+            weight = self.weight
+        linear = self._origin.__new__(self._origin)
+        nn.Module.__init__(linear)
+        parameters = {"weight": weight} | self._parameters
+        for name in ("lora_A", "lora_B"):
+            del parameters[name]
+        parameters["weight"] = weight
+        for name, value in self.__dict__.items():
+            if name not in _OWN and name != "_parameters":
+                linear.__dict__[name] = value
+        linear._parameters.update(parameters)
+        linear.__dict__.update(self._shadowed)
+        _rebind_hooks(linear)
+        return linear
+
+    def check_unloadable(self, name: str = "the layer", *, merge: bool) -> None:
+        """Raise RuntimeError, naming the layer, if to_linear cannot give back what from_linear took."""
+        if merge:
+            self.check_mergeable(name)
+        self._check_owned(name, "unloaded")
+        if "forward" in self.__dict__:
+            raise RuntimeError(
+                f"the forward of {name} was patched on the instance (by an offloading hook, say), which a "
+                "Linear in its place would not have: remove that first"
+            )
 
     def extra_repr(self) -> str:
         """Describe the layer in print(model)."""
@@ -301,20 +482,111 @@ class LoRAFALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def is_exported() -> bool:
+    """Whether torch.jit.trace or an ONNX exporter reads off the operations of a forward."""
+    if torch.jit.is_tracing():
+        return True
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
+def _rebind_hooks(module: nn.Module) -> None:
+    """Hooks on loading that are handed their module get `module` from now on; the others know none."""
+    for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+        for key, hook in hooks.items():
+            if getattr(hook, "with_module", False):
+                hooks[key] = type(hook)(hook.hook, module)
+
+
 def check_adapter_options(
-    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str
-) -> None:
-    """Raise ValueError for an adapter option out of its range, naming it."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r must be an integer of at least 1, got {r!r}")
-    if not _is_real(lora_alpha) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
-    if not _is_real(lora_dropout) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    use_rslora: bool,
+    init_lora_weights: bool | str,
+    adapter_dtype: torch.dtype,
+) -> tuple[int, float, float]:
+    """Return r, lora_alpha and lora_dropout as Python numbers. Raises ValueError or TypeError for an adapter
+    option out of its range, naming it.
+    """
+    rank, alpha, dropout = as_integer(r), as_number(lora_alpha), as_number(lora_dropout)
+    if rank is None or rank < 1:
+        raise ValueError(f"r must be an integer of at least 1, got {shown(r)}")
+    if rank > LARGEST_RANK:
+        raise ValueError(f"r must be at most {LARGEST_RANK}, got {shown(r)}")
+    if alpha is None:
+        raise ValueError(f"lora_alpha must be finite, got {shown(lora_alpha)}")
+    if dropout is None or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {shown(lora_dropout)}")
+    _check_flag("use_rslora", use_rslora)
     # By type as well: 1 equals True.
     if not isinstance(init_lora_weights, (bool, str)) or init_lora_weights not in INITIALISATIONS:
-        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+        raise ValueError(
+            f"init_lora_weights must be True, False or 'gaussian', got {shown(init_lora_weights)}"
+        )
+    if adapter_dtype is None:
+        raise TypeError("adapter_dtype must be a torch.dtype, got None")
+    _check_dtype("adapter_dtype", adapter_dtype)
+    return rank, alpha, dropout
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def as_integer(value: object) -> int | None:
+    """The Python int that an integer of any library is; None for anything else, a bool too."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def as_number(value: object) -> int | float | None:
+    """The finite Python int or float that a real number of any library is; None for anything else."""
+    if (integer := as_integer(value)) is not None:
+        # One that a float cannot hold ends in an OverflowError at the first division.
+        return integer if abs(integer) < 2**1023 else None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def shown(value: object) -> str:
+    """repr for an error message: short, whatever the value is."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        # Integers of more than 4,300 digits have none, and objects of users may have none either.
+        text = f"a {type(value).__name__} ({type(error).__name__} in its repr)"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _size(name: str, value: object) -> int:
+    size = as_integer(value)
+    if size is None:
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if not 0 <= size < 2**63:
+        raise ValueError(f"{name} must be an integer of at least 0, got {shown(value)}")
+    return size
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def _check_dtype(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {shown(value)}")
+    if value not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be a floating-point dtype, one of {FLOAT_DTYPES}, got {value}")
+
+
+def _check_device(value: object) -> None:
+    if value is None or isinstance(value, torch.device):
+        return
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"device must be a torch.device, str or int, got {shown(value)}")
+    try:
+        torch.device(value)
+    except (RuntimeError, OverflowError, ValueError) as error:
+        raise ValueError(f"device {shown(value)} is none that torch knows: {error}") from None

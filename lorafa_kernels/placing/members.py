@@ -170,16 +170,16 @@ def _versions(operands: LinearOperands) -> tuple[int, ...]:
 class GroupMember(LoRAFALinear):
     """A LoRAFALinear that belongs to a Group."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As LoRAFALinear."""
-        if not torch.compiler.is_compiling() and is_plain(x) and not x.is_inference():
+        if not torch.compiler.is_compiling() and is_plain(input) and not input.is_inference():
             group: Group | None = self.__dict__.get(_GROUP)
             if group is not None and is_called_by(group.code):
-                y = group.compute(self, x)
+                y = group.compute(self, input)
                 if y is not None:
                     return y
         # By name: whoever kept this method may call it after the layer has left its group.
-        return LoRAFALinear.forward(self, x)
+        return LoRAFALinear.forward(self, input)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,0 +1,130 @@
+"""What engines that shard, offload or wrap a model leave in the place of its parameters, and how to tell.
+
+None of them is imported here: what they leave can only be there if they were imported already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+# Wrappers that hold the model as their child `module`: by class name and the start of its module's.
+_HOLDERS = {
+    "DataParallel": "torch.",
+    "DistributedDataParallel": "torch.",
+    "AveragedModel": "torch.",
+    "DeepSpeedEngine": "deepspeed.",
+    "PipelineEngine": "deepspeed.",
+    "InferenceEngine": "deepspeed.",
+}
+# Components that torch.compile, FSDP1 and activation checkpointing put into module names.
+_COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def wrapped_child(module: nn.Module) -> str | None:
+    """Name of the child that `module` stands for, if it is a wrapper; names of a model leave it out."""
+    for name in _COMPONENTS:
+        if name in module._modules:
+            return name
+    return "module" if _is_a(module, _HOLDERS) and "module" in module._modules else None
+
+
+def _is_a(module: nn.Module, kinds: dict[str, str]) -> bool:
+    return any(
+        kind.__name__ in kinds and kind.__module__.startswith(kinds[kind.__name__])
+        for kind in type(module).__mro__
+    )
+
+
+def sharding_engine(module: nn.Module) -> str | None:
+    """Name of the engine that has made `module` itself one of its units, or None."""
+    if _is_a(module, {"FSDPModule": "torch."}):
+        return "fully_shard"
+    if _is_a(module, {"FullyShardedDataParallel": "torch."}):
+        return "FullyShardedDataParallel"
+    if _is_a(module, {"DistributedDataParallel": "torch."}):
+        return "DistributedDataParallel"
+    if _is_a(module, {"DeepSpeedEngine": "deepspeed.", "PipelineEngine": "deepspeed."}):
+        return "DeepSpeed"
+    return None
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, which full_tensor() gathers with all ranks taking part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether `tensor` is a parameter of DeepSpeed's ZeRO-3, which whole() gathers."""
+    return hasattr(tensor, "ds_id")
+
+
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter, whether or not its values are here."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@contextmanager
+def whole(tensors: Iterable[Tensor], *, writing: bool = False) -> Iterator[None]:
+    """Within this context the tensors that ZeRO-3 has partitioned are complete; all ranks take part.
+
+    writing: what rank 0 has written into them is kept.
+    """
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    with ExitStack() as stack:
+        if partitioned:
+            zero = sys.modules["deepspeed"].zero
+            stack.enter_context(zero.GatheredParameters(partitioned, modifier_rank=0 if writing else None))
+        yield
+
+
+def not_plain(tensor: Tensor) -> str | None:
+    """Why `tensor` is none that the operations compute with, or None. A fake tensor, which stands for a
+    plain one, is plain.
+    """
+    kind = type(tensor)
+    if is_dtensor(tensor):
+        return "a DTensor: adapt the model before it is sharded (fully_shard, parallelize_module)"
+    if kind in (Tensor, nn.Parameter) or (
+        kind.__name__ == "FakeTensor" and kind.__module__.startswith("torch.")
+    ):
+        return None
+    return (
+        f"a {kind.__module__}.{kind.__name__}, a subclass of Tensor that is not supported: quantise or wrap "
+        "the weights after adapting the model, or leave this layer out"
+    )
+
+
+def manager_of(module: nn.Module, name: str) -> str | None:
+    """Name of the engine that puts its own tensor into the place of module.<name> at each forward, so that
+    an assignment to it is lost; None if there is none.
+    """
+    parameter = getattr(module, name)
+    if getattr(parameter, "_fsdp_flattened", False) or name not in module._parameters:
+        return "FullyShardedDataParallel"
+    if is_partitioned(parameter):
+        return "DeepSpeed's ZeRO-3"
+    return "fully_shard" if is_dtensor(parameter) or _is_fully_sharded(module) else None
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether a parameter group of fully_shard holds parameters of `module`. Between a forward and the next
+    one these can be plain tensors, so the groups are asked.
+    """
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    for reference in list(states.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in filter(None, groups):
+            for parameter in getattr(group, "fsdp_params", ()):
+                info = getattr(parameter, "_module_info", None)
+                if module is getattr(info, "module", None):
+                    return True
+                if any(module is other for other in getattr(info, "shared_modules", ())):
+                    return True
+    return False
