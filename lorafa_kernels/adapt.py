@@ -20,7 +20,7 @@ import difflib
 import logging
 import math
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,8 @@ _LOG = logging.getLogger("lorafa_kernels")
 _ALL_LINEAR = "all-linear"
 _ASIDE = "_lorafa_aside"
 _UNTIED = "_lorafa_untied"
+# What modules keep parameters, children and hooks in, and LSTMs their weights.
+_HOLDERS = (dict, OrderedDict, set, list)
 
 
 @dataclass(frozen=True)
@@ -592,8 +594,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = []
     for module in model.modules():
-        # Modules keep parameters, children and hooks in dicts, and LSTMs their weights in a list.
-        held = {n: copy.copy(v) for n, v in vars(module).items() if isinstance(v, (dict, set, list))}
+        held = {n: copy.copy(v) for n, v in vars(module).items() if type(v) in _HOLDERS}
         modules.append((module, type(module), dict(vars(module)), held))
     try:
         yield
@@ -606,7 +607,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for name, content in held.items():
                 if isinstance(content, list):
                     attributes[name][:] = content
-                elif attributes[name] != content or list(attributes[name]) != list(content):
+                else:
                     attributes[name].clear()
                     attributes[name].update(content)
         for parameter, flag in flags:
@@ -745,6 +746,18 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
                 found[f"{prefix}.{name}"] = current if aside.holds_originals else aside.tensors[name]
     for prefix, module in _replaced(model).items():
         found |= {f"{prefix}.{name}": tensor for name, tensor in persistent_tensors(module).items()}
+    return found
+
+
+def original_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{name: shape at apply_lorafa} of what saved_tensors lists, but for modules that were put in since."""
+    found = {}
+    for prefix, module in modules_by_name(model, aliases=True).items():
+        aside: _Aside | None = module.__dict__.get(_ASIDE)
+        if aside is not None:
+            for name, current in persistent_tensors(module).items():
+                original = aside.tensors[name] if aside.holds_originals else current
+                found[f"{prefix}.{name}"] = tuple(original.shape)
     return found
 
 

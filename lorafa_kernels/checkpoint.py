@@ -7,7 +7,8 @@ A folder holds adapter_config.json (the fields of PEFT's LoraConfig) and adapter
     base_model.model.<module>.lora_B.weight     (out_features, r)
     base_model.model.<module>.<tensor>          every parameter and persistent buffer of modules_to_save
 
-Saving writes both files aside and renames them, loading checks everything before it touches the model.
+Saving replaces both files at once (exchange.py), loading checks everything before it touches the model, and
+reads no more than the model takes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import dataclasses
 import json
 import os
 import re
-import secrets
+import stat
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
@@ -33,22 +34,45 @@ from torch import Tensor, nn
 from .adapt import (
     LoRAFAConfig,
     Plan,
+    all_or_nothing,
     apply_plan,
     lorafa_layers,
     lorafa_parameters,
     modules_by_name,
+    original_shapes,
     persistent_tensors,
     plan_lorafa,
     saved_tensors,
     target_names,
     unwrap,
 )
-from .nn.linear import LoRAFALinear
+from .engines import full_shape, is_dtensor, is_partitioned, whole
+from .exchange import locked, replace_files
+from .nn.linear import LoRAFALinear, shown
+from .patterns import limited
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FIELDS = tuple(field.name for field in dataclasses.fields(LoRAFAConfig))
+_LARGEST_CONFIG = 16 << 20
+# safetensors itself stops at 100 MB; an entry has some 150 bytes.
+_LARGEST_HEADER = 32 << 20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 # Fields of PEFT 0.21's LoraConfig that say nothing about the computation.
 _INFORMATIVE = frozenset(
@@ -72,18 +96,65 @@ def lorafa_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     lora_A is (r, in_features), lora_B (out_features, r); modules_to_save come with all their tensors. A
     shared layer comes under its first name, a shared module of modules_to_save under each, as PEFT has them.
-    Raises ValueError if the model holds no LoRA-FA layer or is one, RuntimeError if a layer is merged. A
-    DTensor is gathered, which every rank must take part in.
+    Names are those of the model inside DDP, AveragedModel, a DeepSpeed engine, torch.compile.
+
+    A DTensor and a parameter of DeepSpeed's ZeRO-3 is gathered, which every rank must take part in. Raises
+    ValueError if the model holds no LoRA-FA layer or is one, and for a tensor that is not here as a whole
+    (under FSDP1 call this within FullyShardedDataParallel.summon_full_params); RuntimeError if a layer is
+    merged.
     """
     model = unwrap(model)
     for name, layer in _layers(model).items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged: unmerge_adapter(model) before saving its adapter")
-    return {key: _gathered(tensor.detach()) for key, tensor in _tensors(model).items()}
+    tensors = _tensors(model)
+    with whole(tensors.values()):
+        # Of what is about to be partitioned again there must be a copy.
+        gathered = {
+            key: tensor.detach().clone() if is_partitioned(tensor) else _gathered(tensor.detach())
+            for key, tensor in tensors.items()
+        }
+    _check_whole(model, gathered)
+    return gathered
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def _check_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first, if a tensor of the adapter is only a part of what it should be."""
+    for key, (shape, resizable) in _whole_shapes(model).items():
+        tensor = tensors[key]
+        got = full_shape(tensor)
+        # resize_token_embeddings changes the first dimension.
+        fits = got[1:] == shape[1:] and len(got) == len(shape) and 0 not in got if resizable else got == shape
+        if fits or (resizable and got == shape):
+            if _has_storage(tensor):
+                continue
+            reason = "its storage has been freed"
+        else:
+            reason = f"it has shape {got}, expected {shape}"
+        raise ValueError(
+            f"{key} is not here as a whole, {reason}: the parameter is partitioned. Gather it first (under "
+            "FSDP1: within FullyShardedDataParallel.summon_full_params(model))"
+        )
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Whether there is memory behind the elements; tensors without any, fake ones and those on meta, pass."""
+    if tensor.is_meta or is_dtensor(tensor) or type(tensor) not in (Tensor, nn.Parameter):
+        return True
+    return tensor.numel() == 0 or is_partitioned(tensor) or tensor.untyped_storage().nbytes() > 0
+
+
+def _whole_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """{key: (shape, whether the model's author may have changed its first dimension)}"""
+    found = {}
+    for name, layer in lorafa_layers(model).items():
+        shapes = (layer.r, layer.in_features), (layer.out_features, layer.r)
+        found |= {key: (shape, False) for key, shape in zip(_adapter_keys(name), shapes, strict=True)}
+    return found | {_PREFIX + name: (shape, True) for name, shape in original_shapes(model).items()}
 
 
 def _layers(model: nn.Module) -> dict[str, LoRAFALinear]:
@@ -113,38 +184,54 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` into the folder `path`, so that `load_adapter` and PEFT can load it.
 
-    Both files are written aside, synced and renamed, and an error leaves those that were there before as they
-    were. If the config has not changed, as when a training run saves again and again, the save is one rename,
-    which a crash cannot divide; else a crash between the two leaves the new config beside the old weights,
-    which loading refuses where layers or ranks differ. With sharded parameters (DTensor) every rank calls
-    this and rank 0 writes.
+    Both files change at once: after an error those that were there before are as they were, and after a crash
+    or power failure at any moment a reader, PEFT too, finds the old pair or the new one (exchange.py; where
+    the file system has no symbolic links, a crash may leave none). Two saves into one folder wait for each
+    other. What crashed saves have left is removed. With parameters that an engine has sharded (DTensor,
+    ZeRO-3) every rank calls this and rank 0 writes.
 
-    Raises RuntimeError while merged, ValueError if the model holds no LoRA-FA layer, a tensor without storage
-    (on the meta device) or a config that PEFT cannot express, NotADirectoryError if `path` is a file.
+    Raises RuntimeError while merged, TypeError or ValueError for a `path` that is none, ValueError if the
+    model holds no LoRA-FA layer, a tensor without storage (on the meta device), one that is not here as a
+    whole, or a config that PEFT cannot express, NotADirectoryError if `path` is a file.
     """
+    folder = _folder(path)
     model = unwrap(model)
     tensors = lorafa_state_dict(model)
-    config = _config_json(_config_of(model), model)
+    with limited():
+        config = _config_json(_config_of(model), model)
     for key, tensor in tensors.items():
         _check_storage(key, tensor)
     _warn_unsaved(model)
     # A copy of each: safetensors refuses tensors that share storage, as aliases do.
     copies = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     weights = safetensors.torch.save(copies, metadata={"format": "pt"})
-    if any(hasattr(tensor, "device_mesh") for tensor in _tensors(model).values()) and dist.get_rank() != 0:
+    sharded = any(is_dtensor(tensor) or is_partitioned(tensor) for tensor in _tensors(model).values())
+    if sharded and dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
-    folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; an adapter is saved into a folder")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _install(folder, config, weights)
+        # The config last: without it neither this library nor PEFT sees an adapter.
+        replace_files(folder, {WEIGHTS_FILE: weights, CONFIG_FILE: config})
     except BaseException:
         if created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a str or os.PathLike of str, got {shown(path)}")
+    if not text or "\0" in text:
+        raise ValueError(f"path must name a folder, got {shown(path)}")
+    return Path(text)
 
 
 def _check_storage(key: str, tensor: Tensor) -> None:
@@ -241,53 +328,6 @@ def _config_json(config: LoRAFAConfig, model: nn.Module) -> bytes:
     return json.dumps(dict(sorted(fields.items())), indent=2).encode()
 
 
-def _install(folder: Path, config: bytes, weights: bytes) -> None:
-    """Replace both files or neither. The small one goes first: it is the one that can be put back."""
-    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    previous = config_path.read_bytes() if config_path.exists() else None
-    staged: list[Path] = []
-    try:
-        new_weights = _write_aside(weights_path, weights, staged)
-        if previous == config:
-            os.replace(new_weights, weights_path)
-        else:
-            new_config = _write_aside(config_path, config, staged)
-            backup = None if previous is None else _write_aside(config_path, previous, staged)
-            os.replace(new_config, config_path)
-            try:
-                os.replace(new_weights, weights_path)
-            except BaseException:
-                if backup is None:
-                    config_path.unlink()
-                else:
-                    os.replace(backup, config_path)
-                raise
-    finally:
-        for leftover in staged:
-            leftover.unlink(missing_ok=True)
-    _sync_folder(folder)
-
-
-def _write_aside(path: Path, data: bytes, staged: list[Path]) -> Path:
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    staged.append(aside)
-    with open(aside, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return aside
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames last through a power failure, where the system can (Windows cannot open folders)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load the adapter in the folder `path`, written by `save_adapter` or by PEFT, and return `model`.
 
@@ -297,75 +337,151 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     and stays frozen here.
 
     Everything is checked before the model is touched. Raises FileNotFoundError for a missing folder or file,
-    RuntimeError while merged, and ValueError for a damaged file, a config field that is not supported, away
-    from its default, and a key that is missing, unexpected or of another shape; it names the first.
+    RuntimeError while merged, TypeError or ValueError for a `path` that is none, and ValueError for a damaged
+    file or one of absurd size, a config field that is not supported, away from its default, and a key that is
+    missing, unexpected or of another shape; it names the first.
     """
-    folder = Path(path)
-    config = _read_config(folder)
-    values = _read_weights(folder)
+    folder = _folder(path)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; an adapter is loaded from a local folder")
     core = unwrap(model)
-    plan = None
-    if isinstance(core, LoRAFALinear) or lorafa_layers(core):
-        _check_layers(_layers(core), config)
-        slots = {key: _Slot.of(tensor) for key, tensor in _tensors(core).items()}
-    else:
-        plan = plan_lorafa(core, config)
-        slots = _planned_slots(plan)
-    _check_values(values, slots, folder / WEIGHTS_FILE)
-    if plan is not None:
-        apply_plan(core, plan)
-    for key, target in _tensors(core).items():
-        _write(target, values[key])
+    with limited(), locked(folder, shared=True), all_or_nothing(core):
+        _load(model, core, folder)
     return model
 
 
-@torch.no_grad()
-def _write(target: Tensor, value: Tensor) -> None:
-    if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+def _load(model: nn.Module, core: nn.Module, folder: Path) -> None:
+    config = _read_config(folder)
+    with _open_weights(folder) as weights:
+        plan = None
+        if isinstance(core, LoRAFALinear) or lorafa_layers(core):
+            _check_layers(_layers(core), config)
+            tensors = _tensors(core)
+            _check_whole(core, tensors)
+            slots = {key: _Slot.of(tensor) for key, tensor in tensors.items()}
+        else:
+            plan = plan_lorafa(model, config)
+            slots = _planned_slots(plan)
+        _check_entries(weights.entries, slots, weights.path)
+        values = weights.read()
+    _check_twins(values, slots, weights.path)
+    if plan is not None:
+        apply_plan(core, plan)
+    targets = _tensors(core)
+    # Whatever can fail does so before the first is written.
+    ready = {key: _for(target, values[key]) for key, target in targets.items()}
+    with whole(targets.values(), writing=True), torch.no_grad():
+        for key, target in targets.items():
+            target.copy_(ready[key])
 
-        value = distribute_tensor(
-            value.to(target.device, target.dtype), target.device_mesh, target.placements
-        )
-    target.copy_(value)
+
+def _for(target: Tensor, value: Tensor) -> Tensor:
+    value = value.to(target.device, target.dtype)
+    if not is_dtensor(target):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, target.device_mesh, target.placements)
+
+
+@contextlib.contextmanager
+def _open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file. Raises FileNotFoundError, and ValueError for a device, pipe or folder."""
+    try:
+        # Opening a pipe would wait for somebody to write into it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is no regular file") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
 
 
 def _read_config(folder: Path) -> LoRAFAConfig:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; an adapter is loaded from a local folder")
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+    with _open_regular(path) as file:
+        content = file.read(_LARGEST_CONFIG + 1)
+    if len(content) > _LARGEST_CONFIG:
+        raise ValueError(f"{path} has more than {_LARGEST_CONFIG:,} bytes, which no config needs")
     try:
-        fields = json.loads(path.read_bytes())
-    except ValueError as error:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     if fields.get("peft_type") != "LORA":
-        raise ValueError(f'{path}: peft_type is {fields.get("peft_type")!r}, expected "LORA"')
+        raise ValueError(f'{path}: peft_type is {shown(fields.get("peft_type"))}, expected "LORA"')
     for name, value in fields.items():
         if not (name in _FIELDS or name in _INFORMATIVE or not value or value == _NEUTRAL.get(name)):
-            raise ValueError(f"{path}: {name}={value!r} is not supported")
+            raise ValueError(f"{path}: {name}={shown(value)} is not supported")
     try:
         return LoRAFAConfig(**{name: fields[name] for name in _FIELDS if name in fields})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+class _Entry(NamedTuple):
+    """What a safetensors header says of a tensor: dtype by safetensors' name, shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_floating_point(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+
+class _Weights:
+    """A safetensors file whose header was read, and whose values are read on demand."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self._file = path, file
+        size = os.fstat(file.fileno()).st_size
+        self._start = file.read(8)
+        length = int.from_bytes(self._start, "little")
+        if len(self._start) < 8 or length > size - 8:
+            raise ValueError(f"{path} is damaged: it ends within its header")
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"{path} is damaged: its header has {length:,} bytes")
+        self._start += file.read(length)
+        try:
+            header = json.loads(self._start[8:])
+            header.pop("__metadata__", None)
+            self.entries = {
+                key: _Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])))
+                for key, entry in header.items()
+            }
+            ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        except (ValueError, RecursionError, TypeError, AttributeError, LookupError, OverflowError) as error:
+            raise ValueError(f"{path} is damaged: its header cannot be read ({error})") from error
+        self._bytes = max(ends, default=0)
+        if size - 8 - length != self._bytes:
+            raise ValueError(f"{path} is damaged: its header speaks of {self._bytes:,} bytes of values")
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors by key."""
+        try:
+            return safetensors.torch.load(self._start + self._file.read(self._bytes))
+        except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError, TypeError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _open_weights(folder: Path) -> Iterator[_Weights]:
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise ValueError(
-                f"{folder} holds adapter_model.bin, a pickle, which is not read here: load it with PEFT and "
-                f"save it again, which writes {WEIGHTS_FILE}"
-            )
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return safetensors.torch.load(path.read_bytes())
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(
+            f"{folder} holds adapter_model.bin, a pickle, which is not read here: load it with PEFT and "
+            f"save it again, which writes {WEIGHTS_FILE}"
+        )
+    with _open_regular(path) as file:
+        yield _Weights(path, file)
 
 
 def _check_layers(layers: dict[str, LoRAFALinear], config: LoRAFAConfig) -> None:
@@ -391,7 +507,7 @@ class _Slot(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor, owner: nn.Module | None = None) -> _Slot:
-        return cls(tuple(tensor.shape), tensor.is_floating_point(), tensor.is_meta, (id(owner), id(tensor)))
+        return cls(full_shape(tensor), tensor.is_floating_point(), tensor.is_meta, (id(owner), id(tensor)))
 
 
 def _planned_slots(plan: Plan) -> dict[str, _Slot]:
@@ -411,26 +527,31 @@ def _planned_slots(plan: Plan) -> dict[str, _Slot]:
     return slots
 
 
-def _check_values(values: dict[str, Tensor], slots: dict[str, _Slot], path: Path) -> None:
-    first: dict[Hashable, str] = {}
+def _check_entries(entries: dict[str, _Entry], slots: dict[str, _Slot], path: Path) -> None:
     for key, slot in slots.items():
-        if key not in values:
+        if key not in entries:
             raise ValueError(f"{path}: {key} is missing; it should be {slot.shape}")
-        value = values[key]
-        if tuple(value.shape) != slot.shape:
-            raise ValueError(f"{path}: {key} is {tuple(value.shape)}, expected {slot.shape}")
-        if value.is_floating_point() != slot.is_floating_point:
-            raise ValueError(f"{path}: {key} is {value.dtype}, which is not what the model has there")
+        entry = entries[key]
+        if entry.shape != slot.shape:
+            raise ValueError(f"{path}: {key} is {entry.shape}, expected {slot.shape}")
+        if entry.is_floating_point != slot.is_floating_point:
+            dtype = _DTYPES.get(entry.dtype, entry.dtype)
+            raise ValueError(f"{path}: {key} is {dtype}, which is not what the model has there")
         if slot.is_meta:
             raise ValueError(
                 f"{key} would go to the meta device, which holds no values: materialise the model first"
             )
-        twin = first.setdefault(slot.identity, key)
-        if twin != key and not torch.equal(_bits(value), _bits(values[twin])):
-            raise ValueError(f"{path}: {key} differs from {twin}, which is the same tensor in this model")
-    for key in values:
+    for key in entries:
         if key not in slots:
             raise ValueError(f"{path}: {key} is unexpected: the model has no such tensor to load")
+
+
+def _check_twins(values: dict[str, Tensor], slots: dict[str, _Slot], path: Path) -> None:
+    first: dict[Hashable, str] = {}
+    for key, slot in slots.items():
+        twin = first.setdefault(slot.identity, key)
+        if twin != key and not torch.equal(_bits(values[key]), _bits(values[twin])):
+            raise ValueError(f"{path}: {key} differs from {twin}, which is the same tensor in this model")
 
 
 def _bits(tensor: Tensor) -> Tensor:

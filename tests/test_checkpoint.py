@@ -89,7 +89,7 @@ def snapshot(model):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def edit_config(folder, **fields):

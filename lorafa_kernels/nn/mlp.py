@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.mlp import lorafa_gated_mlp
 from .group import operands_of
-from .linear import LoRAFALinear
+from .linear import LoRAFALinear, is_exported
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -18,6 +19,11 @@ class _GatedMLP(nn.Module):
     """What LoRAFASwiGLU and LoRAFAGeGLU have in common; they tell what `activation` is."""
 
     activation: str
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return F.silu(gate)
+        return F.gelu(gate, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
     def __init__(
         self,
@@ -115,6 +121,8 @@ class _GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., hidden) for x (..., hidden). Raises as lorafa_gated_mlp and operands_of."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if is_exported():
+            return self.down_proj(self._activate(self.gate_proj(x)) * self.up_proj(x))
         return lorafa_gated_mlp(x, *map(operands_of, layers), activation=self.activation, impl=self.impl)
 
 

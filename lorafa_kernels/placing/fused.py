@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..blocks.mlp import lorafa_gated_mlp
 from ..blocks.norm import rms_norm
 from ..functional import FLOAT_DTYPES
+from ..nn.linear import is_exported
 from .guards import common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
 from .shield import Guards, Untraceable
@@ -85,6 +86,8 @@ class FusedNorm(FusedBlock):
         roles: Norm | None = _roles(self, recognise_norm)
         x = None if roles is None else _input(args, kwargs, roles.input)
         if x is None or not x.requires_grad:
+            return None
+        if is_exported():
             return None
         weight = self._parameters.get(roles.weight)
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from .. import ops
 from ..blocks.operands import LinearOperands
 from ..functional import FLOAT_DTYPES
-from ..nn.linear import LoRAFALinear
+from ..nn.linear import LoRAFALinear, is_exported
 
 # Classes whose forward is what operands_for describes, and that forward: kernel libraries put another into
 # the class. members.py adds its own.
@@ -33,8 +33,8 @@ def is_quiet(module: nn.Module) -> bool:
 
 
 def no_global_hooks() -> bool:
-    """Whether no hook of all modules is registered."""
-    return not torch_module._has_any_global_hook()
+    """Whether no hook of all modules is registered, and nobody reads off the operations of forward."""
+    return not torch_module._has_any_global_hook() and not is_exported()
 
 
 def is_plain(x: object) -> bool:
