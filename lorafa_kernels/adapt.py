@@ -285,6 +285,7 @@ def modules_by_name(model: nn.Module, *, aliases: bool = False) -> dict[str, nn.
     A wrapper (torch.compile, FSDP1, activation checkpointing, DDP, AveragedModel, a DeepSpeed engine) and
     what it wraps have one name, which is that of the latter.
     """
+    _check_module(model)
     found: dict[str, nn.Module] = {}
     plain: dict[str, str] = {}
     left_out: set[str] = set()
@@ -298,10 +299,16 @@ def modules_by_name(model: nn.Module, *, aliases: bool = False) -> dict[str, nn.
     return found
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP, AveragedModel, a DeepSpeed engine and torch.compile, whose names checkpoints
     use.
     """
+    _check_module(model)
     while (child := wrapped_child(model)) in ("module", "_orig_mod"):
         model = model._modules[child]
     return model
@@ -330,8 +337,7 @@ class Plan:
 
 def plan_lorafa(model: nn.Module, config: LoRAFAConfig) -> Plan:
     """Check `config` against `model` without touching it; the errors are those of `apply_lorafa`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     if not isinstance(config, LoRAFAConfig):
         raise TypeError(f"config must be a LoRAFAConfig, got {type(config).__name__}")
     for name, module in model.named_modules():

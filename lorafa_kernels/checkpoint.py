@@ -341,12 +341,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     file or one of absurd size, a config field that is not supported, away from its default, and a key that is
     missing, unexpected or of another shape; it names the first.
     """
-    folder = _folder(path)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    folder, core = _folder(path), unwrap(model)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; an adapter is loaded from a local folder")
-    core = unwrap(model)
     with limited(), locked(folder, shared=True), all_or_nothing(core):
         _load(model, core, folder)
     return model

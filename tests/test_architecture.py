@@ -23,6 +23,7 @@ LEVELS = [
         "files",
         "engines",
         "patterns",
+        "exchange",
         "philox",
         "tuning.config",
         "tuning.models",

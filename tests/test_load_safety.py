@@ -104,7 +104,7 @@ CONFIGS = {
     "an index that is none": ("layers_to_transform", "[1.5]"),
     "a list of lists": ("target_modules", "[[]]"),
     "a number": ("target_modules", "3"),
-    "an object": ("modules_to_save", "{}  "),
+    "an object": ("modules_to_save", "{}"),
     "a long value of an unsupported field": ("a_field_of_tomorrow", '"' + "x" * 100_000 + '"'),
 }
 
@@ -116,9 +116,6 @@ def test_a_config_of_absurd_values_names_the_field(case, folder):
     fields[field] = "here"
     (folder / CONFIG_FILE).write_text(json.dumps(fields).replace('"here"', text))
     words = "not valid JSON" if case.startswith("deep") or "5,000" in case else re.escape(field)
-    if case == "an object":
-        # Empty, it is no list, but says nothing either.
-        words = "modules_to_save"
     assert_refused(folder, words)
     try:
         load_adapter(MODELS["fresh"], folder)
@@ -391,7 +388,7 @@ near_misses = st.one_of(
 fields = st.dictionaries(
     st.sampled_from([*FIELDS, "peft_type", "use_dora", "tomorrow"]), near_misses, max_size=4
 )
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @FUZZ
