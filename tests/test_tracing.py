@@ -28,7 +28,7 @@ class Norm(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(6)), 1e-6
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(32)), 1e-6
 
     def forward(self, hidden_states):
         input_dtype = hidden_states.dtype
@@ -41,7 +41,7 @@ class Norm(nn.Module):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q, self.k = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x):
         return torch.tanh(self.q(x)) * self.k(x)
@@ -50,7 +50,7 @@ class Block(nn.Module):
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
         self.act_fn = nn.SiLU()
 
     def forward(self, x):
@@ -63,7 +63,7 @@ class Pair(nn.Module):
     def __init__(self):
         super().__init__()
         self.group = LoRAFALinearGroup.from_linears(
-            [nn.Linear(6, 6), nn.Linear(6, 6)], r=2, share_A=True, init_lora_weights=False
+            [nn.Linear(32, 32), nn.Linear(32, 32)], r=8, share_A=True, init_lora_weights=False
         )
 
     def forward(self, x):
@@ -72,17 +72,17 @@ class Pair(nn.Module):
 
 
 def whole_model():
-    parts = nn.Sequential(nn.Linear(6, 6), Norm(), Block(), Norm(), MLP())
-    model = apply_lorafa(parts, LoRAFAConfig(target_modules="all-linear", r=2, init_lora_weights=False))
+    parts = nn.Sequential(nn.Linear(32, 32), Norm(), Block(), Norm(), MLP())
+    model = apply_lorafa(parts, LoRAFAConfig(target_modules="all-linear", r=8, init_lora_weights=False))
     assert sum(block.fused for block in model.lorafa_report.blocks) == 4
     return model
 
 
 BUILDS = {
-    "layer": lambda: LoRAFALinear(6, 6, r=2, init_lora_weights=False),
+    "layer": lambda: LoRAFALinear(32, 32, r=8, init_lora_weights=False),
     "group": Pair,
-    "SwiGLU": lambda: LoRAFASwiGLU(6, 8, r=2, init_lora_weights=False),
-    "GeGLU": lambda: LoRAFAGeGLU(6, 8, r=2, approximate="tanh", init_lora_weights=False),
+    "SwiGLU": lambda: LoRAFASwiGLU(32, 48, r=8, init_lora_weights=False),
+    "GeGLU": lambda: LoRAFAGeGLU(32, 48, r=8, approximate="tanh", init_lora_weights=False),
     "model": whole_model,
 }
 
@@ -130,7 +130,7 @@ def assert_same_y(got, model, x) -> None:
 @pytest.mark.parametrize("case", BUILDS)
 def test_a_trace_computes_and_trains_as_the_model(case, training):
     model = build(case).train(training)
-    x, other = torch.randn(64, 6), torch.randn(80, 6)
+    x, other = torch.randn(64, 32), torch.randn(80, 32)
     traced = torch.jit.trace(model, (x,))
     for rows in (x, other):
         assert_alike(outcome(traced, model, rows), model, rows)
@@ -139,7 +139,12 @@ def test_a_trace_computes_and_trains_as_the_model(case, training):
     buffer.seek(0)
     loaded = torch.jit.load(buffer)
     assert torch.equal(loaded(other), traced(other))
-    assert "lorafa_kernels" not in str(traced.inlined_graph)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert (
+        kinds
+        and all(kind.startswith(("aten::", "prim::")) for kind in kinds)
+        and "prim::PythonOp" not in kinds
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,10 +170,10 @@ def test_a_trace_in_training_mode_drops_as_the_layer_does():
 @pytest.mark.parametrize("case", ["layer", "model"])
 def test_an_exported_program_computes_as_the_model(case, training):
     model = build(case).train(training)
-    x = torch.randn(64, 6)
+    x = torch.randn(64, 32)
     rows = torch.export.Dim("rows", min=2, max=1024)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
-    other = torch.randn(80, 6)
+    other = torch.randn(80, 32)
     assert_same_y(program.module()(other), model, other)
 
 
@@ -178,19 +183,20 @@ def test_an_onnx_exporter_meets_known_operations_only(case, training, monkeypatc
     """What torch.onnx.export(dynamo=True) does before it translates, with the flag that it sets."""
     model = build(case).train(training)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    x = torch.randn(64, 6)
+    x = torch.randn(64, 32)
     program = torch.export.export(model, (x,), strict=False)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert targets and all(target.startswith("aten.") for target in targets), targets
     assert_same_y(program.module()(x), model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["layer", "model"])
 def test_onnx_end_to_end(case, tmp_path):
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnx and onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="which computes what was exported")
     model = build(case).eval()
-    x = torch.randn(64, 6)
+    x = torch.randn(64, 32)
     torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), dynamo=True)
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -200,12 +206,12 @@ def test_onnx_end_to_end(case, tmp_path):
 def test_tensorboard_draws_the_graph(tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="the writer needs tensorboard")
     with tensorboard.SummaryWriter(tmp_path) as writer:
-        writer.add_graph(build("model").train(), torch.randn(4, 6))
+        writer.add_graph(build("model").train(), torch.randn(4, 32))
     assert any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("case", BUILDS)
 def test_while_torch_compile_traces_nothing_breaks(case):
     model = build(case)
-    x = torch.randn(64, 6)
-    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x).detach(), model(x).detach())
+    x = torch.randn(64, 32)
+    assert_same_y(torch.compile(model, backend="eager", fullgraph=True)(x), model, x)
