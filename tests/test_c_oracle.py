@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from c_oracle import Linear
 
+pytestmark = pytest.mark.numerics
 HERE = Path(__file__).resolve().parent
 
 # M, N, K, R

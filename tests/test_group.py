@@ -29,6 +29,7 @@ from lorafa_kernels.nn.group import operands_of
 from lorafa_kernels.philox import keep_mask
 from lorafa_kernels.tuning.config import KNOWN_DEVICES, KernelConfig, shrink_group_config
 
+pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 triton_only = pytest.mark.parametrize("device", [on_device(TRITON_DEVICE)])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -32,6 +32,7 @@ from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
 from lorafa_kernels.blocks.operands import LinearOperands
 from lorafa_kernels.philox import keep_mask
 
+pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

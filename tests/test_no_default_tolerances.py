@@ -70,6 +70,10 @@ def sites(source: str) -> list[tuple[str, int, str]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             names = [a.value for a in node.args if isinstance(a, ast.Constant) and a.value in COMPARING]
             found.extend((function, node.lineno, name) for name in names)
+        if isinstance(node, ast.Compare) and isinstance(node.ops[-1], (ast.Lt, ast.LtE)):
+            limits = [part.value for part in ast.walk(node.comparators[-1]) if isinstance(part, ast.Constant)]
+            if any(isinstance(limit, float) and 0 < limit < 0.05 for limit in limits):
+                found.append((function, node.lineno, "a bound by hand"))
         if isinstance(node, ast.Call):
             for keyword in node.keywords:
                 if keyword.arg in TOLERANCES:
@@ -107,6 +111,8 @@ def test_no_comparison_is_within_a_tolerance():
         "getattr(torch, 'isclose')(a, b)",
         "near(a, b, rtol=1e-3)",
         "near(a, b, atol=1e-3)",
+        "assert (a - b).norm() / b.norm() < 1e-5",
+        "assert (a - b).abs().max() <= 1e-3 * b.abs().max()",
     ],
 )
 def test_each_way_of_it_is_seen(line):

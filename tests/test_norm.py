@@ -140,7 +140,7 @@ def test_gradient_by_finite_differences(form):
         whole, half = difference(step), 2 * difference(step / 2)
         bound = (whole - half).abs() + allowed * step.norm()
         assert ((got["dx"] * step).sum() - half).abs() <= bound
-        assert bound < 1e-3 * half.abs(), "a bound that tells nothing"
+        assert 1000 * bound < half.abs(), "a bound that tells nothing"
 
 
 @forms

@@ -97,7 +97,8 @@ def test_accuracy(device, impl, dtype, shape):
 
 DROPOUTS = [
     pytest.param(dict(M=65, K=48, N=80, R=24), 0.1, id="rank-not-a-power-of-2"),
-    pytest.param(dict(M=70, K=136, N=80, R=8), 0.999, id="nearly-all-dropped"),
+    # One of 1,000 is kept, and makes nearly all of the result: so many that an error means something.
+    pytest.param(dict(M=512, K=500, N=32, R=8), 0.999, id="nearly-all-dropped"),
     pytest.param(dict(M=130, K=70, N=258, R=16), 0.1, id="ragged"),
     pytest.param(dict(M=130, K=72, N=264, R=16), 0.5, id="ragged-aligned"),
 ]
