@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks.group import lorafa_linear_group
 from ..blocks.operands import LinearOperands
 from ..functional import check_frozen
-from .linear import LoRAFALinear, is_exported
+from .linear import LoRAFALinear, is_exported, shown
 
 
 def operands_of(module: nn.Module) -> LinearOperands:
@@ -42,7 +42,7 @@ def operands_of(module: nn.Module) -> LinearOperands:
             module.scaling,
             module.lora_dropout if module.training else 0.0,
         )
-    if type(module).forward is not nn.Linear.forward:
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
     return LinearOperands(module.weight, module.bias)
 
@@ -65,7 +65,8 @@ class LoRAFALinearGroup(nn.Module):
     Raises:
         ValueError: no members; members that disagree in in_features, dtype or device, with share_A in
             lora_A, scaling or dropout; what LoRAFALinear.check_linear raises it for.
-        TypeError: a member that is neither an nn.Linear nor a LoRAFALinear.
+        TypeError: members that are no modules in a mapping or a sequence; a member that is neither an
+            nn.Linear nor a LoRAFALinear; a share_A that is no bool.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear; that of the members is not looked
     at.
@@ -75,12 +76,17 @@ class LoRAFALinearGroup(nn.Module):
         self, members: Mapping[str, nn.Module] | Iterable[nn.Module], *, share_A: bool = False
     ) -> None:
         super().__init__()
-        named = dict(members) if isinstance(members, Mapping) else {str(i): m for i, m in enumerate(members)}
+        named = _named("members", members)
+        if not isinstance(share_A, bool):
+            raise TypeError(f"share_A must be True or False, got {shown(share_A)}")
         if not named:
             raise ValueError("members is empty: a group has at least one linear layer")
         self.share_A = share_A
         self.impl = "auto"
         self._names = tuple(named)
+        for name in named:
+            if not name or "." in name or hasattr(type(self), name) or name in vars(self):
+                raise ValueError(f"a member cannot be called {name!r}: it is no name for a child of a module")
         for name, module in named.items():
             if not isinstance(module, LoRAFALinear):
                 try:
@@ -116,10 +122,8 @@ class LoRAFALinearGroup(nn.Module):
         LoRAFALinear.from_linear and pass them to the class. Raises as both, and ValueError for a name in
         adapt that is not among linears.
         """
-        named = dict(linears) if isinstance(linears, Mapping) else {str(i): m for i, m in enumerate(linears)}
-        adapt = named if adapt is None else adapt
-        if unknown := [name for name in adapt if name not in named]:
-            raise ValueError(f"adapt names {unknown}, which are not among {list(named)}")
+        named = _named("linears", linears)
+        adapt = named if adapt is None else checked_names(adapt, named)
         members: dict[str, nn.Module] = {}
         shared: nn.Parameter | None = None
         for name, linear in named.items():
@@ -185,6 +189,35 @@ def _share_loaded(group: LoRAFALinearGroup, _incompatible_keys: object) -> None:
                 f"share_A=True, but the state has another lora_A for member {name!r} than for {first_name!r}"
             )
         module.lora_A = first.lora_A
+
+
+def _named(argument: str, modules: object) -> dict[str, nn.Module]:
+    """{name: module} of a mapping or a sequence. Raises TypeError, naming the argument, for anything else."""
+    if isinstance(modules, (Mapping, nn.ModuleDict)):
+        named = dict(modules.items())
+    elif isinstance(modules, Iterable) and not isinstance(modules, (str, bytes, Tensor, nn.Linear)):
+        named = {str(index): module for index, module in enumerate(modules)}
+    else:
+        raise TypeError(
+            f"{argument} must be linear layers in a sequence or by name, got a {type(modules).__name__}"
+        )
+    for name, module in named.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{argument}: names must be str, got {shown(name)}")
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"member {name!r} is a {type(module).__name__}, expected a linear layer")
+    return named
+
+
+def checked_names(adapt: object, known: Collection[str]) -> Collection[str]:
+    """Return the names in `adapt`. Raises TypeError for what holds no str, ValueError for unknown names."""
+    if isinstance(adapt, (str, bytes)) or not isinstance(adapt, Collection) or isinstance(adapt, Tensor):
+        raise TypeError(f"adapt must be a collection of names or None, got {shown(adapt)}")
+    if wrong := [name for name in adapt if not isinstance(name, str)]:
+        raise TypeError(f"adapt must hold str only, got {shown(wrong[0])}")
+    if unknown := [name for name in adapt if name not in known]:
+        raise ValueError(f"adapt names {unknown}, which are not among {list(known)}")
+    return adapt
 
 
 def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:

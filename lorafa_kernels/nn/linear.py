@@ -99,8 +99,8 @@ class LoRAFALinear(nn.Module):
         dtype=None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        in_features = _size("in_features", in_features)
-        out_features = _size("out_features", out_features)
+        in_features = checked_size("in_features", in_features)
+        out_features = checked_size("out_features", out_features)
         _check_flag("bias", bias)
         _check_dtype("dtype", dtype)
         _check_device(device)
@@ -558,7 +558,8 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _size(name: str, value: object) -> int:
+def checked_size(name: str, value: object) -> int:
+    """Return a number of features. Raises TypeError or ValueError, naming it."""
     size = as_integer(value)
     if size is None:
         raise TypeError(f"{name} must be an integer, got {shown(value)}")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.mlp import lorafa_gated_mlp
-from .group import operands_of
-from .linear import LoRAFALinear, is_exported
+from .group import checked_names, operands_of
+from .linear import LoRAFALinear, checked_size, is_exported, shown
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -50,6 +50,7 @@ class _GatedMLP(nn.Module):
             "dtype": dtype,
             "adapter_dtype": adapter_dtype,
         }
+        hidden, intermediate = checked_size("hidden", hidden), checked_size("intermediate", intermediate)
         shapes = (hidden, intermediate), (hidden, intermediate), (intermediate, hidden)
         self._init_around(*(LoRAFALinear(*shape, bias, **options) for shape in shapes))
 
@@ -78,9 +79,7 @@ class _GatedMLP(nn.Module):
             ValueError, TypeError: as LoRAFALinear.from_linear; ValueError also for layers that do not fit
                 together and for a name in adapt that is none of the three.
         """
-        adapt = NAMES if adapt is None else adapt
-        if unknown := [name for name in adapt if name not in NAMES]:
-            raise ValueError(f"adapt names {unknown}, which are not among {list(NAMES)}")
+        adapt = NAMES if adapt is None else checked_names(adapt, NAMES)
         layers = dict(zip(NAMES, (gate, up, down), strict=True))
         for name, layer in layers.items():
             if isinstance(layer, LoRAFALinear):
@@ -141,7 +140,8 @@ class LoRAFASwiGLU(_GatedMLP):
         device, dtype, and the rest: as in LoRAFALinear, for each of the three.
 
     Raises:
-        ValueError: as LoRAFALinear.
+        ValueError: as LoRAFALinear; a hidden or intermediate that is negative or huge.
+        TypeError: one of them that is no integer.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear; that of the layers is not looked
     at.
@@ -183,6 +183,7 @@ class LoRAFAGeGLU(_GatedMLP):
     @property
     def activation(self) -> str:
         """The activation's name, as lorafa_gated_mlp takes it."""
+        check_approximate(self.approximate)
         return "gelu_tanh" if self.approximate == "tanh" else "gelu"
 
     def extra_repr(self) -> str:
@@ -192,8 +193,8 @@ class LoRAFAGeGLU(_GatedMLP):
 
 def check_approximate(approximate: str) -> None:
     """Raise ValueError unless GELU has that form."""
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {shown(approximate)}")
 
 
 def _check_shapes(layers: Mapping[str, nn.Module]) -> None:
