@@ -24,7 +24,7 @@ help:
 	@echo "make test-dist    installs the wheel into fresh environments away from the checkout, and tries it there"
 	@echo "make gate         compile every kernel config for seven GPU architectures, launch every plan into a stub driver"
 	@echo "make gate-3.6     both for Hopper on Triton 3.6.0"
-	@echo "make gpu          the tests that need a GPU, then the benchmark suite, on the machine's own Python"
+	@echo "make gpu          a first call on a GPU, in stages, within nine minutes, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"
 	@echo "make memory       the tables of docs/memory.md, measured again (minutes; torch.compile on a CPU)"
@@ -111,10 +111,9 @@ gate-3.6: $(VENV36)/.gate
 	$(VENV36)/bin/python -m bench.gate --arch sm_90 --out bench/results/compile-gate-triton-3.6.json
 	$(VENV36)/bin/python -m bench.launch_gate --arch sm_90 --out bench/results/launch-gate-triton-3.6.json
 
-# Not in .venv: whatever torch and Triton the machine with the GPU has.
+# Not in .venv: whatever torch and Triton the machine with the GPU has. docs/benchmarks.md has the stages.
 gpu:
-	$(PYTHON) -m pytest tests -m gpu -q
-	$(PYTHON) -m bench suite --no-tests
+	$(PYTHON) -m bench.gpu
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench quick

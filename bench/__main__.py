@@ -4,6 +4,7 @@
     run       cases and kinds of your choice
     suite     what a first hour on a GPU needs, most telling first
     report    docs/performance.md and its plots from bench/results; --compare REV-or-FILE
+    gpu       a first call on a machine with a GPU, in stages (also python3 -m bench.gpu)
     list      the known models, grids and contenders
 
 Everybody's results are checked against fp64 before they are timed; contenders take turns; ratios are formed
@@ -39,6 +40,7 @@ from .cases import (
 from .console import show
 from .contenders import CONTENDERS, TITLES, layer_contenders
 from .environment import ROOT, device_slug, environment
+from .gpu import __main__ as gpu
 from .jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
 from .results import RESULTS, load
 from .runner import Job, Outcome, make_console, run
@@ -142,6 +144,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of result files (default: bench/results)"
     )
+    gpu.add_arguments(add("gpu", gpu.run, "A first call on a GPU, in stages that each print their verdict."))
     add("list", list_names, "Print the known models, grids, kinds, contenders and cases.")
     return parser.parse_args(argv)
 

@@ -8,16 +8,14 @@ told.
 
 from __future__ import annotations
 
-import datetime
-import errno
 import json
-import os
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .environment import ROOT
+from .shell import append_line, now
 from .sittings import merged
 
 RESULTS = ROOT / "bench" / "results"
@@ -37,27 +35,8 @@ class Store:
     def append(self, kind: str, **payload) -> dict:
         """Append a record, with its run and the date (UTC). Raises ValueError for NaN, which JSON lacks."""
         record = {"kind": kind, **payload, **self.marks, "run": self.run, "date": now()}
-        line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        descriptor = os.open(self.path, flags, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            # A line that an earlier run was cut in must not swallow this one.
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                line = "\n" + line
-            data = line.encode()
-            if os.write(descriptor, data) != len(data):
-                raise OSError(errno.ENOSPC, "the line was not written whole", str(self.path))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        append_line(self.path, record)
         return record
-
-
-def now() -> str:
-    """Return the date in UTC, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def parse(text: str, name: Path | str) -> tuple[list[dict], list[str]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import errno
+import json
 import os
 import sys
 import tempfile
@@ -67,3 +70,28 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Append a record to a file of JSON lines, whole, in one call, and synced. Raises ValueError for NaN,
+    which JSON lacks.
+    """
+    line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        # A line that an earlier run was cut in must not swallow this one.
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line
+        data = line.encode()
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, "the line was not written whole", str(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def now() -> str:
+    """Return the date in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

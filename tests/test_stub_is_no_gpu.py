@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import __main__ as command
 from bench import environment, families, report, results, stub, tables, timing
+from lorafa_kernels.__main__ import main as lorafa_kernels_main
+from lorafa_kernels.tuning import command as tune
+from lorafa_kernels.tuning import lookup
+from lorafa_kernels.tuning.config import KNOWN_DEVICES
+from lorafa_kernels.tuning.lookup import Entry, Key, Measured
+from lorafa_kernels.tuning.recipe import Device, Recipe
 
 NAME = "STUB sm_90"
 TINY = ["--layers", "MiniLM/query", "--rows", "16", "--ranks", "4", "--dtype", "fp32", "--rounds", "1"]
@@ -124,3 +131,42 @@ def test_a_demo_run_through_the_stub_is_not_taken(tmp_path, monkeypatch, capsys)
     assert tables.main(["--check", "--take-demo", str(tmp_path / "results.json")]) == 2
     assert "stub driver" in capsys.readouterr().err
     assert not written
+
+
+# Tables of tune
+
+DEVICE = Device(NAME, KNOWN_DEVICES["sm_90"], "3.7.1")
+ENTRY = Entry(Key("forward", "bfloat16", 512, 512, 16, 512), (Measured(Recipe("library"), 1.0, 1.0),))
+
+
+@pytest.mark.parametrize("out", [None, "cache", "shipped"])
+def test_tune_keeps_no_stub_table(tmp_path, monkeypatch, capsys, out):
+    folders = {"cache": tmp_path / "cache", "shipped": tmp_path / "tables"}
+    monkeypatch.setenv(lookup.CACHE_VARIABLE, str(folders["cache"]))
+    monkeypatch.setattr(tune, "SHIPPED", folders["shipped"])
+    monkeypatch.setattr(tune, "_missing", lambda device, dtype: None)
+    monkeypatch.setattr(tune, "planned_device", lambda device: DEVICE)
+    monkeypatch.setattr(tune, "EventTimer", lambda device: pytest.fail("it would be measured"))
+    more = [] if out is None else ["--out", str(folders[out] / "nvidia-h100.json")]
+    assert lorafa_kernels_main(["tune", "--shapes", "512x512x512x16", *more]) == 2
+    assert "stub driver" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sign", ["as written", "mark removed", "renamed"])
+def test_a_stub_table_is_never_read(tmp_path, sign):
+    path = tmp_path / "table.json"
+    for entry in (ENTRY, replace(ENTRY, key=replace(ENTRY.key, K=1024))):
+        lookup.update_table(path, DEVICE, [entry], {})
+    written = json.loads(path.read_text())
+    assert (written["stub"], written["device"], len(written["entries"])) == (True, NAME, 2)
+    if sign == "mark removed":
+        del written["stub"]
+    if sign == "renamed":
+        written["device"] = "NVIDIA H100 80GB HBM3"
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="stub driver"):
+        lookup.read_table(path)
+    # The same table of a GPU is read.
+    path.write_text(json.dumps({**written, "stub": False, "device": "NVIDIA H100 80GB HBM3"}))
+    assert len(lookup.read_table(path).entries) == 2

@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 from ..choice import planned_device, triton_obstacle
 from ..command_line import FAILED, MOST_SIZE, USAGE_ERROR, brief, count, one_line
-from .lookup import CACHE_VARIABLE, cache_path
+from .lookup import CACHE_VARIABLE, SHIPPED, STUB, cache_path
 from .models import MODELS, distinct_shapes
 from .recipe import Device, Problem, describe
 from .search import OUTPUTS, EventTimer, Result, Timer, tune
@@ -91,7 +91,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         import rich  # noqa: F401
     except ImportError:
         return _fail("tune: the progress bar and the table need rich: pip install 'lorafa-kernels[tune]'")
-    path = table_file(options.out, planned_device(device))
+    target = planned_device(device)
+    path = table_file(options.out, target)
+    if target.name.startswith(STUB) and not beside_tables(options.out, target):
+        return _fail(
+            f"tune: {target.name} is a stub driver, where nothing computes: its table is for no cache and "
+            "nothing that is shipped (give --out FILE)"
+        )
     if path is None:
         return _fail(f"tune: no home folder to keep the table in: give --out FILE or set {CACHE_VARIABLE}")
     # Before the measuring, not after it.
@@ -110,6 +116,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def table_file(out: Path | None, device: Device) -> Path | None:
     """Return the file that is written: `out` or the user's table for the device; None if neither is there."""
     return out or cache_path(device)
+
+
+def beside_tables(out: Path | None, device: Device) -> bool:
+    """Whether a file lies neither where tables are shipped nor where the user's are."""
+    folders = [SHIPPED, *([own.parent] if (own := cache_path(device)) else [])]
+    return out is not None and out.resolve().parent not in [folder.resolve() for folder in folders]
 
 
 def search(

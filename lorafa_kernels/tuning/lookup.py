@@ -37,6 +37,8 @@ from .recipe import OPERATIONS, Device, Problem, Recipe, obstacle, recipe_from_j
 FORMAT = 1
 CACHE_VARIABLE = "LORAFA_KERNELS_CACHE"
 SHIPPED = Path(__file__).resolve().parent / "tables"
+# How the name of a stub driver's device (tests/stub_gpu) begins.
+STUB = "STUB "
 LEAST_RANK = 16
 # Sum of |log2| of the ratios of K, N, rank and rows beyond which a neighbour says nothing. A rank twice as
 # large is as far as rows four times as many.
@@ -198,8 +200,10 @@ def _table(path: Path, device: str, triton: str | None) -> Table | None:
     return table
 
 
-def read_table(path: Path) -> Table:
-    """Read a table. Raises OSError, or ValueError saying what is wrong with the file."""
+def read_table(path: Path, stub: bool = False) -> Table:
+    """Read a table. Raises OSError, or ValueError saying what is wrong with the file, such as that it was
+    made through a stub driver; stub: which is then right.
+    """
     found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"it is not a table of format {FORMAT}")
@@ -209,6 +213,8 @@ def read_table(path: Path) -> Table:
     device, triton = found.get("device"), found.get("triton")
     if not isinstance(device, str) or not isinstance(triton, str):
         raise ValueError("it names no device or no Triton version")
+    if not stub and (found.get("stub") or device.startswith(STUB)):
+        raise ValueError("it was made through a stub driver, where nothing computes: its times say nothing")
     rest = {name: value for name, value in found.items() if name not in ("format", "entries")}
     about = tuple(
         (name, value if value is None or isinstance(value, str) else shown(value))
@@ -237,7 +243,7 @@ def update_table(
     with one_writer(path):
         kept: dict[Key, Entry] = {}
         try:
-            old = read_table(path)
+            old = read_table(path, stub=device.name.startswith(STUB))
             if (old.device, old.triton) == (device.name, device.triton):
                 kept = dict(old.by_key)
         except (OSError, ValueError):
@@ -248,6 +254,7 @@ def update_table(
             "device": device.name,
             "triton": device.triton,
             **about,
+            **({"stub": True} if device.name.startswith(STUB) else {}),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "entries": [_entry_to_json(kept[key]) for key in sorted(kept, key=repr)],
         }

@@ -1,0 +1,519 @@
+"""What each stage does, in a process of its own: python -m bench.gpu.stages NAME, started by driver.py.
+
+A stage writes lines as it goes, prints its verdict last, and ends with 0, 1 for what is wrong, or one of the
+codes of driver.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ..shell import append_line, now
+from ..stub import stub_name
+from .driver import DONE, FAILED, NO_GPU, RESTART, UNFINISHED, VARIABLE, VERDICT, earlier
+
+REPEATS = 200
+# Memory of a worker that runs tests: they leave 5 GiB and less, and each has a context of its own.
+WORKER_GIB, MOST_WORKERS = 6, 12
+# A test past 2^31 elements takes 8.6 GB, and as much again for its reference.
+MEMORY_WORKER_GIB = 22
+TEST_SECONDS = 100
+
+
+@dataclass(frozen=True)
+class Told:
+    """What driver.py tells its stage. end: when to have ended (time.monotonic)."""
+
+    file: Path
+    run: str
+    past: tuple[Path, ...]
+    tree: str
+    attempt: int
+    end: float
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def write(self, kind: str, **payload) -> None:
+        stub = {"stub": True} if stub_name() else {}
+        append_line(self.file, {"kind": kind, **payload, **stub, "run": self.run, "date": now()})
+
+    def before(self, device: str | None) -> list[dict]:
+        """Return the lines of earlier calls with these files, and of this call."""
+        folders = (*self.past, self.file.parent)
+        return earlier(folders, self.tree, device)[1]
+
+
+def told() -> Told:
+    found = json.loads(os.environ[VARIABLE])
+    return Told(
+        Path(found["file"]),
+        found["run"],
+        tuple(map(Path, found["past"])),
+        found["tree"],
+        found["attempt"],
+        time.monotonic() + found["seconds"],
+    )
+
+
+def verdict(text: str, code: int) -> int:
+    print(f"{VERDICT}{text}", flush=True)
+    return code
+
+
+# environment
+
+
+def environment(call: Told) -> int:
+    """Import everything, and say what is here."""
+    import torch
+
+    import bench
+    import lorafa_kernels
+
+    if not torch.cuda.is_available():
+        return verdict("PyTorch finds no GPU here (torch.cuda.is_available() is False)", NO_GPU)
+    problems: dict[str, str] = {}
+    names = []
+    for package in (lorafa_kernels, bench):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                names.append(module.name)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    from ..environment import environment as describe
+
+    about = describe()
+    call.write("run", command="python -m bench.gpu", grid="gpu", identity="", environment=about)
+    call.write(
+        "check", key="imports", status="failed" if problems else "ok", modules=len(names), failed=problems
+    )
+    gpu, versions = about["machine"]["gpu"], about["versions"]
+    text = ", ".join(f"{name} {value}" for name, value in versions.items())
+    state = (
+        f"driver {gpu.get('driver')}, SM clock {gpu.get('sm_clock_mhz')} of {gpu.get('sm_clock_max_mhz')} MHz"
+    )
+    if problems:
+        first = next(iter(problems.items()))
+        return verdict(f"{len(problems)} of {len(names)} modules fail, first {first[0]}: {first[1]}", 1)
+    return verdict(f"{len(names)} modules import; {gpu['name']}, {state}; {text}", 0)
+
+
+# kernels
+
+
+@dataclass(frozen=True)
+class Check:
+    """A composition of kernels: compute(pdl) -> results, exact and plain -> what they are compared with.
+    pdls: with dependent launch, and without, where it makes a difference.
+    """
+
+    key: str
+    make: Callable[[], tuple[Callable[[bool], dict], dict, dict]]
+    pdls: tuple[bool, ...] = (True, False)
+
+
+def checks(device: str, small: bool) -> list[Check]:
+    """Return what is checked, the default paths first. Each kernel of the package is in at least one."""
+    import torch
+
+    from lorafa_kernels.accuracy import draw_operands, plain_formula
+    from lorafa_kernels.blocks.accuracy import block_results, draw_block, plain_block
+    from lorafa_kernels.functional import draw_seed
+    from lorafa_kernels.kernels import linear
+    from lorafa_kernels.kernels.gated import gated, gated_backward
+    from lorafa_kernels.tuning.config import KernelPlan
+
+    from ..kernels import PORTABLE_CONFIG
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    many = 256 if small else 2048
+
+    def layer(name: str, M: int, K: int, N: int, R: int, dtype, dropout: float = 0.0, **plan) -> Check:
+        def make():
+            o = draw_operands(M, K, N, R, dtype, device, factor_dtype=fp32, dropout_p=dropout)
+            with o.seeded():
+                seed = draw_seed(o.x.device) if dropout else None
+            more = (o.scaling, dropout, seed)
+
+            def compute(pdl: bool) -> dict:
+                chosen = KernelPlan(pdl=pdl, **plan)
+                y, z = linear.forward(o.x, o.weight, o.lora_A, o.lora_B, o.bias, *more, plan=chosen)
+                dx, dB = linear.backward(o.dy, z, o.weight, o.lora_A, o.lora_B, *more, plan=chosen)
+                return {"y": y, "dx": dx, "dB": dB}
+
+            return compute, plain_formula(o, torch.float64), plain_formula(o)
+
+        return Check(f"layer {name} {M}x{K}x{N} R={R}", make)
+
+    def block(name: str, dtype, text: str) -> Check:
+        def make():
+            o = draw_block(name, many, 512, 512, 16, dtype, device)
+            return (
+                lambda pdl: block_results(name, o, "triton"),
+                plain_block(name, o, torch.float64),
+                plain_block(name, o),
+            )
+
+        return Check(f"{name} {text} {many}x512x512 R=16", make, (True,))
+
+    def activation(kind: str) -> Check:
+        def make():
+            g, u, dh = torch.randn(3, many, 512, device=device, dtype=bf16).unbind()
+
+            def formula(dtype) -> dict:
+                a, b = (value.to(dtype).detach().requires_grad_() for value in (g, u))
+                act = torch.nn.functional.silu(a) if kind == "silu" else torch.nn.functional.gelu(a)
+                h = act * b
+                dg, du = torch.autograd.grad(h, (a, b), dh.to(dtype))
+                return {"h": h.detach(), "dg": dg, "du": du}
+
+            def compute(pdl: bool) -> dict:
+                dg = dh.clone()
+                h = gated(g, u, kind)
+                du = gated_backward(dg, g, u, kind, True)
+                return {"h": h, "dg": dg, "du": du}
+
+            return compute, formula(torch.float64), formula(bf16)
+
+        return Check(f"gated {kind} {many}x512", make, (True,))
+
+    found = [
+        layer("bf16", many, 1024, 1536, 16, bf16),
+        block("group", bf16, "bf16"),
+        layer("bf16 R=64", many, 1024, 1536, 64, bf16),
+        layer("bf16, two passes", many, 1024, 1536, 16, bf16, one_pass=False),
+        layer("bf16, portable", many, 1024, 1536, 16, bf16, expand=PORTABLE_CONFIG),
+        layer("bf16, few rows", 16, 1024, 1536, 16, bf16),
+        layer("bf16, dropout", many, 1024, 1536, 16, bf16, dropout=0.1),
+        layer("bf16, not aligned", 300, 501, 777, 7, bf16),
+        activation("silu"),
+        activation("gelu"),
+        layer("fp16", many, 1024, 1536, 16, fp16),
+        layer("fp32", many, 512, 768, 16, fp32),
+        block("mlp", bf16, "bf16"),
+        block("group", fp32, "fp32"),
+        layer("bf16 R=128", many, 1024, 1536, 128, bf16),
+        layer("fp16, dropout", many, 1024, 1536, 64, fp16, dropout=0.1),
+    ]
+    return found[:2] + found[8:9] if small else found
+
+
+def kernels(call: Told) -> int:
+    """Run each check once against fp64, and 200 times for the same bits."""
+    import torch
+
+    from lorafa_kernels.accuracy import relative_error
+
+    from ..judge import broken, poisoned_memory
+    from ..judge import verdict as judged
+
+    stub = stub_name() is not None
+    device = torch.cuda.get_device_name(0)
+    found = [r for r in call.before(device) if r.get("kind") == "check" and "pdl" in r]
+    # What this call has begun already broke the process, or is done; of earlier calls what was right.
+    known = {(r["key"], r["pdl"]) for r in found if r.get("run") == call.run or r.get("status") == "ok"}
+    counts = {"ok": 0, "failed": 0}
+    for r in found:
+        if r.get("status") in counts:
+            counts[r["status"]] += 1
+    begun = {(r["key"], r["pdl"]) for r in found if r.get("run") == call.run}
+    ended = {(r["key"], r["pdl"]) for r in found if r.get("status") in counts}
+    for key, pdl in sorted(begun - ended):
+        counts["failed"] += 1
+        call.write("check", key=key, pdl=pdl, status=FAILED, reason="it took its process along")
+    first = None
+    left = 0
+    for check in checks("cuda", small=stub):
+        wanted = [pdl for pdl in check.pdls if (check.key, pdl) not in known]
+        if not wanted:
+            continue
+        if call.left < 5:
+            left += len(wanted)
+            continue
+        made = None
+        for pdl in wanted:
+            began = time.monotonic()
+            call.write("check", key=check.key, pdl=pdl, status="begun")
+            row = {"status": "ok", "errors": {}, "reason": None, "repeats": 0, "equal": None}
+            try:
+                made = made or check.make()
+                compute, exact, plain = made
+                exact_errors = {name: relative_error(plain[name], exact[name]) for name in exact}
+                with contextlib.nullcontext() if stub else poisoned_memory():
+                    got = compute(pdl)
+                if stub:
+                    # Nothing computes there: that it launches is all there is to see.
+                    row.update(status="ok", reason="launched; values are not compared in the stub")
+                    repeats = 2
+                else:
+                    named = {name: got[name] for name in exact if name in got}
+                    row["errors"] = judged(named, exact, exact_errors)
+                    if reason := broken(row["errors"]):
+                        row.update(status=FAILED, reason=reason)
+                    repeats = REPEATS
+                same = True
+                for _ in range(repeats):
+                    again = compute(pdl)
+                    row["repeats"] += 1
+                    same = same and (stub or all(torch.equal(again[name], got[name]) for name in got))
+                row["equal"] = None if stub else same
+                if not same:
+                    row.update(status=FAILED, reason="not the same bits each time")
+            except Exception as error:
+                row.update(status=FAILED, reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+                if not alive():
+                    call.write("check", key=check.key, pdl=pdl, **row, seconds=time.monotonic() - began)
+                    verdict(f"{check.key}: {row['reason']}", RESTART)
+                    return RESTART
+            counts[row["status"]] += 1
+            if row["status"] == FAILED and first is None:
+                first = f"{check.key}, {'with' if pdl else 'without'} dependent launch: {row['reason']}"
+            call.write("check", key=check.key, pdl=pdl, **row, seconds=round(time.monotonic() - began, 2))
+            print(f"{check.key} pdl={pdl}: {row['status']} {row['reason'] or ''}", flush=True)
+    text = f"{counts['ok']} of {sum(counts.values())} right"
+    text += ", each launched through the stub, no value compared" if stub else f", each {REPEATS} times alike"
+    if counts["failed"]:
+        return verdict(
+            f"{counts['failed']} of {sum(counts.values())} wrong, first {first or 'of an earlier process'}", 1
+        )
+    return verdict(f"{text}; {left} left, no time", UNFINISHED) if left else verdict(text, 0)
+
+
+def alive() -> bool:
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+# measurements
+
+
+def measured(call: Told, jobs, setting, name: str) -> tuple[object, int]:
+    """Run jobs of bench into the call's file, and print their tables."""
+    from ..console import show
+    from ..results import RESULTS
+    from ..runner import make_console, run
+
+    console = make_console()
+    folders = () if stub_name() else (RESULTS,)
+    outcome = run(
+        jobs,
+        call.file,
+        grid=name,
+        command="python -m bench.gpu",
+        budget=max(1.0, call.left),
+        started=time.monotonic(),
+        elsewhere=(*folders, *call.past, call.file.parent),
+        console=console,
+    )
+    if outcome.records:
+        show(outcome.records, console)
+    failed = {
+        row.get("reason") or "outside the error budget"
+        for record in outcome.records
+        for row in record["rows"]
+        if row.get("status") == "failed"
+    }
+    failed |= {record["retry"] for record in outcome.records if record.get("retry")}
+    code = {"complete": 0, "device lost": RESTART}.get(outcome.stopped, UNFINISHED)
+    for reason in sorted(failed):
+        print(f"failed: {reason}")
+    return outcome, 1 if failed and code != RESTART else code
+
+
+def generator_on_cpu(kind, device="cpu"):
+    """torch.Generator for the stub driver's GPU, whose tensors lie on the CPU."""
+    return kind.__base__.__new__(kind.__base__, "cpu")
+
+
+def setting_here(small: bool):
+    import torch
+
+    from .. import ceilings, timing
+    from .. import kernels as kernel_jobs
+    from ..jobs import Setting
+
+    if small:
+        # Nothing computes in the stub: sizes that a CPU draws in no time, no value compared, no wait.
+        ceilings.SIZES["cuda"] = ({"bf16": (64,)}, 2**16)
+        timing.FLUSH_BYTES["cuda"] = 2**12
+        timing.WARM_UP = 1
+        torch.cuda._sleep = lambda cycles: None
+        torch.Generator = type("Generator", (torch.Generator,), {"__new__": generator_on_cpu})
+        kernel_jobs.broken = lambda errors: None
+        kernel_jobs.verdict = lambda got, exact, plain: {}
+        return Setting("cuda", rounds=2)
+    return Setting("cuda")
+
+
+def ceilings(call: Told) -> int:
+    """Measure what this GPU can do at best, then the kernels of two layers of Llama-3-8B."""
+    from .. import jobs
+    from .. import kernels as kernel_jobs
+    from ..cases import Case, cases, find_layers
+
+    small = stub_name() is not None
+    setting = setting_here(small)
+    shapes = cases(find_layers(["Llama-3-8B/q", "Llama-3-8B/gate"]), (8192,), (16,))
+    if small:
+        shapes = [Case("Llama-3-8B", "q", 256, 128, 128, 16)]
+    wanted = [jobs.ceilings_job(setting), *(jobs.kernel_job(case, setting) for case in shapes)]
+    if small:
+        # The tensors say that they lie on the CPU, where kernels are otherwise interpreted.
+        (case,) = shapes
+        timed = partial(kernel_jobs.time_kernels, case, "cuda", rounds=2, interpreted=True)
+        wanted[1:] = [replace(job, run=lambda tick: timed(tick=tick)) for job in wanted[1:]]
+    outcome, code = measured(call, wanted, setting, "gpu-ceilings")
+    rates = []
+    for record in outcome.records:
+        for row in record["rows"]:
+            if row.get("what") == "copy":
+                rates.append(f"copy {row['gb_per_s']['median']:.0f} GB/s")
+            elif row.get("what") == "product":
+                rates.append(f"{row['dtype']} {row['size'][0]}^3 {row['tflops']['median']:.0f} TFLOP/s")
+            elif row.get("contender") == "triton" and row.get("ratios", {}).get("cublas"):
+                shape = record["case"]["label"].split(" R=")[0]
+                rates.append(
+                    f"{shape} {row['part']} {row['ratios']['cublas']['median']:.3f} of the library's time"
+                )
+    text = "; ".join(rates) or "measured by an earlier call"
+    if not rates and (outcome.records or outcome.left):
+        text = "nothing could be measured"
+    return verdict(f"{'STUB, no numbers: ' if small else ''}{text}", code)
+
+
+def suite(call: Told) -> int:
+    """Go on with the suite of bench for the time that is left."""
+    from .. import jobs
+
+    small = stub_name() is not None
+    setting = setting_here(small)
+    wanted = jobs.suite(setting, tests=False)
+    if small:
+        wanted = [jobs.ceilings_job(setting)]
+    outcome, code = measured(call, wanted, setting, "gpu-suite")
+    return verdict(f"{len(outcome.records)} measurements, {len(outcome.left)} left for a later call", code)
+
+
+# tests
+
+
+def workers(each_gib: float, most: int) -> int:
+    """Return how many processes the GPU's free memory and the cores carry; 0 where xdist is not there."""
+    import torch
+
+    if importlib.util.find_spec("xdist") is None:
+        return 0
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cores - 2, int(free // each_gib)))
+
+
+def tests(call: Told) -> int:
+    """Run the tests that need a GPU, but those of much memory."""
+    return run_tests(call, "gpu and not memory", workers(WORKER_GIB, MOST_WORKERS))
+
+
+def memory(call: Told) -> int:
+    """Run the tests past 2^31 elements, as many at a time as the memory carries."""
+    count = workers(MEMORY_WORKER_GIB, 3)
+    return run_tests(call, "gpu and memory", count if count > 1 else 0)
+
+
+def run_tests(call: Told, marks: str, count: int, folder: str = "tests") -> int:
+    """Run the tests with these marks that no earlier call has seen pass."""
+    import pytest
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    lines = [r for r in call.before(device) if r.get("kind") == "test" and "name" in r]
+    passed = {r["name"] for r in lines if r.get("outcome") in ("passed", "skipped")}
+    # Of this call all that was begun: what broke the process is not tried twice.
+    seen = {r["name"] for r in lines if r.get("run") == call.run}
+    ended = {r["name"] for r in lines if r.get("run") == call.run and r.get("outcome") != "begun"}
+    for name in sorted(seen - ended):
+        call.write("test", name=name, outcome="failed", text="it took its process along")
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(sorted(passed | seen), file)
+    os.environ[DONE] = file.name
+    arguments = [
+        folder,
+        "-m",
+        marks,
+        "-q",
+        "-p",
+        "bench.gpu.recorder",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
+    if importlib.util.find_spec("pytest_timeout"):
+        arguments += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
+    if count:
+        arguments += ["-n", str(count), "--dist", "worksteal"]
+    print(f"pytest {' '.join(arguments)}", flush=True)
+    try:
+        code = int(pytest.main(arguments))
+    finally:
+        Path(file.name).unlink(missing_ok=True)
+    lines = [r for r in call.before(device) if r.get("kind") == "test" and r.get("run") == call.run]
+    counts = {name: sum(r.get("outcome") == name for r in lines) for name in ("passed", "failed", "skipped")}
+    text = ", ".join(f"{number} {name}" for name, number in counts.items())
+    if passed:
+        text += f" ({len(passed)} in earlier calls)"
+    if failed := [r["name"] for r in lines if r.get("outcome") == "failed"]:
+        return verdict(f"{text}; first failed: {failed[0]}", 1)
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        return verdict(f"{text}; no test was left to run", 0 if passed or stub_name() else 1)
+    if code == pytest.ExitCode.INTERRUPTED:
+        return verdict(f"{text}; the time was up, a later call does the rest", UNFINISHED)
+    return verdict(
+        f"{text}, {count or 1} at a time" if code == 0 else f"{text}; pytest ended with {code}", min(code, 1)
+    )
+
+
+STAGES: dict[str, Callable[[Told], int]] = {
+    "environment": environment,
+    "kernels": kernels,
+    "ceilings": ceilings,
+    "tests": tests,
+    "memory": memory,
+    "suite": suite,
+}
+
+
+def main() -> int:
+    with contextlib.suppress(OSError, AttributeError):
+        # If the driver is killed, its stage must not go on by itself (PR_SET_PDEATHSIG).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    try:
+        return STAGES[sys.argv[1]](told())
+    except KeyboardInterrupt:
+        return verdict("the time was up", UNFINISHED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
