@@ -179,7 +179,10 @@ def test_the_stages_fit_nine_minutes_and_come_in_order():
     assert names == ["environment", "kernels", "ceilings", "tests", "memory", "suite"]
     for budget in (60.0, 300.0, 540.0):
         assert sum(driver.limits(STAGES, budget).values()) <= budget
-    assert driver.limits(STAGES, 2000.0) == {stage.name: stage.limit for stage in STAGES}
+    own = {stage.name: stage.limit for stage in STAGES}
+    assert driver.limits(STAGES, TOTAL) == own
+    assert driver.limits(STAGES, 3 * TOTAL) == {name: 3 * limit for name, limit in own.items()}
+    assert driver.limits(STAGES[:1], 100.0) == {"environment": own["environment"]}
 
 
 @linux

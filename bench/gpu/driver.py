@@ -103,9 +103,12 @@ def say(call: Call, text: str) -> None:
 
 
 def limits(stages: tuple[Stage, ...], budget: float) -> dict[str, float]:
-    """Return the seconds of each stage: its own, scaled if together they are more than the budget."""
+    """Return the seconds of each stage: its own, less if together they are more than the budget, and more if
+    that is for a machine that is slower than the limits were made for.
+    """
     room = max(1.0, budget - min(RESERVE, budget / 10))
-    scale = min(1.0, room / sum(stage.limit for stage in stages))
+    fitting = room / sum(stage.limit for stage in stages)
+    scale = min(1.0, fitting) if budget <= TOTAL else min(budget / TOTAL, fitting)
     return {stage.name: stage.limit * scale for stage in stages}
 
 
@@ -197,6 +200,8 @@ def ended(code: int) -> str:
     """Say how a process ended."""
     if code >= 0:
         return f"ended with code {code}"
+    if code == -signal.SIGINT:
+        return "was ended as its time was up"
     with contextlib.suppress(ValueError):
         return f"was ended by {signal.Signals(-code).name}"
     return f"was ended by signal {-code}"

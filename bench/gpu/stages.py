@@ -450,7 +450,8 @@ def run_tests(call: Told, marks: str, count: int, folder: str = "tests") -> int:
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     lines = [r for r in call.before(device) if r.get("kind") == "test" and "name" in r]
-    passed = {r["name"] for r in lines if r.get("outcome") in ("passed", "skipped")}
+    of_others = [r for r in lines if r.get("run") != call.run]
+    passed = {r["name"] for r in of_others if r.get("outcome") in ("passed", "skipped")}
     # Of this call all that was begun: what broke the process is not tried twice.
     seen = {r["name"] for r in lines if r.get("run") == call.run}
     ended = {r["name"] for r in lines if r.get("run") == call.run and r.get("outcome") != "begun"}
