@@ -34,12 +34,41 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize("version, archs", [("3.7", ["sm_80", "sm_90", "sm_100"]), ("3.6", ["sm_90"])])
+def test_committed_result_has_every_case(version, archs):
+    """After a change of a kernel, a plan or a case, run `make gate gate-3.6` and commit the results."""
+    from bench.launch_gate import all_cases
+
+    file = (
+        ROOT
+        / "bench"
+        / "results"
+        / {"3.7": "launch-gate.json"}.get(version, f"launch-gate-triton-{version}.json")
+    )
+    if not file.exists():
+        pytest.skip(f"{file.name} was not made yet: make gate gate-3.6")
+    result = json.loads(file.read_text())
+    assert result["versions"]["triton"].startswith(version) and result["archs"] == archs
+    assert result["failed"] == 0 and not result["not_launched"] and not result["core"]
+    assert not [row for row in result["rows"] if row["faults"] or "not_run" in row]
+    wanted = {(arch, case.name) for arch in archs for case in all_cases(arch)}
+    assert {(row["arch"], row["case"]) for row in result["rows"]} == wanted
+
+
 @pytest.fixture(scope="module")
 def core(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("launch") / "core.json"
     done = run_python("-m", "bench.launch_gate", "--core", "--arch", "sm_90", "--out", str(out))
     assert out.exists(), done.stdout + done.stderr
     return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_core_on_other_architectures(tmp_path, arch):
+    out = tmp_path / "core.json"
+    done = run_python("-m", "bench.launch_gate", "--core", "--arch", arch, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_core_is_launched_without_fault(core):
@@ -102,7 +131,9 @@ def test_what_is_planted_in_has_no_fault(planted):
     assert [found for name, found in planted.items() if name.startswith(("layer", "group"))] == [[]] * 3
 
 
-@pytest.mark.parametrize("arch", stub_gpu.DEVICES)
+@pytest.mark.parametrize(
+    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100"))]
+)
 def test_stub_is_called_a_stub(arch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -115,6 +146,29 @@ def test_stub_is_called_a_stub(arch, tmp_path):
     assert done.stdout.split("\n")[0] == f"STUB {arch} {arch} an argument", done.stderr
     assert done.returncode == 3
     assert "nothing was computed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "lacks, said",
+    [
+        ("compiler", "no C compiler"),
+        ("headers", "no headers of Python"),
+        ("cuda.h", "it has no cuda.h"),
+        ("Linux", "the stub driver is for Linux"),
+    ],
+)
+def test_what_a_machine_lacks_is_said(monkeypatch, tmp_path, lacks, said):
+    """By it these tests are skipped there."""
+    assert stub_gpu.missing() is None
+    if lacks == "compiler":
+        monkeypatch.setenv("CC", "no-such-compiler")
+    elif lacks == "headers":
+        monkeypatch.setattr(stub_gpu.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    elif lacks == "cuda.h":
+        monkeypatch.setattr(stub_gpu, "_headers", lambda: tmp_path)
+    else:
+        monkeypatch.setattr(stub_gpu.sys, "platform", "win32")
+    assert said in stub_gpu.missing()
 
 
 def test_limits_are_those_that_configurations_are_made_for():

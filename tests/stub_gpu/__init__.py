@@ -93,6 +93,8 @@ def missing() -> str | None:
         return f"the stub driver is for Linux, this is {sys.platform}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if not (_headers() / "cuda.h").exists():
+        return "this triton is not for NVIDIA: it has no cuda.h"
     if not _compiler():
         return "no C compiler: set CC or install gcc or clang"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
@@ -176,7 +178,12 @@ class Stub:
 def _compiler() -> str | None:
     if named := os.environ.get("CC"):
         return shutil.which(named.split()[0])
-    return shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    return shutil.which("gcc") or shutil.which("clang")
+
+
+def _headers() -> Path:
+    """The folder with CUDA's headers that come with Triton."""
+    return Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
 
 
 def cache_folder() -> Path:
@@ -192,7 +199,7 @@ def cache_folder() -> Path:
 
 def build(folder: Path) -> Path:
     """Return the folder that holds libcuda.so.1, built if it is not there yet."""
-    include = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
+    include = _headers()
     key = hashlib.sha256(SOURCE.read_bytes() + (include / "cuda.h").read_bytes()).hexdigest()[:16]
     library = folder / f"driver-{key}" / "libcuda.so.1"
     if not library.exists():
