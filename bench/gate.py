@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import itertools
@@ -288,8 +289,10 @@ def resources(arch: str, compiled) -> dict:
     return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
 
 
-def measure(case: Case, launch: int) -> dict:
-    """Compile one launch of a case and return its row of the result."""
+def measure(case: Case, launch: int, cache: Path | None = None, known_only: bool = False) -> dict | None:
+    """Return the row of the result for one launch of a case, compiled now or, by `cache`, before. known_only:
+    None instead of compiling.
+    """
     begin = time.perf_counter()
     recorded = record(case)
     kernel, args, kwargs = recorded[launch]
@@ -304,19 +307,32 @@ def measure(case: Case, launch: int) -> dict:
         kwargs.get(key, size) != size for key, size in row["config"].items()
     ):
         return {**row, "failures": ["launched with another configuration"]}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            compiled = triton.compile(src, target=target_of(case.arch), options=options)
-    except Exception as error:
-        print(f"{describe({**row, 'failures': ['does not compile']})}\n{error}", file=sys.stderr)
-        return {**row, "failures": [f"does not compile: {type(error).__name__}"]}
-    assembly = compiled.asm["amdgcn" if case.arch.startswith("gfx") else "ptx"]
+    key = key_of(case.arch, src, options) if cache else ""
+    found = read_cached(cache, key) if cache else None
+    if found is None:
+        if known_only:
+            return None
+        try:
+            found = compiled_code(case.arch, src, options)
+        except Exception as error:
+            print(f"{describe({**row, 'failures': ['does not compile']})}\n{error}", file=sys.stderr)
+            return {**row, "failures": [f"does not compile: {type(error).__name__}"]}
+        if cache:
+            write_cached(cache, key, found)
+    row |= {**found, "estimate": case.shared_memory, "seconds": round(time.perf_counter() - begin, 2)}
+    return {**row, "failures": failures(case, row)}
+
+
+def compiled_code(arch: str, src: ASTSource, options: dict) -> dict:
+    """Compile and return what the code needs and contains, apart from what is expected of it."""
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(src, target=target_of(arch), options=options)
+    assembly = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
     counts = {name: assembly.count(text) for name, text in INSTRUCTIONS.items()}
     ttgir = compiled.asm["ttgir"]
-    row |= {
-        **resources(case.arch, compiled),
+    return {
+        **resources(arch, compiled),
         "shared_memory": compiled.metadata.shared,
-        "estimate": case.shared_memory,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
         "instructions": {name: count for name, count in counts.items() if count},
         "tf32": len(re.findall("tf32|xf32", assembly)),
@@ -328,9 +344,44 @@ def measure(case: Case, launch: int) -> dict:
         "launched_dependent": bool(getattr(compiled.metadata, "launch_pdl", False)),
         "misplaced_wait": misplaced_wait(ttgir),
         "serialized": serialized(log.getvalue()),
-        "seconds": round(time.perf_counter() - begin, 2),
     }
-    return {**row, "failures": failures(case, row)}
+
+
+def key_of(arch: str, src: ASTSource, options: dict) -> str:
+    """A name for everything that decides what compiled_code returns: the kernel's source with that of what it
+    calls, signature, constants and alignment (all in src.hash()), options, Triton, ptxas, and this file.
+    """
+    tools = triton.__version__, triton.knobs.nvidia.ptxas.version, hash_of_this_file()
+    return hashlib.sha256(
+        repr((arch, src.hash(), sorted(options.items(), key=str), tools)).encode()
+    ).hexdigest()
+
+
+@functools.cache
+def hash_of_this_file() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def read_cached(cache: Path, key: str) -> dict | None:
+    """Return what compiled_code returned for this key; None if it is not known or the file is damaged."""
+    try:
+        entry = json.loads((cache / f"{key}.json").read_text(encoding="utf-8"))
+        return entry["code"] if entry["sum"] == checksum(entry["code"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_cached(cache: Path, key: str, code: dict) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=cache, suffix=".partial", delete=False, encoding="utf-8"
+    ) as file:
+        json.dump({"sum": checksum(code), "code": code}, file)
+    os.replace(file.name, cache / f"{key}.json")
+
+
+def checksum(code: dict) -> str:
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
 
 def serialized(log: str) -> bool:
@@ -582,10 +633,17 @@ def start_worker(cache_dir: str) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
 
 
-def compile_all(launches: list[tuple[Case, int]], workers: int, console: Console) -> list[dict]:
-    """Compile in worker processes and return the rows in the order of `launches`."""
+def compile_all(
+    launches: list[tuple[Case, int]], workers: int, console: Console, cache: Path | None = None
+) -> list[dict]:
+    """Compile in worker processes what is not in the cache and return the rows in the order of `launches`."""
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: dict[int, dict] = {}
+    if cache:
+        known = {index: measure(*launch, cache, known_only=True) for index, launch in enumerate(launches)}
+        rows = {index: row for index, row in known.items() if row is not None}
+        if len(rows) == len(launches):
+            return list(rows.values())
     with (
         tempfile.TemporaryDirectory(prefix="compile-gate-") as cache_dir,
         ProcessPoolExecutor(
@@ -593,9 +651,13 @@ def compile_all(launches: list[tuple[Case, int]], workers: int, console: Console
         ) as pool,
         Progress(*columns, console=console) as progress,
     ):
-        task = progress.add_task("", total=len(launches))
+        task = progress.add_task("", total=len(launches) - len(rows))
         try:
-            futures = {pool.submit(measure, *launch): index for index, launch in enumerate(launches)}
+            futures = {
+                pool.submit(measure, *launch, cache): index
+                for index, launch in enumerate(launches)
+                if index not in rows
+            }
             for future in as_completed(futures):
                 row = rows[futures[future]] = future.result()
                 if row["failures"]:
@@ -633,6 +695,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="only the defaults for many rows at R = 16 and 64"
     )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="take from here, and put here, what compiled before"
+    )
     parser.add_argument("--workers", type=int, default=2, help="compiles at a time")
     options = parser.parse_args(argv)
     if INTERPRETED:
@@ -646,7 +711,7 @@ def main(argv: list[str] | None = None) -> int:
     if "gated" in options.kernel:
         cases = itertools.chain(cases, gated_cases(archs, options.quick))
     try:
-        rows = compile_all(distinct_launches(cases), options.workers, console)
+        rows = compile_all(distinct_launches(cases), options.workers, console, options.cache)
     except KeyboardInterrupt:
         console.print("interrupted; nothing written")
         return 130

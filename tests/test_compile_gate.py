@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -46,15 +47,24 @@ def run_compiling(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
-def run_gate(out: Path, *options: str) -> dict:
-    done = run_compiling(ROOT, "-m", "bench.gate", "--out", str(out), *options)
+def run_gate(out: Path, *options: str | Path) -> dict:
+    done = run_compiling(ROOT, "-m", "bench.gate", "--out", str(out), *map(str, options))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return run_gate(tmp_path_factory.mktemp("gate") / "quick.json", "--quick")
+def cache(request) -> Path:
+    """Where code that was compiled before is described, by all that decides it (bench.gate.key_of)."""
+    return Path(request.config.cache.mkdir("compile-gate"))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, cache):
+    # One worker of pytest compiles, another finds what it compiled.
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return run_gate(tmp_path_factory.mktemp("gate") / "quick.json", "--quick", "--cache", cache)
 
 
 @pytest.mark.gate
@@ -158,27 +168,92 @@ MUTATIONS = {
     "no launch_pdl": ('{"launch_pdl": True} if wait else {}', "{}", "launch_pdl"),
     "no room for shrink": ('8, 8, 3, "tma", EPILOGUE', '8, 8, 4, "tma", EPILOGUE', "that overlap"),
 }
+# Takes the folders of changed sources, and imports them in processes of their own, in which torch and Triton
+# are imported already.
 MEASURE = """
-import sys
-from bench.gate import Case, measure, start_worker
-start_worker(sys.argv[1])
-print(measure(Case("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True), 0)["failures"])
+import json, os, pathlib, sys
+import torch, triton
+cache, work, *folders = sys.argv[1:]
+for folder in folders:
+    if (child := os.fork()) == 0:
+        try:
+            sys.path.insert(0, folder)
+            from bench.gate import Case, measure, start_worker
+            case = Case("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
+            start_worker(work)
+            row = measure(case, 0, pathlib.Path(cache))
+            pathlib.Path(folder, "failures").write_text("\\n".join(row["failures"]))
+        except BaseException as error:
+            print(f"{folder}: {error!r}", file=sys.stderr)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_lost_property_fails_the_gate(tmp_path, mutation):
-    """The gate on a copy of the sources in which one property of the Hopper kernel is undone."""
-    for package in ("lorafa_kernels", "bench"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    before, after, named = MUTATIONS[mutation]
-    files = [tmp_path / "lorafa_kernels" / name for name in ("kernels/expand_tma.py", "tuning/config.py")]
-    changed = [file for file in files if before in file.read_text()]
-    assert len(changed) == 1
-    changed[0].write_text(changed[0].read_text().replace(before, after))
-    done = run_compiling(tmp_path, "-c", MEASURE, str(tmp_path / "cache"))
-    assert named in done.stdout, done.stdout + done.stderr
+def test_a_lost_property_fails_the_gate(tmp_path, cache):
+    """The gate on copies of the sources in each of which one property of the Hopper kernel is undone."""
+    folders = {}
+    for mutation, (before, after, _) in MUTATIONS.items():
+        folder = folders[mutation] = tmp_path / mutation.replace(" ", "-")
+        for package in ("lorafa_kernels", "bench"):
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        files = [folder / "lorafa_kernels" / name for name in ("kernels/expand_tma.py", "tuning/config.py")]
+        changed = [file for file in files if before in file.read_text()]
+        assert len(changed) == 1, mutation
+        changed[0].write_text(changed[0].read_text().replace(before, after))
+    work = tmp_path / "work"
+    work.mkdir()
+    done = run_compiling(work, "-c", MEASURE, *map(str, (cache, work, *folders.values())))
+    assert done.returncode == 0, done.stderr
+    for mutation, (_, _, named) in MUTATIONS.items():
+        assert named in (folders[mutation] / "failures").read_text(), f"{mutation}: {done.stderr}"
+
+
+# Prints 1 if the code was compiled and 0 if it came from the cache, and what is known of it.
+COMPILED = """
+import json, pathlib, sys
+from unittest import mock
+from bench import gate
+case = gate.Case("sm_80", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
+with mock.patch.object(gate, "compiled_code", wraps=gate.compiled_code) as compiling:
+    gate.start_worker(sys.argv[2])
+    row = gate.measure(case, 0, pathlib.Path(sys.argv[1]))
+row.pop("seconds")
+print(json.dumps([compiling.call_count, row]))
+"""
+
+
+@pytest.mark.gate
+def test_what_is_cached_is_compiled_again_when_it_is_damaged_or_its_source_changes(tmp_path):
+    shutil.copytree(ROOT / "lorafa_kernels", tmp_path / "lorafa_kernels")
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results"))
+    cache = tmp_path / "cache"
+
+    def compiled():
+        done = run_compiling(tmp_path, "-c", COMPILED, str(cache), str(tmp_path / "work"))
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first = compiled()
+    assert first[0] == 1 and first[1]["failures"] == [] and first[1]["registers"] > 0
+    assert compiled() == [0, first[1]]
+    # Cut off, and one number of it changed.
+    (entry,) = cache.glob("*.json")
+    whole = entry.read_text()
+    entry.write_text(whole[: len(whole) // 2])
+    assert compiled() == first
+    registers = f'"registers": {first[1]["registers"]}'
+    assert registers in whole
+    entry.write_text(whole.replace(registers, '"registers": 1'))
+    assert compiled() == first
+    # A device function that the kernel calls.
+    tile = tmp_path / "lorafa_kernels" / "kernels" / "tile.py"
+    before = "return index.to(tl.int64) * stride"
+    assert before in tile.read_text()
+    tile.write_text(tile.read_text().replace(before, f"{before} + 0"))
+    assert compiled()[0] == 1
+    assert len(list(cache.glob("*.json"))) == 2
 
 
 @pytest.mark.gate_all
