@@ -28,6 +28,8 @@ from bench.gate import (
 )
 from lorafa_kernels.tuning.config import KNOWN_DEVICES, OPS, KernelConfig, all_default_configs, makes_mask
 
+# The first run compiles 150 kernels, which takes a busy machine more than ten minutes.
+pytestmark = pytest.mark.timeout(3600)
 ROOT = Path(__file__).resolve().parent.parent
 # By the Triton that compiled: the one that development pins, and the oldest that is supported.
 # Of Triton 3.6 the architecture of the machines that run it.
@@ -168,25 +170,38 @@ MUTATIONS = {
     "no launch_pdl": ('{"launch_pdl": True} if wait else {}', "{}", "launch_pdl"),
     "no room for shrink": ('8, 8, 3, "tma", EPILOGUE', '8, 8, 4, "tma", EPILOGUE', "that overlap"),
 }
-# Takes the folders of changed sources, and imports them in processes of their own, in which torch and Triton
-# are imported already.
-MEASURE = """
+# What `function` returns with the sources of `folder`, in a process in which torch and Triton are imported.
+APART = """
 import json, os, pathlib, sys
+from unittest import mock
 import torch, triton
-cache, work, *folders = sys.argv[1:]
-for folder in folders:
+
+def apart(folder, function):
+    read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
-            sys.path.insert(0, folder)
-            from bench.gate import Case, measure, start_worker
-            case = Case("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
-            start_worker(work)
-            row = measure(case, 0, pathlib.Path(cache))
-            pathlib.Path(folder, "failures").write_text("\\n".join(row["failures"]))
+            sys.path.insert(0, str(folder))
+            answer = function()
         except BaseException as error:
-            print(f"{folder}: {error!r}", file=sys.stderr)
+            answer = repr(error)
+        os.write(write, json.dumps(answer).encode())
         os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answers:
+        answer = json.load(answers)
     os.waitpid(child, 0)
+    return answer
+"""
+MEASURE = """
+cache, work, *folders = sys.argv[1:]
+
+def failures():
+    from bench.gate import Case, measure, start_worker
+    start_worker(work)
+    case = Case("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
+    return measure(case, 0, pathlib.Path(cache))["failures"]
+
+print(json.dumps([str(apart(folder, failures)) for folder in folders]))
 """
 
 
@@ -202,58 +217,63 @@ def test_a_lost_property_fails_the_gate(tmp_path, cache):
         changed = [file for file in files if before in file.read_text()]
         assert len(changed) == 1, mutation
         changed[0].write_text(changed[0].read_text().replace(before, after))
-    work = tmp_path / "work"
-    work.mkdir()
-    done = run_compiling(work, "-c", MEASURE, *map(str, (cache, work, *folders.values())))
+    found = json.loads(run_apart(tmp_path / "work", MEASURE, cache, tmp_path / "work", *folders.values()))
+    for (mutation, (_, _, named)), broken in zip(MUTATIONS.items(), found, strict=True):
+        assert named in broken, f"{mutation}: {broken}"
+
+
+def run_apart(folder: Path, code: str, *arguments: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    done = run_compiling(folder, "-c", APART + code, *map(str, arguments))
     assert done.returncode == 0, done.stderr
-    for mutation, (_, _, named) in MUTATIONS.items():
-        assert named in (folders[mutation] / "failures").read_text(), f"{mutation}: {done.stderr}"
+    return done.stdout.splitlines()[-1]
 
 
-# Prints 1 if the code was compiled and 0 if it came from the cache, and what is known of it.
+# How often the code was compiled, and what is known of it: first, again, with an entry of the cache that is
+# cut off, with one in which a number changed, and after a change of a function that the kernel calls.
 COMPILED = """
-import json, pathlib, sys
-from unittest import mock
-from bench import gate
-case = gate.Case("sm_80", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
-with mock.patch.object(gate, "compiled_code", wraps=gate.compiled_code) as compiling:
-    gate.start_worker(sys.argv[2])
-    row = gate.measure(case, 0, pathlib.Path(sys.argv[1]))
-row.pop("seconds")
-print(json.dumps([compiling.call_count, row]))
+folder, cache, work = map(pathlib.Path, sys.argv[1:])
+
+def compiled():
+    from bench import gate
+    gate.start_worker(str(work))
+    case = gate.Case("sm_80", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
+    with mock.patch.object(gate, "compiled_code", wraps=gate.compiled_code) as compiling:
+        row = gate.measure(case, 0, cache)
+    del row["seconds"]
+    return [compiling.call_count, row]
+
+found = [apart(folder, compiled) for _ in range(2)]
+(entry,) = cache.glob("*.json")
+whole = entry.read_text()
+entry.write_text(whole[: len(whole) // 2])
+found.append(apart(folder, compiled))
+changed = whole.replace('"registers": ', '"registers": 1')
+assert changed != whole
+entry.write_text(changed)
+found.append(apart(folder, compiled))
+tile = folder / "lorafa_kernels" / "kernels" / "tile.py"
+before = "return index.to(tl.int64) * stride"
+source = tile.read_text()
+assert before in source
+tile.write_text(source.replace(before, before + " + 0"))
+found.append(apart(folder, compiled))
+print(json.dumps([found, len(list(cache.glob("*.json")))]))
 """
 
 
 @pytest.mark.gate
 def test_what_is_cached_is_compiled_again_when_it_is_damaged_or_its_source_changes(tmp_path):
-    shutil.copytree(ROOT / "lorafa_kernels", tmp_path / "lorafa_kernels")
-    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results"))
-    cache = tmp_path / "cache"
-
-    def compiled():
-        done = run_compiling(tmp_path, "-c", COMPILED, str(cache), str(tmp_path / "work"))
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    first = compiled()
-    assert first[0] == 1 and first[1]["failures"] == [] and first[1]["registers"] > 0
-    assert compiled() == [0, first[1]]
-    # Cut off, and one number of it changed.
-    (entry,) = cache.glob("*.json")
-    whole = entry.read_text()
-    entry.write_text(whole[: len(whole) // 2])
-    assert compiled() == first
-    registers = f'"registers": {first[1]["registers"]}'
-    assert registers in whole
-    entry.write_text(whole.replace(registers, '"registers": 1'))
-    assert compiled() == first
-    # A device function that the kernel calls.
-    tile = tmp_path / "lorafa_kernels" / "kernels" / "tile.py"
-    before = "return index.to(tl.int64) * stride"
-    assert before in tile.read_text()
-    tile.write_text(tile.read_text().replace(before, f"{before} + 0"))
-    assert compiled()[0] == 1
-    assert len(list(cache.glob("*.json"))) == 2
+    for package in ("lorafa_kernels", "bench"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
+    cache, work = tmp_path / "cache", tmp_path / "work"
+    found, entries = json.loads(run_apart(work, COMPILED, tmp_path, cache, work))
+    assert [compiled for compiled, _ in found] == [1, 0, 1, 1, 1]
+    assert entries == 2
+    first = found[0][1]
+    assert first["failures"] == [] and first["registers"] > 0
+    assert [row for _, row in found[:4]] == 4 * [first]
 
 
 @pytest.mark.gate_all
