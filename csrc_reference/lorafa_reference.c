@@ -297,12 +297,6 @@ static int prepare_z(int64_t M, const struct lorafa_linear *layer, struct scratc
     return scratch->z != NULL ? LORAFA_OK : LORAFA_ERROR_MEMORY;
 }
 
-/* What z and dz are multiplied with: s, and the 1 / (1 - p) of dropout. */
-static double factor(const struct lorafa_linear *layer)
-{
-    return layer->scaling / (1.0 - layer->dropout_p);
-}
-
 /* z = round( s / (1 - p) * ((x keep) A^T) ) */
 static void compute_z(int64_t M, int64_t K, const double *restrict x, const struct lorafa_linear *layer,
                       const struct scratch *scratch, enum lorafa_dtype dtype)
@@ -314,7 +308,7 @@ static void compute_z(int64_t M, int64_t K, const double *restrict x, const stru
             double sum = 0.0;
             for (int64_t k = 0; k < K; k++)
                 sum += x[m * K + k] * keep[m * K + k] * A[r * K + k];
-            scratch->z[m * R + r] = lorafa_round(factor(layer) * sum, dtype);
+            scratch->z[m * R + r] = lorafa_round(layer->scaling / (1.0 - layer->dropout_p) * sum, dtype);
         }
 }
 
@@ -381,7 +375,7 @@ int lorafa_group_forward(int64_t M, int64_t K, int64_t count, const double *rest
     return status;
 }
 
-/* dz = round( s / (1 - p) * (dy B) ), summed over the `count` members that have this dz in common */
+/* dz = round( s * (dy B) ), summed over the `count` members that have this dz in common */
 static void compute_dz(int64_t M, int64_t count, const double *const *dy, const struct lorafa_linear *members,
                        const struct scratch *scratch, enum lorafa_dtype dtype, double *restrict dz)
 {
@@ -394,7 +388,7 @@ static void compute_dz(int64_t M, int64_t count, const double *const *dy, const 
                 for (int64_t n = 0; n < N; n++)
                     sum += dy[i][m * N + n] * scratch[i].B[n * R + r];
             }
-            dz[m * R + r] = lorafa_round(factor(&members[0]) * sum, dtype);
+            dz[m * R + r] = lorafa_round(members[0].scaling * sum, dtype);
         }
 }
 
@@ -412,7 +406,7 @@ static void compute_dB(int64_t M, const struct lorafa_linear *layer, const doubl
         }
 }
 
-/* dx = round( sum of dy weight over the `count` members + sum of keep (dz A) over the `z_count` dz ) */
+/* dx = round( sum of dy weight over the `count` members + sum of keep / (1 - p) (dz A) over the `z_count` dz ) */
 static void compute_dx(int64_t M, int64_t K, int64_t count, int64_t z_count, const double *const *dy,
                        const struct lorafa_linear *members, const struct scratch *scratch,
                        enum lorafa_dtype dtype, double *restrict dx)
@@ -430,7 +424,7 @@ static void compute_dx(int64_t M, int64_t K, int64_t count, int64_t z_count, con
                 double low_rank = 0.0;
                 for (int64_t r = 0; r < R; r++)
                     low_rank += scratch[i].z[m * R + r] * scratch[i].A[r * K + k];
-                sum += scratch[i].keep[m * K + k] * low_rank;
+                sum += scratch[i].keep[m * K + k] / (1.0 - members[i].dropout_p) * low_rank;
             }
             dx[m * K + k] = lorafa_round(sum, dtype);
         }

@@ -8,9 +8,9 @@
  *
  *     forward    z  = round( s / (1 - p) * ((x keep) A^T) )      A = round(lora_A), B = round(lora_B)
  *                y  = round( x weight^T + z B^T + bias )
- *     backward   dz = round( s / (1 - p) * (dy B) )
+ *     backward   dz = round( s * (dy B) )
  *                dB = dy^T z                                     rounded to lora_B's dtype
- *                dx = round( dy weight + keep (dz A) )
+ *                dx = round( dy weight + keep / (1 - p) (dz A) )
  *
  * keep is (M, K) of 0 and 1, all 1 when p is 0. A product with 0 is a product: 0 * NaN and 0 * Inf are NaN.
  *
@@ -124,7 +124,7 @@ int lorafa_backward(
     uint64_t seed,
     enum lorafa_dtype dtype,        /* of dy, dz and dx */
     enum lorafa_dtype lora_B_dtype, /* of dB */
-    double *restrict dz,            /* (M, R)  out, s / (1 - p) included, or NULL */
+    double *restrict dz,            /* (M, R)  out, s included and 1 / (1 - p) not, or NULL */
     double *restrict dx,            /* (M, K)  out, or NULL */
     double *restrict dB             /* (N, R)  out, or NULL; zeros when M is 0 */
 );
@@ -135,13 +135,13 @@ int lorafa_backward(
  * Member i of a group makes its y from the common x as one linear layer does, with a mask of its own. The
  * gradient of x is summed over the members and rounded once:
  *
- *     dx = round( sum of dy_i weight_i  +  sum of keep_i (dz_i A_i) )
+ *     dx = round( sum of dy_i weight_i  +  sum of keep_i / (1 - p_i) (dz_i A_i) )
  *
  * With share_A the group has one lora_A, one mask and one z, those of member 0, and one dz:
  *
  *     z  = round( s / (1 - p) * ((x keep) A^T) )
- *     dz = round( s / (1 - p) * (sum of dy_i B_i) )
- *     dx = round( sum of dy_i weight_i  +  keep (dz A) )
+ *     dz = round( s * (sum of dy_i B_i) )
+ *     dx = round( sum of dy_i weight_i  +  keep / (1 - p) (dz A) )
  *
  * Every other member then has R, scaling, dropout_p and seed of member 0, or R = 0; its lora_A is not read.
  */

@@ -405,8 +405,8 @@ static void test_dropout(void)
         EXPECT_STATUS(
             lorafa_backward(1, 2, 3, 1, dy, z, weight, lora_A, lora_B, 0.5, 0.5, 0, dtype, dtype, dz, dx, dB),
             LORAFA_OK);
-        EXPECT(1, dz, -1);
-        EXPECT(3, dx, 5, 1, -2); /* (5, 2, -1) + keep (-1) */
+        EXPECT(1, dz, -0.5);
+        EXPECT(3, dx, 5, 1, -2); /* (5, 2, -1) + keep 2 (-0.5) */
         EXPECT(2, dB, 5, 10);
     }
 
@@ -416,6 +416,15 @@ static void test_dropout(void)
     EXPECT_STATUS(lorafa_forward(1, 1, 2, 1, x_row, ones, ones, ones, NULL, 1, 0.25, 0, LORAFA_BF16, z, NULL),
                   LORAFA_OK);
     EXPECT(1, z, 1 + 0x2cp-7);
+
+    /* dz has no 1 / (1 - p): 49152 is in fp16, twice that is not. seed 0 keeps (0, 1). */
+    double dz[1];
+    const double dy_large[] = {32768}, sixteenths[] = {0x1p-4, 0x1p-4}, none[] = {0, 0};
+    EXPECT_STATUS(lorafa_backward(1, 1, 2, 1, dy_large, NULL, none, sixteenths, ones, 1.5, 0.5, 0, LORAFA_FP16,
+                                  LORAFA_FP16, dz, dx, NULL),
+                  LORAFA_OK);
+    EXPECT(1, dz, 49152);
+    EXPECT(2, dx, 0, 6144);
 
     /* What is dropped is multiplied by 0, not forgotten. */
     const double x_nan[] = {NAN, 1};
@@ -574,8 +583,8 @@ static void test_shared_A(void)
     EXPECT(1, y_2, 6);
     EXPECT_STATUS(lorafa_group_backward(1, 2, 3, group_dy, z_in, members, 1, LORAFA_BF16, dz, dx, dB),
                   LORAFA_OK);
-    EXPECT(1, dz_0, 8);  /* 1 * 2 + 2 * 3 */
-    EXPECT(2, dx, 6, 6); /* (1, 1) + (1, -1) + (4, -2) + (0, 8) */
+    EXPECT(1, dz_0, 4);  /* 0.5 (1 * 2 + 2 * 3) */
+    EXPECT(2, dx, 6, 6); /* (1, 1) + (1, -1) + (4, -2) + 2 (0, 4) */
     EXPECT(1, dB_0, 2);
     EXPECT(1, dB_2, 4);
 

@@ -34,7 +34,7 @@ class Choice:
 
 def check_impl(impl: str) -> None:
     """Raise ValueError unless `impl` is "auto" or an implementation's name."""
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
+    if not isinstance(impl, str) or (impl != "auto" and impl not in IMPLEMENTATIONS):
         names = ", ".join(repr(name) for name in ("auto", *IMPLEMENTATIONS))
         raise ValueError(f"impl={impl!r} is not known: expected one of {names}")
 

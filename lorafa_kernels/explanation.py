@@ -14,6 +14,7 @@ import torch
 
 from .choice import choose, choose_plan, planned_device
 from .functional import FLOAT_DTYPES
+from .library import SUMMED_IN_PLACE
 from .nn.linear import LoRAFALinear
 from .tuning.config import DeviceLimits, KernelConfig
 from .tuning.pin import pinned
@@ -84,19 +85,6 @@ class Planned:
 
 
 _PRODUCTS = {
-    "torch": {
-        "forward": (
-            Step("addmm_", "z = s * (x @ lora_A.T)"),
-            Step("linear", "y = z @ lora_B.T + bias"),
-            Step("addmm_", "y += x @ weight.T"),
-        ),
-        "dx": (
-            Step("addmm_", "dz = s * (dy @ lora_B)"),
-            Step("mm", "dx = dz @ lora_A"),
-            Step("addmm_", "dx += dy @ weight"),
-        ),
-        "dB": (Step("mm", "dB = dy.T @ z"),),
-    },
     "reference": {
         "forward": (
             Step("matmul", "z = s * (x @ lora_A.T), operands widened"),
@@ -119,9 +107,8 @@ _PRODUCTS = {
 
 # What dropout changes in the formulas of steps.
 _WITH_DROPOUT = (
-    ("s * (", "s/(1 - p) * ("),
-    ("(x @ lora_A.T)", "((x * keep) @ lora_A.T)"),
-    ("dz @ lora_A", "keep * (dz @ lora_A)"),
+    ("s * (x @ lora_A.T)", "s/(1 - p) * ((x * keep) @ lora_A.T)"),
+    ("dz @ lora_A", "keep/(1 - p) * (dz @ lora_A)"),
 )
 
 
@@ -176,20 +163,21 @@ def explain(
     ops = ("forward", "backward_input" if frozen_B else "backward")
     asked = impl
     impl, reason = _implementation(layer, asked, device, dtype, ops)
-    products = _PRODUCTS["torch" if impl == "triton" else impl]
+    dropout_p = layer.lora_dropout if layer is not None and layer.training and impl != "linear" else 0.0
+    M, N, K, R = sizes
+    library = _library_products(device, dtype, N, K, R, dropout_p > 0)
+    products = _PRODUCTS.get(impl, library)
     steps = {"forward": products["forward"], "backward_input": products["dx"]}
     steps["backward"] = products["dx"] + products.get("dB", ())
     limits, plans = None, {}
-    dropout_p = layer.lora_dropout if layer is not None and layer.training and impl != "linear" else 0.0
     if impl == "triton":
         limits = planned_device(device).limits
-        M, N, K, R = sizes
         bias = layer is None or layer.bias is not None
         for op in ops:
             problem = Problem(op, dtype, M, N, K, R, bias and op == "forward", dropout_p > 0)
             if planned := _planned(asked, problem, device, limits):
                 plans[op] = planned
-                steps[op] = _plan_steps(planned.plan, problem, limits)
+                steps[op] = _plan_steps(planned.plan, problem, limits, library)
     forward, backward = (steps[op] for op in ops)
     if dropout_p:
         forward, backward = (tuple(_with_dropout(step) for step in steps) for steps in (forward, backward))
@@ -254,9 +242,30 @@ def _pinned_kernels(impl: str, op: str) -> bool:
     return pin is not None and pin.needs_kernels(op)
 
 
-def _plan_steps(plan: Plan, problem: Problem, limits: DeviceLimits) -> tuple[Step, ...]:
+def _library_products(
+    device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, dropout: bool
+) -> dict[str, tuple[Step, ...]]:
+    """The products of library.py in the order in which it makes them."""
+    in_place = device.type == "cpu" and dtype in SUMMED_IN_PLACE
+    y = Step("linear", "y = z @ lora_B.T + bias"), Step("addmm_", "y += x @ weight.T")
+    if in_place and R <= K:
+        y = Step("linear", "y = x @ weight.T + bias"), Step("addmm_", "y += z @ lora_B.T")
+    dx = Step("mm", "dx = dz @ lora_A"), Step("addmm_", "dx += dy @ weight")
+    if dropout:
+        dx = Step("mm", "dx = dy @ weight"), Step("mm", "dx += dz @ lora_A, some rows at a time")
+    elif in_place and R <= N:
+        dx = Step("mm", "dx = dy @ weight"), Step("addmm_", "dx += dz @ lora_A")
+    return {
+        "forward": (Step("addmm_", "z = s * (x @ lora_A.T)"), *y),
+        "dx": (Step("addmm_", "dz = s * (dy @ lora_B)"), *dx),
+        "dB": (Step("mm", "dB = dy.T @ z"),),
+    }
+
+
+def _plan_steps(
+    plan: Plan, problem: Problem, limits: DeviceLimits, products: dict[str, tuple[Step, ...]]
+) -> tuple[Step, ...]:
     """The steps of a plan: of the kernels' launches in order, or of the library's products."""
-    products = _PRODUCTS["torch"]
     if plan.name == "library" and problem.op == "forward":
         return products["forward"]
     if plan.name == "library" and not (problem.op == "backward" and plan.kernels.one_pass):

@@ -5,6 +5,8 @@ autograd node.
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from .autograd import LoRAFALinearFunction
 from .choice import check_impl
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Numbers reach the kernels as fp32.
+LARGEST_NUMBER = torch.finfo(torch.float32).max
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def lorafa_linear(
@@ -51,15 +56,16 @@ def lorafa_linear(
     Raises:
         ValueError: shapes that do not fit; a weight, bias or lora_A that requires grad; mixed devices; a
             scaling or dropout_p out of range; an unknown impl.
-        TypeError: dtypes that are not floating point or cannot be combined.
+        TypeError: dtypes that are not floating point or cannot be combined; operands that are no dense
+            tensors, or are sharded or quantised ones; a scaling or dropout_p that is no real number.
         RuntimeError: impl="triton" where it cannot run.
     """
+    check_tensors(x, weight, lora_A, lora_B, bias)
     K = x.shape[-1] if x.dim() else 0
     check_shapes(x, weight, lora_A, lora_B, bias)
     check_frozen(weight, lora_A, bias)
-    if not -math.inf < scaling < math.inf:
-        raise ValueError(f"scaling must be a finite number, got {scaling}")
-    check_dropout(dropout_p)
+    scaling = checked_scaling(scaling)
+    dropout_p = checked_dropout(dropout_p, scaling)
     check_impl(impl)
     x = cast(x, weight, lora_A, lora_B, bias)
 
@@ -70,6 +76,56 @@ def lorafa_linear(
     else:
         y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def check_tensors(
+    x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None
+) -> None:
+    """Raise TypeError, naming it, for an operand that is no dense tensor, or one that stands for others."""
+    strided = torch.strided
+    if (
+        type(x) in _PLAIN_TENSORS
+        and x.layout is strided
+        and not x.is_nested
+        and type(weight) in _PLAIN_TENSORS
+        and weight.layout is strided
+        and type(lora_A) in _PLAIN_TENSORS
+        and lora_A.layout is strided
+        and type(lora_B) in _PLAIN_TENSORS
+        and lora_B.layout is strided
+        and (bias is None or (type(bias) in _PLAIN_TENSORS and bias.layout is strided))
+        and not (weight.is_nested or lora_A.is_nested or lora_B.is_nested)
+    ):
+        return
+    check_tensor("x", x, frozen=False)
+    check_tensor("weight", weight)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if tensor is not None or name != "bias":
+            check_tensor(name, tensor, frozen=name != "lora_B")
+
+
+def check_tensor(name: str, tensor: Tensor, frozen: bool = True) -> None:
+    """Raise TypeError, naming it, unless this is a dense tensor; a frozen one of no class that holds other
+    tensors: those are quantised or sharded weights.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor: pad it, or pass the tensor of all its rows")
+    if type(tensor) not in _PLAIN_TENSORS:
+        distributed = sys.modules.get("torch.distributed.tensor")
+        if distributed is not None and isinstance(tensor, distributed.DTensor):
+            raise TypeError(
+                f"{name} is a DTensor, of which this process holds a part: call the layer through the module "
+                "that fully_shard wrapped, which gathers it, or pass local tensors"
+            )
+        if frozen and hasattr(tensor, "__tensor_flatten__"):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}, a tensor made of others (a quantised or sharded "
+                "weight): these are not supported, pass a plain tensor"
+            )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, expected a dense tensor: {name}.to_dense()")
 
 
 def check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
@@ -108,10 +164,46 @@ def check_frozen(weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> None:
             )
 
 
-def check_dropout(dropout_p: float) -> None:
-    """Raise ValueError unless dropout_p is in [0, 1)."""
+def checked_scaling(scaling: float) -> float:
+    """Return scaling as a float. Raises TypeError for what is no real number, ValueError for one that is not
+    finite, or not in fp32.
+    """
+    if type(scaling) is not float:
+        scaling = real_number("scaling", scaling)
+    if not -LARGEST_NUMBER <= scaling <= LARGEST_NUMBER:
+        raise ValueError(f"scaling must be a finite number, at most {LARGEST_NUMBER:.4g}, got {scaling}")
+    return scaling
+
+
+def checked_dropout(dropout_p: float, scaling: float = 1.0) -> float:
+    """Return dropout_p as a float. Raises TypeError for what is no real number, ValueError unless it is in
+    [0, 1) and leaves scaling/(1 − dropout_p) in fp32.
+    """
+    if type(dropout_p) is not float:
+        dropout_p = real_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p and abs(scaling / (1 - dropout_p)) > LARGEST_NUMBER:
+        raise ValueError(
+            f"scaling / (1 - dropout_p) must be at most {LARGEST_NUMBER:.4g}, got {scaling} / "
+            f"(1 - {dropout_p})"
+        )
+    return dropout_p
+
+
+def real_number(name: str, value: object) -> float:
+    """Return `value` as a float. Raises TypeError, naming it, for what is no real number (a bool, a tensor
+    and a string are none), ValueError for one beyond every float.
+    """
+    if isinstance(value, torch.SymFloat):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        shown = f"a {type(value).__name__}" if isinstance(value, Tensor) else f"{value!r:.80}"
+        raise TypeError(f"{name} must be a real number, got {shown}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, got one beyond every float") from None
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -8,13 +8,15 @@ it.
                dx = dz lora_A, then dx += dy weight in place
 
 Shapes as in reference.py. The rank-R product comes first because it only writes the output, while adding it
-afterwards would read the output once more; the large product then accumulates into it. No temporary of M·N
-or M·K elements is made. The rank-R term is rounded once more than in the formula; dB is rounded to the
-dtype of x where the backend has no product of 16-bit operands with an fp32 result.
+afterwards would read the output once more; the large product then accumulates into it. Of fp32 and fp64 on a
+CPU the large product comes first (sums_in_place): its BLAS adds the terms of a product to the output one by
+one and rounds each time, so K roundings of a large rank-R term would exceed what is allowed. No temporary of
+M·N or M·K elements is made. One of the two products is rounded once more than in the formula; dB is rounded
+to the dtype of x where the backend has no product with an fp32 result (product_dtype).
 
-With dropout z is made of x ⊙ keep, and the rank-R term in dx is multiplied with keep before dy weight is
-added, both for some rows at a time (philox.CHUNK): keep and what it is computed from are the only further
-temporaries, of that many rows.
+With dropout z is made of x ⊙ keep, and the rank-R term in dx is multiplied with keep/(1 − p), in fp32, and
+added to dy weight, both for some rows at a time (philox.CHUNK): keep, what it is computed from and the
+rank-R term are the only further temporaries, of that many rows.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .philox import keep_chunks
+
+# The dtypes that sums_in_place holds for on a CPU.
+SUMMED_IN_PLACE = (torch.float32, torch.float64)
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def forward(
@@ -42,8 +48,10 @@ def forward(
         z = _dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
     else:
         z = scaled_product(x, factor, scaling)
-    y = F.linear(z, in_dtype(lora_B, x.dtype), bias)
-    return y.addmm_(x, weight.t()), z
+    B = in_dtype(lora_B, x.dtype)
+    if sums_in_place(x) and B.shape[1] <= x.shape[1]:
+        return F.linear(x, weight, bias).addmm_(z, B.t()), z
+    return F.linear(z, B, bias).addmm_(x, weight.t()), z
 
 
 def backward(
@@ -71,8 +79,6 @@ def backward_input(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    if dropout_p:
-        scaling = scaling / (1 - dropout_p)
     dz = scaled_product(dy, in_dtype(lora_B, dy.dtype), scaling)
     return input_gradient(dy, dz, weight, lora_A, dropout_p, seed)
 
@@ -85,19 +91,51 @@ def input_gradient(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Compute dx (M, K) where dz (M, R) is known, s/(1 − p) included."""
-    dx = dz.mm(in_dtype(lora_A, dy.dtype))
+    """Compute dx (M, K) where dz (M, R) is known, s included and 1/(1 − p) not."""
+    A = in_dtype(lora_A, dy.dtype)
     if dropout_p:
-        for rows, keep in keep_chunks(seed, dropout_p, *dx.shape):
-            dx[rows].mul_(keep)
-    return dx.addmm_(dy, weight)
+        dx = dy.mm(weight)
+        add_dropped(dx, dz, A, dropout_p, seed)
+        return dx
+    if sums_in_place(dy) and A.shape[0] <= dy.shape[1]:
+        return dy.mm(weight).addmm_(dz, A)
+    return dz.mm(A).addmm_(dy, weight)
+
+
+def add_dropped(dx: Tensor, dz: Tensor, A: Tensor, dropout_p: float, seed: Tensor) -> None:
+    """dx += keep/(1 − p) ⊙ (dz A) in place, some rows at a time."""
+    for rows, keep in keep_chunks(seed, dropout_p, *dx.shape):
+        # 1/(1 − p) multiplies in fp32, where it overflows in no dtype. A product and no selection: what is
+        # not finite propagates, as in the plain formula.
+        dx[rows].addcmul_(dz[rows].mm(A), in_dtype(keep, dx.dtype), value=1 / (1 - dropout_p))
+
+
+def sums_in_place(rows: Tensor) -> bool:
+    """Whether a product of these rows that is added to a tensor rounds once a term, at the size of the sum:
+    BLAS on a CPU. Elsewhere, and for 16 bits, the product is summed in registers and added once.
+
+    Products that share an output are then made with the longest contraction first: no later one rounds more
+    often than the first did.
+    """
+    return rows.is_cpu and rows.dtype in SUMMED_IN_PLACE
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute dB = dyᵀ z (N, R) in `dtype`."""
-    if dtype != dy.dtype and dy.is_cuda and torch.version.hip is None:
-        return torch.mm(dy.t(), z, out_dtype=dtype)
+    if dtype != dy.dtype:
+        out = product_dtype(dy.dtype, dtype, dy.is_cuda and torch.version.hip is None)
+        if out != dy.dtype:
+            return in_dtype(torch.mm(dy.t(), z, out_dtype=out), dtype)
     return in_dtype(dy.t().mm(z), dtype)
+
+
+def product_dtype(operands: torch.dtype, wanted: torch.dtype, cuda: bool) -> torch.dtype:
+    """Return the dtype that a product of `operands` is to be made in for a result in `wanted`: another than
+    theirs is only what torch.mm(out_dtype=) takes, fp32 from 16-bit operands with CUDA.
+    """
+    if cuda and operands in _NARROW and wanted not in _NARROW:
+        return torch.float32
+    return operands
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

@@ -12,8 +12,10 @@ are new and contiguous. The operators have no derivative of their own (autograd.
 autocast switched off: it would change the dtypes of the products within.
 
 The functions of this module call the operators torch.ops.lorafa_kernels.* where that is needed: for the
-Triton kernels, which shape propagation must not enter, under a compiler, and where there is something to
-cast, or dropout. Otherwise what is made of PyTorch's own operators alone is called directly, which saves the
+Triton kernels, which shape propagation must not enter, under a compiler, where there is something to cast, or
+dropout, and where a TorchDispatchMode watches: it would see the library's products accumulate into each
+other's outputs, which selective activation checkpointing cannot save, and which FlopCounterMode does not
+count (flops.py). Otherwise what is made of PyTorch's own operators alone is called directly, which saves the
 dispatcher's ~5 µs a call on the CPU. Under a compiler the plan is chosen when the operator runs, for the
 sizes it then has.
 """
@@ -28,9 +30,12 @@ from torch import Tensor
 
 from . import library, reference
 from .choice import choose, choose_plan
+from .flops import tell_flop_counters
 from .tuning.pin import pinned
 from .tuning.plan import Plan
 
+# Absent or renamed, direct calls would go unnoticed: an error at import is better.
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 # Made of PyTorch's own operators, and therefore open to a direct call.
@@ -51,6 +56,7 @@ def forward(
     """Compute y (M, N) and z (M, R) in the dtype of x."""
     if not dropout_p and (module := _direct("forward", impl, x, lora_A, weight, bias)):
         return module.forward(x, weight, lora_A, lora_B, bias, scaling)
+    announce()
     return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
 
 
@@ -68,6 +74,7 @@ def backward(
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
     if not dropout_p and (module := _direct("backward", impl, dy, lora_A, weight)):
         return module.backward(dy, z, weight, lora_A, lora_B, scaling)
+    announce()
     return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
@@ -84,6 +91,7 @@ def backward_input(
     """Compute dx (M, K) alone."""
     if not dropout_p and (module := _direct("backward_input", impl, dy, lora_A, weight)):
         return module.backward_input(dy, weight, lora_A, lora_B, scaling)
+    announce()
     return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
@@ -91,6 +99,7 @@ def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
     """Compute dB (N, R) alone, in the dtype of lora_B, of which no value is read."""
     if module := _direct("backward_lora_B", impl, dy, lora_B):
         return module.backward_lora_B(dy, z, lora_B.dtype)
+    announce()
     return _backward_lora_B_op(dy, z, lora_B, impl)
 
 
@@ -101,7 +110,7 @@ def _direct(
 
     factor: lora_A (R, K), or lora_B (N, R) where there is no weight.
     """
-    if torch.compiler.is_compiling() or autocast_enabled(x.device.type):
+    if not open_to_direct_calls(x.device.type):
         return None
     dtype = x.dtype
     if weight is not None and weight.dtype != dtype:
@@ -192,6 +201,24 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def open_to_direct_calls(device_type: str) -> bool:
+    """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
+    watches.
+    """
+    return not (torch.compiler.is_compiling() or autocast_enabled(device_type) or _len_torch_dispatch_stack())
+
+
+def watched() -> bool:
+    """Whether a TorchDispatchMode sees what is called now."""
+    return not torch.compiler.is_compiling() and _len_torch_dispatch_stack() > 0
+
+
+def announce() -> None:
+    """Prepare what watches for an operator that is about to be called."""
+    if watched():
+        tell_flop_counters()
+
+
 def _run(op: str, decided: tuple[str, Plan | None], x: Tensor, *rest):
     """Call an operation as decided, with autocast off and the device of x current."""
     device = x.device
@@ -215,8 +242,6 @@ def _run(op: str, decided: tuple[str, Plan | None], x: Tensor, *rest):
 
 def _backward_with_one_pass(plan, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed):
     kernels = importlib.import_module(".kernels.grad", __package__)
-    if dropout_p:
-        scaling = scaling / (1 - dropout_p)
     dz, dB = kernels.grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.kernels.grad)
     return library.input_gradient(dy, dz, weight, lora_A, dropout_p, seed), dB
 

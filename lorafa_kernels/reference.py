@@ -6,14 +6,15 @@ projection-up B.
 
     forward    z  = round( s/(1 − p) · ((x ⊙ keep) lora_Aᵀ) )
                y  = round( x weightᵀ + z lora_Bᵀ + bias )
-    backward   dz = round( s/(1 − p) · (dy lora_B) )
+    backward   dz = round( s · (dy lora_B) )
                dB = dyᵀ z
-               dx = round( dy weight + keep ⊙ (dz lora_A) )
+               dx = round( dy weight + keep/(1 − p) ⊙ (dz lora_A) )
 
 Shapes: x, dx (M, K); weight (N, K); lora_A (R, K); lora_B, dB (N, R); bias (N,); y, dy (M, N); z, dz (M, R);
 keep (M, K) is the dropout mask that philox.py makes of a seed, int64 of shape (1,); all true for p = 0.
 Products are accumulated in fp32 (fp64 for fp64 inputs), s is applied to the accumulator, and each result is
-rounded once to the dtype of x. lora_A and lora_B may be fp32 beside a 16-bit x: they are rounded to its
+rounded once to the dtype of x. 1/(1 − p) is not in dz, which would then overflow in fp16 where the plain
+formula does not. lora_A and lora_B may be fp32 beside a 16-bit x: they are rounded to its
 dtype first. dB is stored in the dtype of lora_B. An fp32 product on a GPU follows torch's own matmul
 precision setting.
 """
@@ -92,12 +93,10 @@ def backward_input(
     wide = accumulator_dtype(dy.dtype)
     A = lora_A.to(dy.dtype).to(wide)
     B = lora_B.to(dy.dtype).to(wide)
-    if dropout_p:
-        scaling = scaling / (1 - dropout_p)
     dz = (scaling * (dy.to(wide) @ B)).to(dy.dtype)
     low_rank = dz.to(wide) @ A
     if dropout_p:
-        low_rank = low_rank * keep_mask(seed, dropout_p, *low_rank.shape)
+        low_rank = low_rank / (1 - dropout_p) * keep_mask(seed, dropout_p, *low_rank.shape)
     return (dy.to(wide) @ weight.to(wide) + low_rank).to(dy.dtype)
 
 

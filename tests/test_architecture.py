@@ -24,6 +24,7 @@ LEVELS = [
         "engines",
         "patterns",
         "exchange",
+        "flops",
         "philox",
         "tuning.config",
         "tuning.models",

@@ -266,8 +266,8 @@ def expected_backward(dy, z, weight, lora_A, lora_B, scaling, dtype, lora_B_dtyp
     A, B = nearest_even(lora_A, dtype), nearest_even(lora_B, dtype)
     keep = plain_keep(seed, p, len(dy), A.shape[1]).astype(float)
     with np.errstate(invalid="ignore"):
-        dz = nearest_even(scaling / (1 - p) * np.einsum("mn,nr->mr", dy, B), dtype)
-        dx = np.einsum("mn,nk->mk", dy, weight) + keep * np.einsum("mr,rk->mk", dz, A)
+        dz = nearest_even(scaling * np.einsum("mn,nr->mr", dy, B), dtype)
+        dx = np.einsum("mn,nk->mk", dy, weight) + keep / (1 - p) * np.einsum("mr,rk->mk", dz, A)
         dB = np.einsum("mn,mr->nr", dy, z)
     return dz, nearest_even(dx, dtype), nearest_even(dB, lora_B_dtype)
 
@@ -475,10 +475,10 @@ def expected_group_backward(dys, zs, members, dtype, share_A):
         for dy, member in zip(dys, members, strict=True) if share_A else [(dys[i], maker)]:
             if dy is not None and member.rank:
                 dz = dz + dy @ nearest_even(member.lora_B, dtype)
-        dz = nearest_even(maker.scaling / (1 - maker.dropout_p) * dz, dtype)
+        dz = nearest_even(maker.scaling * dz, dtype)
         if maker.rank:
             keep = plain_keep(maker.seed, maker.dropout_p, M, K)
-            dx = dx + keep * (dz @ nearest_even(maker.lora_A, dtype))
+            dx = dx + keep / (1 - maker.dropout_p) * (dz @ nearest_even(maker.lora_A, dtype))
         dzs.append(dz)
     dBs = []
     for i, (dy, member) in enumerate(zip(dys, members, strict=True)):

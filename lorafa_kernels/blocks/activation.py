@@ -32,7 +32,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 def check_activation(activation: str) -> None:
     """Raise ValueError unless `activation` is the name of one."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"activation={activation!r} is not known: expected one of {names}")
 

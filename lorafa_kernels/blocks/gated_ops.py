@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..choice import choose
-from ..ops import autocast_enabled, define
+from ..ops import autocast_enabled, define, open_to_direct_calls
 from . import activation as plain
 
 # Made of PyTorch's own operators, and therefore open to a direct call.
@@ -29,7 +29,7 @@ _DIRECT = {
 
 def gated(g: Tensor, u: Tensor, activation: str, impl: str) -> Tensor:
     """Compute h (M, I), new and contiguous, in the dtype of g."""
-    if _is_direct(g) and (functions := _DIRECT.get(_choose(g, impl))):
+    if open_to_direct_calls(g.device.type) and (functions := _DIRECT.get(_choose(g, impl))):
         return functions[0](g, u, activation)
     return _gated_op(g, u, activation, impl)
 
@@ -41,17 +41,13 @@ def gated_backward(
 
     u=None: dg is not wanted, and dg is None. need_du=False: du is None. One of the two must be wanted.
     """
-    if _is_direct(dh) and (functions := _DIRECT.get(_choose(dh, impl))):
+    if open_to_direct_calls(dh.device.type) and (functions := _DIRECT.get(_choose(dh, impl))):
         du = functions[1](dh, g, u, activation, need_du)
     else:
         du = _gated_backward_op(dh, g, u, activation, need_du, impl)
     if u is None:
         return None, dh
     return dh, du if need_du else None
-
-
-def _is_direct(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not autocast_enabled(tensor.device.type)
 
 
 def _choose(tensor: Tensor, impl: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..autograd import RefuseSecondBackward
 from ..choice import check_impl
-from ..functional import cast, check_dropout, check_frozen, check_shapes
+from ..functional import cast, check_frozen, check_shapes, check_tensors, checked_dropout, checked_scaling
 from . import group_ops
 from .operands import LinearOperands
 
@@ -42,10 +42,12 @@ def lorafa_linear_group(
     Raises:
         ValueError: no members; members that disagree in K, dtype or device; with share_A in lora_A, scaling
             or dropout; one of lora_A and lora_B without the other; and what lorafa_linear raises it for.
-        TypeError, RuntimeError: as lorafa_linear.
+        TypeError: a share_A that is no bool; members that are no sequence of LinearOperands; and what
+            lorafa_linear raises it for.
+        RuntimeError: as lorafa_linear.
     """
     check_impl(impl)
-    x = _checked(x, members, share_A)
+    x, members = _checked(x, members, share_A)
     K = members[0].weight.shape[1]
     rows = x if x.dim() == 2 else x.reshape(-1, K) if K else x.reshape(math.prod(x.shape[:-1]), 0)
 
@@ -164,32 +166,33 @@ def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[T
     )
 
 
-def _checked(x: Tensor, members: Sequence[LinearOperands], share_A: bool) -> Tensor:
-    """Return x in the dtype to compute in, after all checks."""
+def _checked(
+    x: Tensor, members: Sequence[LinearOperands], share_A: bool
+) -> tuple[Tensor, list[LinearOperands]]:
+    """Return x in the dtype to compute in, and the members with their numbers as floats, after all checks."""
+    if not isinstance(share_A, bool):
+        raise TypeError(f"share_A must be a bool, got {type(share_A).__name__}")
+    if not isinstance(members, (list, tuple)):
+        raise TypeError(f"members must be a list of LinearOperands, got {type(members).__name__}")
     if not members:
         raise ValueError("members is empty: a group has at least one linear layer")
-    first = members[0].weight
     shared = None
+    checked = []
     for index, member in enumerate(members):
         try:
-            _check_alike(member.weight, first)
-            if (member.lora_A is None) != (member.lora_B is None):
-                raise ValueError("it has one of lora_A and lora_B without the other")
-            if member.lora_A is None:
-                x = checked_plain(x, member)
-                continue
-            x = checked_adapted(x, member)
-            if share_A:
+            check_kinds(x, member)
+            _check_alike(member.weight, members[0].weight)
+            x, member = checked_member(x, member)
+            checked.append(member)
+            if member.lora_A is not None and share_A:
                 shared = shared or member
                 _check_shared(member, shared)
         except (ValueError, TypeError) as error:
             raise type(error)(f"member {index}: {error}") from None
-    return x
+    return x, checked
 
 
 def _check_alike(weight: Tensor, first: Tensor) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
     if weight.shape[1] != first.shape[1]:
         raise ValueError(f"it takes {weight.shape[1]} columns of x, member 0 {first.shape[1]}")
     if weight.dtype != first.dtype:
@@ -207,18 +210,35 @@ def _check_shared(member: LinearOperands, first: LinearOperands) -> None:
             raise ValueError(f"share_A=True, but its {name} is {value}, that of another member {expected}")
 
 
-def checked_adapted(x: Tensor, member: LinearOperands) -> Tensor:
+def check_kinds(x: Tensor, member: LinearOperands) -> None:
+    """Raise TypeError or ValueError for a member that is made of anything but tensors, or of no matrix."""
+    if not isinstance(member, LinearOperands):
+        raise TypeError(f"expected LinearOperands, got {type(member).__name__}")
+    weight, bias, lora_A, lora_B, *_ = member
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("it has one of lora_A and lora_B without the other")
+    check_tensors(x, weight, weight if lora_A is None else lora_A, weight if lora_B is None else lora_B, bias)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
+
+
+def checked_member(x: Tensor, member: LinearOperands) -> tuple[Tensor, LinearOperands]:
+    """Return x in the dtype to compute in, and the member with its numbers as floats, after the checks of one
+    layer that passed check_kinds.
+    """
     weight, bias, lora_A, lora_B, scaling, dropout_p = member
+    s = checked_scaling(scaling)
+    p = checked_dropout(dropout_p, s)
+    if s is not scaling or p is not dropout_p:
+        member = member._replace(scaling=s, dropout_p=p)
+    if lora_A is None:
+        return _checked_plain(x, weight, bias), member
     check_shapes(x, weight, lora_A, lora_B, bias)
     check_frozen(weight, lora_A, bias)
-    if not -math.inf < scaling < math.inf:
-        raise ValueError(f"scaling must be a finite number, got {scaling}")
-    check_dropout(dropout_p)
-    return cast(x, weight, lora_A, lora_B, bias)
+    return cast(x, weight, lora_A, lora_B, bias), member
 
 
-def checked_plain(x: Tensor, member: LinearOperands) -> Tensor:
-    weight, bias = member.weight, member.bias
+def _checked_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {K}) for weight {(N, K)}")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..choice import choose, choose_plan
-from ..ops import autocast_enabled, define
+from ..ops import announce, autocast_enabled, define, open_to_direct_calls
 from ..tuning.pin import pinned
 from ..tuning.plan import Plan
 from . import library, reference
@@ -49,6 +49,7 @@ def group_forward(
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
     if seeds is None and (run := _direct("forward", impl, x, weights, lora_Bs, biases)):
         return run(*arguments)
+    announce()
     *ys, z = _forward_op(*arguments, impl)
     return ys, z
 
@@ -77,6 +78,7 @@ def group_backward(
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
     if seeds is None and (run := _direct(op, impl, dy, weights, lora_Bs)):
         return run(*arguments)
+    announce()
     found = iter(_backward_op(*arguments, impl))
     return next(found) if need_dx else None, [next(found) if need else None for need in need_dBs]
 
@@ -92,7 +94,7 @@ def _direct(
     """Return the function to call as it is, where nothing needs a cast and PyTorch's operators are all it
     calls, or None. op: one of tuning.recipe.OPERATIONS.
     """
-    if torch.compiler.is_compiling() or autocast_enabled(x.device.type):
+    if not open_to_direct_calls(x.device.type):
         return None
     dtype = x.dtype
     for tensor in (*weights, *biases):
@@ -199,14 +201,14 @@ def _backward_with_one_pass(
     for i, (dy, lora_B) in enumerate(zip(dys, lora_Bs, strict=True)):
         if dy is None or lora_B is None:
             continue
-        scaling = scalings[i] / (1 - dropout_ps[i])
         if need_dBs[i]:
-            first, last = columns[i]
-            dz, dBs[i] = grad(dy, z[:, first:last], lora_B, scaling, lora_B.dtype, config=plan.kernels.grad)
+            part = z[:, slice(*columns[i])]
+            dz, dBs[i] = grad(dy, part, lora_B, scalings[i], lora_B.dtype, config=plan.kernels.grad)
             parts.append(dz)
         else:
-            parts.append(library.low_rank_gradient([dy], [lora_B], [scaling], [0.0], False))
-    dz = torch.cat(parts, dim=1)
+            parts.append(library.low_rank_gradient([dy], [lora_B], [scalings[i]], False))
+    # Members that share lora_A have one dz, their sum.
+    dz = sum(parts[1:], parts[0]) if share_A else torch.cat(parts, dim=1)
     return library.input_gradient(dys, dz, weights, lora_As, dropout_ps, seeds, share_A), dBs
 
 

@@ -7,9 +7,10 @@
                dx   = dz [lora_A_1; lora_A_2; …], then dx += dy_i weight_i in place, for each i
 
 Shapes and arguments as in reference.py. As in lorafa_kernels/library.py the rank-R products come first,
-because they only write the output. The stacked lora_A (ΣR, K) is the only temporary; with dropout, which
-takes a product for each member, there is one low-rank term of dx (M, K) at a time, and masks are made for
-some rows at a time (philox.CHUNK). dx is rounded once for each member.
+because they only write the output; of fp32 and fp64 on a CPU the product with the longest contraction does
+(sums_in_place). The stacked lora_A (ΣR, K) is the only temporary; with dropout, which takes a product for
+each member, the low-rank terms of dx come last, as there for some rows at a time (philox.CHUNK). dx is
+rounded once for each product.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..library import backward_lora_B, in_dtype, scaled_product
+from ..library import add_dropped, backward_lora_B, in_dtype, scaled_product, sums_in_place
 from ..philox import keep_chunks
 from .operands import rank_columns, rank_makers, seed_of
 
@@ -44,8 +45,11 @@ def forward(
         if lora_B is None:
             ys.append(F.linear(x, weight, bias))
         else:
-            y = F.linear(_columns(z, first, last), in_dtype(lora_B, x.dtype), bias)
-            ys.append(y.addmm_(x, weight.t()))
+            B, part = in_dtype(lora_B, x.dtype), _columns(z, first, last)
+            if sums_in_place(x) and last - first <= x.shape[1]:
+                ys.append(F.linear(x, weight, bias).addmm_(part, B.t()))
+            else:
+                ys.append(F.linear(part, B, bias).addmm_(x, weight.t()))
     return ys, z
 
 
@@ -71,16 +75,12 @@ def backward(
                 dBs[i] = backward_lora_B(dy, _columns(z, *columns[i]), lora_Bs[i].dtype)
     if not need_dx:
         return None, dBs
-    dz = low_rank_gradient(dys, lora_Bs, scalings, dropout_ps, share_A)
+    dz = low_rank_gradient(dys, lora_Bs, scalings, share_A)
     return input_gradient(dys, dz, weights, lora_As, dropout_ps, seeds, share_A), dBs
 
 
 def low_rank_gradient(
-    dys: Sequence[Tensor | None],
-    lora_Bs: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
-    share_A: bool,
+    dys: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], scalings: Sequence[float], share_A: bool
 ) -> Tensor | None:
     """Compute dz, scaling included: the dz_i of the members that have an adapter and a dy side by side, or
     with share_A their sum. None if there is no such member.
@@ -91,13 +91,14 @@ def low_rank_gradient(
     ranks = [lora_Bs[i].shape[1] for i in adapted]
     dy = dys[adapted[0]]
     dz = dy.new_empty((dy.shape[0], ranks[0] if share_A else sum(ranks)))
+    if share_A and sums_in_place(dy):
+        adapted.sort(key=lambda i: -dys[i].shape[1])
     last = 0
     for turn, (i, R) in enumerate(zip(adapted, ranks, strict=True)):
         first, last = (0, R) if share_A else (last, last + R)
         factor = in_dtype(lora_Bs[i], dy.dtype)
         beta = 1 if share_A and turn else 0
-        part = _columns(dz, first, last)
-        part.addmm_(dys[i], factor, beta=beta, alpha=scalings[i] / (1 - dropout_ps[i]))
+        _columns(dz, first, last).addmm_(dys[i], factor, beta=beta, alpha=scalings[i])
     return dz
 
 
@@ -111,24 +112,26 @@ def input_gradient(
     share_A: bool,
 ) -> Tensor:
     """Compute dx (M, K) where dz is known, as low_rank_gradient returns it."""
-    dx = None
-    if dz is not None:
-        adapted = [i for i, A in enumerate(lora_As) if A is not None and dys[i] is not None]
-        adapted = adapted[:1] if share_A else adapted
-        if seeds is None:
-            dx = dz.mm(_stacked([lora_As[i] for i in adapted], dz.dtype))
-        else:
-            last = 0
-            for i in adapted:
-                first, last = last, last + lora_As[i].shape[0]
-                term = _columns(dz, first, last).mm(in_dtype(lora_As[i], dz.dtype))
-                if p := dropout_ps[i]:
-                    for rows, keep in keep_chunks(seed_of(seeds, i, share_A), p, *term.shape):
-                        term[rows].mul_(keep)
-                dx = term if dx is None else dx.add_(term)
-    for dy, weight in zip(dys, weights, strict=True):
-        if dy is not None:
-            dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
+    products = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
+    adapted = [i for i, A in enumerate(lora_As) if A is not None and dys[i] is not None]
+    adapted = adapted[:1] if share_A else adapted
+    if adapted and seeds is None:
+        products.insert(0, (dz, _stacked([lora_As[i] for i in adapted], dz.dtype)))
+    if sums_in_place(products[0][0]):
+        products.sort(key=lambda product: -product[0].shape[1])
+    (left, right), *others = products
+    dx = left.mm(right)
+    for left, right in others:
+        dx.addmm_(left, right)
+    if seeds is not None:
+        last = 0
+        for i in adapted:
+            first, last = last, last + lora_As[i].shape[0]
+            part, A = _columns(dz, first, last), in_dtype(lora_As[i], dz.dtype)
+            if p := dropout_ps[i]:
+                add_dropped(dx, part, A, p, seed_of(seeds, i, share_A))
+            else:
+                dx.addmm_(part, A)
     return dx
 
 

@@ -21,7 +21,7 @@ from ..choice import check_impl
 from . import group_ops
 from .activation import check_activation
 from .gated_ops import gated, gated_backward
-from .group import checked_adapted, checked_plain
+from .group import check_kinds, checked_member
 from .operands import LinearOperands
 
 # Of lists with an entry for each of gate, up and down: the group of the two that read x, and that of down.
@@ -56,11 +56,12 @@ def lorafa_gated_mlp(
     Raises:
         ValueError: an unknown activation; shapes that do not fit; one of lora_A and lora_B without the other;
             and what lorafa_linear raises it for.
-        TypeError, RuntimeError: as lorafa_linear.
+        TypeError: a layer that is no LinearOperands; and what lorafa_linear raises it for.
+        RuntimeError: as lorafa_linear.
     """
     check_impl(impl)
     check_activation(activation)
-    x = _checked(x, gate, up, down)
+    x, (gate, up, down) = _checked(x, gate, up, down)
     K = gate.weight.shape[1]
     rows = x if x.dim() == 2 else x.reshape(-1, K) if K else x.reshape(math.prod(x.shape[:-1]), 0)
 
@@ -196,26 +197,26 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     return dx, [*dBs, *dB_down]
 
 
-def _checked(x: Tensor, gate: LinearOperands, up: LinearOperands, down: LinearOperands) -> Tensor:
-    """Return x in the dtype to compute in, after all checks."""
+def _checked(
+    x: Tensor, gate: LinearOperands, up: LinearOperands, down: LinearOperands
+) -> tuple[Tensor, list[LinearOperands]]:
+    """Return x in the dtype to compute in, and the layers with their numbers as floats, after all checks."""
+    checked = []
     for name, member in (("gate", gate), ("up", up), ("down", down)):
         try:
+            check_kinds(x, member)
             weight = member.weight
-            if weight.dim() != 2:
-                raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
-            if (member.lora_A is None) != (member.lora_B is None):
-                raise ValueError("it has one of lora_A and lora_B without the other")
-            check = checked_plain if member.lora_A is None else checked_adapted
             if name == "down":
                 _check_down(weight, gate.weight)
                 # What h will be, as far as the checks look at it.
-                check(x.new_empty((0, weight.shape[1])), member)
+                _, member = checked_member(x.new_empty((0, weight.shape[1])), member)
             else:
                 _check_up(weight, gate.weight)
-                x = check(x, member)
+                x, member = checked_member(x, member)
+            checked.append(member)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
-    return x
+    return x, checked
 
 
 def _check_up(weight: Tensor, gate: Tensor) -> None:

@@ -18,14 +18,13 @@ writes its gradient into dy, which belongs to the caller: it is not used.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import RefuseSecondBackward
-from ..functional import FLOAT_DTYPES
+from ..functional import FLOAT_DTYPES, LARGEST_NUMBER, check_tensor, real_number
+from ..ops import watched
 
 FORMS = ("llama", "gemma", "t5")
 HALF = (torch.float16, torch.bfloat16)
@@ -43,9 +42,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     Raises:
         ValueError: shapes that do not fit; a weight that requires grad; mixed devices; an eps that is
             negative or not finite; an unknown form.
-        TypeError: dtypes that are not floating point.
+        TypeError: dtypes that are not floating point; tensors that are not dense; an eps that is no real
+            number.
     """
-    _check(x, weight, eps, form)
+    eps = _check(x, weight, eps, form)
     if _torch_has_it(x, weight, form):
         # Autocast would widen x, and the copy would be kept.
         with torch.autocast(x.device.type, enabled=False):
@@ -55,8 +55,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     return _forward(x, weight, eps, form)[0]
 
 
-def _check(x: Tensor, weight: Tensor, eps: float, form: str) -> None:
-    if form not in FORMS:
+def _check(x: Tensor, weight: Tensor, eps: float, form: str) -> float:
+    """Return eps as a float, after all checks."""
+    check_tensor("x", x, frozen=False)
+    check_tensor("weight", weight)
+    if not isinstance(form, str) or form not in FORMS:
         raise ValueError(f"unknown form {form!r} of RMS norm, expected one of {', '.join(FORMS)}")
     if weight.dim() != 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (H,)")
@@ -74,8 +77,11 @@ def _check(x: Tensor, weight: Tensor, eps: float, form: str) -> None:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, FLOAT_DTYPES))}"
             )
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    if type(eps) is not float:
+        eps = real_number("eps", eps)
+    if not 0.0 <= eps <= LARGEST_NUMBER:
+        raise ValueError(f"eps must be finite, at most {LARGEST_NUMBER:.4g}, and not negative, got {eps}")
+    return eps
 
 
 def _torch_has_it(x: Tensor, weight: Tensor, form: str) -> bool:
@@ -106,15 +112,17 @@ class RMSNormFunction(torch.autograd.Function):
 
 def _forward(x: Tensor, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
     """Return y and rstd (..., 1). Operation by operation as transformers, for the same bits."""
+    # Written in place what is this function's own, unless a mode may have saved it (selective checkpointing).
+    multiply = torch.mul if watched() else Tensor.mul_
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if form == "t5":
         del wide
         hat = x * rstd
         return weight * (hat.to(weight.dtype) if weight.dtype in HALF else hat), rstd
-    hat = wide * rstd if wide is x else wide.mul_(rstd)
+    hat = wide * rstd if wide is x else multiply(wide, rstd)
     if form == "gemma":
-        return hat.mul_(1.0 + weight.float()).to(x.dtype), rstd
+        return multiply(hat, 1.0 + weight.float()).to(x.dtype), rstd
     return weight * hat.to(x.dtype), rstd
 
 

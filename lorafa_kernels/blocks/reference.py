@@ -2,15 +2,15 @@
 
     forward    z_i  = round( s_i/(1 − p_i) · ((x ⊙ keep_i) lora_A_iᵀ) )
                y_i  = round( x weight_iᵀ + z_i lora_B_iᵀ + bias_i )
-    backward   dz_i = round( s_i/(1 − p_i) · (dy_i lora_B_i) )
+    backward   dz_i = round( s_i · (dy_i lora_B_i) )
                dB_i = dy_iᵀ z_i
-               dx   = round( Σ_i dy_i weight_i + keep_i ⊙ (dz_i lora_A_i) )
+               dx   = round( Σ_i dy_i weight_i + keep_i/(1 − p_i) ⊙ (dz_i lora_A_i) )
 
 With share_A all members have one lora_A, scaling, dropout and mask, hence one z; their dz, summed in the
 accumulator and rounded once, is one as well:
 
-               dz   = round( s/(1 − p) · Σ_i (dy_i lora_B_i) )
-               dx   = round( Σ_i dy_i weight_i + keep ⊙ (dz lora_A) )
+               dz   = round( s · Σ_i (dy_i lora_B_i) )
+               dx   = round( Σ_i dy_i weight_i + keep/(1 − p) ⊙ (dz lora_A) )
 
 Shapes and dtypes of each member as in lorafa_kernels/reference.py; z (M, ΣR), or (M, R) with share_A: the
 members' z side by side (operands.rank_columns). A member without an adapter has None for lora_A and lora_B,
@@ -94,15 +94,15 @@ def backward(
         dx = dx + dy @ weights[i].to(wide)
         if lora_Bs[i] is None:
             continue
-        s, p = scalings[i], dropout_ps[i]
-        dz = s / (1 - p) * (dy @ lora_Bs[i].to(dtype).to(wide))
+        p = dropout_ps[i]
+        dz = scalings[i] * (dy @ lora_Bs[i].to(dtype).to(wide))
         if share_A:
             dz_sum = dz_sum + dz
             if i != max(j for j in used if lora_Bs[j] is not None):
                 continue
             dz = dz_sum
         term = dz.to(dtype).to(wide) @ lora_As[i].to(dtype).to(wide)
-        dx = dx + (term if p == 0.0 else term * _keep(seeds, share_A, i, p, dx))
+        dx = dx + (term if p == 0.0 else term / (1 - p) * _keep(seeds, share_A, i, p, dx))
     return dx.to(dtype), dBs
 
 

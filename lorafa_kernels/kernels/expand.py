@@ -1,14 +1,14 @@
 """expand: the large product with the rank-R term added to its accumulator.
 
-    C (M, N) = round( P (M, K) · Q (K, N) + keep (M, N) ⊙ (L (M, R) · F (R, N)) + bias (N) )
+    C (M, N) = round( P (M, K) · Q (K, N) + keep (M, N)/(1 − p) ⊙ (L (M, R) · F (R, N)) + bias (N) )
 
     y  (M, N): P = x,  Q = weightᵀ, L = z,  F = lora_Bᵀ, bias
     dx (M, K): P = dy, Q = weight,  L = dz, F = lora_A, and with dropout keep (philox.py)
 
 One kernel for both, through strides. Reads P once per column of blocks and Q once per row of blocks
 (grouped for reuse in L2), L and F once per block, writes C once: the rank-R term costs no pass over C.
-2·M·N·(K + R) FLOPs. Bound by arithmetic. With dropout the rank-R step comes first, is multiplied with keep,
-which is made in registers, and the large product is added to it.
+2·M·N·(K + R) FLOPs. Bound by arithmetic. With dropout the rank-R step comes first, is multiplied with
+keep/(1 − p) in fp32, keep made in registers, and the large product is added to it.
 
 The launcher takes the kernel of expand_tma.py where the configuration asks for it and TMA can address the
 operands. Programmatic dependent launch (WAIT) is explained there, and holds here word for word.
@@ -31,6 +31,7 @@ from .tile import (
     emulate_bf16,
     gdc_wait,
     input_precision,
+    keep_scale,
     keep_tile,
     load,
     offsets,
@@ -84,6 +85,7 @@ def _expand_kernel(
     C_ptr,
     seed_ptr,
     threshold,
+    scale,
     M,
     N,
     K,
@@ -147,7 +149,7 @@ def _expand_kernel(
             EMULATE_BF16,
         )
         start_n = (in_group // rows_in_group) * BLOCK_N
-        acc = drop(acc, keep_tile(tl.load(seed_ptr), threshold, index_m, start_n, N, BLOCK_N))
+        acc = drop(acc, keep_tile(tl.load(seed_ptr), threshold, index_m, start_n, N, BLOCK_N)) * scale
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             P = load(P_ptrs, in_m, EMULATE_BF16)
@@ -203,12 +205,12 @@ def expand(
     config: KernelConfig | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """Return round(P · Q + keep ⊙ (L · F) + bias) as a contiguous (M, N) tensor in the dtype of P.
+    """Return round(P · Q + keep/(1 − p) ⊙ (L · F) + bias) as a contiguous (M, N) tensor in the dtype of P.
 
     P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype or fp32; any
-    strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true where dropout_p is 0. `pdl`:
-    start while the kernel that writes L still runs, where the device can; that kernel must be the last one
-    launched, and must not have been launched this way itself.
+    strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true where dropout_p, p, is 0.
+    `pdl`: start while the kernel that writes L still runs, where the device can; that kernel must be the
+    last one launched, and must not have been launched this way itself.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -225,7 +227,7 @@ def expand(
         config = default_config(
             "expand", limits, P.element_size(), M, R, aligned, recompute=False, dropout=dropout_p > 0
         )
-    dropout = dropout_arguments(dropout_p, seed)
+    dropout = *dropout_arguments(dropout_p, seed), keep_scale(dropout_p)
     if config.variant == "tma":
         transposed = storage_order(P, Q)
         if transposed is not None:

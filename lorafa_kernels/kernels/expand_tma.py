@@ -1,6 +1,6 @@
 """expand for Hopper: the same product as expand.py, persistent and with TMA.
 
-    C (M, N) = round( P (M, K) · Q (K, N) + keep (M, N) ⊙ (L (M, R) · F (R, N)) + bias (N) )
+    C (M, N) = round( P (M, K) · Q (K, N) + keep (M, N)/(1 − p) ⊙ (L (M, R) · F (R, N)) + bias (N) )
 
     y  (M, N): P = x,  Q = weightᵀ, L = z,  F = lora_Bᵀ, bias       TRANSPOSED: Q and F are stored (N, ·)
     dx (M, K): P = dy, Q = weight,  L = dz, F = lora_A              Q and F are stored (·, N)
@@ -106,6 +106,7 @@ def _expand_tma_kernel(
     C_desc,
     seed_ptr,
     threshold,
+    scale,
     M,
     N,
     K,
@@ -211,7 +212,7 @@ def _expand_tma_kernel(
                     EMULATE_BF16,
                 )
                 index_m = start_m + tl.arange(0, BLOCK_M)
-                C += drop(low_rank, keep_tile(seed, threshold, index_m, start_c, N, COLUMNS))
+                C += drop(low_rank, keep_tile(seed, threshold, index_m, start_c, N, COLUMNS)) * scale
             C_desc.store([start_m, start_c], round_as(C, DTYPE, EMULATE_BF16).to(DTYPE))
     if WAIT:
         gdc_wait()
@@ -241,9 +242,10 @@ def expand_tma(
     num_sms: int,
     seed: Tensor | None,
     threshold: int | None,
+    scale: float | None,
 ) -> None:
-    """Write round(P · Q + keep ⊙ (L · F) + bias) into C. Operands as in expand, with P, Q and C addressable;
-    seed and threshold as dropout_arguments gives them.
+    """Write round(P · Q + keep/(1 − p) ⊙ (L · F) + bias) into C. Operands as in expand, with P, Q and C
+    addressable; seed and threshold as dropout_arguments, scale as keep_scale gives it.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -272,6 +274,7 @@ def expand_tma(
         describe(C, BLOCK_M, columns),
         seed,
         threshold,
+        scale,
         M,
         N,
         K,

@@ -1,9 +1,9 @@
 """Kernels of linear layers that share an input: one pass over x for all z, one launch for the whole of dx.
 
     shrink_group  z_i (M, R_i) = round( s_i/(1 − p_i) · ((x ⊙ keep_i) lora_A_iᵀ) ), side by side in z (M, ΣR)
-    expand_total  C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j keep_j ⊙ (L_j · F_j) ), L_j (M, R_j)
-                  dx: P_i = dy_i, Q_i = weight_i, L_j = dz_j, F_j = lora_A_j
-    shrink_total  dz (M, R) = round( s/(1 − p) · Σ_i dy_i lora_B_i ), of members that share lora_A
+    expand_total  C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j keep_j/(1 − p_j) ⊙ (L_j · F_j) )
+                  dx: P_i = dy_i, Q_i = weight_i, L_j (M, R_j) = dz_j, F_j = lora_A_j
+    shrink_total  dz (M, R) = round( s · Σ_i dy_i lora_B_i ), of members that share lora_A
 
 What belongs to a member comes in tuples, over which the kernels' loops are unrolled: one compiled kernel for
 each number of members.
@@ -16,7 +16,7 @@ With dropout the tile of x is multiplied with each member's own mask, made in re
 expand_total keeps the sum over the members in one accumulator, where as many products would read and write C
 once each: it reads P_i and Q_i as so many products do, writes C once, and rounds once.
 2·M·N·Σ(K_i + R_i) FLOPs. Bound by arithmetic. With dropout the rank-R terms come first, each multiplied with
-its mask before it is added. The launcher takes the kernel of group_tma.py where the
+its mask and 1/(1 − p_j) before it is added. The launcher takes the kernel of group_tma.py where the
 configuration asks for it and TMA can address the operands. shrink_total is the same kernel with the width of
 a rank, bound by reading the dy_i.
 """
@@ -49,6 +49,7 @@ from .tile import (
     dropout_arguments,
     emulate_bf16,
     input_precision,
+    keep_scale,
     keep_tile,
     load,
     offsets,
@@ -152,6 +153,7 @@ def _total_kernel(
     seeds_ptr,
     seed_offsets,
     thresholds,
+    scales,
     scaling,
     M,
     N,
@@ -210,7 +212,7 @@ def _total_kernel(
                 EMULATE_BF16,
             )
             seed = tl.load(seeds_ptr + seed_offsets[j])
-            acc += drop(term, keep_tile(seed, thresholds[j], index_m, start_n, N, BLOCK_N))
+            acc += drop(term, keep_tile(seed, thresholds[j], index_m, start_n, N, BLOCK_N)) * scales[j]
     for i in tl.static_range(len(P_ptrs)):
         index_k = tl.arange(0, BLOCK_K)
         P_tile = (
@@ -271,6 +273,10 @@ class Dropout:
         # From 0 on every element is kept.
         thresholds = (dropout_arguments(p, self.seeds)[1] or 0 for p in self.ps[members])
         return self.seeds, tuple(self.offsets[members]), tuple(thresholds)
+
+    def scales(self) -> tuple[float, ...]:
+        """Return what the rank-R terms are multiplied with beside their masks."""
+        return tuple(keep_scale(p) or 1.0 for p in self.ps)
 
 
 NO_DROPOUT: tuple[None, tuple, tuple] = (None, (), ())
@@ -355,8 +361,8 @@ def expand_total(
     dropout: Dropout | None = None,
     config: KernelConfig | None = None,
 ) -> Tensor:
-    """Return round(Σ P_i · Q_i + Σ keep_j ⊙ (L_j · F_j)) as a contiguous (M, N) tensor in the dtype of the
-    P_i.
+    """Return round(Σ P_i · Q_i + Σ keep_j/(1 − p_j) ⊙ (L_j · F_j)) as a contiguous (M, N) tensor in the dtype
+    of the P_i.
 
     At least one P_i (M, K_i), with Q_i (K_i, N); any number of L_j (M, R_j), with F_j (R_j, N). One dtype,
     fp32, bf16 or fp16, but F_j may be fp32; any strides. keep_j (M, N) is all true without dropout, which has
@@ -374,7 +380,7 @@ def expand_total(
     if config.variant == "tma":
         # Masks leave no registers for a rank-R step by pointers.
         if total_addressable(Ps, Qs, N) and (dropout is None or addressable(*Ls, *Fs)):
-            arguments = NO_DROPOUT if dropout is None else dropout.arguments(slice(None))
+            arguments = _of_terms(dropout)
             expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms, *arguments)
             return C
         config = expand_total_config(*key, False, dropout is not None)
@@ -404,6 +410,11 @@ def shrink_total(
     return out
 
 
+def _of_terms(dropout: Dropout | None) -> tuple:
+    """Return what a kernel takes for all rank-R terms: seeds, offsets, thresholds and scales."""
+    return (*NO_DROPOUT, ()) if dropout is None else (*dropout.arguments(slice(None)), dropout.scales())
+
+
 def _total(
     Ps: Sequence[Tensor],
     Qs: Sequence[Tensor],
@@ -422,7 +433,7 @@ def _total(
         tuple(Ls),
         tuple(Fs),
         C,
-        *(NO_DROPOUT if dropout is None else dropout.arguments(slice(None))),
+        *_of_terms(dropout),
         scaling,
         M,
         N,

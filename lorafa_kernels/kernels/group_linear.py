@@ -99,7 +99,7 @@ def backward(
     dBs: list[Tensor | None] = [None] * len(dys)
     dzs = []
     for i in adapted:
-        dy, lora_B, scaling = dys[i], lora_Bs[i], scalings[i] / (1 - dropout_ps[i])
+        dy, lora_B, scaling = dys[i], lora_Bs[i], scalings[i]
         need_dz = need_dx and not share_A
         one_pass = plan.one_pass and need_dz and need_dBs[i]
         if need_dBs[i]:

@@ -1,6 +1,6 @@
 """expand_total for Hopper: the sum of several products in one accumulator, persistent and with TMA.
 
-    C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j keep_j ⊙ (L_j (M, R_j) · F_j (R_j, N)) )
+    C (M, N) = round( Σ_i P_i (M, K_i) · Q_i (K_i, N) + Σ_j keep_j/(1 − p_j) ⊙ (L_j (M, R_j) · F_j (R_j, N)) )
 
     dx: P_i = dy_i, Q_i = weight_i, L_j = dz_j, F_j = lora_A_j, of the members i, and those with an adapter j
 
@@ -51,6 +51,7 @@ def _total_tma_kernel(
     seeds_ptr,
     seed_offsets,
     thresholds,
+    scales,
     M,
     N,
     widths,
@@ -154,7 +155,8 @@ def _total_tma_kernel(
                     )
                     seed = tl.load(seeds_ptr + seed_offsets[j])
                     index_m = start_m + tl.arange(0, BLOCK_M)
-                    C += drop(term, keep_tile(seed, thresholds[j], index_m, start_c, N, COLUMNS))
+                    keep = keep_tile(seed, thresholds[j], index_m, start_c, N, COLUMNS)
+                    C += drop(term, keep) * scales[j]
             C_desc.store([start_m, start_c], round_as(C, DTYPE, EMULATE_BF16).to(DTYPE))
 
 
@@ -185,9 +187,10 @@ def expand_total_tma(
     seeds: Tensor | None,
     seed_offsets: tuple[int, ...],
     thresholds: tuple[int, ...],
+    scales: tuple[float, ...],
 ) -> None:
-    """Write round(Σ P_i · Q_i + Σ keep_j ⊙ (L_j · F_j)) into C. Operands as in expand_total, with P_i and Q_i
-    addressable; seeds is None without dropout.
+    """Write round(Σ P_i · Q_i + Σ keep_j/(1 − p_j) ⊙ (L_j · F_j)) into C. Operands as in expand_total, with
+    P_i and Q_i addressable; seeds is None without dropout.
     """
     M, N = C.shape
     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
@@ -204,6 +207,7 @@ def expand_total_tma(
         seeds,
         seed_offsets,
         thresholds,
+        scales,
         M,
         N,
         tuple(P.shape[1] for P in Ps),

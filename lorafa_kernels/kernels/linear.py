@@ -74,7 +74,6 @@ def backward(
     The kernel that writes dz is the last before expand, which may start while it runs.
     """
     plan, config = _resolve(plan, dy, weight, lora_A.shape[0], dropout_p > 0)
-    scaling = scaling / (1 - dropout_p)
     dropout = {"dropout_p": dropout_p, "seed": seed}
     if plan.one_pass and config.variant != "recompute":
         pdl = plan.pdl and _launches(dy)
@@ -98,7 +97,7 @@ def backward_input(
     """Compute dx (M, K) alone: one launch for few rows, else two."""
     plan, config = _resolve(plan, dy, weight, lora_A.shape[0], dropout_p > 0)
     dropout = {"dropout_p": dropout_p, "seed": seed}
-    return _input_gradient(dy, weight, lora_A, lora_B, scaling / (1 - dropout_p), plan, config, dropout)
+    return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, config, dropout)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype, *, plan: KernelPlan | None = None) -> Tensor:
@@ -116,7 +115,6 @@ def _input_gradient(
     config: KernelConfig,
     dropout: dict,
 ) -> Tensor:
-    """dx, with scaling = s/(1 − p)."""
     if config.variant == "recompute":
         dx, _ = recompute(
             dy, weight, lora_B, lora_A, None, scaling, config=config, want_L=False, drop_P=False, **dropout

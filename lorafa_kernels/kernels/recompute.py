@@ -1,13 +1,13 @@
 """recompute: shrink and expand in one launch, for few rows.
 
     L (M, R) = round( scaling · ((P (M, K) ⊙ keep) · D (K, R)) )
-    C (M, N) = round( P (M, K) · Q (K, N) + keep ⊙ (L (M, R) · F (R, N)) + bias (N) )
+    C (M, N) = round( P (M, K) · Q (K, N) + keep/(1 − p) ⊙ (L (M, R) · F (R, N)) + bias (N) )
 
     z, y   (M, N): P = x,  D = lora_Aᵀ, Q = weightᵀ, F = lora_Bᵀ, bias
     dz, dx (M, K): P = dy, D = lora_B,  Q = weight,  F = lora_A
 
 keep is the dropout mask (philox.py), made in registers, of the shape of x: in forward it is for P in the
-product with D alone (DROP_P), in backward for L · F (DROP_LF), else all true.
+product with D alone (DROP_P), its 1/(1 − p) in scaling; in backward for L · F (DROP_LF); else all true.
 
 Every block makes the rows of L that it needs, beside its tile of C and from the same tiles of P; the first
 column of blocks writes L. Reads P and D once per column of blocks (from L2, but for the first), Q once per
@@ -28,6 +28,7 @@ from .tile import (
     dropout_arguments,
     emulate_bf16,
     input_precision,
+    keep_scale,
     keep_tile,
     load,
     offsets,
@@ -47,6 +48,7 @@ def _recompute_kernel(
     C_ptr,
     seed_ptr,
     threshold,
+    scale,
     scaling,
     M,
     N,
@@ -119,7 +121,7 @@ def _recompute_kernel(
     L = round_as(L, DTYPE, EMULATE_BF16)
     if DROP_LF:
         keep = keep_tile(seed, threshold, index_m, block_n * BLOCK_N, N, BLOCK_N)
-        acc += drop(tl.dot(L, F, input_precision=INPUT_PRECISION), keep)
+        acc += drop(tl.dot(L, F, input_precision=INPUT_PRECISION), keep) * scale
     else:
         acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
     if HAS_BIAS:
@@ -147,7 +149,8 @@ def recompute(
 
     P (M, K) and Q (K, N) of one dtype, fp32, bf16 or fp16; D (K, R) and F (R, N) of that dtype or fp32; any
     strides. bias (N,), or None. Where dropout_p is above 0, the mask of `seed` is for P, (M, K), or for
-    L · F, (M, N), if not drop_P; 1/(1 − dropout_p) is for the caller to have in `scaling`.
+    L · F, (M, N), if not drop_P. 1/(1 − dropout_p) multiplies L · F here; for P it is for the caller to have
+    in `scaling`.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -171,6 +174,7 @@ def recompute(
         L,
         C,
         *dropout_arguments(dropout_p, seed),
+        None if drop_P else keep_scale(dropout_p),
         scaling,
         M,
         N,

@@ -1,7 +1,7 @@
 """shrink: the product with the low-rank factor's wide side.
 
     z  (M, R) = round( s/(1 − p) · ((x (M, K) ⊙ keep (M, K)) · lora_Aᵀ (K, R)) )
-    dz (M, R) = round( s/(1 − p) · (dy (M, N) · lora_B (N, R)) )
+    dz (M, R) = round( s · (dy (M, N) · lora_B (N, R)) )
 
 One kernel for both: out = round(scaling · (rows · factor)), with the contraction named K. With dropout
 (philox.py) the tiles of `rows` are multiplied with keep, which is made in registers. Reads rows and factor

@@ -50,15 +50,16 @@ def load(pointers, mask, EMULATE_BF16: tl.constexpr):
 
 @triton.jit
 def round_as(value, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
-    """Round to DTYPE, to nearest even. Emulated bf16 stays in an fp32 container with the low 16 bits
-    cleared.
-    """
+    """Round to DTYPE, to nearest even. With EMULATE_BF16 the result stays in an fp32 container."""
     if EMULATE_BF16 and tl.bfloat16 == DTYPE:
         value = value.to(tl.float32)
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         # A NaN could carry into the sign or be truncated to infinity.
         return tl.where(value == value, rounded, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True)
+    elif EMULATE_BF16:
+        # An fp16 operand beside a bf16 factor: the product takes two of one dtype, and load has widened.
+        return value.to(DTYPE).to(tl.float32)
     else:
         return value.to(DTYPE)
 
@@ -121,6 +122,11 @@ def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | N
         raise ValueError(f"dropout of {dropout_p} needs a seed, an int64 tensor of shape (1,)")
     word = philox.threshold(dropout_p)
     return seed, word - (1 << 32) if word >= 1 << 31 else word
+
+
+def keep_scale(dropout_p: float) -> float | None:
+    """Return 1/(1 − p), which a kept element of a rank-R term is multiplied with in fp32; None for p = 0."""
+    return 1 / (1 - dropout_p) if dropout_p else None
 
 
 def emulate_bf16(*tensors: Tensor | None) -> bool:
