@@ -120,3 +120,15 @@ def _param(case):
 
 def _interpreted(product: tuple) -> bool:
     return tuple(product[0].values[:2]) == ("cpu", "triton")
+
+
+def slow_reference() -> list:
+    """Cases (device, impl) for what takes long and says the same of the reference as of the library: the
+    first is slow.
+    """
+    return [
+        pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow], id=case.id)
+        if case.values[1] == "reference"
+        else case
+        for case in implementation_cases()
+    ]

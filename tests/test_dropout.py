@@ -151,6 +151,7 @@ def revealed(impl: str, p: float, M: int, K: int, seed: torch.Tensor, dtype=torc
     ("p", P),
     ("shape", [(37, 43), (70, 72), (1, 1)]),
     indirect=["plan"],
+    each_once=True,
 )
 def test_same_mask_in_every_implementation(device, impl, p, shape):
     """Forward and backward; K is no multiple of 4, or one that TMA can address."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import SMALL_OUTPUT, Budget, assert_same, check_budget
 from conftest import TRITON_DEVICE, implementation_cases, on_device
-from kernel_plans import grid
+from kernel_plans import grid, slow_reference
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -869,7 +869,7 @@ def test_opcheck(device, impl, name, share_A, p):
         assert (got.shape, got.stride(), got.dtype) == (shape.shape, shape.stride(), shape.dtype)
 
 
-@implementations
+@pytest.mark.parametrize(("device", "impl"), slow_reference())
 @pytest.mark.parametrize("share_A", [False, True])
 def test_compile_fullgraph_with_dynamic_rows(device, impl, share_A):
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import SMALL_OUTPUT, assert_same, check_budget
 from conftest import implementation_cases
-from kernel_plans import grid
+from kernel_plans import grid, slow_reference
 from memory_beds import far_rows
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -709,9 +709,18 @@ def test_non_finite_values_propagate(device, impl):
     assert torch.isfinite(got["y"][[0, 5, 25]]).all() and not torch.isfinite(got["y"][4]).any()
 
 
+GRADCHECKS = [
+    pytest.param(name, dropout, id=name + ("-dropout" if dropout else ""), marks=marks)
+    for index, name in enumerate(ACTIVATIONS)
+    for dropout, marks in (
+        (DROPOUT, pytest.mark.slow if index else []),
+        (None, [] if index else pytest.mark.slow),
+    )
+]
+
+
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
-@activations
+@pytest.mark.parametrize(("activation", "dropout"), GRADCHECKS)
 def test_gradcheck(impl, activation, dropout):
     """Against finite differences, with dropout at a fixed seed."""
     case = Case("cpu", torch.float64, rows=3, widths=(5, 6, 4), dropout=dropout)
@@ -755,7 +764,7 @@ def test_checkpointing(device, impl, reentrant, dropout):
         assert torch.equal(tensor.grad, want[name]), name
 
 
-@implementations
+@pytest.mark.parametrize(("device", "impl"), slow_reference())
 @pytest.mark.parametrize("trained", [LAYERS, ("down",)], ids=["all", "down"])
 def test_compile_fullgraph_with_dynamic_rows(device, impl, trained):
     torch._dynamo.reset()
