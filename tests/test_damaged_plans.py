@@ -206,7 +206,7 @@ def assert_pin_ignored(match: str) -> None:
     assert len(said) == 1 and match in said[0] and len(said[0]) < 500, said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(layer(x), layer(x))
+        layer(x)
         assert pinned() is None
 
 

@@ -93,7 +93,7 @@ NAMES = ("torch", "triton", "numpy", "safetensors", "argparse", "json", "platfor
 def test_the_interpreter_s_process_imports_nothing_from_the_current_folder(monkeypatch, tmp_path):
     plant(tmp_path, *NAMES)
     monkeypatch.chdir(tmp_path)
-    # As after the console script, and after python -c.
+    # As after python -c, and in an interactive session.
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setattr(
         doctor, "_INTERPRETED", doctor._INTERPRETED.rpartition("from {name}.doctor")[0] + "print('[]')\n"
@@ -101,23 +101,44 @@ def test_the_interpreter_s_process_imports_nothing_from_the_current_folder(monke
     assert doctor.interpreted_checks() == []
 
 
-def test_the_module_s_command_imports_nothing_from_the_current_folder(tmp_path):
-    plant(tmp_path, *NAMES)
-    done = run("-m", "lorafa_kernels", "--version", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0 and "planted" not in done.stdout + done.stderr, done.stderr
-
-
 def test_in_a_checkout_the_package_is_found_and_nothing_else(tmp_path):
-    """Where the package itself lies in the current folder."""
+    """Where the package itself lies in the current folder, as on a machine where it is not installed."""
     (tmp_path / "lorafa_kernels").symlink_to(ROOT / "lorafa_kernels")
     plant(tmp_path, *NAMES)
     done = run("-m", "lorafa_kernels", "plan", ".", cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 2 and "plan: config.json: No such file" in done.stderr, done.stderr
 
 
-def test_other_programs_keep_their_folder(tmp_path):
-    """`python -m mine` that imports the package still finds its own modules there."""
-    (tmp_path / "mine.py").write_text("import lorafa_kernels, beside\nprint(beside.value)\n")
-    (tmp_path / "beside.py").write_text("value = 'found'\n")
-    done = run("-m", "mine", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.stdout == "found\n", done.stderr
+# The same of a small package that has the module, in whose folder lies a module of the user's.
+PACKAGE = {
+    "small/__init__.py": "from . import _safe_path\n",
+    "small/__main__.py": "import beside\n",
+    "small/_safe_path.py": (ROOT / "lorafa_kernels" / "_safe_path.py").read_text(encoding="utf-8"),
+    "mine.py": "import small, beside\n",
+    "beside.py": "print('beside was imported')\n",
+}
+OWN_P = [] if sys.version_info < (3, 11) else ["-P"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "imported"),
+    [
+        pytest.param(["-m", "small"], {}, False, id="-m"),
+        pytest.param(["-msmall"], {}, False, id="-m-in-one-word"),
+        pytest.param(["-W", "ignore", "-m", "small", "-m", "other"], {}, False, id="other-options"),
+        # Put there by the user, or another program that looks for its own modules.
+        pytest.param(["-m", "small"], {"PYTHONPATH": "."}, True, id="in-PYTHONPATH"),
+        pytest.param([*OWN_P, "-m", "small"], {"PYTHONPATH": "."}, True, id="in-PYTHONPATH-with-P"),
+        pytest.param(["-m", "mine"], {}, True, id="-m-of-another"),
+        pytest.param(["-m", "mine", "-m", "smaller"], {}, True, id="-m-of-another-with-options"),
+        pytest.param(["mine.py"], {}, True, id="a-script"),
+        pytest.param(["-c", "import small, beside"], {}, True, id="-c"),
+    ],
+)
+def test_only_the_module_s_own_command_leaves_the_folder_out(tmp_path, arguments, variables, imported):
+    (tmp_path / "small").mkdir()
+    for name, text in PACKAGE.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = run(*arguments, cwd=tmp_path, **{"PYTHONPATH": "", **variables})
+    assert (done.stdout == "beside was imported\n") == imported, done.stderr
+    assert imported == (done.returncode == 0) and ("No module named 'beside'" in done.stderr) != imported

@@ -199,7 +199,7 @@ numbers = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.sampled_from(FIELDS), values, max_size=3),
     st.sets(st.sampled_from(FIELDS), max_size=1),
@@ -214,7 +214,7 @@ def test_whatever_is_asked_there_is_an_answer(tmp_path, changed, missing, option
     assert_answered(str(path), *(f"{name}={value}" for name, value in options.items()))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]":,0123456789.eE-+ntfalseruN \n', max_size=60))
 )
