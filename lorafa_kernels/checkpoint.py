@@ -25,10 +25,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .adapt import (
@@ -204,7 +202,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _warn_unsaved(model)
     # A copy of each: safetensors refuses tensors that share storage, as aliases do.
     copies = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    weights = safetensors.torch.save(copies, metadata={"format": "pt"})
+    weights = _safetensors().torch.save(copies, metadata={"format": "pt"})
     sharded = any(is_dtensor(tensor) or is_partitioned(tensor) for tensor in _tensors(model).values())
     if sharded and dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
@@ -463,10 +461,29 @@ class _Weights:
 
     def read(self) -> dict[str, Tensor]:
         """All tensors by key."""
+        safetensors = _safetensors()
         try:
             return safetensors.torch.load(self._start + self._file.read(self._bytes))
-        except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError, TypeError) as error:
+        except (
+            safetensors.SafetensorError,
+            KeyError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+            TypeError,
+        ) as error:
             raise ValueError(f"{self.path} is damaged: {error}") from error
+
+
+def _safetensors():
+    """The package, imported where a file is read or written: training and the doctor run without it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"adapter files need safetensors ({error}): pip install 'safetensors[numpy]'"
+        ) from error
+    return safetensors
 
 
 @contextlib.contextmanager

@@ -61,11 +61,11 @@ def test_tune_refuses_such_a_device_likewise(capsys, device):
     assert stop.value.code == 2 and said.count("\n") == 1 and "argument --device: " in said
 
 
-OPTIONAL = ("platformdirs", "rich", "numpy", "triton", "transformers", "peft", "matplotlib")
+OPTIONAL = ("platformdirs", "rich", "numpy", "safetensors", "triton", "transformers", "peft", "matplotlib")
 
 
 def test_the_doctor_needs_nothing_optional(tmp_path):
-    """Not numpy either, which only saving needs; PyTorch warns where it is missing."""
+    """Not safetensors and numpy either, which only files need; PyTorch warns where numpy is missing."""
     done = run("-W", "ignore", "-c", BLOCKED.format(names=OPTIONAL), cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "everything passed" in done.stdout and "triton is not installed" in done.stdout
@@ -142,3 +142,22 @@ def test_only_the_module_s_own_command_leaves_the_folder_out(tmp_path, arguments
     done = run(*arguments, cwd=tmp_path, **{"PYTHONPATH": "", **variables})
     assert (done.stdout == "beside was imported\n") == imported, done.stderr
     assert imported == (done.returncode == 0) and ("No module named 'beside'" in done.stderr) != imported
+
+
+def test_a_missing_safetensors_is_named_where_a_file_is_written_or_read(monkeypatch, tmp_path):
+    from lorafa_kernels import LoRAFAConfig, apply_lorafa, load_adapter, save_adapter
+
+    def model():
+        return torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+    adapted = apply_lorafa(model(), LoRAFAConfig(r=2, target_modules=["0"]))
+    save_adapter(adapted, tmp_path / "sound")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(
+        ImportError, match=r"adapter files need safetensors .*pip install 'safetensors\[numpy\]'"
+    ):
+        save_adapter(adapted, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ImportError, match="adapter files need safetensors"):
+        load_adapter(model(), tmp_path / "sound")
