@@ -161,5 +161,5 @@ def shown(value: object) -> str:
         text = repr(value)
     except (RecursionError, ValueError):
         # Nested too deeply, or an integer of more digits than Python prints.
-        text = f"a {type(value).__name__}"
+        text = f"something of type {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

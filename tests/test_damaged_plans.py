@@ -150,6 +150,15 @@ def test_a_table_that_strains_the_reader_is_ignored(text, match):
     assert_ignored_with_one_warning(match)
 
 
+def test_whatever_is_shown_in_a_message_is_one_short_line():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert files.shown(deep) == "something of type list"
+    for value in (10**5000, "a\nb" * 1000, {"k" * 1000: [1] * 1000}):
+        assert len(files.shown(value)) < 100 and "\n" not in files.shown(value)
+
+
 def make_special(path, kind: str):
     path.parent.mkdir(exist_ok=True)
     if kind == "pipe":

@@ -51,6 +51,7 @@ def test_a_device_where_nothing_can_be_checked_is_refused_in_one_line(capsys, de
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == ""
     assert said.err.count("\n") == 1 and "argument --device: device is " in said.err
+    assert ("which holds no data" in said.err) == (device == "meta")
 
 
 @pytest.mark.parametrize("device", ["", "cuda:99999999999999999999", "gpu", "cuda:-1"], ids=repr)
