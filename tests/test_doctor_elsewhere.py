@@ -131,7 +131,7 @@ OWN_P = [] if sys.version_info < (3, 11) else ["-P"]
         pytest.param(["-m", "small"], {"PYTHONPATH": "."}, True, id="in-PYTHONPATH"),
         pytest.param([*OWN_P, "-m", "small"], {"PYTHONPATH": "."}, True, id="in-PYTHONPATH-with-P"),
         pytest.param(["-m", "mine"], {}, True, id="-m-of-another"),
-        pytest.param(["-m", "mine", "-m", "smaller"], {}, True, id="-m-of-another-with-options"),
+        pytest.param(["-m", "mine", "-m", "small"], {}, True, id="-m-of-another-with-options"),
         pytest.param(["mine.py"], {}, True, id="a-script"),
         pytest.param(["-c", "import small, beside"], {}, True, id="-c"),
     ],

@@ -181,6 +181,15 @@ def test_heads_that_do_not_share_evenly():
         ModelSizes.from_config({**LLAMA, "num_key_value_heads": 3})
 
 
+@pytest.mark.parametrize("field", [name for name in LLAMA if name != "model_type"] + ["head_dim"])
+@pytest.mark.parametrize(
+    "value", [10**400, (1 << 40) + 1, -1, True, 64.0, "64", [64]], ids=lambda v: str(v)[:8]
+)
+def test_sizes_that_no_model_has(tmp_path, field, value):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, field: value}))
+    assert f"{field} is " in assert_refused(str(tmp_path))
+
+
 values = st.one_of(
     st.none(),
     st.booleans(),
