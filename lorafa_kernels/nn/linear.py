@@ -16,20 +16,6 @@ from ..engines import full_shape, manager_of, not_plain
 from ..functional import FLOAT_DTYPES, check_frozen, lorafa_linear
 
 INITIALISATIONS = (True, False, "gaussian")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
 _OWN = frozenset(
     {
@@ -139,12 +125,11 @@ class LoRAFALinear(nn.Module):
             if name in ("_parameters", "_buffers", "_modules"):
                 for key, entry in value.items():
                     own[name].setdefault(key, entry)
-            elif name in _HOOKS or name in ("training", "_non_persistent_buffers_set"):
-                own[name] = value
             elif name in _OWN:
                 # What bears the name of an attribute of ours waits until the layer is a Linear again.
                 self._shadowed[name] = value
             else:
+                # Hooks, the training flag, and what its author set.
                 own[name] = value
         _rebind_hooks(self)
 
