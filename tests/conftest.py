@@ -4,14 +4,18 @@ offers the cases.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import pkgutil
 import random
 import sys
 import tempfile
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -29,6 +33,11 @@ try:
     TRITON = True
 except ImportError:
     TRITON = False
+
+try:
+    import hypothesis
+except ImportError:
+    hypothesis = None
 
 DEVICES = ("cpu", "cuda")
 # In one process Triton either interprets or compiles, so on a machine with a GPU its kernels do not run on
@@ -71,6 +80,26 @@ def pytest_configure(config):
     # torch keeps compiled graphs by what was traced, which leaves out the schemas of operators: code compiled
     # for another version of this library would run here.
     torch.compiler.config.force_disable_caches = True
+    import_everything()
+    if hypothesis is not None:
+        # Neither is a property of what is tested: a busy machine is slow.
+        hypothesis.settings.register_profile(
+            "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+        )
+        hypothesis.settings.load_profile("any machine")
+
+
+def import_everything() -> None:
+    """Import every module of the package now. One that is imported first while a test has replaced a function
+    would keep the replacement for good, if it takes functions by name.
+    """
+    import lorafa_kernels
+
+    for module in pkgutil.walk_packages(lorafa_kernels.__path__, "lorafa_kernels."):
+        if module.name != "lorafa_kernels.__main__" and (TRITON or ".kernels" not in module.name):
+            # What an optional package is missing for is tested where it is needed.
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(module.name)
 
 
 def pytest_report_header(config):
@@ -148,3 +177,48 @@ def fake_gpu(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# pytest's own; torch's, of its compiler's first use; bench's, of its profiler's.
+MAY_CHANGE = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KINETO_LOG_LEVEL")
+
+
+def process_state() -> dict[str, object]:
+    """What belongs to the whole process and a test may change for its own time alone."""
+    from lorafa_kernels.tuning.pin import pinned
+
+    precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    hooks = nn.modules.module
+    variables = {f"variable {name}": value for name, value in os.environ.items() if name not in MAY_CHANGE}
+    return {
+        **variables,
+        "folder": os.getcwd(),
+        "import path": list(sys.path),
+        "modules that cannot be imported": {name for name, module in sys.modules.items() if module is None},
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "memory filled": torch.utils.deterministic.fill_uninitialized_memory,
+        "precision of fp32 products": precision,
+        "hooks of all modules": (len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)),
+        "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+        "modes": len(_get_current_dispatch_mode_stack()),
+        "pinned plan": pinned(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _process_state():
+    """A test that leaves something behind for the next ones fails itself, whatever order they run in."""
+    before = process_state()
+    yield
+    after = process_state()
+    left = {
+        name: (before.get(name), after.get(name))
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name)
+    }
+    assert not left, f"left behind (before, after): {left}"
