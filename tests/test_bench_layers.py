@@ -313,6 +313,7 @@ def test_out_of_memory_is_not_a_wrong_result():
     assert layers.failure(RuntimeError("wrong"))["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 def test_kernels_are_checked_and_compared_with_library_products(monkeypatch):
     pytest.importorskip("triton")

@@ -150,6 +150,7 @@ def test_planted_failures_of_a_layer_have_no_number():
     assert rows["frozen", False]["status"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 def test_units_of_a_llama_block():
     pytest.importorskip("peft")

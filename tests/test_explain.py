@@ -146,7 +146,7 @@ class Launches:
         pytest.param("heuristic", torch.float32, 12, id="fp32-few-rows"),
         pytest.param("heuristic", torch.bfloat16, 12, id="bf16-few-rows"),
         pytest.param("heuristic", torch.bfloat16, 300, id="bf16"),
-        *(pytest.param(pin, torch.float32, 300, id=pin) for pin in PINNED),
+        *(pytest.param(pin, torch.float32, 70, id=pin) for pin in PINNED),
     ],
 )
 @pytest.mark.parametrize("frozen", [False, True], ids=["dx-and-dB", "dx-alone"])

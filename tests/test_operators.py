@@ -72,7 +72,7 @@ def test_compile_fullgraph_with_dynamic_rows(device, impl):
     assert frames["unique_graphs"] == unique, "one graph serves every number of rows"
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compile_with_inductor(training):
     torch._dynamo.reset()
     layer = LoRAFALinear(16, 24, r=4, init_lora_weights=False).train(training)

@@ -881,7 +881,10 @@ def test_dropout_is_drawn_by_the_blocks(training):
     assert torch.equal(y, other) != training
 
 
-@pytest.mark.parametrize("path", ["0", "0.mlp", "0.attention", "0.norm"])
+@pytest.mark.parametrize(
+    "path",
+    ["0", *(pytest.param(part, marks=pytest.mark.slow) for part in ("0.mlp", "0.attention", "0.norm"))],
+)
 def test_compiled_in_one_graph(path):
     def run(kind, compiled):
         model = adapted(kind)

@@ -210,6 +210,7 @@ def test_gradient_checkpointing(family, reentrant):
     check_budget(*found, results(unfused(family).double()), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 def test_a_whole_model_is_compiled_in_one_graph():
     found = []
