@@ -772,7 +772,9 @@ def test_hopper_kernel_of_dx(device, impl, dtype, p, R, subtile):
         found = sum(dy.to(to) @ weight.to(to) for dy, weight in zip(*operands[:2], strict=True))
         for j, (dz, factor) in enumerate(zip(*operands[2:], strict=True)):
             term = dz.to(to) @ factor.to(to)
-            found = found + (term * keep_mask(seeds[j : j + 1], dropout.ps[j], 150, 72) if dropout else term)
+            if dropout:
+                term = term * keep_mask(seeds[j : j + 1], dropout.ps[j], 150, 72) / (1 - dropout.ps[j])
+            found = found + term
         return found
 
     got = {
