@@ -181,6 +181,7 @@ def _seed():
 
 # pytest's own; torch's, of its compiler's first use; bench's, of its profiler's.
 MAY_CHANGE = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KINETO_LOG_LEVEL")
+COMPILERS_OWN = "_TORCHINDUCTOR_"
 
 
 def process_state() -> dict[str, object]:
@@ -189,11 +190,16 @@ def process_state() -> dict[str, object]:
 
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     hooks = nn.modules.module
-    variables = {f"variable {name}": value for name, value in os.environ.items() if name not in MAY_CHANGE}
+    variables = {
+        f"variable {name}": value
+        for name, value in os.environ.items()
+        if name not in MAY_CHANGE and not name.startswith(COMPILERS_OWN)
+    }
     return {
         **variables,
         "folder": os.getcwd(),
-        "import path": list(sys.path),
+        # setuptools, which torch's compiler imports, adds its own packages.
+        "import path": [folder for folder in sys.path if not folder.endswith("setuptools/_vendor")],
         "modules that cannot be imported": {name for name, module in sys.modules.items() if module is None},
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),

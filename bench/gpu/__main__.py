@@ -38,13 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--out", type=Path, help="folder for what is found (default: $OUT, else .gpu)")
     parser.add_argument(
-        "--stages", nargs="+", choices=names, metavar="STAGE", help=f"only these: {', '.join(names)}"
+        "--stages",
+        nargs="+",
+        choices=names,
+        metavar="STAGE",
+        help=f"only these of {', '.join(names)} (default: all)",
     )
     parser.add_argument(
-        "--budget", type=float, default=TOTAL, metavar="SECONDS", help="for all of them (540)"
+        "--budget",
+        type=float,
+        default=TOTAL,
+        metavar="SECONDS",
+        help="for all of them (default: %(default)g)",
     )
     parser.add_argument(
-        "--past", type=Path, nargs="*", default=[PAST], metavar="FOLDER", help="of earlier calls (.gpu)"
+        "--past",
+        type=Path,
+        nargs="*",
+        metavar="FOLDER",
+        help=f"of earlier calls (default: {PAST.name})",
     )
     parser.add_argument("--again", action="store_true", help="do again what earlier calls completed")
 
@@ -75,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     for left in out.glob(".triton-cache*"):
         left.unlink()
     about = environment()
-    past = tuple(dict.fromkeys((*options.past, out)))
+    past = tuple(dict.fromkeys((*([PAST] if options.past is None else options.past), out)))
     device = about["machine"]["gpu"]["name"]
     done, _ = driver.earlier(past, about["tree"], device)
     call = Call(
