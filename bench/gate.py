@@ -48,7 +48,7 @@ from lorafa_kernels.blocks.activation import ACTIVATIONS
 from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
 from lorafa_kernels.kernels.gated import NUM_WARPS as GATED_WARPS
 from lorafa_kernels.kernels.tile import INTERPRETED
-from lorafa_kernels.tuning.config import (
+from lorafa_kernels.plan.config import (
     KNOWN_DEVICES,
     MIN_BLOCK,
     OPS,

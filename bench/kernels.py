@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorafa_kernels import library
 from lorafa_kernels.accuracy import Operands, relative_error
-from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 from .cases import Case
 from .contenders import CONTENDERS

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorafa_kernels.tuning.config import KNOWN_DEVICES, DeviceLimits
-from lorafa_kernels.tuning.cost import ceilings, predict, predict_step
-from lorafa_kernels.tuning.plan import candidates
-from lorafa_kernels.tuning.recipe import Device, Problem
+from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits
+from lorafa_kernels.plan.cost import ceilings, predict, predict_step
+from lorafa_kernels.plan.plan import candidates
+from lorafa_kernels.plan.recipe import Device, Problem
 
 from .cases import DTYPES
 

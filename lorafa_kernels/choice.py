@@ -1,7 +1,7 @@
 """Which implementation and plan run, and why: the one place that decides it.
 
 The rule of impl="auto": "triton" for fp32, bf16 and fp16 tensors on a GPU that Triton supports (NVIDIA from
-sm_80 on, AMD), else "torch". There each operation runs with the plan that tuning/plan.py gives it: the fused
+sm_80 on, AMD), else "torch". There each operation runs with the plan that plan/plan.py gives it: the fused
 kernels, or the library's products where those are faster. An implementation asked for by name runs or raises;
 it is never replaced by another: impl="triton" takes plans of the fused kernels alone.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .tuning.lookup import forget
-from .tuning.pin import Pin, forget_environment
-from .tuning.plan import Plan, make_plan
-from .tuning.recipe import NAMES, Device, Problem
+from .plan.lookup import forget
+from .plan.pin import Pin, forget_environment
+from .plan.plan import Plan, make_plan
+from .plan.recipe import NAMES, Device, Problem
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

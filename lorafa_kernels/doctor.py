@@ -35,8 +35,8 @@ from .blocks.norm import FORMS
 from .choice import choose, planned_device, triton_obstacle
 from .command_line import one_line
 from .explanation import DEFAULT_M, describe_limits, describe_plan, explain
-from .tuning.lookup import CACHE_VARIABLE, cache_path, shipped_table, user_table
-from .tuning.pin import PLAN_VARIABLE
+from .plan.lookup import CACHE_VARIABLE, cache_path, shipped_table, user_table
+from .plan.pin import PLAN_VARIABLE
 
 CHECKED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**CHECKED_DTYPES, "fp64": torch.float64}

@@ -16,10 +16,10 @@ from .choice import choose, choose_plan, planned_device
 from .functional import FLOAT_DTYPES
 from .library import SUMMED_IN_PLACE
 from .nn.linear import LoRAFALinear
-from .tuning.config import DeviceLimits, KernelConfig
-from .tuning.pin import pinned
-from .tuning.plan import Plan
-from .tuning.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
+from .plan.config import DeviceLimits, KernelConfig
+from .plan.pin import pinned
+from .plan.plan import Plan
+from .plan.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
 
 DEFAULT_M = 2048
 

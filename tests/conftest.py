@@ -186,7 +186,7 @@ COMPILERS_OWN = "_TORCHINDUCTOR_"
 
 def process_state() -> dict[str, object]:
     """What belongs to the whole process and a test may change for its own time alone."""
-    from lorafa_kernels.tuning.pin import pinned
+    from lorafa_kernels.plan.pin import pinned
 
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     hooks = nn.modules.module

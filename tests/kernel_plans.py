@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import GPU, TRITON_DEVICE, implementation_cases, on_device
 
-from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")
 # Small blocks: several tiles a program, several rank blocks, several parts of a contraction.

@@ -26,12 +26,12 @@ LEVELS = [
         "exchange",
         "flops",
         "philox",
-        "tuning.config",
-        "tuning.models",
+        "plan.config",
+        "plan.models",
     },
-    {"memory", "reference", "library", "tuning.recipe", "kernels.tile"},
-    {"tuning.cost", "tuning.lookup", "tuning.pin"},
-    {"tuning.plan"},
+    {"memory", "reference", "library", "plan.recipe", "kernels.tile"},
+    {"plan.cost", "plan.lookup", "plan.pin"},
+    {"plan.plan"},
     {"choice"},
     {"kernels.shrink", "kernels.expand_tma", "kernels.gated", "kernels.grad", "kernels.recompute"},
     {"kernels.expand", "kernels.group_tma"},
@@ -48,15 +48,15 @@ LEVELS = [
     {"placing.recognise", "placing.members"},
     {"placing.fused"},
     {"placing.place"},
-    {"adapt", "blocks.accuracy", "explanation", "tuning.search"},
-    {"checkpoint", "doctor", "tuning.command"},
+    {"adapt", "blocks.accuracy", "explanation", "plan.search"},
+    {"checkpoint", "doctor", "plan.command"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
-OPTIONAL = {"tuning.command": {"rich"}, "doctor": {"numpy"}}
+OPTIONAL = {"plan.command": {"rich"}, "doctor": {"numpy"}}
 
 
 def modules() -> dict[str, Path]:
@@ -129,7 +129,7 @@ def test_reference_and_kernels_never_meet():
             assert not found & {"reference", "library"}
         if name in ("reference", "library"):
             assert found == {"philox"}
-        if name in ("philox", "tuning.config", "tuning.models"):
+        if name in ("philox", "plan.config", "plan.models"):
             assert not found
 
 

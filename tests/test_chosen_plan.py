@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lorafa_kernels import choice
-from lorafa_kernels.tuning.config import KNOWN_DEVICES, RECOMPUTE_ROWS, rows_aligned
-from lorafa_kernels.tuning.recipe import Problem, heuristic_config
+from lorafa_kernels.plan.config import KNOWN_DEVICES, RECOMPUTE_ROWS, rows_aligned
+from lorafa_kernels.plan.recipe import Problem, heuristic_config
 
 HOPPER = KNOWN_DEVICES["sm_90"]
 GPU = torch.device("cuda")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafa_kernels.tuning.config import (
+from lorafa_kernels.plan.config import (
     DIRECT_BLOCKS,
     INTERPRETER,
     KNOWN_DEVICES,

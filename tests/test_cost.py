@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafa_kernels.tuning.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
-from lorafa_kernels.tuning.cost import PHILOX_INSTRUCTIONS, Ceilings, ceilings, frozen, predict, predict_step
-from lorafa_kernels.tuning.plan import candidates, make_plan
-from lorafa_kernels.tuning.recipe import OPERATIONS, Device, Problem, Recipe, heuristic_config, kernel_configs
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
+from lorafa_kernels.plan.cost import PHILOX_INSTRUCTIONS, Ceilings, ceilings, frozen, predict, predict_step
+from lorafa_kernels.plan.plan import candidates, make_plan
+from lorafa_kernels.plan.recipe import OPERATIONS, Device, Problem, Recipe, heuristic_config, kernel_configs
 
 HOPPER = KNOWN_DEVICES["sm_90"]
 H200 = Device("NVIDIA H200", HOPPER, "3.6.0")

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorafa_kernels import LoRAFALinear, choice, files
-from lorafa_kernels.tuning import lookup, pin
-from lorafa_kernels.tuning.config import INTERPRETER, KNOWN_DEVICES, KernelConfig, KernelPlan, wrong_field
-from lorafa_kernels.tuning.lookup import cache_path, key_of, read_table
-from lorafa_kernels.tuning.pin import pin_plan, pinned
-from lorafa_kernels.tuning.plan import make_plan
-from lorafa_kernels.tuning.recipe import Device, Problem, Recipe, kernel_configs, recipe_to_json
-from lorafa_kernels.tuning.search import STEPS
+from lorafa_kernels.plan import lookup, pin
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, KernelConfig, KernelPlan, wrong_field
+from lorafa_kernels.plan.lookup import cache_path, key_of, read_table
+from lorafa_kernels.plan.pin import pin_plan, pinned
+from lorafa_kernels.plan.plan import make_plan
+from lorafa_kernels.plan.recipe import Device, Problem, Recipe, kernel_configs, recipe_to_json
+from lorafa_kernels.plan.search import STEPS
 
 H200 = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.6.0")
 PROBLEM = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16)

@@ -17,7 +17,7 @@ from lorafa_kernels import LoRAFALinear, lorafa_linear, ops
 from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, plain_formula
 from lorafa_kernels.functional import draw_seed
 from lorafa_kernels.philox import keep_chunks, keep_mask, philox4x32, threshold
-from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 pytestmark = pytest.mark.numerics
 

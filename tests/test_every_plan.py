@@ -2,7 +2,7 @@
 budget: the fused kernels with each of their variants, the library's products with and without the kernel that
 reads dy once, and the implementations that have no plan.
 
-Plans are not listed here: they are what tuning/plan.py offers for the known devices.
+Plans are not listed here: they are what plan/plan.py offers for the known devices.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lorafa_kernels.blocks.group import lorafa_linear_group
 from lorafa_kernels.blocks.operands import LinearOperands
 from lorafa_kernels.choice import planned_device
 from lorafa_kernels.philox import keep_mask
-from lorafa_kernels.tuning.config import INTERPRETER, KNOWN_DEVICES
-from lorafa_kernels.tuning.pin import pin_plan
-from lorafa_kernels.tuning.plan import candidates
-from lorafa_kernels.tuning.recipe import OPERATIONS, Device, Problem, Recipe, kernel_configs, obstacle
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES
+from lorafa_kernels.plan.pin import pin_plan
+from lorafa_kernels.plan.plan import candidates
+from lorafa_kernels.plan.recipe import OPERATIONS, Device, Problem, Recipe, kernel_configs, obstacle
 
 pytestmark = pytest.mark.numerics
 pytest.importorskip("triton")

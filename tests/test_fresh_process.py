@@ -29,7 +29,7 @@ def without_triton():
     for name in OPTIONAL:
         sys.modules[name] = None
 
-    from lorafa_kernels.tuning.config import KNOWN_DEVICES, default_config
+    from lorafa_kernels.plan.config import KNOWN_DEVICES, default_config
 
     assert default_config("expand", KNOWN_DEVICES["sm_90"], 2, 8192, 16).BLOCK_R == 16
 
@@ -78,8 +78,8 @@ def pinned_plans_say(missing):
     import torch
 
     import lorafa_kernels
-    from lorafa_kernels.tuning.pin import pin_plan
-    from lorafa_kernels.tuning.recipe import Recipe
+    from lorafa_kernels.plan.pin import pin_plan
+    from lorafa_kernels.plan.recipe import Recipe
 
     layer = lorafa_kernels.LoRAFALinear(8, 6, r=2)
     x = torch.randn(3, 8, requires_grad=True)

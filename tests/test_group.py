@@ -27,7 +27,7 @@ from lorafa_kernels.blocks.group import lorafa_linear_group
 from lorafa_kernels.blocks.operands import LinearOperands
 from lorafa_kernels.nn.group import operands_of
 from lorafa_kernels.philox import keep_mask
-from lorafa_kernels.tuning.config import KNOWN_DEVICES, KernelConfig, shrink_group_config
+from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, shrink_group_config
 
 pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())

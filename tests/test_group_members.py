@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import Budget
 
-from lorafa_kernels.tuning.config import KernelConfig
+from lorafa_kernels.plan.config import KernelConfig
 
 pytestmark = pytest.mark.numerics
 

@@ -14,9 +14,9 @@ from lorafa_kernels.accuracy import draw_operands
 from lorafa_kernels.blocks.group import lorafa_linear_group
 from lorafa_kernels.blocks.operands import LinearOperands
 from lorafa_kernels.philox import keep_mask
-from lorafa_kernels.tuning.config import KernelPlan
-from lorafa_kernels.tuning.pin import pin_plan
-from lorafa_kernels.tuning.recipe import OPERATIONS, Recipe
+from lorafa_kernels.plan.config import KernelPlan
+from lorafa_kernels.plan.pin import pin_plan
+from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
 pytestmark = pytest.mark.numerics
 pytest.importorskip("triton")

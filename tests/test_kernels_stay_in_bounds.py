@@ -10,7 +10,7 @@ from kernel_plans import PLANS, pin_by_name
 from memory_beds import Beds
 
 from lorafa_kernels.accuracy import draw_operands
-from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 pytestmark = pytest.mark.numerics
 pytest.importorskip("triton")

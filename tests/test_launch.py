@@ -172,7 +172,7 @@ def test_what_a_machine_lacks_is_said(monkeypatch, tmp_path, lacks, said):
 
 
 def test_limits_are_those_that_configurations_are_made_for():
-    config = pytest.importorskip("lorafa_kernels.tuning.config")
+    config = pytest.importorskip("lorafa_kernels.plan.config")
     for arch, device in stub_gpu.DEVICES.items():
         known = config.KNOWN_DEVICES[arch]
         assert (known.shared_memory, known.num_sms) == (device.shared_memory_optin, device.multiprocessors)

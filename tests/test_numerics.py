@@ -17,7 +17,7 @@ from kernel_plans import PLANS, grid, implementation_and_plan_cases, pin, pin_by
 
 from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, plain_formula, unit_roundoff
-from lorafa_kernels.tuning.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 pytestmark = pytest.mark.numerics
 

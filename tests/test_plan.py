@@ -22,12 +22,12 @@ from lorafa_kernels.accuracy import (
     plain_formula,
     relative_error,
 )
-from lorafa_kernels.tuning import lookup, pin
-from lorafa_kernels.tuning.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
-from lorafa_kernels.tuning.lookup import Entry, Key, Measured, cache_path, key_of, nearest, read_table
-from lorafa_kernels.tuning.pin import Pin, pin_plan, pinned
-from lorafa_kernels.tuning.plan import SOURCES, make_plan
-from lorafa_kernels.tuning.recipe import (
+from lorafa_kernels.plan import lookup, pin
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
+from lorafa_kernels.plan.lookup import Entry, Key, Measured, cache_path, key_of, nearest, read_table
+from lorafa_kernels.plan.pin import Pin, pin_plan, pinned
+from lorafa_kernels.plan.plan import SOURCES, make_plan
+from lorafa_kernels.plan.recipe import (
     OPERATIONS,
     Device,
     Problem,

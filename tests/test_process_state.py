@@ -9,7 +9,7 @@ import torch
 from conftest import process_state
 from torch import nn
 
-from lorafa_kernels.tuning.pin import pin_plan
+from lorafa_kernels.plan.pin import pin_plan
 
 
 def left_behind(change) -> set[str]:

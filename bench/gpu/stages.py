@@ -140,7 +140,7 @@ def checks(device: str, small: bool) -> list[Check]:
     from lorafa_kernels.functional import draw_seed
     from lorafa_kernels.kernels import linear
     from lorafa_kernels.kernels.gated import gated, gated_backward
-    from lorafa_kernels.tuning.config import KernelPlan
+    from lorafa_kernels.plan.config import KernelPlan
 
     from ..kernels import PORTABLE_CONFIG
 

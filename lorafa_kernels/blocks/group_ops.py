@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..choice import choose, choose_plan
 from ..ops import announce, autocast_enabled, define, open_to_direct_calls
-from ..tuning.pin import pinned
-from ..tuning.plan import Plan
+from ..plan.pin import pinned
+from ..plan.plan import Plan
 from . import library, reference
 from .operands import rank_columns
 
@@ -92,7 +92,7 @@ def _direct(
     biases: Sequence[Tensor | None] = (),
 ) -> Callable[..., Any] | None:
     """Return the function to call as it is, where nothing needs a cast and PyTorch's operators are all it
-    calls, or None. op: one of tuning.recipe.OPERATIONS.
+    calls, or None. op: one of plan.recipe.OPERATIONS.
     """
     if not open_to_direct_calls(x.device.type):
         return None

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import KernelConfig, default_config, rows_aligned
+from ..plan.config import KernelConfig, default_config, rows_aligned
 from .expand_tma import expand_tma, storage_order
 from .tile import (
     dependent_launch,

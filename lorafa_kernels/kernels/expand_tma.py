@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import KernelConfig
+from ..plan.config import KernelConfig
 from .tile import (
     addressable,
     describe,

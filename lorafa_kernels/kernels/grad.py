@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import KernelConfig, default_config, row_chunks
+from ..plan.config import KernelConfig, default_config, row_chunks
 from .tile import (
     SUM_BLOCK,
     addressable,

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import (
+from ..plan.config import (
     KernelConfig,
     expand_total_config,
     rows_aligned,

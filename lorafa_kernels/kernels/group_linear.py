@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks.operands import rank_columns, rank_makers, seed_of
-from ..tuning.config import KernelConfig, KernelPlan
+from ..plan.config import KernelConfig, KernelPlan
 from . import linear
 from .expand import expand
 from .grad import grad

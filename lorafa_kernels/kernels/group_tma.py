@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import KernelConfig
+from ..plan.config import KernelConfig
 from .expand_tma import _halves as halves
 from .expand_tma import _low_rank_step as low_rank_step
 from .tile import addressable, describe, drop, emulate_bf16, keep_tile, round_as

@@ -1,7 +1,7 @@
 """The four operations of a LoRA-FA linear layer, composed of the kernels. Shapes and dtypes as in
 reference.py.
 
-Each takes `plan`: None for the heuristics, or an object with the attributes of tuning.config.KernelPlan:
+Each takes `plan`: None for the heuristics, or an object with the attributes of plan.config.KernelPlan:
 
     shrink, expand, grad   KernelConfig, or None for the kernel's heuristic default
     one_pass: bool         backward: one pass over dy for dz and dB, or two (dB, then dz)
@@ -19,14 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..tuning.config import (
-    KernelConfig,
-    KernelPlan,
-    default_config,
-    default_plan,
-    makes_mask,
-    rows_aligned,
-)
+from ..plan.config import KernelConfig, KernelPlan, default_config, default_plan, makes_mask, rows_aligned
 from .expand import expand
 from .grad import grad
 from .recompute import recompute

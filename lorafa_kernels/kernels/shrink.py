@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning.config import KernelConfig, default_config, split_size
+from ..plan.config import KernelConfig, default_config, split_size
 from .tile import (
     SUM_BLOCK,
     dependent_launch,

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import philox
-from ..tuning.config import INTERPRETER, DeviceLimits
+from ..plan.config import INTERPRETER, DeviceLimits
 
 # Programmatic dependent launch. Kernels name the two instructions only behind a constexpr flag.
 try:
