@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lorafa_kernels.plan.models import MODELS
+from lorafa_kernels.tune.models import MODELS
 
 from . import STARTED, blocks, compare, memory, models, report, training
 from .cases import (

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from lorafa_kernels.plan.models import MODELS, distinct_shapes
+from lorafa_kernels.tune.models import MODELS, distinct_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 16, 128, 512, 2048, 8192, 32768)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafa_kernels import LoRAFALinear
 from lorafa_kernels.accuracy import Operands
-from lorafa_kernels.choice import triton_obstacle
+from lorafa_kernels.plan.choice import triton_obstacle
 
 from .cases import DTYPES, Case, unknown
 

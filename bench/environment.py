@@ -141,7 +141,7 @@ def identity(about: dict) -> str:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if path.name not in PRESENTATION and path.parent.name != "gpu":
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-        for path in sorted((ROOT / folder).rglob("tables/*.json")):
+        for path in sorted((ROOT / folder).rglob("measured/*.json")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

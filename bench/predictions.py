@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits
 from lorafa_kernels.plan.cost import ceilings, predict, predict_step
-from lorafa_kernels.plan.plan import candidates
+from lorafa_kernels.plan.make import candidates
 from lorafa_kernels.plan.recipe import Device, Problem
 
 from .cases import DTYPES

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import __version__, doctor, memory
 from .command_line import Parser, exit_code
-from .plan import command as tune
+from .tune import command as tune
 
 # Each has add_command(subparsers), which sets `run`: parsed arguments -> exit code.
 COMMANDS = (doctor, memory, tune)

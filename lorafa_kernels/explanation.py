@@ -1,6 +1,6 @@
 """explain: which implementation a LoRA-FA layer runs with, in which steps, and why.
 
-Decides nothing itself: choice.py names the implementation and the plans, tuning/ the kernels' configurations.
+Decides nothing itself: choice.py names the implementation and the plans, plan/ the kernels' configurations.
 The steps are in words, one per launch or library product of kernels/linear.py, library.py and reference.py.
 """
 
@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from .choice import choose, choose_plan, planned_device
 from .functional import FLOAT_DTYPES
 from .library import SUMMED_IN_PLACE
 from .nn.linear import LoRAFALinear
+from .plan.choice import choose, choose_plan, planned_device
 from .plan.config import DeviceLimits, KernelConfig
+from .plan.make import Plan
 from .plan.pin import pinned
-from .plan.plan import Plan
 from .plan.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
 
 DEFAULT_M = 2048

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import LoRAFALinearFunction
-from .choice import check_impl
+from .plan.choice import check_impl
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Numbers reach the kernels as fp32.
@@ -48,7 +48,7 @@ def lorafa_linear(
         dropout_p: probability p in [0, 1) of dropping an element of x before lora_A; the others are divided
             by 1 − p. Drawn from a seed, which the default generator of x's device gives: 8 bytes are kept for
             backward, and no mask. 0 draws nothing.
-        impl: "auto", "triton", "torch" or "reference"; choice.py has the rule of "auto".
+        impl: "auto", "triton", "torch" or "reference"; plan/choice.py has the rule of "auto".
 
     Returns:
         y: (..., N), in the dtype of x, or in autocast's dtype under autocast.

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from . import library, reference
-from .choice import choose, choose_plan
 from .flops import tell_flop_counters
+from .plan.choice import choose, choose_plan
+from .plan.make import Plan
 from .plan.pin import pinned
-from .plan.plan import Plan
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack

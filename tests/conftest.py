@@ -159,7 +159,7 @@ def triton_device(request) -> str:
 def fake_gpu(monkeypatch):
     """A function (limits, name, capability) that makes torch see one GPU, to choose what would run there."""
     pytest.importorskip("triton")
-    from lorafa_kernels.choice import forget_plans
+    from lorafa_kernels.plan.choice import forget_plans
 
     def install(limits, name: str, capability: tuple[int, int]) -> None:
         tile = importlib.import_module("lorafa_kernels.kernels.tile")

@@ -27,12 +27,12 @@ LEVELS = [
         "flops",
         "philox",
         "plan.config",
-        "plan.models",
+        "tune.models",
     },
     {"memory", "reference", "library", "plan.recipe", "kernels.tile"},
-    {"plan.cost", "plan.lookup", "plan.pin"},
-    {"plan.plan"},
-    {"choice"},
+    {"plan.cost", "plan.tables", "plan.pin"},
+    {"plan.make"},
+    {"plan.choice"},
     {"kernels.shrink", "kernels.expand_tma", "kernels.gated", "kernels.grad", "kernels.recompute"},
     {"kernels.expand", "kernels.group_tma"},
     {"kernels.linear", "kernels.group"},
@@ -48,15 +48,15 @@ LEVELS = [
     {"placing.recognise", "placing.members"},
     {"placing.fused"},
     {"placing.place"},
-    {"adapt", "blocks.accuracy", "explanation", "plan.search"},
-    {"checkpoint", "doctor", "plan.command"},
+    {"adapt", "blocks.accuracy", "explanation", "tune.search"},
+    {"checkpoint", "doctor", "tune.command"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
-OPTIONAL = {"plan.command": {"rich"}, "doctor": {"numpy"}}
+OPTIONAL = {"tune.command": {"rich"}, "doctor": {"numpy"}}
 
 
 def modules() -> dict[str, Path]:
@@ -129,7 +129,7 @@ def test_reference_and_kernels_never_meet():
             assert not found & {"reference", "library"}
         if name in ("reference", "library"):
             assert found == {"philox"}
-        if name in ("philox", "plan.config", "plan.models"):
+        if name in ("philox", "plan.config", "tune.models"):
             assert not found
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench import cases
 from bench.cases import Case
-from lorafa_kernels.plan.models import MODELS
+from lorafa_kernels.tune.models import MODELS
 
 
 @pytest.mark.parametrize("name", cases.GRIDS)

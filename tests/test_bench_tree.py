@@ -36,7 +36,7 @@ def repository(tmp_path) -> Path:
     root = tmp_path / "checkout"
     for name in (
         "lorafa_kernels/deep/er/a.py",
-        "lorafa_kernels/plan/tables/gpu.json",
+        "lorafa_kernels/plan/measured/gpu.json",
         "bench/b.py",
         "bench/results/cpu/cpu.jsonl",
         "bench/results/gate.json",
@@ -69,7 +69,7 @@ def test_a_clean_checkout_has_the_hash_of_its_commit(repository, tmp_path):
     [
         ("lorafa_kernels/deep/er/a.py", True),
         ("lorafa_kernels/new.py", True),
-        ("lorafa_kernels/plan/tables/gpu.json", True),
+        ("lorafa_kernels/plan/measured/gpu.json", True),
         ("csrc_reference/c.c", True),
         ("pyproject.toml", True),
         ("bench/results/gate.json", False),

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafa_kernels import choice
-from lorafa_kernels.plan import lookup
+from lorafa_kernels.plan import choice
+from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import KNOWN_DEVICES
-from lorafa_kernels.plan.lookup import Entry, Measured, cache_path, key_of, update_table, user_table
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe
+from lorafa_kernels.plan.tables import Entry, Measured, cache_path, key_of, update_table, user_table
 
 H200 = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.6.0")
 PROBLEM = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16)
@@ -58,7 +58,7 @@ def nobody_s_home():
 
 def test_without_a_home_there_is_no_table_and_everything_runs(monkeypatch, fake_gpu, capsys):
     from lorafa_kernels import doctor, explain
-    from lorafa_kernels.plan import command
+    from lorafa_kernels.tune import command
 
     monkeypatch.setattr(Path, "home", nobody_s_home)
     assert cache_path(H200) is None and user_table(H200) is None

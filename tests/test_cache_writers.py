@@ -12,8 +12,8 @@ import torch
 
 from lorafa_kernels import files
 from lorafa_kernels.plan.config import KNOWN_DEVICES
-from lorafa_kernels.plan.lookup import Entry, Measured, key_of, read_table, update_table
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe
+from lorafa_kernels.plan.tables import Entry, Measured, key_of, read_table, update_table
 
 H200 = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.6.0")
 

@@ -1,11 +1,11 @@
-"""choice.py asks for the plan of the problem that runs: M rounded up, never down, and its real alignment."""
+"""plan/choice.py asks for the plan of the problem that runs: M rounded up, never down, its real alignment."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lorafa_kernels import choice
+from lorafa_kernels.plan import choice
 from lorafa_kernels.plan.config import KNOWN_DEVICES, RECOMPUTE_ROWS, rows_aligned
 from lorafa_kernels.plan.recipe import Problem, heuristic_config
 

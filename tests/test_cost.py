@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
 from lorafa_kernels.plan.cost import PHILOX_INSTRUCTIONS, Ceilings, ceilings, frozen, predict, predict_step
-from lorafa_kernels.plan.plan import candidates, make_plan
+from lorafa_kernels.plan.make import candidates, make_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Device, Problem, Recipe, heuristic_config, kernel_configs
 
 HOPPER = KNOWN_DEVICES["sm_90"]

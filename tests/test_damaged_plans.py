@@ -11,14 +11,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorafa_kernels import LoRAFALinear, choice, files
-from lorafa_kernels.plan import lookup, pin
+from lorafa_kernels import LoRAFALinear, files
+from lorafa_kernels.plan import choice, pin
+from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, KernelConfig, KernelPlan, wrong_field
-from lorafa_kernels.plan.lookup import cache_path, key_of, read_table
+from lorafa_kernels.plan.make import make_plan
 from lorafa_kernels.plan.pin import pin_plan, pinned
-from lorafa_kernels.plan.plan import make_plan
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe, kernel_configs, recipe_to_json
-from lorafa_kernels.plan.search import STEPS
+from lorafa_kernels.plan.tables import cache_path, key_of, read_table
+from lorafa_kernels.tune.search import STEPS
 
 H200 = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.6.0")
 PROBLEM = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16)

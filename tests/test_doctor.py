@@ -18,11 +18,11 @@ from lorafa_kernels import doctor, library
 from lorafa_kernels.__main__ import main
 from lorafa_kernels.accuracy import draw_operands, lorafa_results, plain_formula, relative_error
 from lorafa_kernels.blocks.accuracy import BLOCKS, BlockOperands, draw_block, plain_block
-from lorafa_kernels.choice import choose, planned_device
+from lorafa_kernels.plan.choice import choose, planned_device
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, KernelPlan
-from lorafa_kernels.plan.lookup import CACHE_VARIABLE, Entry, Measured, cache_path, key_of, update_table
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import Problem, Recipe
+from lorafa_kernels.plan.tables import CACHE_VARIABLE, Entry, Measured, cache_path, key_of, update_table
 
 CPU = torch.device("cpu")
 BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"

@@ -2,7 +2,7 @@
 budget: the fused kernels with each of their variants, the library's products with and without the kernel that
 reads dy once, and the implementations that have no plan.
 
-Plans are not listed here: they are what plan/plan.py offers for the known devices.
+Plans are not listed here: they are what plan/make.py offers for the known devices.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import draw_operands, plain_formula
 from lorafa_kernels.blocks.group import lorafa_linear_group
 from lorafa_kernels.blocks.operands import LinearOperands
-from lorafa_kernels.choice import planned_device
 from lorafa_kernels.philox import keep_mask
+from lorafa_kernels.plan.choice import planned_device
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES
+from lorafa_kernels.plan.make import candidates
 from lorafa_kernels.plan.pin import pin_plan
-from lorafa_kernels.plan.plan import candidates
 from lorafa_kernels.plan.recipe import OPERATIONS, Device, Problem, Recipe, kernel_configs, obstacle
 
 pytestmark = pytest.mark.numerics

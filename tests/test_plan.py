@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lorafa_kernels import LoRAFALinear, choice, explain, ops
+from lorafa_kernels import LoRAFALinear, explain, ops
 from lorafa_kernels.accuracy import (
     allowed_error,
     draw_operands,
@@ -22,11 +22,11 @@ from lorafa_kernels.accuracy import (
     plain_formula,
     relative_error,
 )
-from lorafa_kernels.plan import lookup, pin
+from lorafa_kernels.plan import choice, pin
+from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
-from lorafa_kernels.plan.lookup import Entry, Key, Measured, cache_path, key_of, nearest, read_table
+from lorafa_kernels.plan.make import SOURCES, make_plan
 from lorafa_kernels.plan.pin import Pin, pin_plan, pinned
-from lorafa_kernels.plan.plan import SOURCES, make_plan
 from lorafa_kernels.plan.recipe import (
     OPERATIONS,
     Device,
@@ -36,6 +36,7 @@ from lorafa_kernels.plan.recipe import (
     recipe_from_json,
     recipe_to_json,
 )
+from lorafa_kernels.plan.tables import Entry, Key, Measured, cache_path, key_of, nearest, read_table
 
 HOPPER = KNOWN_DEVICES["sm_90"]
 H200 = Device("NVIDIA H200", HOPPER, "3.6.0")

@@ -12,11 +12,11 @@ import pytest
 from bench import __main__ as command
 from bench import environment, families, report, results, stub, tables, timing
 from lorafa_kernels.__main__ import main as lorafa_kernels_main
-from lorafa_kernels.plan import command as tune
-from lorafa_kernels.plan import lookup
+from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import KNOWN_DEVICES
-from lorafa_kernels.plan.lookup import Entry, Key, Measured
 from lorafa_kernels.plan.recipe import Device, Recipe
+from lorafa_kernels.plan.tables import Entry, Key, Measured
+from lorafa_kernels.tune import command as tune
 
 NAME = "STUB sm_90"
 TINY = ["--layers", "MiniLM/query", "--rows", "16", "--ranks", "4", "--dtype", "fp32", "--rounds", "1"]

@@ -10,17 +10,18 @@ from dataclasses import fields
 import pytest
 import torch
 
-from lorafa_kernels import choice
 from lorafa_kernels.__main__ import main
-from lorafa_kernels.plan import command, lookup, search
+from lorafa_kernels.plan import choice
+from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelPlan
 from lorafa_kernels.plan.cost import ceilings, predict
-from lorafa_kernels.plan.lookup import key_of, read_table
-from lorafa_kernels.plan.models import MODELS, distinct_shapes
+from lorafa_kernels.plan.make import candidates, make_plan
 from lorafa_kernels.plan.pin import pinned
-from lorafa_kernels.plan.plan import candidates, make_plan
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe, heuristic_config, kernel_configs
-from lorafa_kernels.plan.search import EventTimer, Sample, neighbours, tune
+from lorafa_kernels.plan.tables import key_of, read_table
+from lorafa_kernels.tune import command, search
+from lorafa_kernels.tune.models import MODELS, distinct_shapes
+from lorafa_kernels.tune.search import EventTimer, Sample, neighbours, tune
 
 ABOUT = {"torch": torch.__version__}
 HOPPER = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.6.0")

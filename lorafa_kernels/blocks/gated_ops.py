@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..choice import choose
 from ..ops import autocast_enabled, define, open_to_direct_calls
+from ..plan.choice import choose
 from . import activation as plain
 
 # Made of PyTorch's own operators, and therefore open to a direct call.

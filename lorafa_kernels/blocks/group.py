@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..autograd import RefuseSecondBackward
-from ..choice import check_impl
 from ..functional import cast, check_frozen, check_shapes, check_tensors, checked_dropout, checked_scaling
+from ..plan.choice import check_impl
 from . import group_ops
 from .operands import LinearOperands
 
@@ -34,7 +34,7 @@ def lorafa_linear_group(
             lora_B is a plain frozen linear layer. Dropout masks are drawn for each member on its own.
         share_A: the adapted members have the same lora_A object, scaling and dropout: z is computed, and
             kept, once; they share one dropout mask.
-        impl: "auto", "triton", "torch" or "reference"; choice.py has the rule of "auto".
+        impl: "auto", "triton", "torch" or "reference"; plan/choice.py has the rule of "auto".
 
     Returns:
         y_i (..., N_i) for each member, separate tensors in the dtype of x, or autocast's under autocast.

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choice import choose, choose_plan
 from ..ops import announce, autocast_enabled, define, open_to_direct_calls
+from ..plan.choice import choose, choose_plan
+from ..plan.make import Plan
 from ..plan.pin import pinned
-from ..plan.plan import Plan
 from . import library, reference
 from .operands import rank_columns
 

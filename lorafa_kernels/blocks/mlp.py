@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import RefuseSecondBackward
-from ..choice import check_impl
+from ..plan.choice import check_impl
 from . import group_ops
 from .activation import check_activation
 from .gated_ops import gated, gated_backward
@@ -48,7 +48,7 @@ def lorafa_gated_mlp(
         gate, up: weights (I, K) of one dtype and device. down: weight (N, I). Any of the three without lora_A
             and lora_B is a plain frozen linear layer. Dropout masks are drawn for each on its own.
         activation: "silu", "gelu" (by erf) or "gelu_tanh".
-        impl: "auto", "triton", "torch" or "reference"; choice.py has the rule of "auto".
+        impl: "auto", "triton", "torch" or "reference"; plan/choice.py has the rule of "auto".
 
     Returns:
         y: (..., N), in the dtype of x, or in autocast's dtype under autocast.

@@ -1,8 +1,8 @@
-"""Which plan and which blocks an operation runs with, all of it data and pure functions but for the search.
+"""Which implementation, plan and blocks an operation runs with: data and functions of shapes and limits.
 
 config.py has the kernels' configurations, recipe.py the words that the others share, cost.py the model of the
-cost, lookup.py the tables of measured plans, pin.py the pinned ones, plan.py the choice among them; search.py
-and command.py measure.
+cost, tables.py the tables of measured plans, pin.py the pinned ones, make.py the choice among them; choice.py
+decides for one call.
 """
 
 from .config import KernelConfig, KernelPlan

@@ -6,7 +6,7 @@
     {"forward": {"name": "fused", "pdl": false, "configs": {"expand": {"BLOCK_M": 128, …}}},
      "backward": {"name": "library", "one_pass": true}}
 
-A plan as in a table (lookup.py). one_pass and pdl are true where left out, a configuration that is left out
+A plan as in a table (tables.py). one_pass and pdl are true where left out, a configuration that is left out
 is the heuristics' choice. Operations that the file does not name are planned as always. A file that holds
 something else is ignored, with one warning that names it and what is wrong.
 """

@@ -478,7 +478,7 @@ def _open_the_library() -> None:
     """Let the library choose for tensors on the CPU as for tensors on the one GPU."""
     import torch
 
-    choice = importlib.import_module("lorafa_kernels.choice")
+    choice = importlib.import_module("lorafa_kernels.plan.choice")
     gpu = torch.device("cuda", 0)
 
     def elsewhere(device: torch.device) -> torch.device:

@@ -1,7 +1,7 @@
 """Which implementation and plan run, and why: the one place that decides it.
 
 The rule of impl="auto": "triton" for fp32, bf16 and fp16 tensors on a GPU that Triton supports (NVIDIA from
-sm_80 on, AMD), else "torch". There each operation runs with the plan that plan/plan.py gives it: the fused
+sm_80 on, AMD), else "torch". There each operation runs with the plan that plan/make.py gives it: the fused
 kernels, or the library's products where those are faster. An implementation asked for by name runs or raises;
 it is never replaced by another: impl="triton" takes plans of the fused kernels alone.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .plan.lookup import forget
-from .plan.pin import Pin, forget_environment
-from .plan.plan import Plan, make_plan
-from .plan.recipe import NAMES, Device, Problem
+from .make import Plan, make_plan
+from .pin import Pin, forget_environment
+from .recipe import NAMES, Device, Problem
+from .tables import forget
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,7 +108,7 @@ def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin) -> Plan:
 @functools.lru_cache(maxsize=64)
 def planned_device(device: torch.device) -> Device:
     """Return what plans depend on for a device on which the Triton kernels run. Imports Triton."""
-    tile = importlib.import_module(".kernels.tile", __package__)
+    tile = importlib.import_module("..kernels.tile", __package__)
     version = importlib.import_module("triton").__version__
     name = "Triton's interpreter" if device.type == "cpu" else _device_name(device)
     return Device(name, tile.device_limits(device), version)

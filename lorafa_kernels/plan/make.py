@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from .config import KernelPlan
 from .cost import ceilings, predict
-from .lookup import Measured, Table, key_of, nearest, shipped_table, user_table
 from .pin import Pin
 from .recipe import NAMES, Device, Problem, Recipe, describe, heuristic_config, obstacle
+from .tables import Measured, Table, key_of, nearest, shipped_table, user_table
 
 SOURCES = ("pinned", "user cache", "table", "nearest", "heuristic")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..choice import planned_device, triton_obstacle
 from ..command_line import FAILED, MOST_SIZE, USAGE_ERROR, brief, count, one_line
-from .lookup import CACHE_VARIABLE, SHIPPED, STUB, cache_path
+from ..plan.choice import planned_device, triton_obstacle
+from ..plan.recipe import Device, Problem, describe
+from ..plan.tables import CACHE_VARIABLE, SHIPPED, STUB, cache_path
 from .models import MODELS, distinct_shapes
-from .recipe import Device, Problem, describe
 from .search import OUTPUTS, EventTimer, Result, Timer, tune
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -12,7 +12,7 @@ A table is a JSON file for one device:
 
 One entry for a problem's bucket: rank is the rank rounded up to a power of two, at least 16; rows is M
 rounded to the nearest power of two. It holds the fastest plan of each name, with the medians that were
-measured; what decides is the larger of both times. Shipped tables lie in tables/, named after the device;
+measured; what decides is the larger of both times. Shipped tables lie in measured/, named after the device;
 the user's in ~/.cache/lorafa_kernels (XDG_CACHE_HOME instead of ~/.cache where it is set), or where
 LORAFA_KERNELS_CACHE says, named after device and Triton's version. A user without a home has none. A file
 that is damaged or not for this device and Triton is ignored, with a warning that names it.
@@ -36,7 +36,7 @@ from .recipe import OPERATIONS, Device, Problem, Recipe, obstacle, recipe_from_j
 
 FORMAT = 1
 CACHE_VARIABLE = "LORAFA_KERNELS_CACHE"
-SHIPPED = Path(__file__).resolve().parent / "tables"
+SHIPPED = Path(__file__).resolve().parent / "measured"
 # How the name of a stub driver's device (tests/stub_gpu) begins.
 STUB = "STUB "
 LEAST_RANK = 16

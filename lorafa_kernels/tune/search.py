@@ -25,14 +25,14 @@ from torch import Tensor
 
 from .. import ops
 from ..accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
-from ..choice import forget_plans, planned_device
 from ..functional import draw_seed
-from .config import KernelConfig
-from .cost import ceilings, predict
-from .lookup import Entry, Measured, key_of, update_table
-from .pin import make_pin, pin_plan
-from .plan import candidates
-from .recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
+from ..plan.choice import forget_plans, planned_device
+from ..plan.config import KernelConfig
+from ..plan.cost import ceilings, predict
+from ..plan.make import candidates
+from ..plan.pin import make_pin, pin_plan
+from ..plan.recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
+from ..plan.tables import Entry, Measured, key_of, update_table
 
 # Sizes that a search may take, in order; it moves to the next one up or down.
 STEPS: dict[str, dict[str, tuple[int, ...]]] = {
