@@ -201,7 +201,7 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     bias = tensor(N) if case.bias else None
     pdl, config = {"pdl": case.pdl}, {"config": case.config}
     drop = {"dropout_p": 0.1, "seed": tensor(1, dtype=torch.int64)} if case.dropout else {}
-    # As in kernels/linear.py.
+    # As in linear/fused.py.
     calls_of = {
         "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl, **drop),
         "dz": lambda: shrink.shrink(dy, lora_B, 2.0, **pdl),

@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorafa_kernels import library
 from lorafa_kernels.accuracy import Operands, relative_error
+from lorafa_kernels.linear import library
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 from .cases import Case
@@ -106,10 +106,10 @@ class Formulas:
 
 def subjects(operands: Operands) -> dict[str, dict[str, Callable[[], Subject]]]:
     """Return by part and contender how to make the subject."""
-    from lorafa_kernels.kernels import linear
     from lorafa_kernels.kernels.expand import expand
     from lorafa_kernels.kernels.grad import grad
     from lorafa_kernels.kernels.shrink import shrink
+    from lorafa_kernels.linear import fused as linear
 
     f = Formulas(operands)
     x, dy, weight, bias, z, dz, s = f.x, f.dy, f.weight, f.bias, f.z, f.dz, f.s

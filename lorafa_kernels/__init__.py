@@ -14,7 +14,7 @@ from .adapt import (
 )
 from .checkpoint import load_adapter, lorafa_state_dict, save_adapter
 from .explanation import explain
-from .functional import lorafa_linear
+from .linear.api import lorafa_linear
 from .nn import LoRAFAGeGLU, LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU
 
 __all__ = [

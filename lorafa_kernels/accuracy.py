@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import draw_seed, lorafa_linear
+from .linear.api import draw_seed, lorafa_linear
 from .philox import keep_mask
 
 
 @dataclass
 class Operands:
-    """Operands of one layer and its output's gradient, shapes as in reference.py.
+    """Operands of one layer and its output's gradient, shapes as in linear/reference.py.
 
     lora_B, and nothing else, may be of another dtype than x. torch_seed: what torch's generator is seeded
     with before a layer with dropout of probability dropout_p draws its own seed.

@@ -1,7 +1,7 @@
 """explain: which implementation a LoRA-FA layer runs with, in which steps, and why.
 
 Decides nothing itself: choice.py names the implementation and the plans, plan/ the kernels' configurations.
-The steps are in words, one per launch or library product of kernels/linear.py, library.py and reference.py.
+The steps are in words, one per launch or library product of fused.py, library.py and reference.py in linear/.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .functional import FLOAT_DTYPES
-from .library import SUMMED_IN_PLACE
+from .linear.api import FLOAT_DTYPES
+from .linear.library import SUMMED_IN_PLACE
 from .nn.linear import LoRAFALinear
 from .plan.choice import choose, choose_plan, planned_device
 from .plan.config import DeviceLimits, KernelConfig
@@ -245,7 +245,7 @@ def _pinned_kernels(impl: str, op: str) -> bool:
 def _library_products(
     device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, dropout: bool
 ) -> dict[str, tuple[Step, ...]]:
-    """The products of library.py in the order in which it makes them."""
+    """The products of linear/library.py in the order in which it makes them."""
     in_place = device.type == "cpu" and dtype in SUMMED_IN_PLACE
     y = Step("linear", "y = z @ lora_B.T + bias"), Step("addmm_", "y += x @ weight.T")
     if in_place and R <= K:

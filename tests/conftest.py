@@ -95,8 +95,9 @@ def import_everything() -> None:
     """
     import lorafa_kernels
 
+    of_triton = ("lorafa_kernels.kernels.", "lorafa_kernels.linear.fused", "lorafa_kernels.group.fused")
     for module in pkgutil.walk_packages(lorafa_kernels.__path__, "lorafa_kernels."):
-        if module.name != "lorafa_kernels.__main__" and (TRITON or ".kernels" not in module.name):
+        if module.name != "lorafa_kernels.__main__" and (TRITON or not module.name.startswith(of_triton)):
             # What an optional package is missing for is tested where it is needed.
             with contextlib.suppress(ModuleNotFoundError):
                 importlib.import_module(module.name)

@@ -29,18 +29,18 @@ LEVELS = [
         "plan.config",
         "tune.models",
     },
-    {"memory", "reference", "library", "plan.recipe", "kernels.tile"},
+    {"memory", "linear.reference", "linear.library", "plan.recipe", "kernels.tile"},
     {"plan.cost", "plan.tables", "plan.pin"},
     {"plan.make"},
     {"plan.choice"},
     {"kernels.shrink", "kernels.expand_tma", "kernels.gated", "kernels.grad", "kernels.recompute"},
     {"kernels.expand", "kernels.group_tma"},
-    {"kernels.linear", "kernels.group"},
+    {"linear.fused", "kernels.group"},
     {"kernels.group_linear"},
     {"blocks.reference", "blocks.library", "blocks.activation"},
-    {"ops"},
-    {"autograd", "blocks.group_ops", "blocks.gated_ops"},
-    {"functional"},
+    {"linear.ops"},
+    {"linear.node", "blocks.group_ops", "blocks.gated_ops"},
+    {"linear.api"},
     {"accuracy", "blocks.group", "blocks.norm", "nn.linear"},
     {"blocks.mlp", "nn.group"},
     {"nn.mlp", "placing.shield", "placing.guards", "placing.bypass"},
@@ -126,8 +126,8 @@ def test_reference_and_kernels_never_meet():
     for name in PLAIN:
         found = own(imported(name, known[name]))
         if name.startswith("kernels."):
-            assert not found & {"reference", "library"}
-        if name in ("reference", "library"):
+            assert not found & {"linear.reference", "linear.library"}
+        if name in ("linear.reference", "linear.library"):
             assert found == {"philox"}
         if name in ("philox", "plan.config", "tune.models"):
             assert not found

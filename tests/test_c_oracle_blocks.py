@@ -16,13 +16,14 @@ from conftest import implementation_cases
 from kernel_plans import grid, implementation_and_plan_cases, pin_by_name
 from torch import Tensor
 
-from lorafa_kernels import ops, philox
+from lorafa_kernels import philox
 from lorafa_kernels.accuracy import allowed_error, relative_error, unit_roundoff
 from lorafa_kernels.blocks import gated_ops, group_ops
 from lorafa_kernels.blocks.activation import ACTIVATIONS
 from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
 from lorafa_kernels.blocks.norm import rms_norm
 from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.linear import ops
 
 pytestmark = pytest.mark.numerics
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -80,7 +80,7 @@ def test_a_layer_runs_the_kernels_as_a_user_whom_the_machine_does_not_know():
     code = (
         "import os, torch\n"
         # What only root can read here, it imports before it becomes somebody else.
-        "import lorafa_kernels.kernels.linear, lorafa_kernels.kernels.recompute\n"
+        "import lorafa_kernels.linear.fused, lorafa_kernels.kernels.recompute\n"
         "from lorafa_kernels import LoRAFALinear\n"
         "layer, x = LoRAFALinear(32, 32, r=4), torch.randn(4, 32)\n"
         "layer.impl = 'triton'\n"

@@ -14,10 +14,11 @@ from accuracy import Budget
 from conftest import TRITON
 
 import lorafa_kernels
-from lorafa_kernels import doctor, library
+from lorafa_kernels import doctor
 from lorafa_kernels.__main__ import main
 from lorafa_kernels.accuracy import draw_operands, lorafa_results, plain_formula, relative_error
 from lorafa_kernels.blocks.accuracy import BLOCKS, BlockOperands, draw_block, plain_block
+from lorafa_kernels.linear import library
 from lorafa_kernels.plan.choice import choose, planned_device
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, KernelPlan
 from lorafa_kernels.plan.pin import pin_plan
@@ -265,7 +266,7 @@ def test_blocks_are_drawn_large_enough_and_every_term_matters(name):
 
 @pytest.mark.numerics
 def test_wrong_kernels_fail(triton_device, monkeypatch):
-    from lorafa_kernels.kernels import linear
+    from lorafa_kernels.linear import fused as linear
 
     right = linear.backward
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import implementation_cases
 
-from lorafa_kernels import LoRAFALinear, lorafa_linear, ops
+from lorafa_kernels import LoRAFALinear, lorafa_linear
 from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.linear import ops
 from lorafa_kernels.plan.choice import choose
 
 M, K, N, R = 4, 6, 8, 2

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafa_kernels import LoRAFALinear, ops
+from lorafa_kernels import LoRAFALinear
 from lorafa_kernels.explanation import explain
+from lorafa_kernels.linear import ops
 from lorafa_kernels.plan.choice import choose
 from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan, default_config
 from lorafa_kernels.plan.pin import pin_plan

@@ -14,12 +14,13 @@ from kernel_plans import PLANS, pin_by_name
 from memory_beds import far_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafa_kernels import lorafa_linear, reference
+from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import draw_operands, plain_formula
+from lorafa_kernels.linear import reference
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.numerics
-linear = pytest.importorskip("lorafa_kernels.kernels.linear")
+linear = pytest.importorskip("lorafa_kernels.linear.fused")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GUARD = 512
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "mv", "dot")
@@ -48,7 +49,7 @@ def run_layer(impl, device):
 
 def test_triton_calls_no_library_product(triton_device, monkeypatch):
     # The library plan runs as it does where nothing watches; the kernels are in operators anyway.
-    monkeypatch.setattr("lorafa_kernels.ops._len_torch_dispatch_stack", lambda: 0)
+    monkeypatch.setattr("lorafa_kernels.linear.ops._len_torch_dispatch_stack", lambda: 0)
     names = run_layer("triton", triton_device)
     assert {"forward", "backward"} <= set(names), "the operators ran"
     assert not set(names) & set(PRODUCTS), names

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 group_linear = pytest.importorskip("lorafa_kernels.kernels.group_linear")
 grad = pytest.importorskip("lorafa_kernels.kernels.grad")
 gated = pytest.importorskip("lorafa_kernels.kernels.gated")
-linear = pytest.importorskip("lorafa_kernels.kernels.linear")
+linear = pytest.importorskip("lorafa_kernels.linear.fused")
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["", "dropout"])

@@ -13,11 +13,12 @@ from conftest import implementation_cases
 from kernel_plans import implementation_and_plan_cases, pin_by_name
 from torch import Tensor
 
-from lorafa_kernels import library, lorafa_linear, ops
+from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import Operands, allowed_error, draw_operands, lorafa_results, plain_formula
 from lorafa_kernels.blocks.group import lorafa_linear_group
 from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
 from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.linear import library, ops
 
 pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())

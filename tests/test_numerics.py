@@ -401,6 +401,6 @@ def test_kernel_module_names_match():
     """The three implementations offer the same four operations, so that one can stand for another."""
     pytest.importorskip("triton")
     names = ("forward", "backward", "backward_input", "backward_lora_B")
-    for module in ("reference", "library", "kernels.linear"):
+    for module in ("linear.reference", "linear.library", "linear.fused"):
         loaded = importlib.import_module(f"lorafa_kernels.{module}")
         assert all(callable(getattr(loaded, name)) for name in names), module

@@ -8,8 +8,9 @@ from accuracy import assert_same
 from conftest import implementation_cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafa_kernels import LoRAFALinear, ops
+from lorafa_kernels import LoRAFALinear
 from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.linear import ops
 
 pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())

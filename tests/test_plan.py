@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lorafa_kernels import LoRAFALinear, explain, ops
+from lorafa_kernels import LoRAFALinear, explain
 from lorafa_kernels.accuracy import (
     allowed_error,
     draw_operands,
@@ -22,6 +22,7 @@ from lorafa_kernels.accuracy import (
     plain_formula,
     relative_error,
 )
+from lorafa_kernels.linear import ops
 from lorafa_kernels.plan import choice, pin
 from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan

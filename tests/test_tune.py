@@ -87,7 +87,7 @@ def test_the_search_climbs_to_the_fastest_blocks_and_they_are_used(triton_device
 
 
 def test_a_result_that_is_wrong_is_refused_before_it_is_timed(triton_device, monkeypatch, tmp_path):
-    linear = importlib.import_module("lorafa_kernels.kernels.linear")
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
     right = linear.forward
     timed = []
 
@@ -107,7 +107,7 @@ def test_a_result_that_is_wrong_is_refused_before_it_is_timed(triton_device, mon
 
 
 def test_backward_checks_both_gradients(triton_device, monkeypatch, tmp_path):
-    linear = importlib.import_module("lorafa_kernels.kernels.linear")
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
     right = linear.backward
 
     def wrong(*args, **options):
@@ -121,7 +121,7 @@ def test_backward_checks_both_gradients(triton_device, monkeypatch, tmp_path):
 
 
 def test_what_raises_is_refused_with_the_reason(triton_device, monkeypatch, tmp_path):
-    linear = importlib.import_module("lorafa_kernels.kernels.linear")
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
 
     def broken(*args, **options):
         raise MemoryError("out of resource: shared memory\nsecond line")
@@ -132,7 +132,7 @@ def test_what_raises_is_refused_with_the_reason(triton_device, monkeypatch, tmp_
 
 
 def test_a_broken_device_ends_the_search(triton_device, monkeypatch, tmp_path):
-    linear = importlib.import_module("lorafa_kernels.kernels.linear")
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
 
     def broken(*args, **options):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -337,7 +337,7 @@ def test_the_budget_is_in_seconds():
 
 def test_the_check_runs_the_blocks_that_are_timed(triton_device, monkeypatch, tmp_path):
     """It takes fewer rows, for which the heuristics could choose others."""
-    linear = importlib.import_module("lorafa_kernels.kernels.linear")
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
     right, rows, checked = linear.forward, [], []
 
     def recording(x, *args, plan, **options):

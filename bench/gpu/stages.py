@@ -137,9 +137,9 @@ def checks(device: str, small: bool) -> list[Check]:
 
     from lorafa_kernels.accuracy import draw_operands, plain_formula
     from lorafa_kernels.blocks.accuracy import block_results, draw_block, plain_block
-    from lorafa_kernels.functional import draw_seed
-    from lorafa_kernels.kernels import linear
     from lorafa_kernels.kernels.gated import gated, gated_backward
+    from lorafa_kernels.linear import fused as linear
+    from lorafa_kernels.linear.api import draw_seed
     from lorafa_kernels.plan.config import KernelPlan
 
     from ..kernels import PORTABLE_CONFIG

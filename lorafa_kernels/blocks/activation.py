@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import accumulator_dtype
+from ..linear.reference import accumulator_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # torch's name of gelu's two forms.

@@ -5,7 +5,7 @@ gated_backward_(dh, g, u, activation, need_du, impl) -> du, with dg written over
 
 Shapes, dtypes and activations as in activation.py. The functions of this module call the operators
 torch.ops.lorafa_kernels.* for the Triton kernels and under a compiler, and what is made of PyTorch's own
-operators directly otherwise, as ops.py does.
+operators directly otherwise, as linear/ops.py does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops import autocast_enabled, define, open_to_direct_calls
+from ..linear.ops import autocast_enabled, define, open_to_direct_calls
 from ..plan.choice import choose
 from . import activation as plain
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autograd import RefuseSecondBackward
-from ..functional import cast, check_frozen, check_shapes, check_tensors, checked_dropout, checked_scaling
+from ..linear.api import cast, check_frozen, check_shapes, check_tensors, checked_dropout, checked_scaling
+from ..linear.node import RefuseSecondBackward
 from ..plan.choice import check_impl
 from . import group_ops
 from .operands import LinearOperands
@@ -108,7 +108,7 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
         else:
             with torch.no_grad():
                 dx, dBs = _gradients(ctx, dys)
-            # As in autograd.py: under create_graph=True they must not pass for constants.
+            # As in linear/node.py: under create_graph=True they must not pass for constants.
             anchor = torch.empty(0, requires_grad=True)
             dx, *dBs = (
                 None if grad is None else RefuseSecondBackward.apply(grad, anchor) for grad in (dx, *dBs)

@@ -1,5 +1,5 @@
 """Operators of linear layers that share an input: schemas, shape functions, and the call of one
-implementation, as ops.py has them for one layer.
+implementation, as linear/ops.py has them for one layer.
 
 group_forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl) -> (ys, z)
 group_backward(dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs,
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import announce, autocast_enabled, define, open_to_direct_calls
+from ..linear.ops import announce, autocast_enabled, define, open_to_direct_calls
 from ..plan.choice import choose, choose_plan
 from ..plan.make import Plan
 from ..plan.pin import pinned

@@ -6,7 +6,7 @@
                dB_i = dy_iᵀ z_i
                dx   = dz [lora_A_1; lora_A_2; …], then dx += dy_i weight_i in place, for each i
 
-Shapes and arguments as in reference.py. As in lorafa_kernels/library.py the rank-R products come first,
+Shapes and arguments as in reference.py. As in linear/library.py the rank-R products come first,
 because they only write the output; of fp32 and fp64 on a CPU the product with the longest contraction does
 (sums_in_place). The stacked lora_A (ΣR, K) is the only temporary; with dropout, which takes a product for
 each member, the low-rank terms of dx come last, as there for some rows at a time (philox.CHUNK). dx is
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..library import add_dropped, backward_lora_B, in_dtype, scaled_product, sums_in_place
+from ..linear.library import add_dropped, backward_lora_B, in_dtype, scaled_product, sums_in_place
 from ..philox import keep_chunks
 from .operands import rank_columns, rank_makers, seed_of
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autograd import RefuseSecondBackward
+from ..linear.node import RefuseSecondBackward
 from ..plan.choice import check_impl
 from . import group_ops
 from .activation import check_activation
@@ -127,7 +127,7 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
         else:
             with torch.no_grad():
                 dx, dBs = _gradients(ctx, dy)
-            # As in autograd.py: under create_graph=True they must not pass for constants.
+            # As in linear/node.py: under create_graph=True they must not pass for constants.
             anchor = torch.empty(0, requires_grad=True)
             dx, *dBs = (
                 None if grad is None else RefuseSecondBackward.apply(grad, anchor) for grad in (dx, *dBs)

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import RefuseSecondBackward
-from ..functional import FLOAT_DTYPES, LARGEST_NUMBER, check_tensor, real_number
-from ..ops import watched
+from ..linear.api import FLOAT_DTYPES, LARGEST_NUMBER, check_tensor, real_number
+from ..linear.node import RefuseSecondBackward
+from ..linear.ops import watched
 
 FORMS = ("llama", "gemma", "t5")
 HALF = (torch.float16, torch.bfloat16)
@@ -104,7 +104,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         if not torch.is_grad_enabled():
             return _backward(dy, *ctx.saved_tensors, ctx.form), None, None, None
-        # Under create_graph=True; as in autograd.py, dx depends on x even where dy is a constant.
+        # Under create_graph=True; as in linear/node.py, dx depends on x even where dy is a constant.
         with torch.no_grad():
             dx = _backward(dy, *ctx.saved_tensors, ctx.form)
         return RefuseSecondBackward.apply(dx, torch.empty(0, requires_grad=True)), None, None, None

@@ -12,7 +12,7 @@ accumulator and rounded once, is one as well:
                dz   = round( s · Σ_i (dy_i lora_B_i) )
                dx   = round( Σ_i dy_i weight_i + keep/(1 − p) ⊙ (dz lora_A) )
 
-Shapes and dtypes of each member as in lorafa_kernels/reference.py; z (M, ΣR), or (M, R) with share_A: the
+Shapes and dtypes of each member as in linear/reference.py; z (M, ΣR), or (M, R) with share_A: the
 members' z side by side (operands.rank_columns). A member without an adapter has None for lora_A and lora_B,
 and its part of z is empty. seeds: int64 (n,), one a member, or (1,) with share_A; None without dropout.
 """
@@ -24,8 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..linear.reference import accumulator_dtype, backward_lora_B
 from ..philox import keep_mask
-from ..reference import accumulator_dtype, backward_lora_B
 from .operands import rank_columns, rank_makers, seed_of
 
 

@@ -3,5 +3,5 @@
 tile.py holds the device helpers, shrink.py x → z and dy → dz, expand.py C = P·Q + L·R + bias (y and dx),
 grad.py the one pass over dy. They run on any NVIDIA GPU from sm_80 on, and AMD. expand_tma.py is expand for
 Hopper, behind the launcher of expand.py; recompute.py is shrink and expand in one launch, for few rows.
-linear.py composes them into the four operations that reference.py and library.py have too, by a plan.
+The folders of operations (linear/, group/, mlp/) compose them, by a plan.
 """

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks.operands import rank_columns, rank_makers, seed_of
+from ..linear import fused as linear
 from ..plan.config import KernelConfig, KernelPlan
-from . import linear
 from .expand import expand
 from .grad import grad
 from .group import Dropout, expand_total, shrink_group, shrink_total

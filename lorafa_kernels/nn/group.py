@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks.group import lorafa_linear_group
 from ..blocks.operands import LinearOperands
-from ..functional import check_frozen
+from ..linear.api import check_frozen
 from .linear import LoRAFALinear, is_exported, shown
 
 

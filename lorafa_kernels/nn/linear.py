@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import ops
 from ..engines import full_shape, manager_of, not_plain
-from ..functional import FLOAT_DTYPES, check_frozen, lorafa_linear
+from ..linear import ops
+from ..linear.api import FLOAT_DTYPES, check_frozen, lorafa_linear
 
 INITIALISATIONS = (True, False, "gaussian")
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..blocks.mlp import lorafa_gated_mlp
 from ..blocks.norm import rms_norm
-from ..functional import FLOAT_DTYPES
+from ..linear.api import FLOAT_DTYPES
 from ..nn.linear import is_exported
 from .guards import common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..blocks.group import lorafa_linear_group
 from ..blocks.operands import LinearOperands
+from ..linear import ops
 from ..nn.linear import LoRAFALinear
 from .guards import LINEARS, common_impl, drops, is_plain, no_global_hooks, operands_for
 

@@ -6,7 +6,7 @@ name again, in more rounds. Before it is timed a recipe is checked against fp64,
 promised; one that fails, or cannot run, is left out. Times are medians of rounds in which all contenders take
 turns.
 
-What is measured is ops.py's operation, so host times include the choice of the plan.
+What is measured is the operation of linear/ops.py, so host times include the choice of the plan.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
-from ..functional import draw_seed
+from ..linear import ops
+from ..linear.api import draw_seed
 from ..plan.choice import forget_plans, planned_device
 from ..plan.config import KernelConfig
 from ..plan.cost import ceilings, predict

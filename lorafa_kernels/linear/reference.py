@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .philox import keep_mask
+from ..philox import keep_mask
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

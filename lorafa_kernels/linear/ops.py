@@ -8,7 +8,7 @@ backward_lora_B(dy, z, lora_B, impl) -> dB
 Shapes and dtypes as in reference.py, but weight and bias may be of another dtype than x (under autocast):
 they are cast to it here, in a temporary that dies with the call. dropout_p and seed, int64 of shape (1,) on
 the device of x, have the defaults 0 and None: no dropout. scaling does not hold the 1/(1 − p). All outputs
-are new and contiguous. The operators have no derivative of their own (autograd.py has it) and compute with
+are new and contiguous. The operators have no derivative of their own (node.py has it) and compute with
 autocast switched off: it would change the dtypes of the products within.
 
 The functions of this module call the operators torch.ops.lorafa_kernels.* where that is needed: for the
@@ -28,11 +28,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..flops import tell_flop_counters
+from ..plan.choice import choose, choose_plan
+from ..plan.make import Plan
+from ..plan.pin import pinned
 from . import library, reference
-from .flops import tell_flop_counters
-from .plan.choice import choose, choose_plan
-from .plan.make import Plan
-from .plan.pin import pinned
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
@@ -233,7 +233,7 @@ def _run(op: str, decided: tuple[str, Plan | None], x: Tensor, *rest):
     if plan is None:
         return getattr(_MODULES[name], op)(x, *rest)
     if plan.name == "fused":
-        kernels = importlib.import_module(".kernels.linear", __package__)
+        kernels = importlib.import_module(".fused", __package__)
         return getattr(kernels, op)(x, *rest, plan=plan.kernels)
     if _takes_grad_kernel(op, plan):
         return _backward_with_one_pass(plan, x, *rest)
@@ -241,7 +241,7 @@ def _run(op: str, decided: tuple[str, Plan | None], x: Tensor, *rest):
 
 
 def _backward_with_one_pass(plan, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed):
-    kernels = importlib.import_module(".kernels.grad", __package__)
+    kernels = importlib.import_module("..kernels.grad", __package__)
     dz, dB = kernels.grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.kernels.grad)
     return library.input_gradient(dy, dz, weight, lora_A, dropout_p, seed), dB
 

@@ -19,12 +19,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..kernels.expand import expand
+from ..kernels.grad import grad
+from ..kernels.recompute import recompute
+from ..kernels.shrink import shrink
+from ..kernels.tile import device_limits
 from ..plan.config import KernelConfig, KernelPlan, default_config, default_plan, makes_mask, rows_aligned
-from .expand import expand
-from .grad import grad
-from .recompute import recompute
-from .shrink import shrink
-from .tile import device_limits
 
 
 def forward(

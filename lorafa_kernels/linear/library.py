@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .philox import keep_chunks
+from ..philox import keep_chunks
 
 # The dtypes that sums_in_place holds for on a CPU.
 SUMMED_IN_PLACE = (torch.float32, torch.float64)

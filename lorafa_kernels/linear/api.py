@@ -11,9 +11,9 @@ import sys
 import torch
 from torch import Tensor
 
+from ..plan.choice import check_impl
 from . import ops
-from .autograd import LoRAFALinearFunction
-from .plan.choice import check_impl
+from .node import LoRAFALinearFunction
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Numbers reach the kernels as fp32.
