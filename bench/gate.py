@@ -44,10 +44,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lorafa_kernels.blocks.activation import ACTIVATIONS
 from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
 from lorafa_kernels.kernels.gated import NUM_WARPS as GATED_WARPS
 from lorafa_kernels.kernels.tile import INTERPRETED
+from lorafa_kernels.mlp.activation import ACTIVATIONS
 from lorafa_kernels.plan.config import (
     KNOWN_DEVICES,
     MIN_BLOCK,

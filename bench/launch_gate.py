@@ -31,11 +31,11 @@ from pathlib import Path
 
 import torch
 
-from lorafa_kernels.blocks.activation import ACTIVATIONS
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
+from lorafa_kernels.mlp.activation import ACTIVATIONS
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
 from lorafa_kernels.plan.config import SPLIT_ROWS, KernelPlan
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Recipe

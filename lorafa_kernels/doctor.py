@@ -31,9 +31,9 @@ from torch import Tensor
 from . import __version__
 from .accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 from .blocks.accuracy import BLOCKS, block_results, draw_block, norm_results, plain_block, plain_norm
-from .blocks.norm import FORMS
 from .command_line import one_line
 from .explanation import DEFAULT_M, describe_limits, describe_plan, explain
+from .norm import FORMS
 from .plan.choice import choose, planned_device, triton_obstacle
 from .plan.pin import PLAN_VARIABLE
 from .plan.tables import CACHE_VARIABLE, cache_path, shipped_table, user_table

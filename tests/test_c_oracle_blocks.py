@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lorafa_kernels import philox
 from lorafa_kernels.accuracy import allowed_error, relative_error, unit_roundoff
-from lorafa_kernels.blocks import gated_ops, group_ops
-from lorafa_kernels.blocks.activation import ACTIVATIONS
-from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
-from lorafa_kernels.blocks.norm import rms_norm
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group import ops as group_ops
+from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear import ops
+from lorafa_kernels.mlp import ops as gated_ops
+from lorafa_kernels.mlp.activation import ACTIVATIONS
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
+from lorafa_kernels.norm import rms_norm
 
 pytestmark = pytest.mark.numerics
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import draw_operands
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
-from lorafa_kernels.blocks.norm import FORMS, rms_norm
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear import ops
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
+from lorafa_kernels.norm import FORMS, rms_norm
 
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 M, K, N, R = 12, 20, 24, 3

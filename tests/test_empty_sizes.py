@@ -8,9 +8,9 @@ from conftest import implementation_cases
 from kernel_plans import implementation_and_plan_cases, pin_by_name
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
 
 pytestmark = pytest.mark.numerics
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import draw_operands, plain_formula
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.philox import keep_mask
 from lorafa_kernels.plan.choice import planned_device
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES

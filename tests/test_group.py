@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafa_kernels import LoRAFALinear, LoRAFALinearGroup, lorafa_linear
 from lorafa_kernels.accuracy import draw_operands
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.nn.group import operands_of
 from lorafa_kernels.philox import keep_mask
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, shrink_group_config

@@ -11,8 +11,8 @@ from accuracy import check_budget
 from conftest import TRITON_DEVICE, on_device
 
 from lorafa_kernels.accuracy import draw_operands
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.philox import keep_mask
 from lorafa_kernels.plan.config import KernelPlan
 from lorafa_kernels.plan.pin import pin_plan

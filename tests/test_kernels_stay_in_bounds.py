@@ -14,7 +14,7 @@ from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 pytestmark = pytest.mark.numerics
 pytest.importorskip("triton")
-group_linear = pytest.importorskip("lorafa_kernels.kernels.group_linear")
+group_linear = pytest.importorskip("lorafa_kernels.group.fused")
 grad = pytest.importorskip("lorafa_kernels.kernels.grad")
 gated = pytest.importorskip("lorafa_kernels.kernels.gated")
 linear = pytest.importorskip("lorafa_kernels.linear.fused")

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lorafa_kernels import lorafa_linear
 from lorafa_kernels.accuracy import Operands, allowed_error, draw_operands, lorafa_results, plain_formula
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear import library, ops
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
 
 pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())

@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from bench.memory import allocations
 from lorafa_kernels import LoRAFAGeGLU, LoRAFALinear, LoRAFASwiGLU, disable_adapter, lorafa_linear
 from lorafa_kernels.accuracy import allowed_error, relative_error
-from lorafa_kernels.blocks import gated_ops
-from lorafa_kernels.blocks.activation import ACTIVATIONS
-from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.operands import LinearOperands
+from lorafa_kernels.mlp import ops as gated_ops
+from lorafa_kernels.mlp.activation import ACTIVATIONS
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
 from lorafa_kernels.philox import keep_mask
 
 pytestmark = pytest.mark.numerics

@@ -1,4 +1,4 @@
-"""blocks.norm: transformers' values bit for bit, gradients within the budget, and x, rstd and the weight as
+"""RMS norms: transformers' values bit for bit, gradients within the budget, and x, rstd and the weight as
 all that is kept.
 """
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench import memory
 from lorafa_kernels.accuracy import allowed_error, relative_error
-from lorafa_kernels.blocks.norm import FORMS, rms_norm
+from lorafa_kernels.norm import FORMS, rms_norm
 
 pytestmark = pytest.mark.numerics
 H = 40

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.blocks.group import lorafa_linear_group
-from lorafa_kernels.blocks.mlp import lorafa_gated_mlp
-from lorafa_kernels.blocks.norm import rms_norm
-from lorafa_kernels.blocks.operands import LinearOperands
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
+from lorafa_kernels.norm import rms_norm
 
 M, K, N, R = 4, 6, 6, 2
 SHAPES = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "bias": (N,)}

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .group import lorafa_linear_group
-from .mlp import lorafa_gated_mlp
-from .norm import rms_norm
-from .operands import LinearOperands
+from ..group.api import lorafa_linear_group
+from ..group.operands import LinearOperands
+from ..mlp.api import lorafa_gated_mlp
+from ..norm import rms_norm
 
 EPS = 1e-6
 SCALING = 0.7

@@ -4,7 +4,7 @@
     dg (M, I) = round( dh · u · act'(g) )        over dh
     du (M, I) = round( dh · act(g) )
 
-act: "silu", "gelu" (by erf) or "gelu_tanh", formulas in blocks/activation.py. Computed in fp32, rounded once.
+act: "silu", "gelu" (by erf) or "gelu_tanh", formulas in mlp/activation.py. Computed in fp32, rounded once.
 Reads g and u and writes h: 3·M·I elements; reads dh, g and u and writes dg and du: 5·M·I. Bound by memory.
 
 Contiguous operands are one long row; else a row of the matrices is a row here. Every element is read before

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..blocks.group import lorafa_linear_group
-from ..blocks.operands import LinearOperands
+from ..group.api import lorafa_linear_group
+from ..group.operands import LinearOperands
 from ..linear.api import check_frozen
 from .linear import LoRAFALinear, is_exported, shown
 

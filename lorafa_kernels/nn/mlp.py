@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks.mlp import lorafa_gated_mlp
+from ..mlp.api import lorafa_gated_mlp
 from .group import checked_names, operands_of
 from .linear import LoRAFALinear, checked_size, is_exported, shown
 

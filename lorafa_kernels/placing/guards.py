@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..blocks.operands import LinearOperands
+from ..group.operands import LinearOperands
 from ..linear import ops
 from ..linear.api import FLOAT_DTYPES
 from ..nn.linear import LoRAFALinear, is_exported

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..blocks.group import lorafa_linear_group
-from ..blocks.operands import LinearOperands
+from ..group.api import lorafa_linear_group
+from ..group.operands import LinearOperands
 from ..linear import ops
 from ..nn.linear import LoRAFALinear
 from .guards import LINEARS, common_impl, drops, is_plain, no_global_hooks, operands_for

@@ -44,7 +44,7 @@ class MLP(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """An RMS norm of a form of blocks/norm.py; weight, eps, input: names of attributes and of x; guards: what
+    """An RMS norm of a form of norm.py; weight, eps, input: names of attributes and of x; guards: what
     forward read beside the weight.
     """
 

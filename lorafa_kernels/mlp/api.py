@@ -16,13 +16,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..group import ops as group_ops
+from ..group.api import check_kinds, checked_member
+from ..group.operands import LinearOperands
 from ..linear.node import RefuseSecondBackward
 from ..plan.choice import check_impl
-from . import group_ops
 from .activation import check_activation
-from .gated_ops import gated, gated_backward
-from .group import check_kinds, checked_member
-from .operands import LinearOperands
+from .ops import gated, gated_backward
 
 # Of lists with an entry for each of gate, up and down: the group of the two that read x, and that of down.
 _INPUTS = slice(0, 2)

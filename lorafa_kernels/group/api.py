@@ -16,7 +16,7 @@ from torch import Tensor
 from ..linear.api import cast, check_frozen, check_shapes, check_tensors, checked_dropout, checked_scaling
 from ..linear.node import RefuseSecondBackward
 from ..plan.choice import check_impl
-from . import group_ops
+from . import ops
 from .operands import LinearOperands
 
 
@@ -65,7 +65,7 @@ def lorafa_linear_group(
             rows, seeds, scalings, dropout_ps, share_A, impl, *weights, *lora_Bs, *biases, *kept_As
         )
     else:
-        ys, _ = group_ops.group_forward(
+        ys, _ = ops.group_forward(
             rows, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
         )
     if x.dim() == 2:
@@ -84,7 +84,7 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
         n = len(scalings)
         weights, lora_Bs, biases, kept_As = _parts(operands, n, 3)
         lora_As = _lora_As(kept_As, lora_Bs, share_A)
-        ys, z = group_ops.group_forward(
+        ys, z = ops.group_forward(
             x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
         )
         need_dx, need_dBs = _needs(ctx, n)
@@ -150,7 +150,7 @@ def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[T
     if need_dx:
         _, weights, kept_As = _parts(rest, n, 2)
         lora_As = _lora_As(kept_As, lora_Bs, ctx.share_A)
-    return group_ops.group_backward(
+    return ops.group_backward(
         dys,
         z,
         weights,

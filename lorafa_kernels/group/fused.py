@@ -1,5 +1,5 @@
 """Forward and backward of linear layers that share an input, composed of the kernels. Shapes, dtypes and
-Nones as in blocks/reference.py.
+Nones as in group/reference.py.
 
 A group of one is a layer, and left to linear.py. `plan` as there; its shrink is for one layer, and z of
 several members takes its own. For few rows (an expand of variant "recompute") each member makes its z beside
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks.operands import rank_columns, rank_makers, seed_of
+from ..kernels.expand import expand
+from ..kernels.grad import grad
+from ..kernels.group import Dropout, expand_total, shrink_group, shrink_total
+from ..kernels.shrink import shrink
 from ..linear import fused as linear
 from ..plan.config import KernelConfig, KernelPlan
-from .expand import expand
-from .grad import grad
-from .group import Dropout, expand_total, shrink_group, shrink_total
-from .shrink import shrink
+from .operands import rank_columns, rank_makers, seed_of
 
 
 def forward(

@@ -184,7 +184,7 @@ def _run(op: str, decided: tuple[str, Plan | None], device: torch.device, argume
     if plan is None:
         return getattr(_MODULES[name], direction)(*arguments)
     if plan.name == "fused":
-        kernels = importlib.import_module("..kernels.group_linear", __package__)
+        kernels = importlib.import_module(".fused", __package__)
         return getattr(kernels, direction)(*arguments, plan=plan.kernels)
     if _takes_grad_kernel(op, plan):
         return _backward_with_one_pass(plan, *arguments)

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear.api import FLOAT_DTYPES, LARGEST_NUMBER, check_tensor, real_number
-from ..linear.node import RefuseSecondBackward
-from ..linear.ops import watched
+from .linear.api import FLOAT_DTYPES, LARGEST_NUMBER, check_tensor, real_number
+from .linear.node import RefuseSecondBackward
+from .linear.ops import watched
 
 FORMS = ("llama", "gemma", "t5")
 HALF = (torch.float16, torch.bfloat16)

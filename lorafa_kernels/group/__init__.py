@@ -1,0 +1,5 @@
+"""Linear layers that share an input, as one autograd node.
+
+api.py checks and calls and has the node, ops.py the operators, operands.py what a member is; reference.py is
+the formula, library.py its best arrangement of library products, fused.py its composition of the kernels.
+"""
