@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafa_kernels import LoRAFALinear
-from lorafa_kernels.accuracy import Operands
+from lorafa_kernels.checks.budget import Operands
 from lorafa_kernels.plan.choice import triton_obstacle
 
 from .cases import DTYPES, Case, unknown

@@ -1,7 +1,7 @@
 """The gate before the clock: a contender's results against fp64 on the same operands.
 
 What is allowed is twice the plain formula's error in the same dtype plus the unit roundoff of the output's
-dtype (lorafa_kernels/accuracy.py). A contender outside of it, or with NaN, gets no time.
+dtype (lorafa_kernels/checks/budget.py). A contender outside of it, or with NaN, gets no time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafa_kernels.accuracy import Operands, allowed_error, draw_operands, plain_formula, relative_error
+from lorafa_kernels.checks.budget import Operands, allowed_error, draw_operands, plain_formula, relative_error
 from lorafa_kernels.linear.api import draw_seed
 from lorafa_kernels.philox import keep_mask
 

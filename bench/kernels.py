@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorafa_kernels.accuracy import Operands, relative_error
+from lorafa_kernels.checks.budget import Operands, relative_error
 from lorafa_kernels.linear import library
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import torch._functorch.config as functorch_config
 
-from lorafa_kernels.accuracy import Operands
+from lorafa_kernels.checks.budget import Operands
 
 from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lorafa_kernels.accuracy import relative_error
+from lorafa_kernels.checks.budget import relative_error
 
 from .cases import DTYPES, unknown
 from .judge import poisoned_memory, verdict
@@ -34,7 +34,7 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 BERT_LINEARS = ("query", "key", "value", "dense")
 PHI3_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 T5_LINEARS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
-# An output of fewer elements would have to be pooled over many draws (lorafa_kernels/accuracy.py).
+# An output of fewer elements would have to be pooled over many draws (lorafa_kernels/checks/budget.py).
 LEAST_ELEMENTS = 256
 
 

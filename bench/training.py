@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lorafa_kernels.accuracy import unit_roundoff
+from lorafa_kernels.checks.budget import unit_roundoff
 
 from . import models
 from .cases import DTYPES

@@ -3,7 +3,8 @@
 # First: it decides where the others are looked for.
 from . import _safe_path as _safe_path
 from ._version import __version__
-from .adapt import (
+from .linear.api import lorafa_linear
+from .model.adapt import (
     LoRAFAConfig,
     apply_lorafa,
     disable_adapter,
@@ -12,10 +13,9 @@ from .adapt import (
     unload_adapter,
     unmerge_adapter,
 )
-from .checkpoint import load_adapter, lorafa_state_dict, save_adapter
-from .explanation import explain
-from .linear.api import lorafa_linear
+from .model.checkpoint import load_adapter, lorafa_state_dict, save_adapter
 from .nn import LoRAFAGeGLU, LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU
+from .nn.explain import explain
 
 __all__ = [
     "LoRAFAConfig",

@@ -1,7 +1,7 @@
 """How tests compare numbers: there is no third way, and no tolerance of a test's own.
 
 Where the same code computes both, with the same shapes and strides: `assert_same`, bit for bit. Elsewhere the
-error budget of lorafa_kernels/accuracy.py against fp64: `check_budget` for one draw, and `Budget`, which
+error budget of lorafa_kernels/checks/budget.py against fp64: `check_budget` for one draw, and `Budget`, which
 pools small outputs over many draws.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafa_kernels.accuracy import Operands, allowed_error, draw_operands, plain_formula
+from lorafa_kernels.checks.budget import Operands, allowed_error, draw_operands, plain_formula
 
 SMALL_OUTPUT = 256
 POOLED_SEEDS = 64

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorafa_kernels.adapt import (
+from lorafa_kernels.model.adapt import (
     LoRAFAConfig,
     apply_lorafa,
     disable_adapter,

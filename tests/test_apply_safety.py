@@ -17,14 +17,14 @@ from lorafa_kernels import (
     LoRAFALinear,
     LoRAFALinearGroup,
     LoRAFASwiGLU,
-    adapt,
     apply_lorafa,
     load_adapter,
     lorafa_parameters,
     save_adapter,
     unload_adapter,
 )
-from lorafa_kernels.adapt import lorafa_layers
+from lorafa_kernels.model import adapt
+from lorafa_kernels.model.adapt import lorafa_layers
 
 pytestmark = pytest.mark.numerics
 

@@ -22,14 +22,14 @@ LEVELS = [
         "command_line",
         "files",
         "engines",
-        "patterns",
-        "exchange",
+        "model.patterns",
+        "model.exchange",
         "flops",
         "philox",
         "plan.config",
         "tune.models",
     },
-    {"memory", "linear.reference", "linear.library", "plan.recipe", "kernels.tile"},
+    {"memory.planner", "linear.reference", "linear.library", "plan.recipe", "kernels.tile"},
     {"plan.cost", "plan.tables", "plan.pin"},
     {"plan.make"},
     {"plan.choice"},
@@ -41,22 +41,22 @@ LEVELS = [
     {"linear.ops"},
     {"linear.node", "group.ops", "mlp.ops"},
     {"linear.api"},
-    {"accuracy", "group.api", "norm", "nn.linear"},
+    {"checks.budget", "group.api", "norm", "nn.linear"},
     {"mlp.api", "nn.group"},
-    {"nn.mlp", "placing.shield", "placing.guards", "placing.bypass"},
-    {"placing.symbolic", "placing.projections", "placing.first_steps"},
-    {"placing.recognise", "placing.members"},
-    {"placing.fused"},
-    {"placing.place"},
-    {"adapt", "blocks.accuracy", "explanation", "tune.search"},
-    {"checkpoint", "doctor", "tune.command"},
+    {"nn.mlp", "model.placing.shield", "model.placing.guards", "model.placing.bypass"},
+    {"model.placing.symbolic", "model.placing.projections", "model.placing.first_steps"},
+    {"model.placing.recognise", "model.placing.members"},
+    {"model.placing.fused"},
+    {"model.placing.place"},
+    {"model.adapt", "checks.blocks", "nn.explain", "tune.search"},
+    {"model.checkpoint", "checks.doctor", "tune.command"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
-OPTIONAL = {"tune.command": {"rich"}, "doctor": {"numpy"}}
+OPTIONAL = {"tune.command": {"rich"}, "checks.doctor": {"numpy"}}
 
 
 def modules() -> dict[str, Path]:

@@ -13,7 +13,7 @@ from test_bench_memory import adapt_raising, adapt_with_scaling
 
 from bench import models, training
 from bench.training import NUMBERS, TrainingCase
-from lorafa_kernels.accuracy import allowed_error, relative_error
+from lorafa_kernels.checks.budget import allowed_error, relative_error
 
 pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ from kernel_plans import grid, implementation_and_plan_cases, pin_by_name
 from torch import Tensor
 
 from lorafa_kernels import philox
-from lorafa_kernels.accuracy import allowed_error, relative_error, unit_roundoff
+from lorafa_kernels.checks.budget import allowed_error, relative_error, unit_roundoff
 from lorafa_kernels.group import ops as group_ops
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear import ops

@@ -57,7 +57,8 @@ def nobody_s_home():
 
 
 def test_without_a_home_there_is_no_table_and_everything_runs(monkeypatch, fake_gpu, capsys):
-    from lorafa_kernels import doctor, explain
+    from lorafa_kernels import explain
+    from lorafa_kernels.checks import doctor
     from lorafa_kernels.tune import command
 
     monkeypatch.setattr(Path, "home", nobody_s_home)

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lorafa_kernels.adapt import (
+from lorafa_kernels.model.adapt import (
     LoRAFAConfig,
     apply_lorafa,
     disable_adapter,
@@ -27,7 +27,13 @@ from lorafa_kernels.adapt import (
     merge_adapter,
     unmerge_adapter,
 )
-from lorafa_kernels.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, lorafa_state_dict, save_adapter
+from lorafa_kernels.model.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    lorafa_state_dict,
+    save_adapter,
+)
 from lorafa_kernels.nn.linear import LoRAFALinear
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.checks.budget import draw_operands
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear import ops

@@ -14,10 +14,10 @@ from accuracy import Budget
 from conftest import TRITON
 
 import lorafa_kernels
-from lorafa_kernels import doctor
 from lorafa_kernels.__main__ import main
-from lorafa_kernels.accuracy import draw_operands, lorafa_results, plain_formula, relative_error
-from lorafa_kernels.blocks.accuracy import BLOCKS, BlockOperands, draw_block, plain_block
+from lorafa_kernels.checks import doctor
+from lorafa_kernels.checks.blocks import BLOCKS, BlockOperands, draw_block, plain_block
+from lorafa_kernels.checks.budget import draw_operands, lorafa_results, plain_formula, relative_error
 from lorafa_kernels.linear import library
 from lorafa_kernels.plan.choice import choose, planned_device
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, KernelPlan

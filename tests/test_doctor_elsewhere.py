@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafa_kernels import doctor
 from lorafa_kernels.__main__ import main
+from lorafa_kernels.checks import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANTED = "raise SystemExit('the planted {name} was imported')\n"

@@ -14,7 +14,7 @@ import torch
 from conftest import implementation_cases
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.checks.budget import draw_operands
 from lorafa_kernels.linear import ops
 from lorafa_kernels.plan.choice import choose
 

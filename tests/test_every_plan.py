@@ -18,7 +18,7 @@ from pairwise import pairwise
 from torch import Tensor
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.accuracy import draw_operands, plain_formula
+from lorafa_kernels.checks.budget import draw_operands, plain_formula
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.philox import keep_mask

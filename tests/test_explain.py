@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import LoRAFALinear
-from lorafa_kernels.explanation import explain
 from lorafa_kernels.linear import ops
+from lorafa_kernels.nn.explain import explain
 from lorafa_kernels.plan.choice import choose
 from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan, default_config
 from lorafa_kernels.plan.pin import pin_plan

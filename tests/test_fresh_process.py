@@ -49,7 +49,7 @@ def without_triton():
 
 def without_a_gpu():
     import lorafa_kernels
-    import lorafa_kernels.checkpoint
+    import lorafa_kernels.model.checkpoint
 
     # Nor is Triton imported before a kernel is needed.
     assert not {name for name in sys.modules if name.startswith("lorafa_kernels.kernels")}

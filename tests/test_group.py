@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lorafa_kernels import LoRAFALinear, LoRAFALinearGroup, lorafa_linear
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.checks.budget import draw_operands
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.nn.group import operands_of

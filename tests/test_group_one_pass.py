@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from accuracy import check_budget
 from conftest import TRITON_DEVICE, on_device
 
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.checks.budget import draw_operands
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.philox import keep_mask

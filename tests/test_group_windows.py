@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorafa_kernels import LoRAFAConfig, apply_lorafa, lorafa_parameters
-from lorafa_kernels.placing import members as members_module
+from lorafa_kernels.model.placing import members as members_module
 
 pytestmark = [
     pytest.mark.numerics,

@@ -15,7 +15,7 @@ from memory_beds import far_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.accuracy import draw_operands, plain_formula
+from lorafa_kernels.checks.budget import draw_operands, plain_formula
 from lorafa_kernels.linear import reference
 
 pytest.importorskip("triton")

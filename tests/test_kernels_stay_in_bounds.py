@@ -9,7 +9,7 @@ import torch
 from kernel_plans import PLANS, pin_by_name
 from memory_beds import Beds
 
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.checks.budget import draw_operands
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 pytestmark = pytest.mark.numerics

@@ -14,7 +14,7 @@ from kernel_plans import implementation_and_plan_cases, pin_by_name
 from torch import Tensor
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.accuracy import Operands, allowed_error, draw_operands, lorafa_results, plain_formula
+from lorafa_kernels.checks.budget import Operands, allowed_error, draw_operands, lorafa_results, plain_formula
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear import library, ops

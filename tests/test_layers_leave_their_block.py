@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from accuracy import assert_same, check_budget
 from torch import nn
 
-from lorafa_kernels.adapt import LoRAFAConfig, apply_lorafa
-from lorafa_kernels.placing import fused as fused_module
-from lorafa_kernels.placing import members as members_module
+from lorafa_kernels.model.adapt import LoRAFAConfig, apply_lorafa
+from lorafa_kernels.model.placing import fused as fused_module
+from lorafa_kernels.model.placing import members as members_module
 
 pytestmark = pytest.mark.numerics
 WIDTH, INNER = 6, 8

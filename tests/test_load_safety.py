@@ -28,12 +28,12 @@ from lorafa_kernels import (
     LoRAFAConfig,
     LoRAFALinear,
     apply_lorafa,
-    checkpoint,
     load_adapter,
     lorafa_state_dict,
     save_adapter,
 )
-from lorafa_kernels.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from lorafa_kernels.model import checkpoint
+from lorafa_kernels.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 FIELDS = [
     "r",

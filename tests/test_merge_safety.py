@@ -19,7 +19,7 @@ from lorafa_kernels import (
     unload_adapter,
     unmerge_adapter,
 )
-from lorafa_kernels.adapt import lorafa_layers, lorafa_parameters
+from lorafa_kernels.model.adapt import lorafa_layers, lorafa_parameters
 
 pytestmark = pytest.mark.numerics
 

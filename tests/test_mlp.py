@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.memory import allocations
 from lorafa_kernels import LoRAFAGeGLU, LoRAFALinear, LoRAFASwiGLU, disable_adapter, lorafa_linear
-from lorafa_kernels.accuracy import allowed_error, relative_error
+from lorafa_kernels.checks.budget import allowed_error, relative_error
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.mlp import ops as gated_ops
 from lorafa_kernels.mlp.activation import ACTIVATIONS

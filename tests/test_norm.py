@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bench import memory
-from lorafa_kernels.accuracy import allowed_error, relative_error
+from lorafa_kernels.checks.budget import allowed_error, relative_error
 from lorafa_kernels.norm import FORMS, rms_norm
 
 pytestmark = pytest.mark.numerics

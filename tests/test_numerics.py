@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kernel_plans import PLANS, grid, implementation_and_plan_cases, pin, pin_by_name
 
 from lorafa_kernels import lorafa_linear
-from lorafa_kernels.accuracy import Operands, draw_operands, lorafa_results, plain_formula, unit_roundoff
+from lorafa_kernels.checks.budget import Operands, draw_operands, lorafa_results, plain_formula, unit_roundoff
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 pytestmark = pytest.mark.numerics

@@ -9,7 +9,7 @@ from conftest import implementation_cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafa_kernels import LoRAFALinear
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.checks.budget import draw_operands
 from lorafa_kernels.linear import ops
 
 pytestmark = pytest.mark.numerics

@@ -98,7 +98,7 @@ def test_the_wheel_has_the_package_s_files_and_no_others(dist):
         inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
         metadata = {name.rpartition("/")[2] for name in wheel.namelist() if ".dist-info/" in name}
     assert inside == {f"lorafa_kernels/{name}" for name in files(PACKAGE)}
-    assert {"lorafa_kernels/py.typed", "lorafa_kernels/placing/place.py"} <= inside
+    assert {"lorafa_kernels/py.typed", "lorafa_kernels/model/placing/place.py"} <= inside
     assert metadata == {"METADATA", "WHEEL", "RECORD", "LICENSE", "entry_points.txt", "top_level.txt"}
 
 

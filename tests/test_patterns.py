@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorafa_kernels import LoRAFAConfig, patterns
-from lorafa_kernels.patterns import check_expression, compiled
+from lorafa_kernels import LoRAFAConfig
+from lorafa_kernels.model import patterns
+from lorafa_kernels.model.patterns import check_expression, compiled
 
 ATOMS = [
     "a",

@@ -18,7 +18,7 @@ from accuracy import assert_same, check_budget
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorafa_kernels.adapt import (
+from lorafa_kernels.model.adapt import (
     LoRAFAConfig,
     apply_lorafa,
     disable_adapter,
@@ -28,9 +28,9 @@ from lorafa_kernels.adapt import (
     unload_adapter,
     unmerge_adapter,
 )
+from lorafa_kernels.model.placing import fused as fused_module
+from lorafa_kernels.model.placing import members as members_module
 from lorafa_kernels.nn.linear import LoRAFALinear
-from lorafa_kernels.placing import fused as fused_module
-from lorafa_kernels.placing import members as members_module
 
 pytestmark = pytest.mark.numerics
 

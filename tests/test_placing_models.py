@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 import torch
 
-from lorafa_kernels.accuracy import allowed_error, relative_error
-from lorafa_kernels.adapt import LoRAFAConfig, apply_lorafa, lorafa_parameters, unload_adapter
-from lorafa_kernels.checkpoint import load_adapter, save_adapter
+from lorafa_kernels.checks.budget import allowed_error, relative_error
+from lorafa_kernels.model.adapt import LoRAFAConfig, apply_lorafa, lorafa_parameters, unload_adapter
+from lorafa_kernels.model.checkpoint import load_adapter, save_adapter
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorafa_kernels import LoRAFAConfig, apply_lorafa, lorafa_parameters, unload_adapter
+from lorafa_kernels.model.placing import fused as fused_module
+from lorafa_kernels.model.placing.recognise import recognise_mlp
+from lorafa_kernels.model.placing.shield import Untraceable
 from lorafa_kernels.nn.linear import LoRAFALinear
-from lorafa_kernels.placing import fused as fused_module
-from lorafa_kernels.placing.recognise import recognise_mlp
-from lorafa_kernels.placing.shield import Untraceable
 
 pytestmark = pytest.mark.numerics
 

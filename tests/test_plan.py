@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lorafa_kernels import LoRAFALinear, explain
-from lorafa_kernels.accuracy import (
+from lorafa_kernels.checks.budget import (
     allowed_error,
     draw_operands,
     lorafa_results,

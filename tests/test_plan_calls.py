@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lorafa_kernels.__main__ import main
-from lorafa_kernels.memory import MOST_CONFIG_BYTES, ModelSizes
+from lorafa_kernels.memory.planner import MOST_CONFIG_BYTES, ModelSizes
 
 LLAMA = {
     "model_type": "llama",

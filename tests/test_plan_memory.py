@@ -10,7 +10,7 @@ import torch
 from bench import memory as measured
 from bench import models, training
 from lorafa_kernels.__main__ import main
-from lorafa_kernels.memory import (
+from lorafa_kernels.memory.planner import (
     ITEMSIZE,
     METHODS,
     ModelSizes,

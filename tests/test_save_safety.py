@@ -20,14 +20,14 @@ from lorafa_kernels import (
     LoRAFAConfig,
     apply_lorafa,
     disable_adapter,
-    exchange,
     load_adapter,
     lorafa_parameters,
     lorafa_state_dict,
     save_adapter,
 )
-from lorafa_kernels.adapt import lorafa_layers
-from lorafa_kernels.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from lorafa_kernels.model import exchange
+from lorafa_kernels.model.adapt import lorafa_layers
+from lorafa_kernels.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 pytestmark = pytest.mark.numerics
 

@@ -13,7 +13,7 @@ from conftest import implementation_cases
 from torch import nn
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear
-from lorafa_kernels.accuracy import draw_operands
+from lorafa_kernels.checks.budget import draw_operands
 
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 M, K, N, R = 12, 20, 28, 4

@@ -18,7 +18,7 @@ from lorafa_kernels import (
     apply_lorafa,
     lorafa_parameters,
 )
-from lorafa_kernels.accuracy import allowed_error
+from lorafa_kernels.checks.budget import allowed_error
 
 pytestmark = pytest.mark.numerics
 

@@ -135,8 +135,8 @@ def checks(device: str, small: bool) -> list[Check]:
     """Return what is checked, the default paths first. Each kernel of the package is in at least one."""
     import torch
 
-    from lorafa_kernels.accuracy import draw_operands, plain_formula
-    from lorafa_kernels.blocks.accuracy import block_results, draw_block, plain_block
+    from lorafa_kernels.checks.blocks import block_results, draw_block, plain_block
+    from lorafa_kernels.checks.budget import draw_operands, plain_formula
     from lorafa_kernels.kernels.gated import gated, gated_backward
     from lorafa_kernels.linear import fused as linear
     from lorafa_kernels.linear.api import draw_seed
@@ -221,7 +221,7 @@ def kernels(call: Told) -> int:
     """Run each check once against fp64, and 200 times for the same bits."""
     import torch
 
-    from lorafa_kernels.accuracy import relative_error
+    from lorafa_kernels.checks.budget import relative_error
 
     from ..judge import broken, poisoned_memory
     from ..judge import verdict as judged

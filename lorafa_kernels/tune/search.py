@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
+from ..checks.budget import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 from ..linear import ops
 from ..linear.api import draw_seed
 from ..plan.choice import forget_plans, planned_device
@@ -261,7 +261,7 @@ class Search:
 
 
 class Check:
-    """The accuracy of a recipe's outputs on `problem`, measured as accuracy.py says, with fewer rows."""
+    """The accuracy of a recipe's outputs on `problem`, measured as checks/budget.py says, with fewer rows."""
 
     def __init__(self, problem: Problem, device: torch.device, target: Device) -> None:
         self.problem, self.limits = problem, target.limits

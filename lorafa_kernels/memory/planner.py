@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .command_line import MOST_SIZE, USAGE_ERROR, brief, count, one_line
-from .files import read_json, shown
+from ..command_line import MOST_SIZE, USAGE_ERROR, brief, count, one_line
+from ..files import read_json, shown
 
 # Whose layers have nothing else that is kept.
 MODEL_TYPES = ("llama", "mistral", "qwen2")

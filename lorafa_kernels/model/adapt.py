@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .engines import is_dtensor, sharding_engine, wrapped_child
-from .nn.linear import INITIALISATIONS, LARGEST_RANK, LoRAFALinear, as_integer, as_number, shown
+from ..engines import is_dtensor, sharding_engine, wrapped_child
+from ..nn.linear import INITIALISATIONS, LARGEST_RANK, LoRAFALinear, as_integer, as_number, shown
 from .patterns import check_expression, compiled, limited
 from .placing.bypass import check_calls
 from .placing.first_steps import watch_first_steps

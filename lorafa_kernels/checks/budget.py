@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear.api import draw_seed, lorafa_linear
-from .philox import keep_mask
+from ..linear.api import draw_seed, lorafa_linear
+from ..philox import keep_mask
 
 
 @dataclass

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..group.operands import LinearOperands
-from ..linear import ops
-from ..linear.api import FLOAT_DTYPES
-from ..nn.linear import LoRAFALinear, is_exported
+from ...group.operands import LinearOperands
+from ...linear import ops
+from ...linear.api import FLOAT_DTYPES
+from ...nn.linear import LoRAFALinear, is_exported
 
 # Classes whose forward is what operands_for describes, and that forward: kernel libraries put another into
 # the class. members.py adds its own.

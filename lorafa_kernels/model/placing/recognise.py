@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..nn.linear import LoRAFALinear
+from ...nn.linear import LoRAFALinear
 from .shield import Guards, Reads, Untraceable
 from .symbolic import Child, Slot, Symbol, Trace, input_name, original_class, run, trace_forward
 

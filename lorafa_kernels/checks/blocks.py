@@ -1,4 +1,4 @@
-"""The accuracy of blocks, measured as accuracy.py does for one layer: what a block returns, and what its
+"""The accuracy of blocks, measured as budget.py does for one layer: what a block returns, and what its
 formula gives in plain PyTorch in any dtype.
 
 A block has several outputs and several lora_B. Those are one vector here, "y", and their gradients another,

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from .linear.api import FLOAT_DTYPES
-from .linear.library import SUMMED_IN_PLACE
-from .nn.linear import LoRAFALinear
-from .plan.choice import choose, choose_plan, planned_device
-from .plan.config import DeviceLimits, KernelConfig
-from .plan.make import Plan
-from .plan.pin import pinned
-from .plan.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
+from ..linear.api import FLOAT_DTYPES
+from ..linear.library import SUMMED_IN_PLACE
+from ..plan.choice import choose, choose_plan, planned_device
+from ..plan.config import DeviceLimits, KernelConfig
+from ..plan.make import Plan
+from ..plan.pin import pinned
+from ..plan.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
+from .linear import LoRAFALinear
 
 DEFAULT_M = 2048
 

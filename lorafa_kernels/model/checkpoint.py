@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..engines import full_shape, is_dtensor, is_partitioned, whole
+from ..nn.linear import LoRAFALinear, shown
 from .adapt import (
     LoRAFAConfig,
     Plan,
@@ -44,9 +46,7 @@ from .adapt import (
     target_names,
     unwrap,
 )
-from .engines import full_shape, is_dtensor, is_partitioned, whole
 from .exchange import locked, replace_files
-from .nn.linear import LoRAFALinear, shown
 from .patterns import limited
 
 WEIGHTS_FILE = "adapter_model.safetensors"

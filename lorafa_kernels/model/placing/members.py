@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..group.api import lorafa_linear_group
-from ..group.operands import LinearOperands
-from ..linear import ops
-from ..nn.linear import LoRAFALinear
+from ...group.api import lorafa_linear_group
+from ...group.operands import LinearOperands
+from ...linear import ops
+from ...nn.linear import LoRAFALinear
 from .guards import LINEARS, common_impl, drops, is_plain, no_global_hooks, operands_for
 
 _GROUP, _PLACE = "_lorafa_group", "_lorafa_place"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn.linear import LoRAFALinear
+from ...nn.linear import LoRAFALinear
 from .fused import fuse_module, restore_module
 from .guards import LINEARS, is_quiet
 from .members import group_layers, ungroup_layer

@@ -28,15 +28,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__
-from .accuracy import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
-from .blocks.accuracy import BLOCKS, block_results, draw_block, norm_results, plain_block, plain_norm
-from .command_line import one_line
-from .explanation import DEFAULT_M, describe_limits, describe_plan, explain
-from .norm import FORMS
-from .plan.choice import choose, planned_device, triton_obstacle
-from .plan.pin import PLAN_VARIABLE
-from .plan.tables import CACHE_VARIABLE, cache_path, shipped_table, user_table
+from .. import __version__
+from ..command_line import one_line
+from ..nn.explain import DEFAULT_M, describe_limits, describe_plan, explain
+from ..norm import FORMS
+from ..plan.choice import choose, planned_device, triton_obstacle
+from ..plan.pin import PLAN_VARIABLE
+from ..plan.tables import CACHE_VARIABLE, cache_path, shipped_table, user_table
+from .blocks import BLOCKS, block_results, draw_block, norm_results, plain_block, plain_norm
+from .budget import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 
 CHECKED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**CHECKED_DTYPES, "fp64": torch.float64}
