@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafa_kernels.checks.budget import Operands, allowed_error, draw_operands, plain_formula, relative_error
-from lorafa_kernels.linear.api import draw_seed
+from lorafa_kernels.operands import draw_seed
 from lorafa_kernels.philox import keep_mask
 
 from .cases import DTYPES, Case

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear.api import FLOAT_DTYPES, LARGEST_NUMBER, check_tensor, real_number
-from .linear.node import RefuseSecondBackward
-from .linear.ops import watched
+from .dispatch import first_order, watched
+from .operands import FLOAT_DTYPES, LARGEST_NUMBER, check_tensor, real_number
 
 FORMS = ("llama", "gemma", "t5")
 HALF = (torch.float16, torch.bfloat16)
@@ -102,12 +101,12 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        if not torch.is_grad_enabled():
-            return _backward(dy, *ctx.saved_tensors, ctx.form), None, None, None
-        # Under create_graph=True; as in linear/node.py, dx depends on x even where dy is a constant.
-        with torch.no_grad():
-            dx = _backward(dy, *ctx.saved_tensors, ctx.form)
-        return RefuseSecondBackward.apply(dx, torch.empty(0, requires_grad=True)), None, None, None
+        (dx,) = first_order(_gradients, ctx, dy)
+        return dx, None, None, None
+
+
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor]:
+    return (_backward(dy, *ctx.saved_tensors, ctx.form),)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:

@@ -13,50 +13,29 @@ import pytest
 import lorafa_kernels
 
 PACKAGE = Path(lorafa_kernels.__file__).parent
-# Lowest first: a module may import what stands before it. Modules of one level do not import each other.
-LEVELS = [
-    {
-        "_safe_path",
-        "_version",
-        "group.operands",
-        "command_line",
-        "files",
-        "engines",
-        "model.patterns",
-        "model.exchange",
-        "flops",
-        "philox",
-        "plan.config",
-        "tune.models",
-    },
-    {"memory.planner", "linear.reference", "linear.library", "plan.recipe", "kernels.tile"},
-    {"plan.cost", "plan.tables", "plan.pin"},
-    {"plan.make"},
-    {"plan.choice"},
-    {"kernels.shrink", "kernels.expand_tma", "kernels.gated", "kernels.grad", "kernels.recompute"},
-    {"kernels.expand", "kernels.group_tma"},
-    {"linear.fused", "kernels.group"},
-    {"group.fused"},
-    {"group.reference", "group.library", "mlp.activation"},
-    {"linear.ops"},
-    {"linear.node", "group.ops", "mlp.ops"},
-    {"linear.api"},
-    {"checks.budget", "group.api", "norm", "nn.linear"},
-    {"mlp.api", "nn.group"},
-    {"nn.mlp", "model.placing.shield", "model.placing.guards", "model.placing.bypass"},
-    {"model.placing.symbolic", "model.placing.projections", "model.placing.first_steps"},
-    {"model.placing.recognise", "model.placing.members"},
-    {"model.placing.fused"},
-    {"model.placing.place"},
-    {"model.adapt", "checks.blocks", "nn.explain", "tune.search"},
-    {"model.checkpoint", "checks.doctor", "tune.command"},
+# Lowest first: a folder, or a module outside of folders, may import what stands on a lower floor. What stands
+# on one floor does not import each other; the modules of a folder may, without a circle.
+FLOORS = (
+    {"_safe_path", "_version", "command_line", "engines", "files", "flops", "operands", "philox"},
+    {"plan"},
+    {"kernels"},
+    {"dispatch"},
+    {"linear"},
+    {"group"},
+    {"mlp", "norm"},
+    {"nn"},
+    {"model"},
+    {"checks", "memory"},
+    {"tune"},
     {"__main__"},
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+)
+FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
 OPTIONAL = {"tune.command": {"rich"}, "checks.doctor": {"numpy"}}
+# They compose kernels, and are imported where those are.
+COMPOSED = ("linear.fused", "group.fused")
 
 
 def modules() -> dict[str, Path]:
@@ -100,14 +79,74 @@ def own(names: set[str]) -> set[str]:
 PLAIN = [name for name in modules() if not name.endswith("__init__")]
 
 
-def test_every_module_has_its_level():
-    assert set(PLAIN) == set(LEVEL)
+def unit_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_every_module_has_its_floor():
+    assert {unit_of(name) for name in PLAIN} == set(FLOOR)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_imports_point_downward(name):
     for other in own(imported(name, modules()[name])):
-        assert LEVEL[other] < LEVEL[name], f"{name} imports {other}"
+        if unit_of(other) != unit_of(name):
+            assert FLOOR[unit_of(other)] < FLOOR[unit_of(name)], f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: own(imported(name, path)) - {name} for name, path in modules().items()}
+    circle = circle_in(graph)
+    assert circle is None, " -> ".join(circle)
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str] | None:
+    """Return nodes of which each has an edge to the next, and the last is the first, or None."""
+    done: set[str] = set()
+
+    def follow(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        for other in sorted(graph.get(node, ())):
+            if found := follow(other, [*path, node]):
+                return found
+        done.add(node)
+        return None
+
+    return next((found for node in sorted(graph) if (found := follow(node, []))), None)
+
+
+def test_a_circle_is_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def private_names(name: str, path: Path) -> set[str]:
+    """Names with an underscore that a module takes from other modules of this package."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own_modules, found = set(), set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        of_package = node.level or (node.module or "").split(".")[0] == "lorafa_kernels"
+        for alias in node.names if of_package else ():
+            if alias.name.startswith("_") and alias.name not in {"_safe_path", "_version", "__version__"}:
+                found.add(alias.name)
+            own_modules.add(alias.asname or alias.name)
+    for node in ast.walk(tree):
+        # A class, too, is imported; its own names with one underscore are as private.
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if private and node.value.id in own_modules:
+                found.add(f"{node.value.id}.{node.attr}")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_underscore_name_crosses_a_file(name):
+    assert not private_names(name, modules()[name])
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -117,7 +156,7 @@ def test_third_party_imports(name):
     assert third_party - OPTIONAL.get(name, set()) <= ALLOWED_THIRD_PARTY
     top = {n.split(".")[0] for n in imported(name, modules()[name], top_level_only=True)}
     assert not top & OPTIONAL.get(name, set())
-    if not name.startswith("kernels."):
+    if not name.startswith("kernels.") and name not in COMPOSED:
         assert "triton" not in top, "Triton is imported lazily outside of kernels/"
 
 
@@ -125,7 +164,7 @@ def test_reference_and_kernels_never_meet():
     known = modules()
     for name in PLAIN:
         found = own(imported(name, known[name]))
-        if name.startswith("kernels."):
+        if name.startswith("kernels.") or name in COMPOSED:
             assert not found & {"linear.reference", "linear.library"}
         if name in ("linear.reference", "linear.library"):
             assert found == {"philox"}

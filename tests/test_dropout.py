@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafa_kernels import LoRAFALinear, lorafa_linear
 from lorafa_kernels.checks.budget import Operands, draw_operands, lorafa_results, plain_formula
 from lorafa_kernels.linear import ops
-from lorafa_kernels.linear.api import draw_seed
+from lorafa_kernels.operands import draw_seed
 from lorafa_kernels.philox import keep_chunks, keep_mask, philox4x32, threshold
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 

@@ -731,7 +731,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("share_A", [False, True])
 def test_fewer_library_calls(device, share_A, monkeypatch):
     # As where nothing watches.
-    monkeypatch.setattr("lorafa_kernels.linear.ops._len_torch_dispatch_stack", lambda: 0)
+    monkeypatch.setattr("lorafa_kernels.dispatch.watching_modes", lambda: 0)
     group = draw_group(64, 32, QKV, torch.float32, device, share_A=share_A, scalings=(0.5, 0.5, 0.5))
     with Calls() as separate:
         _separate(group, "torch")

@@ -139,7 +139,7 @@ def checks(device: str, small: bool) -> list[Check]:
     from lorafa_kernels.checks.budget import draw_operands, plain_formula
     from lorafa_kernels.kernels.gated import gated, gated_backward
     from lorafa_kernels.linear import fused as linear
-    from lorafa_kernels.linear.api import draw_seed
+    from lorafa_kernels.operands import draw_seed
     from lorafa_kernels.plan.config import KernelPlan
 
     from ..kernels import PORTABLE_CONFIG

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear.api import draw_seed, lorafa_linear
+from ..linear.api import lorafa_linear
+from ..operands import draw_seed
 from ..philox import keep_mask
 
 

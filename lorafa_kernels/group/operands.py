@@ -1,4 +1,6 @@
-"""What a block needs to know of one linear layer in it, and where a group keeps its members' z."""
+"""What a block needs to know of one linear layer in it, the checks of that, and where a group keeps its
+members' z.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from ..operands import cast, check_frozen, check_shapes, check_tensors, checked_dropout, checked_scaling
 
 
 class LinearOperands(NamedTuple):
@@ -46,3 +50,32 @@ def rank_makers(lora_Bs: Sequence[Tensor | None], share_A: bool) -> list[int]:
 def seed_of(seeds: Tensor, index: int, share_A: bool) -> Tensor:
     """Return the seed (1,) of a member's dropout mask."""
     return seeds if share_A else seeds[index : index + 1]
+
+
+def check_kinds(x: Tensor, member: LinearOperands) -> None:
+    """Raise TypeError or ValueError for a member that is made of anything but tensors, or of no matrix."""
+    if not isinstance(member, LinearOperands):
+        raise TypeError(f"expected LinearOperands, got {type(member).__name__}")
+    weight, bias, lora_A, lora_B, *_ = member
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("it has one of lora_A and lora_B without the other")
+    check_tensors(x, weight, weight if lora_A is None else lora_A, weight if lora_B is None else lora_B, bias)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
+
+
+def checked_member(x: Tensor, member: LinearOperands) -> tuple[Tensor, LinearOperands]:
+    """Return x in the dtype to compute in, and the member with its numbers as floats, after the checks of one
+    layer that passed check_kinds.
+    """
+    weight, bias, lora_A, lora_B, scaling, dropout_p = member
+    s = checked_scaling(scaling)
+    p = checked_dropout(dropout_p, s)
+    if s is not scaling or p is not dropout_p:
+        member = member._replace(scaling=s, dropout_p=p)
+    check_shapes(x, weight, lora_A, lora_B, bias)
+    # weight stands for what a plain frozen layer lacks: it passes where it has passed itself.
+    if lora_A is None:
+        lora_A = lora_B = weight
+    check_frozen(weight, lora_A, bias)
+    return cast(x, weight, lora_A, lora_B, bias), member

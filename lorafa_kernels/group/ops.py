@@ -1,5 +1,5 @@
-"""Operators of linear layers that share an input: schemas, shape functions, and the call of one
-implementation, as linear/ops.py has them for one layer.
+"""Operators of linear layers that share an input and their autograd node: schemas, shape functions, the call
+of one implementation and what is kept for backward, as linear/ops.py has them for one layer.
 
 group_forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl) -> (ys, z)
 group_backward(dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs,
@@ -12,6 +12,10 @@ seeds is None where there is no dropout.
 The plan, fused kernels or library products, is the one that a single layer would have whose width is that of
 all members together: what decides between the two, the passes over wide rows and the launches for few rows,
 grows alike in both.
+
+The node keeps, through save_for_backward alone: one z (M, ΣR) if a lora_B needs a gradient, with share_A
+(M, R); the weight, lora_A and lora_B objects themselves if x needs one, and the seeds of the dropout masks.
+Not x, and no output.
 """
 
 from __future__ import annotations
@@ -23,14 +27,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear.ops import announce, autocast_enabled, define, open_to_direct_calls
-from ..plan.choice import choose, choose_plan
-from ..plan.make import Plan
-from ..plan.pin import pinned
+from ..dispatch import (
+    Decision,
+    Implementations,
+    announce,
+    call,
+    decide,
+    define,
+    first_order,
+    open_to_direct_calls,
+)
 from . import library, reference
 from .operands import rank_columns
 
-_MODULES = {"torch": library, "reference": reference}
+
+def _backward_with_one_pass(
+    plan, dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs
+):
+    grad = importlib.import_module("..kernels.grad", __package__).grad
+    dBs: list[Tensor | None] = [None] * len(dys)
+    parts = []
+    columns = rank_columns(lora_Bs, share_A)
+    for i, (dy, lora_B) in enumerate(zip(dys, lora_Bs, strict=True)):
+        if dy is None or lora_B is None:
+            continue
+        if need_dBs[i]:
+            part = z[:, slice(*columns[i])]
+            dz, dBs[i] = grad(dy, part, lora_B, scalings[i], lora_B.dtype, config=plan.kernels.grad)
+            parts.append(dz)
+        else:
+            parts.append(library.low_rank_gradient([dy], [lora_B], [scalings[i]], False))
+    # Members that share lora_A have one dz, their sum.
+    dz = sum(parts[1:], parts[0]) if share_A else torch.cat(parts, dim=1)
+    return library.input_gradient(dys, dz, weights, lora_As, dropout_ps, seeds, share_A), dBs
+
+
+_IMPLEMENTATIONS = Implementations(reference, library, f"{__package__}.fused", _backward_with_one_pass)
 
 
 def group_forward(
@@ -100,14 +132,12 @@ def _direct(
     for tensor in (*weights, *biases):
         if tensor is not None and tensor.dtype != dtype:
             return None
-    name, plan = _decide(op, impl, x, weights, lora_Bs, biases)
-    if plan is None:
-        module = _MODULES.get(name)
-    else:
-        module = library if plan.name == "library" and not _takes_grad_kernel(op, plan) else None
-    if module is None:
-        return None
-    return module.forward if op == "forward" else module.backward
+    decision = _decide(op, impl, x, weights, lora_Bs, biases)
+    return _IMPLEMENTATIONS.direct(_direction(op), op, decision)
+
+
+def _direction(op: str) -> str:
+    return "forward" if op == "forward" else "backward"
 
 
 def _decide(
@@ -118,38 +148,26 @@ def _decide(
     lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None] = (),
     dropout: bool = False,
-) -> tuple[str, Plan | None]:
-    """Return the implementation of an operation, and its plan if that is "triton" and sizes are known.
+) -> Decision:
+    """Arguments as of _direct; dropout: whether there is one."""
 
-    Arguments as of _direct; dropout: whether there is one.
-    """
-    pin = pinned() if impl in ("auto", "triton") else None
-    kernels = pin is not None and pin.needs_kernels(op)
-    name = choose(impl, x.device, x.dtype, kernels).impl
-    M = x.shape[0]
-    if name != "triton" or type(M) is not int:
-        return name, None
-    N = R = 0
-    for weight, lora_B in zip(weights, lora_Bs, strict=True):
-        if lora_B is not None:
-            R = max(R, lora_B.shape[1])
-        wide = lora_B if weight is None else weight
-        N += wide.shape[0] if wide is not None else 0
-    K = 0 if op == "backward_lora_B" else weights[0].shape[1]
-    bias = any(bias is not None for bias in biases)
-    return name, choose_plan(impl, op, x.device, x.dtype, M, N, K, max(1, R), bias, dropout, pin)
+    def sizes() -> tuple[int, int, int]:
+        N = R = 0
+        for weight, lora_B in zip(weights, lora_Bs, strict=True):
+            if lora_B is not None:
+                R = max(R, lora_B.shape[1])
+            wide = lora_B if weight is None else weight
+            N += wide.shape[0] if wide is not None else 0
+        return N, 0 if op == "backward_lora_B" else weights[0].shape[1], max(1, R)
 
-
-def _takes_grad_kernel(op: str, plan: Plan) -> bool:
-    """Whether a plan of the library's products takes dz and dB from the kernel that reads dy once."""
-    return op == "backward" and plan.kernels.one_pass
+    return decide(op, impl, x, sizes, any(bias is not None for bias in biases), dropout)
 
 
 def _forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
     weights, biases = _cast(weights, x.dtype), _cast(biases, x.dtype)
-    decided = _decide("forward", impl, x, weights, lora_Bs, biases, seeds is not None)
+    decision = _decide("forward", impl, x, weights, lora_Bs, biases, seeds is not None)
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    ys, z = _run("forward", decided, x.device, arguments)
+    ys, z = _run("forward", decision, x.device, arguments)
     return [*ys, z]
 
 
@@ -160,9 +178,9 @@ def _backward(
     if need_dx:
         weights = _cast(weights, dy.dtype)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
-    decided = _decide(op, impl, dy, weights, lora_Bs, dropout=seeds is not None)
+    decision = _decide(op, impl, dy, weights, lora_Bs, dropout=seeds is not None)
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
-    dx, dBs = _run(op, decided, dy.device, arguments)
+    dx, dBs = _run(op, decision, dy.device, arguments)
     return [grad for grad in (dx, *dBs) if grad is not None]
 
 
@@ -170,46 +188,8 @@ def _cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor |
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
-def _run(op: str, decided: tuple[str, Plan | None], device: torch.device, arguments: tuple):
-    """Call an operation as decided, with autocast off and `device` current."""
-    if autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return _run(op, decided, device, arguments)
-    # Triton launches on the current device, wherever its arguments lie.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(op, decided, device, arguments)
-    name, plan = decided
-    direction = "forward" if op == "forward" else "backward"
-    if plan is None:
-        return getattr(_MODULES[name], direction)(*arguments)
-    if plan.name == "fused":
-        kernels = importlib.import_module(".fused", __package__)
-        return getattr(kernels, direction)(*arguments, plan=plan.kernels)
-    if _takes_grad_kernel(op, plan):
-        return _backward_with_one_pass(plan, *arguments)
-    return getattr(library, direction)(*arguments)
-
-
-def _backward_with_one_pass(
-    plan, dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs
-):
-    grad = importlib.import_module("..kernels.grad", __package__).grad
-    dBs: list[Tensor | None] = [None] * len(dys)
-    parts = []
-    columns = rank_columns(lora_Bs, share_A)
-    for i, (dy, lora_B) in enumerate(zip(dys, lora_Bs, strict=True)):
-        if dy is None or lora_B is None:
-            continue
-        if need_dBs[i]:
-            part = z[:, slice(*columns[i])]
-            dz, dBs[i] = grad(dy, part, lora_B, scalings[i], lora_B.dtype, config=plan.kernels.grad)
-            parts.append(dz)
-        else:
-            parts.append(library.low_rank_gradient([dy], [lora_B], [scalings[i]], False))
-    # Members that share lora_A have one dz, their sum.
-    dz = sum(parts[1:], parts[0]) if share_A else torch.cat(parts, dim=1)
-    return library.input_gradient(dys, dz, weights, lora_As, dropout_ps, seeds, share_A), dBs
+def _run(op: str, decision: Decision, device: torch.device, arguments: tuple):
+    return call(_IMPLEMENTATIONS.find(_direction(op), op, decision), device, *arguments)
 
 
 def _forward_fake(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
@@ -244,3 +224,85 @@ _backward_op = define(
     _backward,
     _backward_fake,
 )
+
+
+class LoRAFALinearGroupFunction(torch.autograd.Function):
+    """The y_i (M, N_i) from x (M, K) and n weights, lora_Bs, biases and lora_As, in this order, with None for
+    what a member lacks, and with share_A a single lora_A if there is one; gradients for x and the lora_Bs
+    only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, seeds, scalings, dropout_ps, share_A, impl, *operands):
+        n = len(scalings)
+        weights, lora_Bs, biases, kept_As = _parts(operands, n, 3)
+        lora_As = _lora_As(kept_As, lora_Bs, share_A)
+        ys, z = group_forward(
+            x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
+        )
+        need_dx, need_dBs = _needs(ctx, n)
+        ctx.set_materialize_grads(False)
+        z = z if any(need_dBs) else None
+        if need_dx:
+            ctx.save_for_backward(z, seeds, *lora_Bs, *weights, *kept_As)
+        else:
+            # A dB takes its dtype and shape from lora_B, z its columns from all of them, but no value.
+            ctx.save_for_backward(z, None, *lora_Bs)
+        ctx.scalings = scalings
+        ctx.dropout_ps = dropout_ps
+        ctx.share_A = share_A
+        ctx.impl = impl
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        dx, *dBs = first_order(_gradients, ctx, dys)
+        n, operands = len(dys), len(ctx.needs_input_grad) - 6
+        return dx, *[None] * (5 + n), *dBs, *[None] * (operands - 2 * n)
+
+
+def _needs(ctx, n: int) -> tuple[bool, list[bool]]:
+    """Whether x, and which of the n lora_B, need a gradient."""
+    first = 6 + n
+    return ctx.needs_input_grad[0], list(ctx.needs_input_grad[first : first + n])
+
+
+def _parts(tensors: Sequence[Tensor | None], n: int, count: int) -> list[Sequence[Tensor | None]]:
+    """Cut off `count` parts of n tensors each, and the rest."""
+    return [*(tensors[i * n : (i + 1) * n] for i in range(count)), tensors[count * n :]]
+
+
+def _lora_As(
+    kept: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], share_A: bool
+) -> Sequence[Tensor | None]:
+    """Return one lora_A for each member, None where it has no lora_B, from what the node takes and keeps."""
+    return [None if lora_B is None else kept[0] for lora_B in lora_Bs] if share_A else kept
+
+
+def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return dx and the dB_i."""
+    n = len(dys)
+    if all(dy is None for dy in dys):
+        return (None,) * (1 + n)
+    need_dx, need_dBs = _needs(ctx, n)
+    z, seeds, *rest = ctx.saved_tensors
+    lora_Bs = rest[:n]
+    weights = lora_As = [None] * n
+    if need_dx:
+        _, weights, kept_As = _parts(rest, n, 2)
+        lora_As = _lora_As(kept_As, lora_Bs, ctx.share_A)
+    dx, dBs = group_backward(
+        dys,
+        z,
+        weights,
+        lora_As,
+        lora_Bs,
+        ctx.scalings,
+        ctx.dropout_ps,
+        seeds,
+        ctx.share_A,
+        need_dx,
+        need_dBs,
+        ctx.impl,
+    )
+    return dx, *dBs

@@ -1,4 +1,5 @@
-"""Operators of the library `lorafa_kernels`: schemas, shape functions, and the call of one implementation.
+"""Operators of one linear layer and its autograd node: schemas, shape functions, the call of one
+implementation, and what is kept for backward.
 
 forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed) -> (y, z)
 backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed) -> (dx, dB)
@@ -8,38 +9,44 @@ backward_lora_B(dy, z, lora_B, impl) -> dB
 Shapes and dtypes as in reference.py, but weight and bias may be of another dtype than x (under autocast):
 they are cast to it here, in a temporary that dies with the call. dropout_p and seed, int64 of shape (1,) on
 the device of x, have the defaults 0 and None: no dropout. scaling does not hold the 1/(1 − p). All outputs
-are new and contiguous. The operators have no derivative of their own (node.py has it) and compute with
-autocast switched off: it would change the dtypes of the products within.
+are new and contiguous. The functions of this module call the operators torch.ops.lorafa_kernels.*, or an
+implementation directly (dispatch.py); the operators have no derivative of their own, the node has it.
 
-The functions of this module call the operators torch.ops.lorafa_kernels.* where that is needed: for the
-Triton kernels, which shape propagation must not enter, under a compiler, where there is something to cast, or
-dropout, and where a TorchDispatchMode watches: it would see the library's products accumulate into each
-other's outputs, which selective activation checkpointing cannot save, and which FlopCounterMode does not
-count (flops.py). Otherwise what is made of PyTorch's own operators alone is called directly, which saves the
-dispatcher's ~5 µs a call on the CPU. Under a compiler the plan is chosen when the operator runs, for the
-sizes it then has.
+The node keeps, through save_for_backward alone: z (M, R) if lora_B needs a gradient; the weight, lora_A and
+lora_B objects themselves if x needs one, and then with dropout the seed, 8 bytes, which the mask is made from
+once more. Not x: dB = dyᵀ z needs z alone (LoRA-FA, arXiv 2308.03303, section 3.2).
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..flops import tell_flop_counters
-from ..plan.choice import choose, choose_plan
+from ..dispatch import (
+    Decision,
+    Implementations,
+    announce,
+    call,
+    decide,
+    define,
+    first_order,
+    open_to_direct_calls,
+)
 from ..plan.make import Plan
-from ..plan.pin import pinned
 from . import library, reference
 
-# Absent or renamed, direct calls would go unnoticed: an error at import is better.
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-_library = torch.library.Library("lorafa_kernels", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-# Made of PyTorch's own operators, and therefore open to a direct call.
-_MODULES = {"torch": library, "reference": reference}
+
+def _backward_with_one_pass(plan: Plan, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed):
+    kernels = importlib.import_module("..kernels.grad", __package__)
+    dz, dB = kernels.grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.kernels.grad)
+    return library.input_gradient(dy, dz, weight, lora_A, dropout_p, seed), dB
+
+
+_IMPLEMENTATIONS = Implementations(reference, library, f"{__package__}.fused", _backward_with_one_pass)
 
 
 def forward(
@@ -54,8 +61,8 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    if not dropout_p and (module := _direct("forward", impl, x, lora_A, weight, bias)):
-        return module.forward(x, weight, lora_A, lora_B, bias, scaling)
+    if not dropout_p and (run := _direct("forward", impl, x, lora_A, weight, bias)):
+        return run(x, weight, lora_A, lora_B, bias, scaling)
     announce()
     return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
 
@@ -72,8 +79,8 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    if not dropout_p and (module := _direct("backward", impl, dy, lora_A, weight)):
-        return module.backward(dy, z, weight, lora_A, lora_B, scaling)
+    if not dropout_p and (run := _direct("backward", impl, dy, lora_A, weight)):
+        return run(dy, z, weight, lora_A, lora_B, scaling)
     announce()
     return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
@@ -89,24 +96,24 @@ def backward_input(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    if not dropout_p and (module := _direct("backward_input", impl, dy, lora_A, weight)):
-        return module.backward_input(dy, weight, lora_A, lora_B, scaling)
+    if not dropout_p and (run := _direct("backward_input", impl, dy, lora_A, weight)):
+        return run(dy, weight, lora_A, lora_B, scaling)
     announce()
     return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
     """Compute dB (N, R) alone, in the dtype of lora_B, of which no value is read."""
-    if module := _direct("backward_lora_B", impl, dy, lora_B):
-        return module.backward_lora_B(dy, z, lora_B.dtype)
+    if run := _direct("backward_lora_B", impl, dy, lora_B):
+        return run(dy, z, lora_B.dtype)
     announce()
     return _backward_lora_B_op(dy, z, lora_B, impl)
 
 
 def _direct(
     op: str, impl: str, x: Tensor, factor: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> ModuleType | None:
-    """Return the module to call as it is, where neither `weight` nor `bias` needs a cast, or None.
+) -> Callable[..., Any] | None:
+    """Return the function to call as it is, where neither `weight` nor `bias` needs a cast, or None.
 
     factor: lora_A (R, K), or lora_B (N, R) where there is no weight.
     """
@@ -117,10 +124,7 @@ def _direct(
         return None
     if bias is not None and bias.dtype != dtype:
         return None
-    name, plan = _decide(op, impl, x, factor, weight, bias)
-    if plan is None:
-        return _MODULES.get(name)
-    return library if plan.name == "library" and not _takes_grad_kernel(op, plan) else None
+    return _IMPLEMENTATIONS.direct(op, op, _decide(op, impl, x, factor, weight, bias))
 
 
 def _decide(
@@ -131,30 +135,16 @@ def _decide(
     weight: Tensor | None,
     bias: Tensor | None = None,
     dropout: bool = False,
-) -> tuple[str, Plan | None]:
-    """Return the implementation of an operation, and its plan if that is "triton" and sizes are known.
+) -> Decision:
+    """Arguments as of _direct; dropout: whether there is one."""
 
-    Arguments as of _direct; dropout: whether there is one.
-    """
-    pin = pinned() if impl in ("auto", "triton") else None
-    kernels = pin is not None and pin.needs_kernels(op)
-    name = choose(impl, x.device, x.dtype, kernels).impl
-    M = x.shape[0]
-    # While shapes are propagated a size can be a symbol, and nothing is computed.
-    if name != "triton" or type(M) is not int:
-        return name, None
-    if weight is None:
-        N, R = factor.shape
-        K = 0
-    else:
-        N, K = weight.shape
-        R = factor.shape[0]
-    return name, choose_plan(impl, op, x.device, x.dtype, M, N, K, R, bias is not None, dropout, pin)
+    def sizes() -> tuple[int, int, int]:
+        if weight is None:
+            N, R = factor.shape
+            return N, 0, R
+        return *weight.shape, factor.shape[0]
 
-
-def _takes_grad_kernel(op: str, plan: Plan) -> bool:
-    """Whether a plan of the library's products takes dz and dB from the kernel that reads dy once."""
-    return op == "backward" and plan.kernels.one_pass
+    return decide(op, impl, x, sizes, bias is not None, dropout)
 
 
 def _forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
@@ -164,29 +154,29 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     dropout = _check_dropout(dropout_p, seed)
-    decided = _decide("forward", impl, x, lora_A, weight, bias, dropout)
-    return _run("forward", decided, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    decision = _decide("forward", impl, x, lora_A, weight, bias, dropout)
+    return _run("forward", decision, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
 
 def _backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
     dropout = _check_dropout(dropout_p, seed)
-    decided = _decide("backward", impl, dy, lora_A, weight, dropout=dropout)
-    return _run("backward", decided, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
+    decision = _decide("backward", impl, dy, lora_A, weight, dropout=dropout)
+    return _run("backward", decision, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
     dropout = _check_dropout(dropout_p, seed)
-    decided = _decide("backward_input", impl, dy, lora_A, weight, dropout=dropout)
-    return _run("backward_input", decided, dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
+    decision = _decide("backward_input", impl, dy, lora_A, weight, dropout=dropout)
+    return _run("backward_input", decision, dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _backward_lora_B(dy, z, lora_B, impl):
-    decided = _decide("backward_lora_B", impl, dy, lora_B, None)
-    return _run("backward_lora_B", decided, dy, z, lora_B.dtype)
+    decision = _decide("backward_lora_B", impl, dy, lora_B, None)
+    return _run("backward_lora_B", decision, dy, z, lora_B.dtype)
 
 
 def _check_dropout(dropout_p: float, seed: Tensor | None) -> bool:
@@ -196,54 +186,8 @@ def _check_dropout(dropout_p: float, seed: Tensor | None) -> bool:
     return bool(dropout_p)
 
 
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for this type of device; torch has no answer for tensors without data."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def open_to_direct_calls(device_type: str) -> bool:
-    """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
-    watches.
-    """
-    return not (torch.compiler.is_compiling() or autocast_enabled(device_type) or _len_torch_dispatch_stack())
-
-
-def watched() -> bool:
-    """Whether a TorchDispatchMode sees what is called now."""
-    return not torch.compiler.is_compiling() and _len_torch_dispatch_stack() > 0
-
-
-def announce() -> None:
-    """Prepare what watches for an operator that is about to be called."""
-    if watched():
-        tell_flop_counters()
-
-
-def _run(op: str, decided: tuple[str, Plan | None], x: Tensor, *rest):
-    """Call an operation as decided, with autocast off and the device of x current."""
-    device = x.device
-    if autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return _run(op, decided, x, *rest)
-    # Triton launches on the current device, wherever its arguments lie.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(op, decided, x, *rest)
-    name, plan = decided
-    if plan is None:
-        return getattr(_MODULES[name], op)(x, *rest)
-    if plan.name == "fused":
-        kernels = importlib.import_module(".fused", __package__)
-        return getattr(kernels, op)(x, *rest, plan=plan.kernels)
-    if _takes_grad_kernel(op, plan):
-        return _backward_with_one_pass(plan, x, *rest)
-    return getattr(library, op)(x, *rest)
-
-
-def _backward_with_one_pass(plan, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed):
-    kernels = importlib.import_module("..kernels.grad", __package__)
-    dz, dB = kernels.grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.kernels.grad)
-    return library.input_gradient(dy, dz, weight, lora_A, dropout_p, seed), dB
+def _run(op: str, decision: Decision, x: Tensor, *rest):
+    return call(_IMPLEMENTATIONS.find(op, op, decision), x.device, x, *rest)
 
 
 def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
@@ -263,13 +207,6 @@ def _backward_input_fake(dy, weight, lora_A, lora_B, scaling, impl, dropout_p=0.
 
 def _backward_lora_B_fake(dy, z, lora_B, impl):
     return dy.new_empty(lora_B.shape, dtype=lora_B.dtype)
-
-
-def define(name: str, schema: str, operation, fake):
-    _library.define(f"{name}{schema}", tags=_TAGS)
-    _library.impl(name, operation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafa_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.lorafa_kernels, name).default
 
 
 _forward_op = define(
@@ -299,3 +236,50 @@ _backward_lora_B_op = define(
     _backward_lora_B,
     _backward_lora_B_fake,
 )
+
+
+class LoRAFALinearFunction(torch.autograd.Function):
+    """y (M, N) from x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None; gradients for
+    x and lora_B only. seed: int64 (1,), None where dropout_p is 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        impl: str,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        y, z = forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+        need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
+        if need_dx:
+            ctx.save_for_backward(z if need_dB else None, weight, lora_A, lora_B, seed)
+        else:
+            # dB takes its dtype and shape from lora_B, but no value of it; the mask is in z.
+            ctx.save_for_backward(z, None, None, lora_B, None)
+        ctx.scaling = scaling
+        ctx.impl = impl
+        ctx.dropout_p = dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx, dB = first_order(_gradients, ctx, dy)
+        return dx, None, None, dB, None, None, None, None, None
+
+
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    z, weight, lora_A, lora_B, seed = ctx.saved_tensors
+    need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
+    how = ctx.scaling, ctx.impl, ctx.dropout_p, seed
+    if need_dx and need_dB:
+        return backward(dy, z, weight, lora_A, lora_B, *how)
+    if need_dx:
+        return backward_input(dy, weight, lora_A, lora_B, *how), None
+    return None, backward_lora_B(dy, z, lora_B, ctx.impl)

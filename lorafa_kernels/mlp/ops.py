@@ -1,22 +1,30 @@
-"""Operators of the gated activation: schemas, shape functions, and the call of one implementation.
+"""Operators of the gated activation, and the autograd node of the MLP: schemas, shape functions, the call of
+one implementation, and what is kept for backward.
 
 gated(g, u, activation, impl) -> h
 gated_backward_(dh, g, u, activation, need_du, impl) -> du, with dg written over dh
 
 Shapes, dtypes and activations as in activation.py. The functions of this module call the operators
 torch.ops.lorafa_kernels.* for the Triton kernels and under a compiler, and what is made of PyTorch's own
-operators directly otherwise, as linear/ops.py does.
+operators directly otherwise (dispatch.py).
+
+The node keeps, through save_for_backward alone: the outputs g and u of gate and up (M, I), z of the two (M,
+ΣR) and z of down (M, R), the weight, lora_A and lora_B objects themselves and the seeds of the dropout masks.
+Not x, nor act(g) or h = act(g) · u: dB of down needs its z alone, and everything else follows from g and u.
+Of these only what a gradient that is asked for needs. Backward makes dh, writes dg over it and du beside it:
+it needs 2·M·I elements beside what it returns.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..linear.ops import autocast_enabled, define, open_to_direct_calls
+from ..dispatch import call, define, first_order, open_to_direct_calls
+from ..group.ops import group_backward, group_forward
 from ..plan.choice import choose
 from . import activation as plain
 
@@ -62,27 +70,12 @@ def _functions(tensor: Tensor, impl: str) -> tuple[Callable, Callable]:
     return kernels.gated, kernels.gated_backward
 
 
-def _run(which: int, impl: str, tensor: Tensor, *rest):
-    """Call the forward (0) or backward (1) of an implementation, with autocast off and the tensor's device
-    current.
-    """
-    device = tensor.device
-    if autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return _run(which, impl, tensor, *rest)
-    # Triton launches on the current device, wherever its arguments lie.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(which, impl, tensor, *rest)
-    return _functions(tensor, impl)[which](tensor, *rest)
-
-
 def _gated(g, u, activation, impl):
-    return _run(0, impl, g, u, activation)
+    return call(_functions(g, impl)[0], g.device, g, u, activation)
 
 
 def _gated_backward(dh, g, u, activation, need_du, impl):
-    du = _run(1, impl, dh, g, u, activation, need_du)
+    du = call(_functions(dh, impl)[1], dh.device, dh, g, u, activation, need_du)
     # An operator must return a tensor.
     return dh.new_empty((0,)) if du is None else du
 
@@ -102,3 +95,121 @@ _gated_backward_op = define(
     _gated_backward,
     _gated_backward_fake,
 )
+
+# Of lists with an entry for each of gate, up and down: the group of the two that read x, and that of down.
+_INPUTS = slice(0, 2)
+_DOWN = slice(2, 3)
+
+
+def gated_mlp(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, activation, impl) -> Tensor:
+    """Compute y (M, N), of which nothing is kept; lists of three, of gate, up and down."""
+    operands = weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
+    (g, u), _ = _linears(_INPUTS, x, *operands)
+    h = gated(g, u, activation, impl)
+    # The product of down, the widest moment, goes without them.
+    del g, u
+    (y,), _ = _linears(_DOWN, h, *operands)
+    return y
+
+
+class LoRAFAGatedMLPFunction(torch.autograd.Function):
+    """y (M, N) from x (M, K) and the weights, lora_Bs, biases and lora_As of gate, up and down, three of each
+    in this order, None for what a layer lacks; gradients for x and the lora_Bs only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, seeds, scalings, dropout_ps, activation, impl, *operands):
+        weights, lora_Bs, biases, lora_As = (operands[i : i + 3] for i in range(0, 12, 3))
+        arguments = weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
+        (g, u), z = _linears(_INPUTS, x, *arguments)
+        (y,), z_down = _linears(_DOWN, gated(g, u, activation, impl), *arguments)
+
+        need_dx, need_dBs = _needs(ctx)
+        need_dg, need_du = need_dx or need_dBs[0], need_dx or need_dBs[1]
+        need_dh = need_dg or need_du
+        trains_input = need_dBs[0] or need_dBs[1]
+        reads_values = need_dx, need_dx, need_dh
+        ctx.save_for_backward(
+            g if need_dh else None,
+            u if need_dg else None,
+            z if trains_input else None,
+            z_down if need_dBs[2] else None,
+            seeds if need_dh else None,
+            # Those whose values nothing needs say of which dtype a dB is, and where z lies beside another.
+            *_only(lora_Bs, (need_dx or trains_input, need_dx or trains_input, need_dh or need_dBs[2])),
+            *_only(weights, reads_values),
+            *_only(lora_As, reads_values),
+        )
+        ctx.scalings = scalings
+        ctx.dropout_ps = dropout_ps
+        ctx.activation = activation
+        ctx.impl = impl
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx, *dBs = first_order(_gradients, ctx, dy)
+        return dx, *[None] * 8, *dBs, *[None] * 6
+
+
+def _linears(
+    which: slice, x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
+) -> tuple[Sequence[Tensor], Tensor]:
+    """Return the outputs of gate and up, or of down, and their z."""
+    return group_forward(
+        x,
+        weights[which],
+        lora_As[which],
+        lora_Bs[which],
+        biases[which],
+        scalings[which],
+        dropout_ps[which],
+        _seeds(which, dropout_ps, seeds),
+        False,
+        impl,
+    )
+
+
+def _seeds(which: slice, dropout_ps: Sequence[float], seeds: Tensor | None) -> Tensor | None:
+    return seeds[which] if any(dropout_ps[which]) else None
+
+
+def _needs(ctx) -> tuple[bool, Sequence[bool]]:
+    """Whether x, and which of the three lora_B, need a gradient."""
+    return ctx.needs_input_grad[0], ctx.needs_input_grad[9:12]
+
+
+def _only(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [tensor if want else None for tensor, want in zip(tensors, wanted, strict=True)]
+
+
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return dx and the dB of gate, up and down."""
+    g, u, z, z_down, seeds, *operands = ctx.saved_tensors
+    lora_Bs, weights, lora_As = (operands[i : i + 3] for i in range(0, 9, 3))
+    need_dx, need_dBs = _needs(ctx)
+    need_dg, need_du = need_dx or need_dBs[0], need_dx or need_dBs[1]
+
+    def backward(which, dys, z, need_dx):
+        return group_backward(
+            dys,
+            z,
+            weights[which],
+            lora_As[which],
+            lora_Bs[which],
+            ctx.scalings[which],
+            ctx.dropout_ps[which],
+            _seeds(which, ctx.dropout_ps, seeds) if need_dx else None,
+            False,
+            need_dx,
+            need_dBs[which],
+            ctx.impl,
+        )
+
+    dh, dB_down = backward(_DOWN, [dy], z_down, need_dg or need_du)
+    if dh is None:
+        return None, None, None, *dB_down
+    # dh is this function's own: dg, or du if that alone is needed, is written over it.
+    dg, du = gated_backward(dh, g, u, ctx.activation, ctx.impl, need_du)
+    dx, dBs = backward(_INPUTS, [dg, du], z, need_dx)
+    return dx, *dBs, *dB_down

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..linear.api import FLOAT_DTYPES
 from ..linear.library import SUMMED_IN_PLACE
+from ..operands import FLOAT_DTYPES
 from ..plan.choice import choose, choose_plan, planned_device
 from ..plan.config import DeviceLimits, KernelConfig
 from ..plan.make import Plan

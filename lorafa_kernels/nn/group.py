@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..group.api import lorafa_linear_group
 from ..group.operands import LinearOperands
-from ..linear.api import check_frozen
+from ..operands import check_frozen
 from .linear import LoRAFALinear, is_exported, shown
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..engines import full_shape, manager_of, not_plain
-from ..linear import ops
-from ..linear.api import FLOAT_DTYPES, check_frozen, lorafa_linear
+from ..linear.api import lorafa_linear
+from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
 
 INITIALISATIONS = (True, False, "gaussian")
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
@@ -293,7 +293,7 @@ class LoRAFALinear(nn.Module):
         device = self.lora_B.device
         # An inference tensor could never be trained on again.
         with torch.inference_mode(False), torch.no_grad():
-            if ops.autocast_enabled(device.type):
+            if autocast_enabled(device.type):
                 with torch.autocast(device.type, enabled=False):
                     return self._merged_weight(device)
             return self._merged_weight(device)

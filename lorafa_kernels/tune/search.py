@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checks.budget import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 from ..linear import ops
-from ..linear.api import draw_seed
+from ..operands import draw_seed
 from ..plan.choice import forget_plans, planned_device
 from ..plan.config import KernelConfig
 from ..plan.cost import ceilings, predict

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...linear.api import FLOAT_DTYPES
 from ...mlp.api import lorafa_gated_mlp
 from ...nn.linear import is_exported
 from ...norm import rms_norm
+from ...operands import FLOAT_DTYPES
 from .guards import common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
 from .shield import Guards, Untraceable

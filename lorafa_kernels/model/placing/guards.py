@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ...group.operands import LinearOperands
-from ...linear import ops
-from ...linear.api import FLOAT_DTYPES
 from ...nn.linear import LoRAFALinear, is_exported
+from ...operands import FLOAT_DTYPES, autocast_enabled
 
 # Classes whose forward is what operands_for describes, and that forward: kernel libraries put another into
 # the class. members.py adds its own.
@@ -61,7 +60,7 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     weight = parameters.get("weight")
     if weight is None or weight.shape != (attributes["out_features"], attributes["in_features"]):
         return None
-    if weight.dtype != x.dtype and not ops.autocast_enabled(x.device.type):
+    if weight.dtype != x.dtype and not autocast_enabled(x.device.type):
         return None
     device = x.device
     for name, parameter in parameters.items():

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ...group.api import lorafa_linear_group
 from ...group.operands import LinearOperands
-from ...linear import ops
 from ...nn.linear import LoRAFALinear
+from ...operands import autocast_enabled
 from .guards import LINEARS, common_impl, drops, is_plain, no_global_hooks, operands_for
 
 _GROUP, _PLACE = "_lorafa_group", "_lorafa_place"
@@ -157,7 +157,7 @@ def _clear(outputs: weakref.ref, _: Any) -> None:
 
 def _state(x: Tensor) -> tuple:
     device = x.device.type
-    autocast = ops.autocast_enabled(device) and torch.get_autocast_dtype(device)
+    autocast = autocast_enabled(device) and torch.get_autocast_dtype(device)
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     return torch.is_grad_enabled(), autocast, stream
 
