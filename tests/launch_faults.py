@@ -62,7 +62,9 @@ def tuples_of_descriptors(stack: ExitStack) -> Case:
         first = f"    {letter}_0,"
         assert first in text
         text = text.replace(first, f"    {name},")
-    text = text.replace("*_flat(", "tuple(")
+        flat = f'**_flat("{letter}", '
+        assert flat in text
+        text = text.replace(flat, f"{name}=tuple(")
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     file = Path(folder) / "group_tma_before.py"
     file.write_text(text)
@@ -122,9 +124,7 @@ def dependent_launch_unplanned(stack: ExitStack) -> Case:
 
 
 def argument_missing_in_call(stack: ExitStack) -> Case:
-    stack.enter_context(
-        change(shrink, "_shrink_kernel", lambda grid, args, kwargs: (grid, args[:-1], kwargs))
-    )
+    stack.enter_context(change(shrink, "_shrink_kernel", without("stride_factor_r")))
     return LAYER
 
 

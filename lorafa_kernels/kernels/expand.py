@@ -34,45 +34,11 @@ from .tile import (
     keep_scale,
     keep_tile,
     load,
+    low_rank_step,
     offsets,
-    round_as,
     store,
+    tile_start,
 )
-
-
-@triton.jit
-def _low_rank_step(
-    acc,
-    L_ptr,
-    F_ptr,
-    index_m,
-    index_n,
-    M,
-    N,
-    R,
-    stride_L_m,
-    stride_L_r,
-    stride_F_r,
-    stride_F_n,
-    DTYPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
-):
-    """acc + L · F for one tile. Not pipelined: one or two rounds, and where the main loop is over its shared
-    memory is free to be used again.
-    """
-    in_m = (index_m < M)[:, None]
-    in_n = (index_n < N)[None, :]
-    for start in tl.range(0, R, BLOCK_R, num_stages=1):
-        index_r = start + tl.arange(0, BLOCK_R)
-        in_r = index_r < R
-        L_ptrs = L_ptr + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
-        F_ptrs = F_ptr + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
-        L = load(L_ptrs, in_m & in_r[None, :], EMULATE_BF16)
-        F = round_as(load(F_ptrs, in_r[:, None] & in_n, EMULATE_BF16), DTYPE, EMULATE_BF16)
-        acc = tl.dot(L, F, acc, input_precision=INPUT_PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=["seed_ptr", "threshold"])
@@ -112,14 +78,9 @@ def _expand_kernel(
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = P_ptr.dtype.element_ty
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * blocks_n)
-    rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
-    in_group = pid % (GROUP_M * blocks_n)
-    index_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    index_n = (in_group // rows_in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_m, start_n = tile_start(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    index_m = start_m + tl.arange(0, BLOCK_M)
+    index_n = start_n + tl.arange(0, BLOCK_N)
     index_k = tl.arange(0, BLOCK_K)
     in_m = (index_m < M)[:, None]
     in_n = (index_n < N)[None, :]
@@ -130,12 +91,12 @@ def _expand_kernel(
     if DROPOUT:
         if WAIT:
             gdc_wait()
-        acc = _low_rank_step(
+        acc = low_rank_step(
             acc,
             L_ptr,
             F_ptr,
-            index_m,
-            index_n,
+            start_m,
+            start_n,
             M,
             N,
             R,
@@ -144,11 +105,15 @@ def _expand_kernel(
             stride_F_r,
             stride_F_n,
             DTYPE,
+            BLOCK_M,
+            BLOCK_N,
             BLOCK_R,
-            INPUT_PRECISION,
-            EMULATE_BF16,
+            TMA=False,
+            TRANSPOSED=False,
+            STAGES=1,
+            INPUT_PRECISION=INPUT_PRECISION,
+            EMULATE_BF16=EMULATE_BF16,
         )
-        start_n = (in_group // rows_in_group) * BLOCK_N
         acc = drop(acc, keep_tile(tl.load(seed_ptr), threshold, index_m, start_n, N, BLOCK_N)) * scale
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -167,12 +132,12 @@ def _expand_kernel(
     if not DROPOUT:
         if WAIT:
             gdc_wait()
-        acc = _low_rank_step(
+        acc = low_rank_step(
             acc,
             L_ptr,
             F_ptr,
-            index_m,
-            index_n,
+            start_m,
+            start_n,
             M,
             N,
             R,
@@ -181,9 +146,14 @@ def _expand_kernel(
             stride_F_r,
             stride_F_n,
             DTYPE,
+            BLOCK_M,
+            BLOCK_N,
             BLOCK_R,
-            INPUT_PRECISION,
-            EMULATE_BF16,
+            TMA=False,
+            TRANSPOSED=False,
+            STAGES=1,
+            INPUT_PRECISION=INPUT_PRECISION,
+            EMULATE_BF16=EMULATE_BF16,
         )
 
     if HAS_BIAS:
@@ -227,11 +197,12 @@ def expand(
         config = default_config(
             "expand", limits, P.element_size(), M, R, aligned, recompute=False, dropout=dropout_p > 0
         )
-    dropout = *dropout_arguments(dropout_p, seed), keep_scale(dropout_p)
+    seed, threshold = dropout_arguments(dropout_p, seed)
+    scale = keep_scale(dropout_p)
     if config.variant == "tma":
         transposed = storage_order(P, Q)
         if transposed is not None:
-            expand_tma(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms, *dropout)
+            expand_tma(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms, seed, threshold, scale)
             return C
         config = default_config(
             "expand", limits, P.element_size(), M, R, aligned=False, recompute=False, dropout=dropout_p > 0
@@ -239,26 +210,28 @@ def expand(
     launch = {"launch_pdl": True} if wait else {}
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     _expand_kernel[grid](
-        P,
-        Q,
-        L,
-        F,
-        bias,
-        C,
-        *dropout,
-        M,
-        N,
-        K,
-        R,
-        P.stride(0),
-        P.stride(1),
-        Q.stride(0),
-        Q.stride(1),
-        L.stride(0),
-        L.stride(1),
-        F.stride(0),
-        F.stride(1),
-        C.stride(0),
+        P_ptr=P,
+        Q_ptr=Q,
+        L_ptr=L,
+        F_ptr=F,
+        bias_ptr=bias,
+        C_ptr=C,
+        seed_ptr=seed,
+        threshold=threshold,
+        scale=scale,
+        M=M,
+        N=N,
+        K=K,
+        R=R,
+        stride_P_m=P.stride(0),
+        stride_P_k=P.stride(1),
+        stride_Q_k=Q.stride(0),
+        stride_Q_n=Q.stride(1),
+        stride_L_m=L.stride(0),
+        stride_L_r=L.stride(1),
+        stride_F_r=F.stride(0),
+        stride_F_n=F.stride(1),
+        stride_C_m=C.stride(0),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

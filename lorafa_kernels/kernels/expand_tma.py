@@ -39,61 +39,12 @@ from .tile import (
     drop,
     emulate_bf16,
     gdc_wait,
+    halves,
     keep_tile,
-    load,
-    offsets,
+    low_rank_step,
     round_as,
+    tile_start,
 )
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns."""
-    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _low_rank_step(
-    acc,
-    L,
-    F,
-    start_m,
-    start_n,
-    M,
-    N,
-    R,
-    stride_L_m,
-    stride_L_r,
-    stride_F_r,
-    stride_F_n,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    LOW_RANK_TMA: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
-):
-    """acc + L · F for one tile. Two stages let both operands travel at once; their shared memory is the K
-    loop's.
-    """
-    for start in tl.range(0, R, BLOCK_R, num_stages=2):
-        if LOW_RANK_TMA:
-            L_tile = L.load([start_m, start])
-            F_tile = F.load([start_n, start]).T if TRANSPOSED else F.load([start, start_n])
-            if EMULATE_BF16:
-                L_tile = L_tile.to(tl.float32)
-        else:
-            index_m = start_m + tl.arange(0, BLOCK_M)
-            index_n = start_n + tl.arange(0, BLOCK_N)
-            index_r = start + tl.arange(0, BLOCK_R)
-            in_r = index_r < R
-            L_ptrs = L + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
-            F_ptrs = F + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
-            L_tile = load(L_ptrs, (index_m < M)[:, None] & in_r[None, :], EMULATE_BF16)
-            F_tile = load(F_ptrs, in_r[:, None] & (index_n < N)[None, :], EMULATE_BF16)
-        acc = tl.dot(L_tile, round_as(F_tile, DTYPE, EMULATE_BF16), acc)
-    return acc
 
 
 @triton.jit(do_not_specialize=["seed_ptr", "threshold"])
@@ -135,11 +86,7 @@ def _expand_tma_kernel(
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=False):
-        group = tile // (GROUP_M * blocks_n)
-        rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
-        in_group = tile % (GROUP_M * blocks_n)
-        start_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M
-        start_n = (in_group // rows_in_group) * BLOCK_N
+        start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
@@ -153,7 +100,7 @@ def _expand_tma_kernel(
         if WAIT:
             gdc_wait()
         if not DROPOUT:
-            acc = _low_rank_step(
+            acc = low_rank_step(
                 acc,
                 L,
                 F,
@@ -170,9 +117,11 @@ def _expand_tma_kernel(
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_R,
-                TRANSPOSED,
-                LOW_RANK_TMA,
-                EMULATE_BF16,
+                TMA=LOW_RANK_TMA,
+                TRANSPOSED=TRANSPOSED,
+                STAGES=2,
+                INPUT_PRECISION="ieee",
+                EMULATE_BF16=EMULATE_BF16,
             )
 
         if HAS_BIAS:
@@ -183,14 +132,14 @@ def _expand_tma_kernel(
         # has a stage for.
         parts = (acc,)
         if EPILOGUE_SUBTILE >= 2:
-            parts = _halves(acc)
+            parts = halves(acc)
         if EPILOGUE_SUBTILE == 4:
-            parts = _halves(parts[0]) + _halves(parts[1])
+            parts = halves(parts[0]) + halves(parts[1])
         for part in tl.static_range(EPILOGUE_SUBTILE):
             C = parts[part]
             start_c = start_n + part * COLUMNS
             if DROPOUT:
-                low_rank = _low_rank_step(
+                low_rank = low_rank_step(
                     tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32),
                     L,
                     F,
@@ -207,9 +156,11 @@ def _expand_tma_kernel(
                     BLOCK_M,
                     COLUMNS,
                     BLOCK_R,
-                    TRANSPOSED,
-                    LOW_RANK_TMA,
-                    EMULATE_BF16,
+                    TMA=LOW_RANK_TMA,
+                    TRANSPOSED=TRANSPOSED,
+                    STAGES=2,
+                    INPUT_PRECISION="ieee",
+                    EMULATE_BF16=EMULATE_BF16,
                 )
                 index_m = start_m + tl.arange(0, BLOCK_M)
                 C += drop(low_rank, keep_tile(seed, threshold, index_m, start_c, N, COLUMNS)) * scale
@@ -260,29 +211,29 @@ def expand_tma(
 
     launch = {"launch_pdl": True} if wait else {}
     _expand_tma_kernel[grid](
-        describe(P, BLOCK_M, BLOCK_K),
-        describe(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe(Q, BLOCK_K, BLOCK_N),
-        describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L,
-        (
+        P_desc=describe(P, BLOCK_M, BLOCK_K),
+        Q_desc=describe(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe(Q, BLOCK_K, BLOCK_N),
+        L=describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L,
+        F=(
             describe(factor, low_rank_columns, BLOCK_R)
             if transposed
             else describe(factor, BLOCK_R, low_rank_columns)
         )
         if low_rank_tma
         else F,
-        bias,
-        describe(C, BLOCK_M, columns),
-        seed,
-        threshold,
-        scale,
-        M,
-        N,
-        K,
-        R,
-        L.stride(0),
-        L.stride(1),
-        F.stride(0),
-        F.stride(1),
+        bias_ptr=bias,
+        C_desc=describe(C, BLOCK_M, columns),
+        seed_ptr=seed,
+        threshold=threshold,
+        scale=scale,
+        M=M,
+        N=N,
+        K=K,
+        R=R,
+        stride_L_m=L.stride(0),
+        stride_L_r=L.stride(1),
+        stride_F_r=F.stride(0),
+        stride_F_n=F.stride(1),
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -39,7 +40,6 @@ from ..plan.config import (
     shrink_total_config,
     split_size,
 )
-from .expand import _low_rank_step as low_rank_step
 from .group_tma import expand_total_tma, total_addressable
 from .tile import (
     SUM_BLOCK,
@@ -52,10 +52,12 @@ from .tile import (
     keep_scale,
     keep_tile,
     load,
+    low_rank_step,
     offsets,
     round_as,
     store,
     sum_parts,
+    tile_start,
 )
 
 
@@ -178,14 +180,8 @@ def _total_kernel(
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = C_ptr.dtype.element_ty
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * blocks_n)
-    rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
-    in_group = pid % (GROUP_M * blocks_n)
-    index_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_n = (in_group // rows_in_group) * BLOCK_N
+    start_m, start_n = tile_start(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    index_m = start_m + tl.arange(0, BLOCK_M)
     index_n = start_n + tl.arange(0, BLOCK_N)
     in_m = (index_m < M)[:, None]
     in_n = (index_n < N)[None, :]
@@ -197,8 +193,8 @@ def _total_kernel(
                 tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
                 L_ptrs[j],
                 F_ptrs[j],
-                index_m,
-                index_n,
+                start_m,
+                start_n,
                 M,
                 N,
                 ranks[j],
@@ -207,9 +203,14 @@ def _total_kernel(
                 strides_F_r[j],
                 strides_F_n[j],
                 DTYPE,
+                BLOCK_M,
+                BLOCK_N,
                 BLOCK_R,
-                INPUT_PRECISION,
-                EMULATE_BF16,
+                TMA=False,
+                TRANSPOSED=False,
+                STAGES=1,
+                INPUT_PRECISION=INPUT_PRECISION,
+                EMULATE_BF16=EMULATE_BF16,
             )
             seed = tl.load(seeds_ptr + seed_offsets[j])
             acc += drop(term, keep_tile(seed, thresholds[j], index_m, start_n, N, BLOCK_N)) * scales[j]
@@ -239,8 +240,8 @@ def _total_kernel(
                 acc,
                 L_ptrs[j],
                 F_ptrs[j],
-                index_m,
-                index_n,
+                start_m,
+                start_n,
                 M,
                 N,
                 ranks[j],
@@ -249,9 +250,14 @@ def _total_kernel(
                 strides_F_r[j],
                 strides_F_n[j],
                 DTYPE,
+                BLOCK_M,
+                BLOCK_N,
                 BLOCK_R,
-                INPUT_PRECISION,
-                EMULATE_BF16,
+                TMA=False,
+                TRANSPOSED=False,
+                STAGES=1,
+                INPUT_PRECISION=INPUT_PRECISION,
+                EMULATE_BF16=EMULATE_BF16,
             )
 
     C_tile = C_ptr + offsets(index_m, N)[:, None] + index_n[None, :]
@@ -268,18 +274,22 @@ class Dropout:
     offsets: Sequence[int]
     ps: Sequence[float]
 
-    def arguments(self, members: slice) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-        """Return what kernels take for some of the members: seeds, offsets and thresholds."""
+    def arguments(self, members: slice) -> dict[str, Any]:
+        """Return what kernels take for some of the members, by their names."""
         # From 0 on every element is kept.
         thresholds = (dropout_arguments(p, self.seeds)[1] or 0 for p in self.ps[members])
-        return self.seeds, tuple(self.offsets[members]), tuple(thresholds)
+        return {
+            "seeds_ptr": self.seeds,
+            "seed_offsets": tuple(self.offsets[members]),
+            "thresholds": tuple(thresholds),
+        }
 
     def scales(self) -> tuple[float, ...]:
         """Return what the rank-R terms are multiplied with beside their masks."""
         return tuple(keep_scale(p) or 1.0 for p in self.ps)
 
 
-NO_DROPOUT: tuple[None, tuple, tuple] = (None, (), ())
+NO_DROPOUT: dict[str, Any] = {"seeds_ptr": None, "seed_offsets": (), "thresholds": ()}
 
 
 def shrink_group(
@@ -318,21 +328,21 @@ def shrink_group(
         of_pass = slice(begin, begin + members)
         r_blocks = triton.cdiv(max(ranks[of_pass]), config.BLOCK_R)
         _shrink_group_kernel[(triton.cdiv(M, config.BLOCK_M), splits, r_blocks)](
-            x,
-            tuple(factors[of_pass]),
-            parts,
-            *(NO_DROPOUT if dropout is None else dropout.arguments(of_pass)),
-            tuple(scalings[of_pass]),
-            tuple(firsts[of_pass]),
-            tuple(ranks[of_pass]),
-            M,
-            K,
-            out.shape[1],
-            split_k,
-            x.stride(0),
-            x.stride(1),
-            tuple(factor.stride(0) for factor in factors[of_pass]),
-            tuple(factor.stride(1) for factor in factors[of_pass]),
+            x_ptr=x,
+            factor_ptrs=tuple(factors[of_pass]),
+            out_ptr=parts,
+            **(NO_DROPOUT if dropout is None else dropout.arguments(of_pass)),
+            scalings=tuple(scalings[of_pass]),
+            firsts=tuple(firsts[of_pass]),
+            ranks=tuple(ranks[of_pass]),
+            M=M,
+            K=K,
+            columns=out.shape[1],
+            split_k=split_k,
+            stride_x_m=x.stride(0),
+            stride_x_k=x.stride(1),
+            strides_factor_k=tuple(factor.stride(0) for factor in factors[of_pass]),
+            strides_factor_r=tuple(factor.stride(1) for factor in factors[of_pass]),
             BLOCK_M=config.BLOCK_M,
             BLOCK_K=config.BLOCK_K,
             BLOCK_R=config.BLOCK_R,
@@ -347,7 +357,13 @@ def shrink_group(
     if split:
         count = out.numel()
         _shrink_group_sum_kernel[(triton.cdiv(count, SUM_BLOCK),)](
-            parts, out, splits, count, BLOCK=SUM_BLOCK, EMULATE_BF16=emulate, num_warps=4
+            parts_ptr=parts,
+            out_ptr=out,
+            splits=splits,
+            count=count,
+            BLOCK=SUM_BLOCK,
+            EMULATE_BF16=emulate,
+            num_warps=4,
         )
     return out
 
@@ -380,8 +396,7 @@ def expand_total(
     if config.variant == "tma":
         # Masks leave no registers for a rank-R step by pointers.
         if total_addressable(Ps, Qs, N) and (dropout is None or addressable(*Ls, *Fs)):
-            arguments = _of_terms(dropout)
-            expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms, *arguments)
+            expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms, _of_terms(dropout))
             return C
         config = expand_total_config(*key, False, dropout is not None)
     _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config)
@@ -410,9 +425,11 @@ def shrink_total(
     return out
 
 
-def _of_terms(dropout: Dropout | None) -> tuple:
-    """Return what a kernel takes for all rank-R terms: seeds, offsets, thresholds and scales."""
-    return (*NO_DROPOUT, ()) if dropout is None else (*dropout.arguments(slice(None)), dropout.scales())
+def _of_terms(dropout: Dropout | None) -> dict[str, Any]:
+    """Return what a kernel takes for the masks of all rank-R terms, by name."""
+    if dropout is None:
+        return {**NO_DROPOUT, "scales": ()}
+    return {**dropout.arguments(slice(None)), "scales": dropout.scales()}
 
 
 def _total(
@@ -428,25 +445,25 @@ def _total(
     M, N = C.shape
     widths = tuple(P.shape[1] for P in Ps)
     _total_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
-        tuple(Ps),
-        tuple(Qs),
-        tuple(Ls),
-        tuple(Fs),
-        C,
-        *_of_terms(dropout),
-        scaling,
-        M,
-        N,
-        widths,
-        tuple(L.shape[1] for L in Ls),
-        tuple(P.stride(0) for P in Ps),
-        tuple(P.stride(1) for P in Ps),
-        tuple(Q.stride(0) for Q in Qs),
-        tuple(Q.stride(1) for Q in Qs),
-        tuple(L.stride(0) for L in Ls),
-        tuple(L.stride(1) for L in Ls),
-        tuple(F.stride(0) for F in Fs),
-        tuple(F.stride(1) for F in Fs),
+        P_ptrs=tuple(Ps),
+        Q_ptrs=tuple(Qs),
+        L_ptrs=tuple(Ls),
+        F_ptrs=tuple(Fs),
+        C_ptr=C,
+        **_of_terms(dropout),
+        scaling=scaling,
+        M=M,
+        N=N,
+        widths=widths,
+        ranks=tuple(L.shape[1] for L in Ls),
+        strides_P_m=tuple(P.stride(0) for P in Ps),
+        strides_P_k=tuple(P.stride(1) for P in Ps),
+        strides_Q_k=tuple(Q.stride(0) for Q in Qs),
+        strides_Q_n=tuple(Q.stride(1) for Q in Qs),
+        strides_L_m=tuple(L.stride(0) for L in Ls),
+        strides_L_r=tuple(L.stride(1) for L in Ls),
+        strides_F_r=tuple(F.stride(0) for F in Fs),
+        strides_F_n=tuple(F.stride(1) for F in Fs),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -13,6 +13,7 @@ Reads and FLOPs as in group.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,9 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig
-from .expand_tma import _halves as halves
-from .expand_tma import _low_rank_step as low_rank_step
-from .tile import addressable, describe, drop, emulate_bf16, keep_tile, round_as
+from .tile import (
+    addressable,
+    describe,
+    drop,
+    emulate_bf16,
+    halves,
+    keep_tile,
+    low_rank_step,
+    round_as,
+    tile_start,
+)
 
 # Triton 3.6.0 and 3.7.1 cannot launch a kernel that takes a tuple of descriptors: those of each member are
 # arguments of their own, None beyond the last member.
@@ -81,11 +90,7 @@ def _total_tma_kernel(
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=False):
-        group = tile // (GROUP_M * blocks_n)
-        rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
-        in_group = tile % (GROUP_M * blocks_n)
-        start_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M
-        start_n = (in_group // rows_in_group) * BLOCK_N
+        start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for i in tl.static_range(MEMBERS):
@@ -116,9 +121,11 @@ def _total_tma_kernel(
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_R,
-                    False,
-                    LOW_RANK_TMA,
-                    EMULATE_BF16,
+                    TMA=LOW_RANK_TMA,
+                    TRANSPOSED=False,
+                    STAGES=2,
+                    INPUT_PRECISION="ieee",
+                    EMULATE_BF16=EMULATE_BF16,
                 )
 
         # As in expand_tma.py: parts of the tile leave one after the other through one buffer.
@@ -149,9 +156,11 @@ def _total_tma_kernel(
                         BLOCK_M,
                         COLUMNS,
                         BLOCK_R,
-                        False,
-                        LOW_RANK_TMA,
-                        EMULATE_BF16,
+                        TMA=LOW_RANK_TMA,
+                        TRANSPOSED=False,
+                        STAGES=2,
+                        INPUT_PRECISION="ieee",
+                        EMULATE_BF16=EMULATE_BF16,
                     )
                     seed = tl.load(seeds_ptr + seed_offsets[j])
                     index_m = start_m + tl.arange(0, BLOCK_M)
@@ -171,9 +180,11 @@ def total_addressable(Ps: Sequence[Tensor], Qs: Sequence[Tensor], N: int) -> boo
     return addressable(*Ps, *Qs)
 
 
-def _flat(operands: Iterable) -> list:
+def _flat(name: str, operands: Iterable) -> dict:
+    """Return the arguments name_0, name_1, … of the kernel, None beyond the last operand."""
     operands = list(operands)
-    return operands + [None] * (MOST_MEMBERS - len(operands))
+    operands += [None] * (MOST_MEMBERS - len(operands))
+    return {f"{name}_{i}": operand for i, operand in enumerate(operands)}
 
 
 def expand_total_tma(
@@ -184,38 +195,34 @@ def expand_total_tma(
     C: Tensor,
     config: KernelConfig,
     num_sms: int,
-    seeds: Tensor | None,
-    seed_offsets: tuple[int, ...],
-    thresholds: tuple[int, ...],
-    scales: tuple[float, ...],
+    dropout: dict[str, Any],
 ) -> None:
     """Write round(Σ P_i · Q_i + Σ keep_j/(1 − p_j) ⊙ (L_j · F_j)) into C. Operands as in expand_total, with
-    P_i and Q_i addressable; seeds is None without dropout.
+    P_i and Q_i addressable; dropout: the kernel's arguments seeds_ptr (None without dropout), seed_offsets,
+    thresholds and scales.
     """
     M, N = C.shape
     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     low_rank_tma = addressable(*Ls, *Fs)
     columns = BLOCK_N // config.EPILOGUE_SUBTILE
-    low_rank_columns = BLOCK_N if seeds is None else columns
+    drops = dropout["seeds_ptr"] is not None
+    low_rank_columns = columns if drops else BLOCK_N
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     _total_tma_kernel[(min(tiles, config.ctas_per_sm * num_sms),)](
-        *_flat(describe(P, BLOCK_M, BLOCK_K) for P in Ps),
-        *_flat(describe(Q, BLOCK_K, BLOCK_N) for Q in Qs),
-        *_flat(describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L for L in Ls),
-        *_flat(describe(F, BLOCK_R, low_rank_columns) if low_rank_tma else F for F in Fs),
-        describe(C, BLOCK_M, columns),
-        seeds,
-        seed_offsets,
-        thresholds,
-        scales,
-        M,
-        N,
-        tuple(P.shape[1] for P in Ps),
-        tuple(L.shape[1] for L in Ls),
-        tuple(L.stride(0) for L in Ls),
-        tuple(L.stride(1) for L in Ls),
-        tuple(F.stride(0) for F in Fs),
-        tuple(F.stride(1) for F in Fs),
+        **_flat("P", (describe(P, BLOCK_M, BLOCK_K) for P in Ps)),
+        **_flat("Q", (describe(Q, BLOCK_K, BLOCK_N) for Q in Qs)),
+        **_flat("L", (describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L for L in Ls)),
+        **_flat("F", (describe(F, BLOCK_R, low_rank_columns) if low_rank_tma else F for F in Fs)),
+        C_desc=describe(C, BLOCK_M, columns),
+        **dropout,
+        M=M,
+        N=N,
+        widths=tuple(P.shape[1] for P in Ps),
+        ranks=tuple(L.shape[1] for L in Ls),
+        strides_L_m=tuple(L.stride(0) for L in Ls),
+        strides_L_r=tuple(L.stride(1) for L in Ls),
+        strides_F_r=tuple(F.stride(0) for F in Fs),
+        strides_F_n=tuple(F.stride(1) for F in Fs),
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
@@ -223,7 +230,7 @@ def expand_total_tma(
         GROUP_M=config.GROUP_M,
         EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
         LOW_RANK_TMA=low_rank_tma,
-        DROPOUT=seeds is not None,
+        DROPOUT=drops,
         EMULATE_BF16=emulate_bf16(C, *Fs),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

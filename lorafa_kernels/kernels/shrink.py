@@ -164,20 +164,22 @@ def shrink(
     parts = torch.empty((splits, M, R), dtype=torch.float32, device=rows.device) if split else out
     emulate = emulate_bf16(rows, factor)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(R, config.BLOCK_R), splits)
+    seed, threshold = dropout_arguments(dropout_p, seed)
     _shrink_kernel[grid](
-        rows,
-        factor,
-        parts,
-        *dropout_arguments(dropout_p, seed),
-        scaling,
-        M,
-        K,
-        R,
-        split_k,
-        rows.stride(0),
-        rows.stride(1),
-        factor.stride(0),
-        factor.stride(1),
+        rows_ptr=rows,
+        factor_ptr=factor,
+        out_ptr=parts,
+        seed_ptr=seed,
+        threshold=threshold,
+        scaling=scaling,
+        M=M,
+        K=K,
+        R=R,
+        split_k=split_k,
+        stride_rows_m=rows.stride(0),
+        stride_rows_k=rows.stride(1),
+        stride_factor_k=factor.stride(0),
+        stride_factor_r=factor.stride(1),
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
@@ -192,11 +194,11 @@ def shrink(
     )
     if split:
         _shrink_sum_kernel[(triton.cdiv(M * R, SUM_BLOCK),)](
-            parts,
-            out,
-            scaling,
-            splits,
-            M * R,
+            parts_ptr=parts,
+            out_ptr=out,
+            scaling=scaling,
+            splits=splits,
+            count=M * R,
             BLOCK=SUM_BLOCK,
             TRIGGER=trigger,
             EMULATE_BF16=emulate,

@@ -109,6 +109,73 @@ def drop(tile, keep):
     return tl.where(keep, tile, tile * 0)
 
 
+@triton.jit
+def tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and first column of a tile of C (M, N). Tiles are walked down GROUP_M rows of tiles, then on
+    to the next column: so many rows and columns of the operands stay in L2.
+    """
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * blocks_n)
+    rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
+    in_group = tile % (GROUP_M * blocks_n)
+    start_m = (group * GROUP_M + in_group % rows_in_group) * BLOCK_M
+    return start_m, (in_group // rows_in_group) * BLOCK_N
+
+
+@triton.jit
+def low_rank_step(
+    acc,
+    L,  # (M, R) and F (R, N): descriptors with TMA, else pointers
+    F,
+    start_m,
+    start_n,
+    M,
+    N,
+    R,
+    stride_L_m,
+    stride_L_r,
+    stride_F_r,
+    stride_F_n,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    """acc + L · F for one tile. TRANSPOSED: F is stored (N, R). STAGES: 1 where the main loop's shared memory
+    is not free yet; 2 lets both operands travel at once.
+    """
+    for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+        if TMA:
+            L_tile = L.load([start_m, start])
+            F_tile = F.load([start_n, start]).T if TRANSPOSED else F.load([start, start_n])
+            if EMULATE_BF16:
+                L_tile = L_tile.to(tl.float32)
+        else:
+            index_m = start_m + tl.arange(0, BLOCK_M)
+            index_n = start_n + tl.arange(0, BLOCK_N)
+            index_r = start + tl.arange(0, BLOCK_R)
+            in_r = index_r < R
+            L_ptrs = L + offsets(index_m, stride_L_m)[:, None] + offsets(index_r, stride_L_r)[None, :]
+            F_ptrs = F + offsets(index_r, stride_F_r)[:, None] + offsets(index_n, stride_F_n)[None, :]
+            L_tile = load(L_ptrs, (index_m < M)[:, None] & in_r[None, :], EMULATE_BF16)
+            F_tile = load(F_ptrs, in_r[:, None] & (index_n < N)[None, :], EMULATE_BF16)
+        F_tile = round_as(F_tile, DTYPE, EMULATE_BF16)
+        acc = tl.dot(L_tile, F_tile, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
 def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int | None]:
     """Return the seed and the threshold (philox.py) as kernels take them: None for p = 0, which leaves no
     trace in the compiled code; else the int64 tensor of shape (1,), to be loaded, and the word as a signed
