@@ -66,15 +66,18 @@ def implementation_and_plan_cases(plans: tuple[str, ...] = ("tma", "recompute"))
 
 
 def grid(
-    *axes: tuple[str, Sequence], indirect: Sequence[str] = (), each_once: bool = False
+    *axes: tuple[str, Sequence],
+    indirect: Sequence[str] = (),
+    each_once: bool = False,
+    core_alone: bool = False,
 ) -> pytest.MarkDecorator:
     """Parametrise over the product of axes (argument names, cases), of which the first has the device and the
     implementation. A case is a value or a pytest.param.
 
     Interpreted kernels take seconds a case. Of those only a pairwise core is quick, in which any two cases of
     two axes meet, but fp16 only the first two cases of further axes: the interpreter computes it as fp32.
-    With each_once there is each case in it, and no more. The rest is marked slow. Where kernels are compiled
-    nothing is.
+    With each_once there is each case in it, and no more. The rest is marked slow, and with core_alone left
+    out. Where kernels are compiled nothing is.
     """
     products = list(itertools.product(*([_param(case) for case in cases] for _, cases in axes)))
     core = _core([product for product in products if _interpreted(product)], 1 if each_once else 2)
@@ -82,6 +85,8 @@ def grid(
     for product in products:
         marks = [mark for param in product for mark in param.marks]
         if _interpreted(product) and product not in core:
+            if core_alone:
+                continue
             marks.append(pytest.mark.slow)
         values = [value for param in product for value in param.values]
         params.append(pytest.param(*values, marks=marks, id="-".join(param.id for param in product)))

@@ -62,18 +62,26 @@ def cache(request, tmp_path_factory) -> Path:
     return Path(kept.mkdir("compile-gate")) if kept else tmp_path_factory.mktemp("compile-gate")
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory, cache):
+# The rest is left to make gate: it has the instructions of sm_80 or of sm_100.
+OTHERS = ("sm_80", "sm_100", "gfx942")
+
+
+@pytest.fixture(
+    scope="module", params=["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in OTHERS)]
+)
+def quick(request, tmp_path_factory, cache):
+    """The result of the gate's defaults for one architecture."""
     # One worker of pytest compiles, another finds what it compiled.
-    with (cache / "lock").open("w") as lock:
+    with (cache / f"lock-{request.param}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return run_gate(tmp_path_factory.mktemp("gate") / "quick.json", "--quick", "--cache", cache)
+        out = tmp_path_factory.mktemp("gate") / "quick.json"
+        return run_gate(out, "--quick", "--arch", request.param, "--cache", cache)
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("arch", ARCHS)
-def test_defaults_compile(quick, arch):
-    rows = [row for row in quick["rows"] if row["arch"] == arch and row["dtype"] == "bf16"]
+def test_defaults_compile(quick):
+    (arch,) = quick["archs"]
+    rows = [row for row in quick["rows"] if row["dtype"] == "bf16"]
     assert not [row for row in rows if row["failures"]]
     rows = [row for row in rows if not row["dropout"]]
     compiled = {(row["kernel"], row["layout"], row["R"]) for row in rows}
@@ -95,9 +103,9 @@ def test_defaults_compile(quick, arch):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("arch", ARCHS)
-def test_defaults_compile_with_dropout(quick, arch):
-    rows = [row for row in quick["rows"] if row["arch"] == arch and row["dropout"]]
+def test_defaults_compile_with_dropout(quick):
+    (arch,) = quick["archs"]
+    rows = [row for row in quick["rows"] if row["dropout"]]
     large = "expand_tma_kernel" if arch == "sm_90" else "expand_kernel"
     wanted = {("shrink_kernel", "z", 8192), (large, "dx", 8192)}
     if arch != "gfx942":
@@ -107,6 +115,7 @@ def test_defaults_compile_with_dropout(quick, arch):
 
 
 @pytest.mark.gate
+@pytest.mark.parametrize("quick", ["sm_90"], indirect=True)
 def test_hopper_kernels_keep_what_makes_them_fast(quick):
     """The figures that the rules hold, once more as numbers: a kernel that is missing breaks no rule."""
     rows = [row for row in quick["rows"] if row["arch"] == "sm_90" and row["dtype"] == "bf16"]
@@ -207,6 +216,7 @@ print(json.dumps([str(apart(folder, failures)) for folder in folders]))
 
 
 @pytest.mark.gate
+@pytest.mark.slow
 def test_a_lost_property_fails_the_gate(tmp_path, cache):
     """The gate on copies of the sources in each of which one property of the Hopper kernel is undone."""
     folders = {}
@@ -264,6 +274,7 @@ print(json.dumps([found, len(list(cache.glob("*.json")))]))
 
 
 @pytest.mark.gate
+@pytest.mark.slow
 def test_what_is_cached_is_compiled_again_when_it_is_damaged_or_its_source_changes(tmp_path):
     for package in ("lorafa_kernels", "bench"):
         ignored = shutil.ignore_patterns("__pycache__", "results")

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
 # The shapes of the report take half a minute; these, too, have outputs of 256 elements and more.
 SMALL_SHAPES = ((20, 18, 17, 16), (17, 32, 24, 16))
-SMALL = f"from lorafa_kernels import doctor\ndoctor.CPU_SHAPES = {SMALL_SHAPES}\n"
+SMALL = f"from lorafa_kernels.checks import doctor\ndoctor.CPU_SHAPES = {SMALL_SHAPES}\n"
 RUN = "from lorafa_kernels.__main__ import main\nraise SystemExit(main(['doctor', '--device', 'cpu']))\n"
 
 
@@ -107,7 +107,7 @@ def test_triton_that_cannot_be_imported_is_told_from_none(tmp_path):
     done = run(
         "-c",
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from lorafa_kernels import doctor\n"
+        "from lorafa_kernels.checks import doctor\n"
         "doctor._print_versions(); print(doctor._print_interpreted())",
     )
     assert done.returncode == 0, done.stderr
@@ -136,7 +136,7 @@ def test_wrong_implementation_fails_and_is_named(monkeypatch, capsys):
 
 def test_raising_implementation_is_reported_in_any_locale():
     plant = (
-        "from lorafa_kernels import reference\n"
+        "from lorafa_kernels.linear import reference\n"
         "def wrong(*args):\n"
         "    raise ValueError('no x \\u00d7 A today\\nsecond line')\n"
         "reference.backward = wrong\n"

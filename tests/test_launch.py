@@ -108,6 +108,7 @@ def planted(tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, said",
     {
@@ -127,6 +128,7 @@ def test_planted_fault_is_found(planted, name, said):
     assert re.search(said, "\n".join(planted[name])), planted[name]
 
 
+@pytest.mark.slow
 def test_what_is_planted_in_has_no_fault(planted):
     assert [found for name, found in planted.items() if name.startswith(("layer", "group"))] == [[]] * 3
 

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.numerics
 SHAPES = [
     pytest.param(dict(M=17, K=31, N=37, R=7), id="primes"),
     pytest.param(dict(M=130, K=72, N=264, R=16), id="ragged-aligned"),
-    pytest.param(dict(M=1, K=1, N=1, R=1), id="all-1"),
     pytest.param(dict(M=1, K=390, N=300, R=8), id="one-row"),
     pytest.param(dict(M=130, K=70, N=258, R=16), id="ragged"),
     pytest.param(dict(M=128, K=256, N=128, R=64), id="even"),
@@ -95,6 +94,13 @@ def test_accuracy(device, impl, dtype, shape):
     check_accuracy(layer(impl), **shape, dtype=dtype, device=device)
 
 
+# 64 draws, of which each takes the interpreter as long as one of a large shape.
+@pytest.mark.slow
+@implementations_with(("dtype", DTYPES), each_once=True, core_alone=True)
+def test_accuracy_of_a_single_number(device, impl, dtype):
+    check_accuracy(layer(impl), M=1, K=1, N=1, R=1, dtype=dtype, device=device)
+
+
 DROPOUTS = [
     pytest.param(dict(M=65, K=48, N=80, R=24), 0.1, id="rank-not-a-power-of-2"),
     # One of 1,000 is kept, and makes nearly all of the result: so many that an error means something.
@@ -104,7 +110,7 @@ DROPOUTS = [
 ]
 
 
-@implementations_with(("dtype", DTYPES), ("shape,dropout_p", DROPOUTS), each_once=True)
+@implementations_with(("dtype", DTYPES), ("shape,dropout_p", DROPOUTS), each_once=True, core_alone=True)
 def test_accuracy_with_dropout(device, impl, dtype, shape, dropout_p):
     """Of the same mask in the operators and in the formula that people write."""
     factor = None if dtype == torch.float32 else torch.float32
@@ -127,6 +133,7 @@ HOPPER_PLANS = [on_device(TRITON_DEVICE, "triton", name, id=name) for name in PL
     ("dtype", DTYPES[1:]),
     ("R", [8, 256, 1, 4, 12, 16, 64, 128]),
     ("fp32_lora_B", [False, True]),
+    core_alone=True,
 )
 def test_accuracy_of_the_hopper_kernel(monkeypatch, device, impl, name, dtype, R, fp32_lora_B):
     """At every rank, with more tiles than programs, a ragged last tile in every direction, with fp32 lora_B
@@ -161,7 +168,7 @@ def test_accuracy_of_every_arrangement(monkeypatch, triton_only):
 
 
 @dtypes
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param(dict(M=1, K=1, N=1, R=1), id="all-1")])
 def test_accuracy_of_the_c_oracle(dtype, shape):
     check_accuracy(oracle, **shape, dtype=dtype, device="cpu")
 

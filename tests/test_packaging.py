@@ -189,26 +189,21 @@ def unpacked(dist, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_unpacked_sdist_collects_all_of_its_tests(unpacked):
-    counted = [
-        run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=tree).stdout
-        for tree in (unpacked, ROOT)
-    ]
-    here, there = (re.findall(r"^(\d+)[/ ].*collected|^tests/\S+: (\d+)$", text, re.M) for text in counted)
-    assert here == there and here
-
-
-@pytest.mark.slow
-def test_the_unpacked_sdist_passes_tests_of_each_kind(unpacked):
+def test_the_unpacked_sdist_has_all_of_the_tests_and_passes_some_of_each_kind(unpacked):
     """Of the package, of the C oracle, which it builds, of the benchmarks, and of the tables in its pages."""
+    assert {path.name for path in (unpacked / "tests").rglob("*.py")} == {
+        path.name for path in (ROOT / "tests").rglob("*.py")
+    }
     run("make", "-C", "csrc_reference", cwd=unpacked)
-    chosen = ["test_architecture.py", "test_tables.py", "test_layer.py", "test_bench_cases.py"]
-    chosen = [f"tests/{name}" for name in [*chosen, "test_packaging.py", "test_c_oracle.py"]]
+    chosen = ("architecture", "tables", "layer", "bench_cases", "packaging", "c_oracle")
+    chosen = " or ".join(f"test_{name}.py" for name in chosen)
+    # All are collected, and those of these files run.
     done = run(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-m", "not slow", *chosen),
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-m", "not slow"),
+        *("-k", chosen),
         cwd=unpacked,
     )
-    assert " passed" in done.stdout
+    assert re.search(r"[1-9]\d* passed, .*[1-9]\d{3} deselected", done.stdout), done.stdout[-500:]
 
 
 def metadata_of(dist: Path):

@@ -220,7 +220,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location({name!r}, {init!r}, submodule_search_locations=[{folder!r}])
 sys.modules[{name!r}] = package = module_from_spec(spec)
 spec.loader.exec_module(package)
-from {name}.doctor import print_interpreted_checks
+from {name}.checks.doctor import print_interpreted_checks
 print_interpreted_checks()
 """
 
@@ -228,11 +228,11 @@ print_interpreted_checks()
 def interpreted_checks() -> list[Check]:
     """Check the Triton kernels in Triton's interpreter, in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONIOENCODING": "utf-8"}
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     # The packages that this process has, and this one by its own path: `python -c` looks into the current
     # folder first, where a torch.py or triton.py can lie.
     command = _INTERPRETED.format(
-        name=__package__,
+        name=__package__.partition(".")[0],
         paths=[path for path in sys.path if path],
         init=str(package / "__init__.py"),
         folder=str(package),
