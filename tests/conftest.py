@@ -13,6 +13,7 @@ import sys
 import tempfile
 
 import pytest
+import slow_cases
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -117,6 +118,22 @@ def pytest_report_header(config):
 def cpu_capability() -> str:
     """The instruction set of torch's own CPU kernels, which ATEN_CPU_CAPABILITY restricts."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+# First: pytest deselects by markers.
+@pytest.hookimpl(tryfirst=True, specname="pytest_collection_modifyitems")
+def pytest_mark_slow_cases(config, items):
+    """Mark what slow_cases.json lists. A case that is listed and not there has another name by now."""
+    if GPU:
+        return
+    listed = slow_cases.read()
+    for item in items:
+        if slow_cases.name_of(item.nodeid) in listed:
+            item.add_marker(pytest.mark.slow)
+            listed.remove(slow_cases.name_of(item.nodeid))
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if whole and listed:
+        raise pytest.UsageError(f"tests/slow_cases.json lists what is not there: {sorted(listed)[:5]}")
 
 
 # Last: pytest itself sorts by the fixtures of modules and sessions.

@@ -147,6 +147,8 @@ from pathlib import Path
 from bench.gpu import __main__ as command, driver
 from tests.test_gpu_call import make_call, planted
 signal.signal(signal.SIGTERM, command.interrupted)
+# A shell starts what runs in its background with this one ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stages = (planted("right"), planted("hangs", 50.0), planted("right"))
 sys.exit(driver.run(stages, make_call(Path({str(tmp_path)!r}))))
 """
