@@ -26,10 +26,10 @@ help:
 	@echo "make gate-3.6     both for Hopper on Triton 3.6.0"
 	@echo "make gpu          a first call on a GPU, in stages, within nine minutes, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
-	@echo "make bench-cpu    the CPU numbers of README, measured again (minutes; an idle machine)"
+	@echo "make bench-cpu    the CPU numbers of docs/results.md, measured again (minutes; an idle machine)"
 	@echo "make memory       the tables of docs/memory.md, measured again (minutes; torch.compile on a CPU)"
 	@echo "make report       docs/performance.md and its plots from bench/results"
-	@echo "make tables       fill README's tables from the committed result files"
+	@echo "make tables       fill the tables of README and docs/ from the committed result files"
 	@echo "make doctor       versions, chosen implementation, self-check"
 	@echo "make lint         ruff; make format applies it"
 

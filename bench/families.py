@@ -1,6 +1,7 @@
 """The tables of docs/memory.md: what one layer of each family of models keeps for backward, in hidden states.
 
 memory_table(records)    from the records of scope "family" (memory.FAMILIES)
+kept_table(records)      README's: some of its rows and columns
 """
 
 from __future__ import annotations
@@ -21,15 +22,22 @@ NODES = {
     "LoRAFALinear": "other linear layers: z of each",
 }
 NOTHING = "Not measured yet."
+# README's rows and columns.
+SHORT_ROWS = (
+    "frozen",
+    "lorafa",
+    "lorafa-layers",
+    "eager-lorafa",
+    "compiled-lorafa",
+    "eager-lora",
+    "peft-lora",
+)
+SHORT_COLUMNS = ("Llama MHA", "Llama GQA 8:2", "Qwen3", "Gemma2", "T5", "RoBERTa")
 
 
 def memory_table(records: Sequence[Record]) -> str:
     """Return the tables: one of Llama layers, one of the other families, and what is kept by name."""
-    found = {
-        r["key"]: r for r in newest(records).values() if r["kind"] == "memory" and r["scope"] == "family"
-    }
-    known = {f"family {case.label}": key for key, case in FAMILIES.items()}
-    measured = [found[key] for key in known if key in found]
+    measured = measured_layers(records)
     if not measured:
         return NOTHING
     llama = [record for record in measured if record["case"]["model"].startswith("Llama")]
@@ -41,6 +49,27 @@ def memory_table(records: Sequence[Record]) -> str:
     if missing := reasons_of(measured):
         chunks.append("Without a number:\n\n" + "\n".join(f"- {line}" for line in missing))
     return "\n\n".join(chunks)
+
+
+def kept_table(records: Sequence[Record]) -> str:
+    """Return README's table."""
+    measured = [record for record in measured_layers(records) if short(record) in SHORT_COLUMNS]
+    if not measured:
+        return NOTHING
+    note = "In units of one hidden state (batch × sequence × hidden numbers); parameters do not count."
+    rows = [[TITLES[key], *(cell(record, key) for record in measured)] for key in SHORT_ROWS]
+    return (
+        f"{note} {' '.join(Sources(measured, ROOT).lines())}\n\n{markdown(['', *map(short, measured)], rows)}"
+    )
+
+
+def measured_layers(records: Sequence[Record]) -> list[Record]:
+    """The newest record of each layer, in the order of FAMILIES."""
+    found = {
+        r["key"]: r for r in newest(records).values() if r["kind"] == "memory" and r["scope"] == "family"
+    }
+    known = {f"family {case.label}": key for key, case in FAMILIES.items()}
+    return [found[key] for key in known if key in found]
 
 
 def table_of(records: Sequence[Record]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import results
 from .environment import ROOT, environment, write_json
-from .families import memory_table
+from .families import kept_table, memory_table
 from .reading import markdown, provenance
 from .report import readme_table
 from .shell import Parser, run_command, write_whole
@@ -87,8 +87,8 @@ def demo_table(result: dict) -> str:
 
 
 def take_demo(path: Path) -> None:
-    """Keep a result of the demo as the one that README shows, with the commit and without the folder's
-    name.
+    """Keep a result of the demo as the one that docs/results.md shows, with the commit and without the
+    folder's name.
     """
     result = read_json(path)
     if not all(isinstance(result.get(name), kind) for name, kind in (("runs", list), ("options", dict))):
@@ -124,10 +124,11 @@ class Table:
 
 
 TABLES = {
-    "gate-table": Table("docs/design.md", GATE_RESULTS, read_json, gate_table),
-    "cpu-table": Table("README.md", CPU_RESULTS, read_lines, readme_table),
+    "gate-table": Table("docs/compile-gate.md", GATE_RESULTS, read_json, gate_table),
+    "cpu-table": Table("docs/results.md", CPU_RESULTS, read_lines, readme_table),
+    "kept-table": Table("README.md", MEMORY_RESULTS, read_lines, kept_table),
     "memory-table": Table("docs/memory.md", MEMORY_RESULTS, read_lines, memory_table),
-    "demo-table": Table("README.md", DEMO_RESULTS, read_json, demo_table),
+    "demo-table": Table("docs/results.md", DEMO_RESULTS, read_json, demo_table),
 }
 
 
