@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+import lorafa_kernels
 from bench.tables import TABLES
 from lorafa_kernels.__main__ import make_parser
 
@@ -104,10 +107,10 @@ def test_links_lead_somewhere(page):
         if re.match(r"\w+:", target):
             continue
         name, _, anchor = target.partition("#")
-        path = (ROOT / page).parent / name if name else ROOT / page
-        if not path.exists():
+        path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        if name and not path.exists():
             broken.append(f"{page}: {target}: there is no such file")
-        elif anchor and anchor not in anchors(path.resolve().relative_to(ROOT).as_posix()):
+        elif anchor and anchor not in anchors(path.relative_to(ROOT).as_posix()):
             broken.append(f"{page}: {target}: there is no such heading")
     assert not broken, "\n".join(broken)
 
@@ -161,19 +164,6 @@ def test_commands_exist(page):
     assert not wrong, f"{page}: {wrong}"
 
 
-def test_wrong_commands_are_found(monkeypatch):
-    """What this file reads in a page, of a page that has all faults."""
-    page = "`make nothing`, `python -m lorafa_kernels doctr`, `lorafa-kernels doctor --fast`\n"
-    monkeypatch.setattr(f"{__name__}.read", lambda name: read_file(name) if name == "Makefile" else page)
-    with pytest.raises(AssertionError) as found:
-        test_commands_exist("page.md")
-    for wrong in ("make nothing", "lorafa_kernels doctr", "lorafa-kernels doctor --fast"):
-        assert wrong in str(found.value)
-
-
-read_file = read
-
-
 @pytest.mark.parametrize("page", pages())
 def test_json_is_json(page):
     for block in blocks(page):
@@ -214,3 +204,93 @@ def test_snippets_run(page, monkeypatch, tmp_path, capsys):
         monkeypatch.setenv(name, "1")
     monkeypatch.chdir(tmp_path)
     run(page, found, {"__name__": "__main__"}, capsys)
+
+
+@pytest.mark.parametrize(
+    ("test", "text", "found"),
+    [
+        pytest.param(test_commands_exist, "`make nothing`", "make nothing", id="target"),
+        pytest.param(test_commands_exist, "`python -m lorafa_kernels doctr`", "doctr", id="command"),
+        pytest.param(test_commands_exist, "```\nlorafa-kernels doctor --fast\n```", "--fast", id="option"),
+        pytest.param(test_commands_exist, "`python -m bench.nothing`", "bench.nothing", id="module"),
+        pytest.param(test_links_lead_somewhere, "[a](nothing.md)", "no such file", id="file"),
+        pytest.param(test_links_lead_somewhere, "# B\n[a](#c)", "no such heading", id="heading"),
+        pytest.param(test_named_modules_exist, "`linear/nothing.py`", "linear/nothing.py", id="path"),
+        pytest.param(test_lines_fit_a_screen, "word " * 30, "columns", id="line"),
+        pytest.param(
+            test_snippets_run, "```python\nprint(1)\n```\n```text\n2\n```", "not printed: 2", id="print"
+        ),
+    ],
+)
+def test_each_fault_is_found(test, text, found, monkeypatch, tmp_path, capsys):
+    true = read
+    monkeypatch.setattr(f"{__name__}.read", lambda page: f"{text}\n" if page == "page.md" else true(page))
+    fixtures = (monkeypatch, tmp_path, capsys) if test is test_snippets_run else ()
+    with pytest.raises(AssertionError, match=found):
+        test("page.md", *fixtures)
+
+
+def signature_of(name: str) -> str:
+    """`name(arguments) -> type` with annotations as they stand in the source, in lines of at most WIDTH."""
+    found = lorafa_kernels
+    for part in name.split("."):
+        found = getattr(found, part)
+    signature = inspect.signature(found)
+    arguments, last = [], None
+    for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and last is not parameter.kind:
+            arguments.append("*")
+        last = parameter.kind
+        # A parameter without its annotation is its name and default; "<factory>" is a dataclass's own sign.
+        bare = str(parameter.replace(annotation=parameter.empty)).replace("<factory>", "{}")
+        if parameter.annotation is not parameter.empty:
+            named, equals, default = bare.partition("=")
+            bare = f"{named}: {parameter.annotation}" + (equals and f" = {default}")
+        arguments.append(bare)
+    returned = signature.return_annotation
+    # A private class, and what contextlib makes a context manager of, say nothing to a reader.
+    hidden = returned in ("None", None) or str(returned).startswith(("_", "Iterator"))
+    shown = "" if hidden else f" -> {returned}"
+    line = f"{name}({', '.join(arguments)}){shown}"
+    if len(line) <= WIDTH:
+        return line
+    inner = textwrap.wrap(
+        ", ".join(argument.replace(" ", "\0") for argument in arguments), WIDTH - 5, break_long_words=False
+    )
+    return "\n".join([f"{name}(", *(f"    {row}" for row in inner), f"){shown}"]).replace("\0", " ")
+
+
+def summary_of(name: str) -> str:
+    """The first paragraph of a docstring."""
+    found = lorafa_kernels
+    for part in name.split("."):
+        found = getattr(found, part)
+    return " ".join(inspect.getdoc(found).split("\n\n")[0].split())
+
+
+def test_api_page_has_every_public_name_as_it_is():
+    """docs/api.md: a heading for each name, its signature, and the first paragraph of its docstring."""
+    sections = re.split(r"^### ", read("docs/api.md"), flags=re.MULTILINE)[1:]
+    found = {section.split("\n", 1)[0].strip("`"): section.split("\n", 1)[1] for section in sections}
+    assert len(found) == len(sections)
+    public = {name for name in lorafa_kernels.__all__ if name != "__version__"}
+    assert {name for name in found if "." not in name} == public
+    for name, text in found.items():
+        expected = f"```py\n{signature_of(name)}\n```"
+        assert expected in text, f"docs/api.md, {name}: expected\n{expected}"
+        assert summary_of(name) in " ".join(text.split()), f"docs/api.md, {name}: expected {summary_of(name)}"
+
+
+def test_contributing_s_tree_is_the_package():
+    """It names every module and folder at the top of the package, and none that is not there."""
+    tree = read("CONTRIBUTING.md").split("## Where things are")[1].split("```")[1]
+    named = set(re.findall(r"(?:^| )(\w+(?:/|\.py))(?= |$)", tree, flags=re.MULTILINE))
+    package = ROOT / "lorafa_kernels"
+    top = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    top |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert top <= named, f"not in the tree: {sorted(top - named)}"
+    known = top | {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir()}
+    known |= {f"{path.parent.name}/" for path in ROOT.glob("*/*/__init__.py")} | {"placing/", "everywhere.py"}
+    assert named <= known, f"there is no: {sorted(named - known)}"
