@@ -68,7 +68,7 @@ def test_a_closed_pipe_ends_a_command_quietly(monkeypatch, capsys, config, call,
 
 def test_a_closed_pipe_ends_the_doctor_s_report_quietly(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Closed(3, False))
-    assert main(["doctor", "--device", "cpu"]) == PIPE_CLOSED
+    assert main(["doctor", "--device", "cpu", "--verbose"]) == PIPE_CLOSED
     assert capsys.readouterr().err == ""
 
 

@@ -21,7 +21,7 @@ from lorafa_kernels.checks.budget import draw_operands, lorafa_results, plain_fo
 from lorafa_kernels.linear import library
 from lorafa_kernels.plan.choice import choose, planned_device
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, KernelPlan
-from lorafa_kernels.plan.pin import pin_plan
+from lorafa_kernels.plan.pin import PLAN_VARIABLE, pin_plan
 from lorafa_kernels.plan.recipe import Problem, Recipe
 from lorafa_kernels.plan.tables import CACHE_VARIABLE, Entry, Measured, cache_path, key_of, update_table
 
@@ -30,7 +30,8 @@ BLOCK_TRITON = "import sys; sys.modules['triton'] = None\n"
 # The shapes of the report take half a minute; these, too, have outputs of 256 elements and more.
 SMALL_SHAPES = ((20, 18, 17, 16), (17, 32, 24, 16))
 SMALL = f"from lorafa_kernels.checks import doctor\ndoctor.CPU_SHAPES = {SMALL_SHAPES}\n"
-RUN = "from lorafa_kernels.__main__ import main\nraise SystemExit(main(['doctor', '--device', 'cpu']))\n"
+CALL = "main(['doctor', '--device', 'cpu', '--verbose'])"
+RUN = f"from lorafa_kernels.__main__ import main\nraise SystemExit({CALL})\n"
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -67,7 +68,7 @@ def assert_all_passed(out: str, impl: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 def test_report_with_triton():
-    done = run("-m", "lorafa_kernels", "doctor", "--device", "cpu")
+    done = run("-m", "lorafa_kernels", "doctor", "--device", "cpu", "--verbose")
     assert done.returncode == 0, done.stdout + done.stderr
     import triton
 
@@ -98,6 +99,32 @@ def test_report_without_triton():
         assert_all_passed(done.stdout, impl)
 
 
+def test_the_verdict_comes_first_and_each_section_has_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "CPU_SHAPES", SMALL_SHAPES)
+    monkeypatch.setattr(doctor, "interpreted_checks", lambda: doctor.check("reference", CPU, "fp32"))
+    for name in doctor.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(PLAN_VARIABLE, "library")
+    assert main(["doctor", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    verdict, empty, *sections = said.out.splitlines()
+    compared = 63 if TRITON else 60
+    assert verdict == f"PASSED: all {compared} results are right" and empty == "" and said.err == ""
+    assert [line.split()[0] for line in sections] == ["versions", "machine", "variables", "cpu", "checks"]
+    assert f"torch {torch.__version__}, " in sections[0] and f"{PLAN_VARIABLE}=library" in sections[2]
+    assert "reference on cpu 27 of 27 right; torch on cpu 33 of 33 right; " in sections[4]
+    assert said.out.isascii()
+
+
+def test_on_a_screen_it_says_that_it_takes_a_while(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_print_checks", lambda devices, say: doctor.Section([]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for options, words in ([], "takes up to a minute"), (["--verbose"], ""):
+        assert main(["doctor", "--device", "cpu", *options]) == 0
+        said = capsys.readouterr().err
+        assert words in said and bool(words) == bool(said)
+
+
 def test_triton_that_cannot_be_imported_is_told_from_none(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: wrong ELF class')")
@@ -105,11 +132,11 @@ def test_triton_that_cannot_be_imported_is_told_from_none(tmp_path):
         "-c",
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from lorafa_kernels.checks import doctor\n"
-        "doctor._print_versions(); print(doctor._print_interpreted())",
+        "doctor._print_versions(print); print(doctor._print_interpreted(print).problems)",
     )
     assert done.returncode == 0, done.stderr
     assert "Triton         cannot be imported: ImportError: libtriton.so: wrong ELF class" in done.stdout
-    assert "triton: not available" in done.stdout and done.stdout.endswith("[]\n")
+    assert "triton: not available" in done.stdout and done.stdout.endswith("()\n")
 
 
 @pytest.mark.numerics
@@ -123,12 +150,26 @@ def test_wrong_implementation_fails_and_is_named(monkeypatch, capsys):
     monkeypatch.setattr(library, "forward", wrong)
     monkeypatch.setattr(doctor, "CPU_SHAPES", SMALL_SHAPES)
     monkeypatch.setattr(doctor, "interpreted_checks", list)
-    assert main(["doctor", "--device", "cpu"]) == 1
+    for name in doctor.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert main(["doctor", "--device", "cpu", "--verbose"]) == 1
     out = capsys.readouterr().out
     summary = out[out.index("\nFAILED") :]
     assert "torch on cpu, fp32, y at M=" in summary
     assert "dB" not in summary and "reference" not in summary
     assert_all_passed(out, "reference")
+
+    # In short: the verdict, what failed, a line for each section, what to do.
+    assert main(["doctor", "--device", "cpu"]) == 1
+    verdict, *wrong, empty, versions, machine, cpu, checks, gap, advice = capsys.readouterr().out.splitlines()
+    assert verdict == "FAILED: 3 of the checks; do not trust results of this installation"
+    assert [line.partition(" at M=")[0].strip() for line in wrong] == [
+        f"torch on cpu, {dtype}, y" for dtype in doctor.CHECKED_DTYPES
+    ]
+    assert versions.startswith("versions  lorafa_kernels ") and machine.startswith("machine ")
+    assert cpu.startswith("cpu       torch for fp32, bf16, fp16, fp64 (x is on the CPU")
+    assert checks == "checks    reference on cpu 27 of 27 right; torch on cpu 30 of 33 right"
+    assert empty == gap == "" and "doctor --verbose" in advice
 
 
 def test_raising_implementation_is_reported_in_any_locale():
@@ -150,7 +191,7 @@ def test_raising_implementation_is_reported_in_any_locale():
 @pytest.mark.gpu
 def test_report_on_a_gpu():
     pytest.importorskip("triton")
-    done = run("-m", "lorafa_kernels", "doctor", "--device", "cuda")
+    done = run("-m", "lorafa_kernels", "doctor", "--device", "cuda", "--verbose")
     assert done.returncode == 0, done.stdout + done.stderr
     assert torch.cuda.get_device_name() in done.stdout and "Triton kernels: supported" in done.stdout
     assert "interpreter" not in done.stdout
@@ -309,7 +350,7 @@ def test_old_gpu_is_listed_with_the_reason(monkeypatch, capsys):
     properties = SimpleNamespace(name="Old 2000", major=7, minor=5, total_memory=16 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     choose.cache_clear()
-    assert not doctor._print_devices([torch.device("cuda:0")])
+    assert not doctor._print_devices([torch.device("cuda:0")], print).problems
     choose.cache_clear()
     out = capsys.readouterr().out
     assert "cuda:0: Old 2000, compute capability 7.5, 16 GiB" in out
@@ -329,7 +370,7 @@ def h200(fake_gpu, monkeypatch, tmp_path):
 
 
 def test_plans_and_tables_are_listed(h200, capsys):
-    assert not doctor._print_devices([h200])
+    assert not doctor._print_devices([h200], print).problems
     out = capsys.readouterr().out
     assert out.isascii()
     for fact in (
@@ -340,6 +381,8 @@ def test_plans_and_tables_are_listed(h200, capsys):
         "predicted: ",
     ):
         assert fact in out, fact
+    ((word, text),) = doctor._print_devices([h200], lambda line: None).lines
+    assert (word, text.partition(" (")[0]) == ("cuda:0", "NVIDIA H200: triton for fp32, bf16, fp16")
     assert [line.strip() for line in out.splitlines() if line.strip() in ("forward", "backward")] == [
         "forward",
         "backward",
@@ -351,7 +394,7 @@ def test_measured_plan_is_named_as_such(h200, capsys):
     problem = Problem("forward", torch.bfloat16, 2048, 4096, 4096, 16)
     entry = Entry(key_of(problem), (Measured(Recipe("library"), 101.5, 20.0),))
     update_table(cache_path(device), device, [entry], {})
-    assert not doctor._print_devices([h200])
+    assert not doctor._print_devices([h200], print).problems
     out = capsys.readouterr().out
     assert f"user cache: 1 entries, Triton {device.triton}" in out
     assert "source: user cache (measured library 101.5 us at M=2048 N=4096 K=4096 R=16 bfloat16" in out
@@ -360,17 +403,17 @@ def test_measured_plan_is_named_as_such(h200, capsys):
 def test_damaged_cache_does_not_end_the_report(h200, capsys):
     cache_path(planned_device(h200)).write_text("{")
     with pytest.warns(UserWarning, match="is ignored"):
-        assert not doctor._print_devices([h200])
+        assert not doctor._print_devices([h200], print).problems
     assert "user cache: none" in capsys.readouterr().out
 
 
 def test_pinned_plan_is_listed_and_one_that_cannot_run_is_a_problem(h200, capsys):
     with pin_plan("library"):
-        assert not doctor._print_devices([h200])
+        assert not doctor._print_devices([h200], print).problems
     assert "source: pinned ('library' by pin_plan" in capsys.readouterr().out
     huge = KernelConfig(256, 256, 128, 16, 8, 8, 5)
     with pin_plan({"forward": Recipe("fused", KernelPlan(expand=huge))}):
-        (problem,) = doctor._print_devices([h200])
+        (problem,) = doctor._print_devices([h200], print).problems
     assert "the plan pinned by pin_plan cannot run on NVIDIA H200: expand needs" in problem
 
 
@@ -379,7 +422,7 @@ def test_device_that_breaks_is_a_problem_and_not_the_end(monkeypatch, capsys):
         raise RuntimeError("the driver is on fire")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
-    problems = doctor._print_devices([torch.device("cuda:0"), CPU])
+    problems = doctor._print_devices([torch.device("cuda:0"), CPU], print).problems
     assert len(problems) == 1 and "the driver is on fire" in problems[0]
     assert "x is on the CPU" in capsys.readouterr().out
 

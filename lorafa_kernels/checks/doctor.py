@@ -1,8 +1,9 @@
 """doctor: what is installed, what would run here, and whether it computes the right values.
 
-Prints plain ASCII to paste into an issue. The self-check runs every implementation that is available on
-small layers and blocks (linear layers that share an input, a gated MLP, an RMS norm) and compares y, dx and
-dB with the formula in fp64:
+Prints plain ASCII: the verdict, what failed, and a line for each section. With --verbose it prints every
+value as it is checked, to paste into an issue, and the verdict last. The self-check runs every implementation
+that is available on small layers and blocks (linear layers that share an input, a gated MLP, an RMS norm) and
+compares y, dx and dB with the formula in fp64:
 
     error   = |got - exact| / |exact|   (Frobenius norms; exact: in fp64 from the same rounded inputs)
     allowed = 2 * error of plain PyTorch in the same dtype + unit roundoff of the output's dtype
@@ -21,9 +22,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +49,10 @@ CPU_SHAPES = ((50, 258, 70, 7), (128, 256, 256, 16))
 GPU_SHAPES = ((50, 258, 70, 7), (640, 512, 512, 16))
 INTERPRETER_LIMIT_S = 300
 Shape = tuple[int, int, int, int]
+# What prints a line of the long report.
+Say = Callable[[str], None]
+# Variables of the environment that change what runs.
+VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", PLAN_VARIABLE, CACHE_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ def add_command(subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="print versions, devices and the chosen implementation, and check the results",
-        description="Print versions, devices and the implementation that impl='auto' picks, then check every "
-        "available implementation against fp64. The output is made to be pasted into an issue. Exit code: 0 "
+        description="Check every available implementation against fp64, which takes up to a minute, and say "
+        "whether all are right, what is installed, and which implementation impl='auto' picks. Exit code: 0 "
         "if every check passed, 1 if one failed.",
     )
     parser.add_argument(
@@ -93,26 +99,71 @@ def add_command(subparsers) -> None:
         metavar="DEVICE",
         help="check this device only, such as cpu or cuda:0; may be repeated (default: the CPU, every GPU)",
     )
-    parser.set_defaults(run=lambda options: run(options.device))
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print every value as it is checked, plans and block sizes: what to paste into an issue",
+    )
+    parser.set_defaults(run=lambda options: run(options.device, options.verbose))
 
 
-def run(devices: list[torch.device] | None = None) -> int:
+class Section(NamedTuple):
+    """A part of the report. lines: (word in front, text) of what the short report says, texts with one word
+    in one line; problems: what failed; compared: how many results were checked.
+    """
+
+    lines: list[tuple[str, str]]
+    problems: Sequence[str] = ()
+    compared: int = 0
+
+
+def run(devices: list[torch.device] | None = None, verbose: bool = False) -> int:
     """Print the report for `devices` (default: the CPU and every GPU); return 0, or 1 if a check failed."""
     if devices is None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(gpus))]
-    _print_versions()
-    problems = _print_devices(devices)
-    _print_numerics()
-    problems += _print_checks(devices)
-    _print("")
-    if problems:
-        _print(f"FAILED: {len(problems)} of the above")
+    if not verbose and sys.stderr.isatty():
+        print("checking every implementation, which takes up to a minute ...", file=sys.stderr, flush=True)
+    say = _print if verbose else _in_short
+    sections = [
+        _print_versions(say),
+        _print_devices(devices, say),
+        _print_numerics(devices, say),
+        _print_checks(devices, say),
+    ]
+    problems = [problem for section in sections for problem in section.problems]
+    if verbose:
+        _print("")
+        _print(f"FAILED: {len(problems)} of the above" if problems else "everything passed")
         for problem in problems:
             _print(f"  {problem}")
-        return 1
-    _print("everything passed")
-    return 0
+    else:
+        _print_in_short(sections, problems)
+    return 1 if problems else 0
+
+
+def _print_in_short(sections: list[Section], problems: list[str]) -> None:
+    """Print the verdict, what failed, and a line for each section."""
+    if problems:
+        _print(f"FAILED: {len(problems)} of the checks; do not trust results of this installation")
+        for problem in problems:
+            _print(f"  {problem}")
+    else:
+        compared = sum(section.compared for section in sections)
+        _print(f"PASSED: all {compared} results are right")
+    _print("")
+    for section in sections:
+        for word in dict.fromkeys(word for word, _ in section.lines):
+            texts = [text for one, text in section.lines if one == word]
+            _print(f"{word:9s} {'; '.join(texts)}")
+    if problems:
+        _print(
+            "\nTo report it, paste the output of `python -m lorafa_kernels doctor --verbose` into an issue."
+        )
+
+
+def _in_short(text: str) -> None:
+    """Where a line of the long report is not printed."""
 
 
 def check(impl: str, device: torch.device, dtype: str) -> list[Check]:
@@ -262,42 +313,50 @@ def interpreted_checks() -> list[Check]:
     return [Check(**{**found, "shape": tuple(found["shape"])}) for found in json.loads(lines[-1])]
 
 
-def _print_versions() -> None:
+def _print_versions(say: Say) -> Section:
     cuda, hip = torch.version.cuda, torch.version.hip
-    _print(f"lorafa_kernels {__version__}")
-    _print(f"Python         {platform.python_version()} ({platform.python_implementation()})")
-    _print(f"torch          {torch.__version__}")
-    _print(f"GPU runtime    {f'HIP {hip}' if hip else f'CUDA {cuda}' if cuda else 'none in this torch'}")
-    _print(f"Triton         {_triton_version()}")
-    _print(f"platform       {platform.platform()}, {os.cpu_count()} cores")
-    for name in (
-        "TRITON_INTERPRET",
-        "CUDA_VISIBLE_DEVICES",
-        "HIP_VISIBLE_DEVICES",
-        PLAN_VARIABLE,
-        CACHE_VARIABLE,
-    ):
-        if name in os.environ:
-            _print(f"environment    {name}={os.environ[name]}")
+    runtime = f"HIP {hip}" if hip else f"CUDA {cuda}" if cuda else "none in this torch"
+    triton = _triton_version()
+    where = f"{platform.platform()}, {os.cpu_count()} cores"
+    say(f"lorafa_kernels {__version__}")
+    say(f"Python         {platform.python_version()} ({platform.python_implementation()})")
+    say(f"torch          {torch.__version__}")
+    say(f"GPU runtime    {runtime}")
+    say(f"Triton         {triton}")
+    say(f"platform       {where}")
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    for variable in variables:
+        say(f"environment    {variable}")
+    text = (
+        f"lorafa_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"Triton {triton}, GPU runtime: {runtime}"
+    )
+    lines = [("versions", text), ("machine", where)]
+    return Section(lines + ([("variables", ", ".join(variables))] if variables else []))
 
 
-def _print_devices(devices: list[torch.device]) -> list[str]:
-    problems = []
-    _print("\ndevices, and what impl='auto' picks there")
+def _print_devices(devices: list[torch.device], say: Say) -> Section:
+    lines, problems = [], []
+    say("\ndevices, and what impl='auto' picks there")
     if (torch.version.cuda or torch.version.hip) and not torch.cuda.is_available():
-        _print("  torch is built for GPUs but sees none: is the driver there, and new enough?")
+        unseen = "torch is built for GPUs but sees none: is the driver there, and new enough?"
+        say(f"  {unseen}")
+        lines.append(("GPU", unseen))
     for device in devices:
         try:
-            lines = _describe_device(device)
+            long, short = _describe_device(device)
         except Exception as error:
             problems.append(f"{device}: cannot say what runs there: {_describe(error)}")
-            lines = [f"{device}: FAILED: {_describe(error)}"]
-        _print("\n".join(f"  {line}" for line in lines))
-    return problems
+            short = f"FAILED: {_describe(error)}"
+            long = [f"{device}: {short}"]
+        say("\n".join(f"  {line}" for line in long))
+        lines.append((str(device), short))
+    return Section(lines, problems)
 
 
-def _describe_device(device: torch.device) -> list[str]:
-    lines = [str(device)]
+def _describe_device(device: torch.device) -> tuple[list[str], str]:
+    """Say what runs on a device, in lines and in one."""
+    lines, title = [str(device)], ""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         obstacle = triton_obstacle(device, torch.float32)
@@ -306,11 +365,13 @@ def _describe_device(device: torch.device) -> list[str]:
             f"{properties.total_memory / 2**30:.0f} GiB",
             f"  Triton kernels: {f'not supported: {obstacle}' if obstacle else 'supported'}",
         ]
+        title = f"{properties.name}: "
     picked: dict[tuple[str, str], list[str]] = {}
     for name, dtype in DTYPES.items():
         choice = choose("auto", device, dtype)
         picked.setdefault((choice.impl, choice.reason), []).append(name)
     lines += [f"  {', '.join(names)}: {impl} ({reason})" for (impl, reason), names in picked.items()]
+    short = [f"{impl} for {', '.join(names)} ({reason})" for (impl, reason), names in picked.items()]
     explanation = explain((DEFAULT_M, 4096, 4096, 16), device=device, dtype=torch.bfloat16)
     if explanation.limits is not None:
         lines.append(f"  kernels: {describe_limits(explanation.limits)}")
@@ -319,7 +380,7 @@ def _describe_device(device: torch.device) -> list[str]:
         for op, planned in explanation.plans.items():
             lines.append(f"    {op}")
             lines += [f"      {line}" for line in describe_plan(op, planned)]
-    return lines
+    return lines, title + "; ".join(short)
 
 
 def _describe_tables(device: torch.device) -> list[str]:
@@ -334,35 +395,48 @@ def _describe_tables(device: torch.device) -> list[str]:
     return lines
 
 
-def _print_numerics() -> None:
+def _print_numerics(devices: list[torch.device], say: Say) -> Section:
     matmul = torch.backends.cuda.matmul
-    _print("\nnumerics")
-    _print(f"  fp32 products on a GPU: {'TF32' if matmul.fp32_precision == 'tf32' else 'IEEE fp32'}")
+    products = "TF32" if matmul.fp32_precision == "tf32" else "IEEE fp32"
+    say("\nnumerics")
+    say(f"  fp32 products on a GPU: {products}")
+    reduced = []
     for name in ("bf16", "fp16"):
-        allowed = "yes" if getattr(matmul, f"allow_{name}_reduced_precision_reduction") else "no"
-        _print(f"  library GEMMs on a GPU may reduce {name} products in {name}: {allowed}")
+        allowed = getattr(matmul, f"allow_{name}_reduced_precision_reduction")
+        reduced += [name] if allowed else []
+        answer = "yes" if allowed else "no"
+        say(f"  library GEMMs on a GPU may reduce {name} products in {name}: {answer}")
+    if all(device.type == "cpu" for device in devices):
+        return Section([])
+    text = f"fp32 products in {products}; library GEMMs may reduce in 16 bits: {', '.join(reduced) or 'no'}"
+    return Section([("numerics", text)])
 
 
-def _print_checks(devices: list[torch.device]) -> list[str]:
-    problems = []
+def _print_checks(devices: list[torch.device], say: Say) -> Section:
+    found = Section([])
     compiled = False
-    _print("\nself-check: error against fp64, plain PyTorch's, what is allowed (2 x plain + unit roundoff)")
+    say("\nself-check: error against fp64, plain PyTorch's, what is allowed (2 x plain + unit roundoff)")
     for device in devices:
-        _print(f"  {device}")
+        say(f"  {device}")
         for impl in ("reference", "torch"):
-            problems += _print_results(device, _all_checks(impl, device))
+            found = _joined(found, _print_results(device, _all_checks(impl, device), say))
         if device.type == "cpu":
             continue
         obstacle = triton_obstacle(device, torch.float32)
         if obstacle:
-            _print(f"    triton: not available: {obstacle}")
+            say(f"    triton: not available: {obstacle}")
+            found.lines.append(("checks", f"triton on {device} not available: {obstacle}"))
             continue
         compiled = True
-        _print("    triton: the first run compiles the kernels, which can take a minute")
-        problems += _print_results(device, _all_checks("triton", device))
+        say("    triton: the first run compiles the kernels, which can take a minute")
+        found = _joined(found, _print_results(device, _all_checks("triton", device), say))
     if not compiled:
-        problems += _print_interpreted()
-    return problems
+        found = _joined(found, _print_interpreted(say))
+    return found
+
+
+def _joined(one: Section, other: Section) -> Section:
+    return Section(one.lines + other.lines, [*one.problems, *other.problems], one.compared + other.compared)
 
 
 def _all_checks(impl: str, device: torch.device) -> Iterator[list[Check]]:
@@ -372,38 +446,48 @@ def _all_checks(impl: str, device: torch.device) -> Iterator[list[Check]]:
             yield checked(impl, device, dtype)
 
 
-def _print_interpreted() -> list[str]:
+def _print_interpreted(say: Say) -> Section:
     try:
         import triton  # noqa: F401
     except ImportError:
-        _print(f"  triton: not available: {triton_obstacle(torch.device('cpu'), torch.float32)}")
-        return []
+        missing = f"triton: not available: {triton_obstacle(torch.device('cpu'), torch.float32)}"
+        say(f"  {missing}")
+        return Section([("checks", missing)])
     try:
         import numpy  # noqa: F401
     except ImportError:
-        _print(
-            "  triton: not checked: its interpreter needs numpy: pip install 'lorafa-kernels[interpreter]'"
+        missing = (
+            "triton: not checked: its interpreter needs numpy: pip install 'lorafa-kernels[interpreter]'"
         )
-        return []
+        say(f"  {missing}")
+        return Section([("checks", missing)])
     device = "cpu, Triton's interpreter"
-    _print(f"  {device} (proves the kernels' values, says nothing about speed or about compiling them)")
-    return _print_results(device, [interpreted_checks()])
+    say(f"  {device} (proves the kernels' values, says nothing about speed or about compiling them)")
+    return _print_results(device, [interpreted_checks()], say)
 
 
-def _print_results(device, results) -> list[str]:
-    """Print a line for each Check of each list in `results` as they come; return the failed ones."""
-    failed = []
+def _print_results(device: object, results: Iterable[list[Check]], say: Say) -> Section:
+    """Print a line for each Check of each list in `results` as they come; in short, what each implementation
+    comes to.
+    """
+    failed: list[str] = []
+    all_found: list[Check] = []
     for found in (found for checks in results for found in checks):
+        all_found.append(found)
         what = f"{found.impl:9s} {found.dtype:4s} {found.output:8s}"
         if found.problem:
             text = found.problem
         else:
             text = f"error {found.error:.2e}  plain {found.plain:.2e}  allowed {found.allowed:.2e}"
         sizes = "M={} N={} K={} R={}".format(*found.shape)
-        _print(f"    {what}  {text}  {'ok' if found.passed else f'FAILED at {sizes}'}")
+        say(f"    {what}  {text}  {'ok' if found.passed else f'FAILED at {sizes}'}")
         if not found.passed:
             failed.append(f"{found.impl} on {device}, {found.dtype}, {found.output} at {sizes}: {text}")
-    return failed
+    if not all_found:
+        return Section([])
+    right = sum(one.passed for one in all_found)
+    text = f"{all_found[0].impl} on {device} {right} of {len(all_found)} right"
+    return Section([("checks", text)], failed, len(all_found))
 
 
 def _triton_version() -> str:
