@@ -620,7 +620,7 @@ def test_only_adapted_layers_are_grouped(calls):
     assert_alike(found_by(lambda kind: results(adapted(kind, targets=["q", "v"]))))
     assert calls == ALL
     (block,) = (b for b in adapted(targets=["q"]).lorafa_report.blocks if b.kind == "shared input")
-    assert block.reason == "no two of its adapted layers share an input"
+    assert block.reason == "none of its adapted layers share an input"
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -64,8 +64,8 @@ FAMILIES = {
         {key: value for key, value in DECODER.items() if key != "head_dim"},
         {("norm", "Phi3RMSNorm", ()): 5},
         {
-            "Phi3Attention": "no two of its adapted layers share an input",
-            "Phi3MLP": "its forward takes the result of chunk apart",
+            "Phi3Attention": "none of its adapted layers share an input",
+            "Phi3MLP": "its forward unpacks the result of chunk",
         },
     ),
     "bert": (
@@ -73,11 +73,11 @@ FAMILIES = {
         BERT,
         {("shared input", "BertSelfAttention", ("query", "key", "value")): 2},
         {
-            "LayerNorm": "its forward is not that of a known RMS norm: it has layer_norm",
-            "BertSelfOutput": "dense is its only linear layer",
-            "BertIntermediate": "dense is its only linear layer",
-            "BertOutput": "dense is its only linear layer",
-            "BertPooler": "dense is its only linear layer",
+            "LayerNorm": "its forward is not that of a known RMS norm: it also computes layer_norm",
+            "BertSelfOutput": "it has one linear layer only, dense",
+            "BertIntermediate": "it has one linear layer only, dense",
+            "BertOutput": "it has one linear layer only, dense",
+            "BertPooler": "it has one linear layer only, dense",
         },
     ),
     "roberta": (
@@ -85,18 +85,18 @@ FAMILIES = {
         BERT,
         {("shared input", "RobertaSelfAttention", ("query", "key", "value")): 2},
         {
-            "LayerNorm": "its forward is not that of a known RMS norm: it has layer_norm",
-            "RobertaSelfOutput": "dense is its only linear layer",
-            "RobertaIntermediate": "dense is its only linear layer",
-            "RobertaOutput": "dense is its only linear layer",
-            "RobertaPooler": "dense is its only linear layer",
+            "LayerNorm": "its forward is not that of a known RMS norm: it also computes layer_norm",
+            "RobertaSelfOutput": "it has one linear layer only, dense",
+            "RobertaIntermediate": "it has one linear layer only, dense",
+            "RobertaOutput": "it has one linear layer only, dense",
+            "RobertaPooler": "it has one linear layer only, dense",
         },
     ),
     "t5": (
         "T5ForConditionalGeneration",
         T5,
         {("shared input", "T5Attention", ("k", "v")): 6, ("norm", "T5LayerNorm", ()): 12},
-        {"T5DenseActDense": "its forward reads weight of its wo"},
+        {"T5DenseActDense": "its forward reads wo.weight"},
     ),
     "t5 v1.1": (
         "T5ForConditionalGeneration",
@@ -106,7 +106,7 @@ FAMILIES = {
             ("shared input", "T5DenseGatedActDense", ("wi_0", "wi_1")): 4,
             ("norm", "T5LayerNorm", ()): 12,
         },
-        {"T5DenseGatedActDense": "its forward reads weight of its wo"},
+        {"T5DenseGatedActDense": "its forward reads wo.weight"},
     ),
 }
 
@@ -310,7 +310,7 @@ def test_weights_that_are_trained_whole_are_left_alone():
     apply_lorafa(model, config)
     blocks = {block.name: block for block in model.lorafa_report.blocks}
     assert blocks["model.norm"].reason == "its weight is trained"
-    assert blocks["model.layers.0.mlp"].reason == "weight of its gate_proj is trained"
+    assert blocks["model.layers.0.mlp"].reason == "gate_proj.weight is trained"
     assert blocks["model.layers.1.mlp"].fused and blocks["model.layers.0.input_layernorm"].fused
     assert blocks["model.layers.0.self_attn"].layers == ("q_proj", "v_proj")
     y = model(**tokens(model))[0]

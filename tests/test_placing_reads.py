@@ -451,7 +451,7 @@ EFFECTS = {
     AppendingToGlobal: r"reads append of LOG",
     AppendingInDefault: r"reads append of a default",
     AppendingByBoundMethod: r"calls note",
-    Counting: r"sets its attribute calls",
+    Counting: r"sets self\.calls",
     CountingInConfig: r"sets double of config",
     SettingItem: r"changes seen",
     SettingGlobal: r"sets the global DOUBLE",
@@ -462,10 +462,10 @@ EFFECTS = {
     Printing: r"calls print",
     Importing: r"imports",
     Making: r"calls Recorder",
-    Hooking: r"computes register_hook and does not return it",
+    Hooking: r"also computes register_hook, which it does not return",
     AskingTorch: r"calls torch\.is_grad_enabled",
     Computed: r"reads factor, a cached_property",
-    OtherActivation: r"has act \(NotingActivation\) for its activation",
+    OtherActivation: r"uses the activation act \(NotingActivation\)",
 }
 
 

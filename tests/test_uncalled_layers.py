@@ -193,7 +193,7 @@ def test_a_layer_whose_weight_is_read_besides_is_told(kind):
     told = [str(warning.message).split(":")[0] for warning in caught]
     assert told == [f"0.{name}" for name in names]
     assert [text.split(":")[0] for text in model.lorafa_report.doubts] == told
-    assert f"may not act: {told[0]}" in str(model.lorafa_report)
+    assert f"may have no effect: {told[0]}" in str(model.lorafa_report)
     assert caught[0].filename == __file__
 
 

@@ -522,10 +522,12 @@ class AdapterReport:
             f"  {count:4d} x {leaf}: {k} -> {n}, r={r}, scaling={scaling:g}"
             for (leaf, k, n, r, scaling), count in kinds.items()
         ]
-        lines += [f"  trained whole: {name}" for name in self.modules_to_save]
-        lines += [f"  may not act: {text}" for text in self.doubts]
-        alike = Counter(map(str, sorted(self.blocks, key=lambda block: not block.fused)))
-        lines += [f"  {count:4d} x {text}" for text, count in alike.items()]
+        lines += [f"  trained whole, without an adapter: {name}" for name in self.modules_to_save]
+        lines += [f"  may have no effect: {text}" for text in self.doubts]
+        for title, fused in (("fused", True), ("not fused, computed as before", False)):
+            alike = Counter(str(block) for block in self.blocks if block.fused == fused)
+            lines += [f"  {title}:"] if alike else []
+            lines += [f"  {count:4d} x {text}" for text, count in alike.items()]
         return "\n".join(lines)
 
 

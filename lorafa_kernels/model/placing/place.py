@@ -39,11 +39,11 @@ class Block:
 
     def __str__(self) -> str:
         if not self.fused:
-            return f"{self.kind} of {self.module} left as it is: {self.reason}"
+            return f"{self.module}, {self.kind}: {self.reason}"
         if self.kind == "norm":
-            return f"{self.module} in one node"
+            return f"{self.module}, norm: keeps its input, and no fp32 copy of it"
         what = "in one node" if self.kind == "MLP" else "computed together"
-        return f"{self.module}: {', '.join(self.layers)} {what}"
+        return f"{self.module}, {self.kind}: {', '.join(self.layers)} {what}"
 
 
 def place_blocks(modules: Mapping[str, nn.Module], *, fuse: bool, norm: bool) -> tuple[Block, ...]:
@@ -74,7 +74,7 @@ def remove_blocks(modules: Iterable[nn.Module]) -> None:
 def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Block]:
     kind = type(module).__name__
     if len(linears) < 2:
-        return [Block(name, "shared input", kind, (), f"{linears[0]} is its only linear layer")]
+        return [Block(name, "shared input", kind, (), f"it has one linear layer only, {linears[0]}")]
     blocks = _place_mlp(name, module)
     if blocks and blocks[0].fused:
         return blocks
@@ -86,7 +86,7 @@ def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Bloc
             if reason is None:
                 group_layers([module._modules[layer] for layer in layers], type(module))
             blocks.append(Block(name, "shared input", kind, layers if reason is None else (), reason))
-    return blocks or [Block(name, "shared input", kind, (), "no two of its adapted layers share an input")]
+    return blocks or [Block(name, "shared input", kind, (), "none of its adapted layers share an input")]
 
 
 def _place_mlp(name: str, module: nn.Module) -> list[Block]:
@@ -130,10 +130,10 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
     for name in children:
         child = module._modules[name]
         if not is_quiet(child):
-            return f"its {name} has hooks or a patched forward"
+            return f"{name} has hooks or a patched forward"
         trained = [n for n, p in child.named_parameters() if p.requires_grad and n != "lora_B"]
         if trained:
-            return f"{trained[0]} of its {name} is trained"
+            return f"{name}.{trained[0]} is trained"
     return None
 
 

@@ -184,7 +184,7 @@ def obstacle_between(kind: type, names: tuple[str, ...], linears: tuple[str, ...
     """
     definition = _definition(kind.forward)
     if definition is None:
-        return "its forward has no source"
+        return "the source of its forward is not there"
     own = definition.args.args[0].arg
     window = _window(definition.body, own, frozenset(names))
     if window is None:
@@ -298,7 +298,7 @@ class _Between:
             # What is kept in the module could come back from a method of it.
             for target, value in _bindings(node):
                 if any(map(self._attribute, ast.walk(target))) and self.is_view(value):
-                    return f"its forward keeps their input ({ast.unparse(target)})"
+                    return f"its forward stores their input in {ast.unparse(target)}"
         for statement in statements:
             parents = {id(c): node for node in ast.walk(statement) for c in ast.iter_child_nodes(node)}
             for node in ast.walk(statement):
@@ -310,11 +310,11 @@ class _Between:
     def _obstacle(self, node: ast.AST, parents: dict[int, ast.AST]) -> str | None:
         parent = parents.get(id(node))
         if isinstance(node, _LEAVING):
-            return "its forward is left between their calls"
+            return "its forward can end or jump between their calls"
         if isinstance(node, ast.Name) and node.id in _REACHING and node.id not in self.local:
             return f"its forward calls {node.id} between their calls"
         if isinstance(node, ast.Name) and node.id == self.own and not isinstance(parent, ast.Attribute):
-            return f"its forward hands {self.own} on between their calls"
+            return f"its forward passes {self.own} on between their calls"
         if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, (ast.Store, ast.Del)):
             return (
                 f"its forward writes {ast.unparse(node)} between their calls"
@@ -355,7 +355,7 @@ class _Between:
         plain = not any(keyword.arg in ("out", "inplace", None) for keyword in node.keywords)
         if plain and self._is_operation(node.func):
             return None
-        return f"its forward gives their input to {ast.unparse(node.func)} between their calls"
+        return f"its forward passes their input to {ast.unparse(node.func)} between their calls"
 
     def _handed(self, method: types.FunctionType, node: ast.Call) -> set[str] | None:
         """The arguments of `method` that may be views of the tensor."""
@@ -373,7 +373,7 @@ class _Between:
         method = inspect.unwrap(method)
         definition = _definition(method) if isinstance(method, types.FunctionType) else None
         if definition is None or handed is None or self.depth >= _DEPTH:
-            return f"its forward calls {name} between their calls, which cannot be read"
+            return f"its forward calls {name} between their calls, whose source cannot be read"
         own = definition.args.args[0].arg
         uses = {n.attr for n in ast.walk(definition) if isinstance(n, ast.Attribute)}
         if used := [member for member in self.members if member in uses]:

@@ -177,11 +177,11 @@ def _bound(module: nn.Module, template: Callable, kind: str) -> tuple[dict[str, 
         wanted, wanted_trace = _template(template, dtype)
         unused = list(_unused(result, trace))
         if unused:
-            raise Untraceable(f"computes {_names(module, unused)} and does not return it")
+            raise Untraceable(f"also computes {_names(module, unused)}, which it does not return")
         found = _match(wanted, result, roles)
         if found is None:
             more = _surplus(module, trace, wanted_trace)
-            raise Untraceable(f"is not that of {kind}" + (f": it has {more}" if more else ""))
+            raise Untraceable(f"is not that of {kind}" + (f": it also computes {more}" if more else ""))
         roles = found
     return roles, trace, read
 
@@ -233,7 +233,7 @@ def recognise_mlp(module: nn.Module) -> MLP:
     for role in ("gate", "up", "down"):
         child = module._modules[roles[role]]
         if type(child) is not nn.Linear and not isinstance(child, LoRAFALinear):
-            raise Untraceable(f"has a {type(child).__name__} for {roles[role]}")
+            raise Untraceable(f"calls a layer of another class, {roles[role]} ({type(child).__name__})")
     activation, others = roles["activation"], tuple(dict.fromkeys(trace.identities))
     guards = None
     if isinstance(activation, str):
@@ -247,7 +247,7 @@ def recognise_mlp(module: nn.Module) -> MLP:
         known = {("silu",): "silu", ("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh"}.get(activation)
         shown = activation[0]
     if known is None:
-        raise Untraceable(f"has {shown} for its activation, which is none of {', '.join(ACTIVATIONS)}")
+        raise Untraceable(f"uses the activation {shown}, which is none of {', '.join(ACTIVATIONS)}")
     kinds = tuple((name, type(module._modules[name])) for name in others)
     names = roles["gate"], roles["up"], roles["down"]
     # The children that are asked for at each call are guarded there.
@@ -273,7 +273,7 @@ def recognise_norm(module: nn.Module) -> Norm:
             continue
         eps = next((name for name, value in vars(module).items() if value is roles["eps"]), None)
         if eps is None:
-            raise Untraceable("takes eps from elsewhere than an attribute of the module")
+            raise Untraceable("takes eps from outside the module's attributes")
         guards = Guards.of(read, without=(roles["weight"],))
         return Norm(form, roles["weight"], eps, input_name(original_class(module).forward), guards)
     raise refused

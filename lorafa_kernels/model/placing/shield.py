@@ -470,10 +470,10 @@ class _Operation(_StandIn):
                 given += value
         for value in given:
             if is_stand_in(value):
-                raise Untraceable(f"gives {value._shown()} to {self._title}")
+                raise Untraceable(f"passes {value._shown()} to {self._title}")
         traced = any(hasattr(type(value), "lorafa_is_instance") for value in given)
         if not traced and getattr(self._value, "__module__", None) != "math":
-            raise Untraceable(f"calls {self._title} of something else than its input")
+            raise Untraceable(f"calls {self._title} on something other than its input")
         return self._value(*args, **kwargs)
 
 
@@ -520,15 +520,15 @@ class Self:
 
     def __getattr__(self, name: str) -> Any:
         if name == "training":
-            raise Untraceable("asks whether it is training")
+            raise Untraceable("reads self.training")
         reads, module = self._reads, self._reads.module
         kind = type(module)
         if kind.__getattribute__ is not object.__getattribute__:
-            raise Untraceable("has a __getattribute__ of its own")
+            raise Untraceable("belongs to a class with a __getattribute__ of its own")
         value = reads.own((name,), module)
         if value is ABSENT:
             if kind.__getattr__ is not nn.Module.__getattr__:
-                raise Untraceable("has a __getattr__ of its own")
+                raise Untraceable("belongs to a class with a __getattr__ of its own")
             raise AttributeError(f"{kind.__name__} has no {name}")
         if value is None:
             return None
@@ -540,7 +540,7 @@ class Self:
         if isinstance(value, Tensor):
             return self._tensor("tensor", name)
         if isinstance(value, nn.Module):
-            raise Untraceable(f"uses {name}, which is none of its children")
+            raise Untraceable(f"uses {name}, a module that is none of its children")
         if isinstance(value, types.MethodType) and value.__self__ is module:
             return types.MethodType(reads.stand_in(value.__func__, name), self)
         if name in vars(module) and not isinstance(value, property):
@@ -556,13 +556,13 @@ class Self:
         return reads.stand_in(value, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise Untraceable(f"sets its attribute {name}")
+        raise Untraceable(f"sets self.{name}")
 
     def __delattr__(self, name: str) -> None:
-        raise Untraceable(f"deletes its attribute {name}")
+        raise Untraceable(f"deletes self.{name}")
 
     def lorafa_is_instance(self, kind: type) -> bool:
-        raise Untraceable("asks what kind of object it is")
+        raise Untraceable("asks for the type of self")
 
 
 _BUILTINS = {

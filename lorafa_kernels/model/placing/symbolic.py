@@ -76,20 +76,20 @@ class Symbol:
     def __class__(self):
         if self.trace.may_ask_class:
             return Symbol
-        raise Untraceable("asks what kind of object it has been given")
+        raise Untraceable("asks for the type of its input")
 
     def lorafa_is_instance(self, kind: type) -> bool:
         """The answer of isinstance to forward itself."""
         if self.trace.may_ask_class and kind in (Tensor, object):
             return True
-        raise Untraceable("asks what kind of object it has been given")
+        raise Untraceable("asks for the type of its input")
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         trace = next((a.trace for a in (*args, *kwargs.values()) if type(a) is Symbol), None)
         if trace is None:
-            raise Untraceable(f"gives a list of tensors to {function.__name__}")
+            raise Untraceable(f"passes a list of tensors to {function.__name__}")
         return _record(trace, function.__name__, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -137,7 +137,7 @@ for _name in ("neg", "abs", "invert"):
     setattr(Symbol, f"__{_name}__", lambda self, name=_name: _record(self.trace, name, (self,), {}))
 for _name in ("bool", "float", "int", "index", "len", "contains"):
     setattr(Symbol, f"__{_name}__", _refusing("decides by {}"))
-Symbol.__iter__ = _refusing("takes {} apart")
+Symbol.__iter__ = _refusing("unpacks {}")
 Symbol.__setitem__ = _refusing("changes {} in place")
 Symbol.__hash__ = object.__hash__
 
@@ -175,7 +175,7 @@ def _record(trace: Trace, name: str, args: tuple, kwargs: dict[str, Any]) -> Sym
 
 def _arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any], defaults: tuple) -> list[Any]:
     if len(args) > len(names) or not set(kwargs) <= set(names):
-        raise Untraceable(f"gives {', '.join(names)} in a way that is not known")
+        raise Untraceable(f"passes {', '.join(names)} in a form that is not known")
     given = dict(zip(names, args, strict=False)) | kwargs
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
@@ -195,10 +195,10 @@ class Child:
         return self._trace.record("child", self._name, *args, *sorted(kwargs.items()))
 
     def __getattr__(self, name: str) -> Any:
-        raise Untraceable(f"reads {name} of its {self._name}")
+        raise Untraceable(f"reads {self._name}.{name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise Untraceable(f"sets {name} of its {self._name}")
+        raise Untraceable(f"sets {self._name}.{name}")
 
 
 def input_name(forward) -> str:
@@ -227,7 +227,7 @@ def trace_forward(
     forward = original_class(module).forward
     input_name(forward)
     if not isinstance(forward, types.FunctionType):
-        raise Untraceable(f"is a {type(forward).__name__}")
+        raise Untraceable(f"is no plain function, but a {type(forward).__name__}")
     trace, reads = Trace(parameter_dtype, may_ask_class), Reads(module)
     stand_in = Self(reads, trace.record, lambda name, child: Child(name, trace, child))
     return run(lambda *args: reads.run(forward, args, {}), stand_in, trace), trace, reads
