@@ -50,6 +50,23 @@ def records(**changed) -> list[dict]:
     return found
 
 
+def test_readme_s_table_is_a_part_of_it():
+    ours, theirs = families.kept_table(records()), families.memory_table(records())
+    header, _, *rows = [line.split(" | ") for line in ours.splitlines() if line.startswith("|")]
+    assert [name.strip(" |") for name in header[1:]] == [
+        "Llama MHA",
+        "Llama GQA 8:2",
+        "Qwen3",
+        "Gemma2",
+        "RoBERTa",
+        "T5",
+    ]
+    lines = {row[0]: row[1].strip(" |") for row in rows}
+    assert lines["| lorafa_kernels"] == "11.50" and lines["| eager LoRA"] == "20.75"
+    assert all(f"{name} | {number} |" in theirs for name, number in lines.items() if number != "–")
+    assert families.kept_table([]) == families.NOTHING
+
+
 def test_every_layer_has_its_column_without_what_is_shared():
     table = families.memory_table(records())
     llama, others = table.split("### Other families")
