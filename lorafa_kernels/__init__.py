@@ -4,16 +4,11 @@
 from . import _safe_path as _safe_path
 from ._version import __version__
 from .linear.api import lorafa_linear
-from .model.adapt import (
-    LoRAFAConfig,
-    apply_lorafa,
-    disable_adapter,
-    lorafa_parameters,
-    merge_adapter,
-    unload_adapter,
-    unmerge_adapter,
-)
+from .model.adapt import apply_lorafa
 from .model.checkpoint import load_adapter, lorafa_state_dict, save_adapter
+from .model.config import LoRAFAConfig
+from .model.merge import disable_adapter, merge_adapter, unload_adapter, unmerge_adapter
+from .model.saved import lorafa_parameters
 from .nn import LoRAFAGeGLU, LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU
 from .nn.explain import explain
 

@@ -24,7 +24,7 @@ from lorafa_kernels import (
     unload_adapter,
 )
 from lorafa_kernels.model import adapt
-from lorafa_kernels.model.adapt import lorafa_layers
+from lorafa_kernels.model.names import lorafa_layers
 
 pytestmark = pytest.mark.numerics
 

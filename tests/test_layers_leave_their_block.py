@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from accuracy import assert_same, check_budget
 from torch import nn
 
-from lorafa_kernels.model.adapt import LoRAFAConfig, apply_lorafa
+from lorafa_kernels.model.adapt import apply_lorafa
+from lorafa_kernels.model.config import LoRAFAConfig
 from lorafa_kernels.model.placing import fused as fused_module
 from lorafa_kernels.model.placing import members as members_module
 

@@ -415,7 +415,7 @@ def test_any_fields_make_a_config_or_a_value_error(changed):
     before = state(model)
     try:
         config = LoRAFAConfig(**changed)
-        checkpoint.plan_lorafa(model, config)
+        checkpoint.adaptation_of(model, config)
     except (ValueError, TypeError) as error:
         assert str(error)
     assert state(model) == before

@@ -19,7 +19,8 @@ from lorafa_kernels import (
     unload_adapter,
     unmerge_adapter,
 )
-from lorafa_kernels.model.adapt import lorafa_layers, lorafa_parameters
+from lorafa_kernels.model.names import lorafa_layers
+from lorafa_kernels.model.saved import lorafa_parameters
 
 pytestmark = pytest.mark.numerics
 

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from accuracy import check_budget
 from torch import nn
 
-from lorafa_kernels.model.adapt import LoRAFAConfig, apply_lorafa, lorafa_parameters, unload_adapter
+from lorafa_kernels.model.adapt import apply_lorafa
+from lorafa_kernels.model.config import LoRAFAConfig
+from lorafa_kernels.model.merge import unload_adapter
 from lorafa_kernels.model.placing.projections import shared_inputs
 from lorafa_kernels.model.placing.recognise import identify_activation, recognise_mlp, recognise_norm
 from lorafa_kernels.model.placing.symbolic import Untraceable
+from lorafa_kernels.model.saved import lorafa_parameters
 
 WIDTH, INNER = 6, 10
 

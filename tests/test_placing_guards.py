@@ -18,18 +18,13 @@ from accuracy import assert_same, check_budget
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorafa_kernels.model.adapt import (
-    LoRAFAConfig,
-    apply_lorafa,
-    disable_adapter,
-    lorafa_layers,
-    lorafa_parameters,
-    merge_adapter,
-    unload_adapter,
-    unmerge_adapter,
-)
+from lorafa_kernels.model.adapt import apply_lorafa
+from lorafa_kernels.model.config import LoRAFAConfig
+from lorafa_kernels.model.merge import disable_adapter, merge_adapter, unload_adapter, unmerge_adapter
+from lorafa_kernels.model.names import lorafa_layers
 from lorafa_kernels.model.placing import fused as fused_module
 from lorafa_kernels.model.placing import members as members_module
+from lorafa_kernels.model.saved import lorafa_parameters
 from lorafa_kernels.nn.linear import LoRAFALinear
 
 pytestmark = pytest.mark.numerics

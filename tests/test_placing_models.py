@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from lorafa_kernels.checks.budget import allowed_error, relative_error
-from lorafa_kernels.model.adapt import LoRAFAConfig, apply_lorafa, lorafa_parameters, unload_adapter
+from lorafa_kernels.model.adapt import apply_lorafa
 from lorafa_kernels.model.checkpoint import load_adapter, save_adapter
+from lorafa_kernels.model.config import LoRAFAConfig
+from lorafa_kernels.model.merge import unload_adapter
+from lorafa_kernels.model.saved import lorafa_parameters
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 pytestmark = pytest.mark.filterwarnings("ignore")

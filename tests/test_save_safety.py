@@ -26,8 +26,8 @@ from lorafa_kernels import (
     save_adapter,
 )
 from lorafa_kernels.model import exchange
-from lorafa_kernels.model.adapt import lorafa_layers
 from lorafa_kernels.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from lorafa_kernels.model.names import lorafa_layers
 
 pytestmark = pytest.mark.numerics
 

@@ -31,23 +31,12 @@ from torch import Tensor, nn
 
 from ..engines import full_shape, is_dtensor, is_partitioned, whole
 from ..nn.linear import LoRAFALinear, shown
-from .adapt import (
-    LoRAFAConfig,
-    Plan,
-    all_or_nothing,
-    apply_plan,
-    lorafa_layers,
-    lorafa_parameters,
-    modules_by_name,
-    original_shapes,
-    persistent_tensors,
-    plan_lorafa,
-    saved_tensors,
-    target_names,
-    unwrap,
-)
+from .adapt import Adaptation, adaptation_of, all_or_nothing, apply_adaptation
+from .config import LoRAFAConfig
 from .exchange import locked, replace_files
+from .names import lorafa_layers, modules_by_name, target_names, unwrap
 from .patterns import limited
+from .saved import lorafa_parameters, original_shapes, persistent_tensors, saved_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -350,20 +339,20 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 def _load(model: nn.Module, core: nn.Module, folder: Path) -> None:
     config = _read_config(folder)
     with _open_weights(folder) as weights:
-        plan = None
+        adaptation = None
         if isinstance(core, LoRAFALinear) or lorafa_layers(core):
             _check_layers(_layers(core), config)
             tensors = _tensors(core)
             _check_whole(core, tensors)
             slots = {key: _Slot.of(tensor) for key, tensor in tensors.items()}
         else:
-            plan = plan_lorafa(model, config)
-            slots = _planned_slots(plan)
+            adaptation = adaptation_of(model, config)
+            slots = _planned_slots(adaptation)
         _check_entries(weights.entries, slots, weights.path)
         values = weights.read()
     _check_twins(values, slots, weights.path)
-    if plan is not None:
-        apply_plan(core, plan)
+    if adaptation is not None:
+        apply_adaptation(core, adaptation)
     targets = _tensors(core)
     # Whatever can fail does so before the first is written.
     ready = {key: _for(target, values[key]) for key, target in targets.items()}
@@ -524,15 +513,15 @@ class _Slot(NamedTuple):
         return cls(full_shape(tensor), tensor.is_floating_point(), tensor.is_meta, (id(owner), id(tensor)))
 
 
-def _planned_slots(plan: Plan) -> dict[str, _Slot]:
-    """The slots that the model will have once the plan is carried out."""
+def _planned_slots(adaptation: Adaptation) -> dict[str, _Slot]:
+    """The slots that the model will have once the adaptation is carried out."""
     slots: dict[str, _Slot] = {}
-    for name, target in plan.targets.items():
+    for name, target in adaptation.targets.items():
         linear, is_meta = target.linear, target.linear.weight.is_meta
         shapes = (target.r, linear.in_features), (linear.out_features, target.r)
         for key, shape in zip(_adapter_keys(name), shapes, strict=True):
             slots[key] = _Slot(shape, True, is_meta, key)
-    for name, outer in plan.saved.items():
+    for name, outer in adaptation.saved.items():
         for inner_name, inner in modules_by_name(outer, aliases=True).items():
             for tensor_name, tensor in persistent_tensors(inner).items():
                 path = ".".join(filter(None, (name, inner_name, tensor_name)))

@@ -1,0 +1,147 @@
+"""Merge adapters into the weights, take them out again, and remove or disable them.
+
+These functions work on any model that holds a `LoRAFALinear`, whether `apply_lorafa` or its author put it
+there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..nn.linear import LoRAFALinear
+from .names import adapted_layers, named_layers, owners_of, unwrap
+from .placing.place import remove_blocks
+from .saved import ASIDE, check_originals, saved_modules, swap
+from .ties import UNTIED, ties_told
+
+
+def merge_adapter(model: nn.Module, *, keep: str = "device", safe_merge: bool = False) -> nn.Module:
+    """Install weight + scaling · lora_B lora_A (N, K) in every layer; `unmerge_adapter` takes it back.
+
+    The old weight is kept, with keep="cpu" on the CPU, unless another module shares it. Layers that are
+    merged already stay so. A layer that shared its weight with the input embedding has one of its own then,
+    and model.config.tie_word_embeddings says so until it is unmerged.
+
+    Raises, naming the layer, and changes nothing: ValueError if the model holds no LoRA-FA layer and, with
+    safe_merge=True, if a merged weight is not finite everywhere; RuntimeError while an adapter is disabled
+    and for weights that are offloaded, partitioned or sharded.
+    """
+    layers = {name: layer for name, layer in named_layers(model).items() if not layer.merged}
+    _check_merge(layers, safe_merge)
+    owners = owners_of(model) if keep == "cpu" else {}
+    done: list[LoRAFALinear] = []
+    try:
+        with ties_told(model):
+            for layer in layers.values():
+                shared = len(owners.get(id(layer.weight), ())) > 1
+                layer.merge(keep="device" if shared else keep)
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+def _check_merge(layers: dict[str, LoRAFALinear], safe_merge: bool) -> None:
+    if not isinstance(safe_merge, bool):
+        raise TypeError(f"safe_merge must be True or False, got {safe_merge!r}")
+    for name, layer in layers.items():
+        layer.check_mergeable(name)
+    if safe_merge:
+        for name, layer in layers.items():
+            layer.finite_merged_weight(name)
+
+
+def unmerge_adapter(model: nn.Module) -> nn.Module:
+    """Put the old weights back, same objects, same bits. Raises ValueError without a LoRA-FA layer."""
+    with ties_told(model):
+        for layer in adapted_layers(model):
+            if layer.merged:
+                layer.unmerge()
+    return model
+
+
+def unload_adapter(model: nn.Module, merge: bool = True, *, safe_merge: bool = False) -> nn.Module:
+    """Put a linear layer back for every LoRA-FA layer and return the model; the adapter is gone after that.
+
+    merge=True: with merged weights, and with the trained tensors in modules_to_save; no copy of the old is
+    kept. merge=False: with the original Parameter objects everywhere. Each has the class, hooks and
+    attributes of the layer that was adapted. requires_grad of what remains does not change. A layer that
+    shared its weight with the input embedding and was merged has one of its own then, and
+    model.config.tie_word_embeddings says so.
+
+    Errors as merge_adapter, those about merging with merge=True alone; RuntimeError also for a layer whose
+    forward is patched and for modules_to_save whose original cannot come back. They change nothing: all is
+    checked first. Then layers go one by one, so that one merged weight at a time is held beside the old one;
+    where memory runs out a second call does the rest.
+    """
+    layers = named_layers(model)
+    if not isinstance(merge, bool):
+        raise TypeError(f"merge must be True or False, got {merge!r}")
+    if isinstance(model, LoRAFALinear):
+        return model.to_linear(merge=merge, safe_merge=safe_merge)
+    for name, layer in layers.items():
+        layer.check_unloadable(name, merge=merge)
+    if merge:
+        _check_merge(layers, safe_merge)
+    else:
+        check_originals(model)
+    with ties_told(model):
+        _unload(model, list(layers.values()), merge)
+    for name in ("lorafa_config", "lorafa_report", UNTIED):
+        unwrap(model).__dict__.pop(name, None)
+    return model
+
+
+def _unload(model: nn.Module, layers: list[LoRAFALinear], merge: bool) -> None:
+    remove_blocks(model.modules())
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            parents.setdefault(id(child), []).append((parent, name))
+    layers.reverse()
+    while layers:
+        layer = layers.pop()
+        linear = layer.to_linear(merge=merge)
+        for parent, name in parents[id(layer)]:
+            setattr(parent, name, linear)
+    for module in saved_modules(model):
+        if getattr(module, ASIDE).holds_originals != merge:
+            swap(module)
+        delattr(module, ASIDE)
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context the model computes as the frozen base model does, modules_to_save included.
+
+    On leaving, by an exception too, every layer gets back the flag that it had on entering, so that contexts
+    nest. No requires_grad changes. Raises ValueError without a LoRA-FA layer, RuntimeError if one is merged
+    or the originals of modules_to_save cannot come back.
+    """
+    layers = adapted_layers(model)
+    if any(layer.merged for layer in layers):
+        raise RuntimeError(
+            "the adapter is merged into the weights: unmerge_adapter(model) before disable_adapter"
+        )
+    flags = [(layer, layer.adapter_enabled) for layer in layers]
+    trained = [module for module in saved_modules(model) if getattr(module, ASIDE).holds_originals]
+    check_originals(model)
+    try:
+        with ties_told(model):
+            for layer in layers:
+                layer.adapter_enabled = False
+            for module in trained:
+                swap(module)
+        yield model
+    finally:
+        with ties_told(model):
+            for layer, flag in flags:
+                layer.adapter_enabled = flag
+            for module in trained:
+                if ASIDE in module.__dict__ and not getattr(module, ASIDE).holds_originals:
+                    swap(module)
