@@ -532,28 +532,13 @@ class Self:
             raise AttributeError(f"{kind.__name__} has no {name}")
         if value is None:
             return None
-        for what, group in (("parameter", module._parameters), ("buffer", module._buffers)):
-            if group.get(name) is value:
-                return self._tensor(what, name)
-        if module._modules.get(name) is value:
-            return self._child(name, value)
-        if isinstance(value, Tensor):
-            return self._tensor("tensor", name)
-        if isinstance(value, nn.Module):
-            raise Untraceable(f"uses {name}, a module that is none of its children")
+        if isinstance(value, (Tensor, nn.Module)):
+            return _part_of(self, name, value)
         if isinstance(value, types.MethodType) and value.__self__ is module:
             return types.MethodType(reads.stand_in(value.__func__, name), self)
         if name in vars(module) and not isinstance(value, property):
             return reads.stand_in(value, name, (name,))
-        if isinstance(value, types.FunctionType):
-            return types.MethodType(reads.stand_in(value, name), self)
-        if isinstance(value, staticmethod):
-            return reads.stand_in(value.__func__, name)
-        if isinstance(value, property) and isinstance(value.fget, types.FunctionType):
-            return reads.run(value.fget, (self,), {})
-        if hasattr(type(value), "__get__") and not is_operation(value):
-            raise Untraceable(f"reads {name}, a {type(value).__name__}")
-        return reads.stand_in(value, name)
+        return _of_class(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise Untraceable(f"sets self.{name}")
@@ -563,6 +548,33 @@ class Self:
 
     def lorafa_is_instance(self, kind: type) -> bool:
         raise Untraceable("asks for the type of self")
+
+
+def _part_of(stand: Self, name: str, value: Tensor | nn.Module) -> Any:
+    """What stands for a parameter, buffer, child or other tensor."""
+    module = stand._reads.module
+    for what, group in (("parameter", module._parameters), ("buffer", module._buffers)):
+        if group.get(name) is value:
+            return stand._tensor(what, name)
+    if module._modules.get(name) is value:
+        return stand._child(name, value)
+    if isinstance(value, nn.Module):
+        raise Untraceable(f"uses {name}, a module that is none of its children")
+    return stand._tensor("tensor", name)
+
+
+def _of_class(stand: Self, name: str, value: Any) -> Any:
+    """What stands for something that the module's class has."""
+    reads = stand._reads
+    if isinstance(value, types.FunctionType):
+        return types.MethodType(reads.stand_in(value, name), stand)
+    if isinstance(value, staticmethod):
+        return reads.stand_in(value.__func__, name)
+    if isinstance(value, property) and isinstance(value.fget, types.FunctionType):
+        return reads.run(value.fget, (stand,), {})
+    if hasattr(type(value), "__get__") and not is_operation(value):
+        raise Untraceable(f"reads {name}, a {type(value).__name__}")
+    return reads.stand_in(value, name)
 
 
 _BUILTINS = {
