@@ -49,7 +49,7 @@ OPTIONS = [
 
 
 def test_all_commands_are_looked_at():
-    assert {"lorafa-kernels doctor", "lorafa-kernels plan", "lorafa-kernels tune", "bench run"} <= set(
+    assert {"lorafa-kernels doctor", "lorafa-kernels memory", "lorafa-kernels tune", "bench run"} <= set(
         PARSERS
     )
     assert len(OPTIONS) > 30

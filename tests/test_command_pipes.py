@@ -45,8 +45,10 @@ def config(tmp_path) -> str:
 # For each command of the program: what prints several lines, without measuring anything.
 CALLS = {
     "doctor": ["doctor", "--help"],
-    "plan": ["plan", "CONFIG"],
-    "plan help": ["plan", "--help"],
+    "memory": ["memory", "CONFIG"],
+    "memory help": ["memory", "--help"],
+    # By its old name it says so on stderr, but not in its help.
+    "plan": ["plan", "--help"],
     "tune": ["tune", "--help"],
     "help": ["--help"],
 }
@@ -77,7 +79,7 @@ def test_a_closed_pipe_ends_the_doctor_s_report_quietly(monkeypatch, capsys):
     "command",
     [
         pytest.param(["lorafa_kernels", "doctor", "--device", "cpu"], id="doctor"),
-        pytest.param(["lorafa_kernels", "plan", "CONFIG"], id="plan"),
+        pytest.param(["lorafa_kernels", "memory", "CONFIG"], id="memory"),
         pytest.param(["lorafa_kernels", "tune", "--help"], id="tune"),
         pytest.param(["bench", "list"], id="bench list"),
         pytest.param(["bench", "run", "--help"], id="bench run"),
@@ -108,7 +110,7 @@ def test_a_real_pipe_that_nobody_reads(config, command):
 def test_a_full_disk_is_named_in_one_line(config):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "lorafa_kernels", "plan", config],
+            [sys.executable, "-m", "lorafa_kernels", "memory", config],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

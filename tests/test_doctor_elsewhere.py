@@ -107,8 +107,8 @@ def test_in_a_checkout_the_package_is_found_and_nothing_else(tmp_path):
     """Where the package itself lies in the current folder, as on a machine where it is not installed."""
     (tmp_path / "lorafa_kernels").symlink_to(ROOT / "lorafa_kernels")
     plant(tmp_path, *NAMES)
-    done = run("-m", "lorafa_kernels", "plan", ".", cwd=tmp_path, PYTHONPATH="")
-    assert done.returncode == 2 and "plan: config.json: No such file" in done.stderr, done.stderr
+    done = run("-m", "lorafa_kernels", "memory", ".", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 2 and "memory: config.json: No such file" in done.stderr, done.stderr
 
 
 # The same of a small package that has the module, in whose folder lies a module of the user's.

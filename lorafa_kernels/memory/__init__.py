@@ -1,1 +1,1 @@
-"""What a training step keeps for backward: planner.py is the command `plan`."""
+"""What a training step keeps for backward: planner.py is the command `memory`."""

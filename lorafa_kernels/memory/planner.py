@@ -1,4 +1,4 @@
-"""plan: how much a step of training keeps for backward, before there is a model.
+"""memory: how much a step of training keeps for backward, before there is a model.
 
 For models of Llama's kind (RMS norms, attention with or without grouped heads, a gated MLP), all seven linear
 layers of each of L layers adapted, SDPA, no mask of padding and no dropout. M tokens, b bytes a number:
@@ -186,14 +186,28 @@ def most_batch(sizes: ModelSizes, step: Step, method: str, memory: int) -> int:
 
 
 def add_command(subparsers) -> None:
-    """Add the command `plan` to argparse's `subparsers`."""
-    parser = subparsers.add_parser(
-        "plan",
-        help="how much a step of training keeps for backward, for a config.json",
-        description="Print how many bytes of activations a step of training keeps for backward with LoRA and "
+    """Add the command `memory` to argparse's `subparsers`, and `plan`, which was its name until 0.1."""
+    text = (
+        "Print how many bytes of activations a step of training keeps for backward with LoRA and "
         "LoRA-FA on all linear layers, without and with gradient checkpointing, and what weights, adapters "
-        f"and AdamW take. For models of Llama's kind: {', '.join(MODEL_TYPES)}. Needs no GPU and no weights.",
+        f"and AdamW take. For models of Llama's kind: {', '.join(MODEL_TYPES)}. Needs no GPU and no weights."
     )
+    parser = subparsers.add_parser(
+        "memory", help="how much a step of training keeps for backward, for a config.json", description=text
+    )
+    _add_arguments(parser)
+    parser.set_defaults(run=run)
+    old = subparsers.add_parser("plan", description=f"{text} The same as `memory`, which is its name now.")
+    _add_arguments(old)
+    old.set_defaults(run=_run_by_old_name)
+
+
+def _run_by_old_name(options: argparse.Namespace) -> int:
+    print("plan is now called memory: the old name goes with the next release", file=sys.stderr)
+    return run(options)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a model's config.json, or its folder")
     parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences a step (default: 1)")
     parser.add_argument(
@@ -204,7 +218,6 @@ def add_command(subparsers) -> None:
     parser.add_argument(
         "--memory", type=_gib, metavar="GIB", help="say which batch this much holds at most (default: none)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -220,7 +233,7 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         # An OSError names the file itself, at the end.
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
-        print(one_line(f"plan: {path}: {text}"), file=sys.stderr)
+        print(one_line(f"memory: {path}: {text}"), file=sys.stderr)
         return USAGE_ERROR
     print("\n".join(lines_of(sizes, options)))
     return 0

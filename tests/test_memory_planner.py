@@ -1,4 +1,4 @@
-"""python -m lorafa_kernels plan: its bytes are those that autograd keeps of transformers' models."""
+"""python -m lorafa_kernels memory: its bytes are those that autograd keeps of transformers' models."""
 
 from __future__ import annotations
 
@@ -132,13 +132,13 @@ def test_the_batch_is_the_largest_whose_peak_fits():
 
 def test_command_prints_the_plan(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    assert main(["plan", str(tmp_path), "--batch", "2", "--sequence", "1024", "--memory", "80"]) == 0
+    assert main(["memory", str(tmp_path), "--batch", "2", "--sequence", "1024", "--memory", "80"]) == 0
     out = capsys.readouterr().out
     assert out.isascii() and all(title in out for title in METHODS.values())
     sizes, step = ModelSizes.from_config(LLAMA_8B), Step(2, 1024)
     assert f"kept: {model_bytes(sizes, step, 'lorafa') / 2**30:.3f} GiB" in out
     assert f"at most {most_batch(sizes, step, 'lorafa', 80 * 2**30)} in 80.000 GiB" in out
-    assert main(["plan", str(tmp_path / "config.json"), "--memory", "1"]) == 0
+    assert main(["memory", str(tmp_path / "config.json"), "--memory", "1"]) == 0
     assert "not even 1 in 1.000 GiB" in capsys.readouterr().out
 
 
@@ -165,7 +165,7 @@ def test_a_config_that_cannot_be_read_says_why(text, message, tmp_path, capsys):
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)
-    assert main(["plan", str(path)]) == 2
+    assert main(["memory", str(path)]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -174,7 +174,7 @@ def test_a_config_that_cannot_be_read_says_why(text, message, tmp_path, capsys):
 )
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
-        main(["plan", "config.json", *arguments])
+        main(["memory", "config.json", *arguments])
     assert arguments[0] in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""plan answers every wrong call with one clear line and exit code 2, and every other with numbers."""
+"""memory answers every wrong call with one clear line and exit code 2, and every other with numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main(["plan", *arguments])
+            code = main(["memory", *arguments])
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -231,3 +231,9 @@ def test_whatever_a_file_holds_there_is_an_answer(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_refused(str(path))
+
+
+def test_the_old_name_says_so_and_goes_on_working(tmp_path, capsys):
+    assert main(["plan", str(tmp_path)]) == main(["memory", str(tmp_path)]) == 2
+    old, now = capsys.readouterr().err.splitlines()[:2], "memory: "
+    assert "plan is now called memory" in old[0] and old[1].startswith(now)
