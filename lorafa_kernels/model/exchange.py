@@ -35,6 +35,7 @@ _STAGE = re.compile(r"\.lorafa-save-[0-9a-f]{16}")
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 # Files up to this size are compared with what would be written, and left alone if they are the same.
 _COMPARED = 1 << 20
+# Longest wait for another process that saves there (estimate).
 _LOCK_SECONDS = 600.0
 # Where folders cannot be locked, what a crash has left is told from what is under way by its age.
 _STALE_SECONDS = 3600.0

@@ -25,13 +25,16 @@ except ImportError:  # Python 3.10
     import sre_constants as codes
     import sre_parse as _parser
 
-# Steps of `re` for one name: some 0.2 s.
+# Steps of `re` that one name may take: some 0.2 s (estimate).
 _MANY_STEPS = 10_000_000
+# Steps beyond which the time for all names is looked at (estimate).
 _FEW_STEPS = 100_000
+# Longest expression in characters and in codes of `re` (estimate: far beyond what anyone writes).
 _LONGEST_EXPRESSION = 1_000_000
 _LARGEST_PROGRAM = 20_000
 # A length that names do not exceed; only to refuse an expression before there is a name.
 _LONG_NAME = 200
+# For all names of a model together (estimate).
 _SECONDS = 60.0
 _LIMIT = threading.local()
 

@@ -13,29 +13,33 @@ from dataclasses import dataclass, replace
 
 OPS = ("shrink", "expand", "grad")
 VARIANTS = ("portable", "tma", "recompute")
-# Rank blocks above this leave the grad kernel no registers for its dB accumulator; larger ranks are tiled.
+# Largest rank block: above it grad has no registers for dB's accumulator (measured: the compile gate's
+# spills, bench/results/compile-gate.json). Larger ranks are tiled.
 MAX_BLOCK_R = 128
-# On Hopper the rank columns that one pass over x takes of all members of a group.
+# Most rank columns that one pass over x takes of all members of a group, on Hopper (measured: the compile
+# gate's spills, compile-gate-groups.json).
 MAX_GROUP_R = 192
-# The tensor cores contract at least 16 16-bit elements, and tl.dot asks for 16 rows and columns.
+# Least block: tl.dot asks for 16 rows and columns, the tensor cores contract 16 16-bit elements (published:
+# Triton's documentation, PTX ISA).
 MIN_BLOCK = 16
-# What a configuration that somebody wrote down may hold: a tensor of Triton's has at most 2**20 elements, a
-# box of TMA 256 rows and columns, a block of threads 32 warps.
+# What a configuration that somebody wrote down may hold (published): a tensor of Triton's has at most 2**20
+# elements, a box of TMA 256 rows and columns, a block of threads 32 warps. Stages and parts: an estimate.
 MOST_BLOCK = 1024
 MOST_TMA_BLOCK = 256
 MOST_WARPS = 32
 MOST_STAGES = 16
 MOST_PARTS = 1024
-# Rows up to which expand makes z or dz itself: one launch where a launch costs more than the repeated work.
+# Rows and rank up to which expand makes z or dz itself: one launch where a launch costs more than the
+# repeated work (estimate).
 RECOMPUTE_ROWS = 128
 RECOMPUTE_RANK = 64
-# Rows up to which shrink cuts its contraction, and into how many parts.
+# Rows up to which shrink cuts its contraction, and into how many parts (estimate).
 SPLIT_ROWS = 512
 SPLITS = 16
-# Row blocks up to which grad is one chunk and dB needs no partial sums.
+# Row blocks up to which grad is one chunk and dB needs no partial sums (estimate).
 DIRECT_BLOCKS = 4
-# What leaves room for expand's 180 KB and 176 registers a thread on one multiprocessor of sm_90: with it
-# shrink, or what it leaves running, overlaps expand.
+# Bytes of shared memory and registers that one multiprocessor of sm_90 has left beside expand's 180 KB and
+# 176 registers a thread (measured: compile-gate.json): what keeps within them overlaps expand.
 OVERLAP_SHARED_MEMORY = 45 * 1024
 OVERLAP_REGISTERS = 65536 - 256 * 176
 
@@ -112,8 +116,8 @@ class DeviceLimits:
         return number is not None and int(number[1]) >= 90
 
 
-# Published limits, for compiling without the device. num_sms only decides how many blocks grad splits its
-# rows into.
+# Limits for compiling without the device (published: the makers' programming guides). num_sms only decides
+# into how many blocks grad splits its rows.
 KNOWN_DEVICES = {
     "sm_80": DeviceLimits("sm_80", 163 * 1024, 108),
     "sm_86": DeviceLimits("sm_86", 99 * 1024, 84),

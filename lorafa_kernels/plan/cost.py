@@ -23,38 +23,42 @@ from ..philox import CHUNK, COLUMNS_PER_CALL
 from .config import DeviceLimits, KernelConfig, row_chunks, split_size
 from .recipe import Problem, Recipe, drops, grad_makes_dz, kernel_configs, launches
 
-# Shares of a data sheet's peak that large products and copies reach: 790 of 989 TFLOP/s and 4.3 of 4.8 TB/s,
-# measured on an H200.
+# No constant of this file was measured by this project on a GPU yet: each names its source.
+#
+# Share of the data sheet's 16-bit rate that a large product reaches: 790 of 989 TFLOP/s (published: H200).
 PRODUCT_SHARE = 0.8
+# Share of the data sheet's memory rate that a copy reaches: 4.3 of 4.8 TB/s (published: H200).
 COPY_SHARE = 0.895
-# From the end of a kernel to full speed of the next one.
+# Microseconds from the end of a kernel to full speed of the next one (estimate).
 GAP_US = 2.5
-# Of the time that a hidden kernel takes from the product running beside it.
+# Share of shrink's time that still shows when its launch overlaps the product (estimate).
 NOT_HIDDEN = 0.45
-# Of the copy rate that library products reach where one side is of rank R.
+# Share of the copy rate that a library product reaches where one side is of rank R (estimate).
 SKINNY_SHARE = 0.75
-# Of the time for reading an output that a product accumulates into, which its arithmetic does not hide.
+# Share of the time for reading an output back that a product which adds to it does not hide (estimate).
 ACCUMULATE_SHARE = 0.35
-# Of the partial sums' bytes, read back while most still lie in L2.
+# Share of the partial sums' bytes that come from memory when they are read back, not from L2 (estimate).
 READ_BACK_SHARE = 0.25
-# How many times its part of the copy rate one multiprocessor can draw when the others are idle.
+# How many times its equal part of the copy rate one multiprocessor draws when the others are idle (estimate).
 LONE_BLOCK_RATE = 3.0
-# Rate of expand's main loop over that of the library's product. An assumption until measured; the estimates
-# of the designs take 1.
+# Rate of expand's main loop over that of the library's product, by variant (estimate).
 MAIN_LOOP_SHARE = {"tma": 0.97, "portable": 0.95, "recompute": 0.9}
-# On tensor cores that read from shared memory, pointer loads keep up less.
+# The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
 PORTABLE_SHARE_ON_HOPPER = 0.85
-# Host microseconds of a Triton launch (5.7 without an argument, 13 with 19), of a library call, and of the
-# operator around Triton kernels.
+# Host microseconds of a Triton launch: 5.7 without an argument, 13 with 19 (published: Triton's issues).
 TRITON_LAUNCH_US = 12.0
+# Host microseconds of a library product (estimate).
 LIBRARY_CALL_US = 5.0
+# Host microseconds of an operator around Triton kernels (estimate).
 OPERATOR_US = 8.0
-# Instructions of Philox for an element where one call serves four.
+# Instructions of Philox for an element where one call serves four (counted: ten rounds of philox.py).
 PHILOX_INSTRUCTIONS = 24
-# Of philox.py in plain torch: its calls for a chunk, and the bytes that they read and write for a counter.
-# A round is two products, two shifts and two masks (16 bytes each) and four xors (24).
+# Calls of torch that philox.py makes for a chunk (counted).
 PHILOX_CALLS = 115
+# Bytes that these read and write for a counter (counted): a round is two products, two shifts and two masks
+# of 16 bytes each, and four xors of 24.
 PHILOX_BYTES = 2000
+# Rows and columns of a library product's block, by which it fills the device or not (estimate).
 ROW_BLOCK = 64
 
 
@@ -89,7 +93,8 @@ class Cost:
         return max(self.device_us, self.host_us)
 
 
-# Data sheets: dense TFLOP/s of 16-bit products accumulated in fp32, of fp32 arithmetic, and memory in TB/s.
+# Published, in the makers' data sheets: dense TFLOP/s of 16-bit products accumulated in fp32, TFLOP/s of fp32
+# arithmetic, and memory in TB/s.
 # The first name that occurs in the device's wins.
 _PUBLISHED = {
     "GH200": (989, 67, 4.0),

@@ -59,16 +59,19 @@ STEPS: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 TMA_STEPS = {"EPILOGUE_SUBTILE": (1, 2, 4), "ctas_per_sm": (1, 2)}
-# Accumulators of a thread in fp32 registers; more than this of 255 spill.
+# Most fp32 accumulators of a thread: of its 255 registers more leave too few for the rest (estimate, from the
+# compile gate's spills).
 MOST_ACCUMULATORS = 128
-# A configuration predicted to be this much slower than the one it is derived from is not tried.
+# A configuration predicted to be this much slower than the one it is derived from is not tried (estimate).
 PRUNE = 1.25
-# An improvement below this is taken for noise.
+# An improvement below this share is taken for noise (estimate).
 GAIN = 0.01
+# Samples of a configuration in the search, of the best ones at its end, and calls before the first sample
+# (estimate).
 ROUNDS = 10
 FINAL_ROUNDS = 30
 WARM_UPS = 2
-# Rows of the check against fp64: enough to fill blocks, few enough to be quick.
+# Rows of the check against fp64: enough to fill blocks, few enough to be quick (estimate).
 CHECKED_ROWS = 512
 # The probability with which a problem with dropout is measured: it changes no time.
 DROPOUT_P = 0.1

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+# Backward passes without a gradient before a layer is named (estimate), and how many are named at most.
 _PASSES = 2
 _SHOWN = 8
 
