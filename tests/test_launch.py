@@ -63,14 +63,6 @@ def core(tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80"])
-def test_core_on_other_architectures(tmp_path, arch):
-    out = tmp_path / "core.json"
-    done = run_python("-m", "bench.launch_gate", "--core", "--arch", arch, "--out", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_core_is_launched_without_fault(core):
     assert not [f"{row['case']}: {fault}" for row in core["rows"] for fault in row["faults"]]
     assert not core["not_launched"]

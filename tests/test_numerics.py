@@ -89,7 +89,7 @@ def oracle(inputs: Operands) -> dict[str, torch.Tensor]:
     }
 
 
-@implementations_with(("dtype", DTYPES), ("shape", SHAPES))
+@implementations_with(("dtype", DTYPES), ("shape", SHAPES), core_alone=True)
 def test_accuracy(device, impl, dtype, shape):
     check_accuracy(layer(impl), **shape, dtype=dtype, device=device)
 
