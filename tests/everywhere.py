@@ -3,7 +3,7 @@
     python tests/everywhere.py                       every configuration that this machine has, and a table
     python tests/everywhere.py --only two-threads    one of them again
     python tests/everywhere.py --by-commit HASH      the one that falls to this commit (CI)
-    python tests/everywhere.py --only mkl-compatible -- tests/test_layer.py -k bias
+    python tests/everywhere.py --only mkl-compatible -- tests/nn/test_layer.py -k bias
 
 A configuration is an environment and arguments of pytest, each run in a process of its own. A restriction of
 instruction sets counts only where it can be seen to act: a first process tells what torch, oneDNN and MKL

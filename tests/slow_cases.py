@@ -20,12 +20,12 @@ FILE = Path(__file__).resolve().parent / "slow_cases.json"
 LIMIT = 0.15
 LONGEST = 1.5
 KEPT = {
-    "test_compile_gate.py::test_defaults_compile",
-    "test_compile_gate.py::test_defaults_compile_with_dropout",
-    "test_compile_gate.py::test_fp32_products_are_tf32_only_on_request",
-    "test_compile_gate.py::test_hopper_kernels_keep_what_makes_them_fast",
-    "test_compile_gate.py::test_committed_result_covers_the_heuristics",
-    "test_launch.py::test_core_is_launched_without_fault",
+    "kernels/test_compile_gate.py::test_defaults_compile",
+    "kernels/test_compile_gate.py::test_defaults_compile_with_dropout",
+    "kernels/test_compile_gate.py::test_fp32_products_are_tf32_only_on_request",
+    "kernels/test_compile_gate.py::test_hopper_kernels_keep_what_makes_them_fast",
+    "kernels/test_compile_gate.py::test_committed_result_covers_the_heuristics",
+    "kernels/test_launch.py::test_core_is_launched_without_fault",
     "test_no_default_tolerances.py::test_no_comparison_is_within_a_tolerance",
 }
 

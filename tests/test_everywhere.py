@@ -107,8 +107,8 @@ def test_wrong_arguments(arguments, capsys):
 @pytest.mark.parametrize(
     ("tests", "code"),
     [
-        pytest.param(["tests/test_engines.py", "-k", "accumulation"], 0, id="green"),
-        pytest.param(["tests/test_engines.py", "-k", "no such test"], 1, id="nothing-collected"),
+        pytest.param(["tests/nn/test_engines.py", "-k", "accumulation"], 0, id="green"),
+        pytest.param(["tests/nn/test_engines.py", "-k", "no such test"], 1, id="nothing-collected"),
     ],
 )
 def test_pytest_runs_in_the_configuration(tests, code, capsys):

@@ -34,18 +34,21 @@ WRITTEN = "a number of a report beside the one it was rounded from"
 MODELLED = "times and rates of a model of the cost, floats of Python beside published figures"
 COUNTED = "a quotient of byte counts beside the number that the documents print"
 ALLOWED = {
-    ("tests/test_bench_cases.py", "test_floor_is_the_larger_of_arithmetic_and_bytes"): MODELLED,
-    ("tests/test_bench_memory.py", "test_units_of_a_llama_block"): COUNTED,
-    ("tests/test_bench_memory.py", "test_error_of_one_gradient_in_a_chain_is_pooled"): (
+    ("tests/bench/test_bench_cases.py", "test_floor_is_the_larger_of_arithmetic_and_bytes"): MODELLED,
+    ("tests/bench/test_bench_memory.py", "test_units_of_a_llama_block"): COUNTED,
+    ("tests/bench/test_bench_memory.py", "test_error_of_one_gradient_in_a_chain_is_pooled"): (
         "a mean of floats of Python, of squares whose root is taken"
     ),
-    ("tests/test_bench_report.py", "test_a_change_is_beyond_the_spread_if_the_intervals_are_apart"): WRITTEN,
-    ("tests/test_bench_training.py", "test_contenders_train_alike"): WRITTEN,
-    ("tests/test_bench_training.py", "test_training_at_the_largest_batch"): WRITTEN,
-    ("tests/test_cost.py", "test_ceilings_of_the_reference_gpu_are_those_measured_there"): MODELLED,
-    ("tests/test_cost.py", "test_a_guess_is_near_the_published_figures_of_a_relative"): MODELLED,
-    ("tests/test_cost.py", "test_a_mask_made_again_in_every_column_of_blocks_costs_more"): MODELLED,
-    ("tests/test_placing_models.py", "test_a_llama_layer_keeps_at_most_11_6_units"): COUNTED,
+    (
+        "tests/bench/test_bench_report.py",
+        "test_a_change_is_beyond_the_spread_if_the_intervals_are_apart",
+    ): WRITTEN,
+    ("tests/bench/test_bench_training.py", "test_contenders_train_alike"): WRITTEN,
+    ("tests/bench/test_bench_training.py", "test_training_at_the_largest_batch"): WRITTEN,
+    ("tests/plan/test_cost.py", "test_ceilings_of_the_reference_gpu_are_those_measured_there"): MODELLED,
+    ("tests/plan/test_cost.py", "test_a_guess_is_near_the_published_figures_of_a_relative"): MODELLED,
+    ("tests/plan/test_cost.py", "test_a_mask_made_again_in_every_column_of_blocks_costs_more"): MODELLED,
+    ("tests/model/test_placing_models.py", "test_a_llama_layer_keeps_at_most_11_6_units"): COUNTED,
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import stub_gpu
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 needs_stub = pytest.mark.skipif(stub_gpu.missing() is not None, reason=str(stub_gpu.missing()))
 pytestmark = [pytest.mark.gate, needs_stub]
 

@@ -145,7 +145,7 @@ def test_a_kill_at_any_moment_keeps_what_there_is(tmp_path, number):
 import signal, sys, time
 from pathlib import Path
 from bench.gpu import __main__ as command, driver
-from tests.test_gpu_call import make_call, planted
+from tests.bench.test_gpu_call import make_call, planted
 signal.signal(signal.SIGTERM, command.interrupted)
 # A shell starts what runs in its background with this one ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,7 +30,7 @@ from lorafa_kernels.plan.config import KNOWN_DEVICES, OPS, KernelConfig, all_def
 
 # The first run compiles 150 kernels, which takes a busy machine more than ten minutes.
 pytestmark = pytest.mark.timeout(3600)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # By the Triton that compiled: the one that development pins, and the oldest that is supported.
 # Of Triton 3.6 the architecture of the machines that run it.
 COMMITTED = {

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from c_oracle import Linear
 
 pytestmark = pytest.mark.numerics
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 # M, N, K, R
 SHAPES = [
