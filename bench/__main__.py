@@ -23,8 +23,13 @@ import torch
 
 from lorafa_kernels.tune.models import MODELS
 
-from . import STARTED, blocks, compare, memory, models, report, training
-from .cases import (
+from . import STARTED, compare, report
+from .console import show
+from .environment import ROOT, device_slug, environment
+from .gpu import __main__ as gpu
+from .jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
+from .measure import blocks, memory, models, training
+from .measure.cases import (
     DTYPES,
     GRIDS,
     RANKS,
@@ -37,11 +42,7 @@ from .cases import (
     unknown,
     with_dropout,
 )
-from .console import show
-from .contenders import CONTENDERS, TITLES, layer_contenders
-from .environment import ROOT, device_slug, environment
-from .gpu import __main__ as gpu
-from .jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
+from .measure.contenders import CONTENDERS, TITLES, layer_contenders
 from .results import RESULTS, load
 from .runner import Job, Outcome, make_console, run
 from .shell import INTERRUPTED, Parser, run_command

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .environment import ROOT
-from .memory import FAMILIES
-from .models import TITLES
+from .measure.memory import FAMILIES
+from .measure.models import TITLES
 from .reading import Record, Sources, arranged, markdown, newest, number, ordered, row_of, status
 
 # What an autograd node keeps, by the start of its name; of a layer of this library's.

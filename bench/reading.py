@@ -19,12 +19,12 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .cases import MODELS
-from .contenders import FROZEN
-from .contenders import TITLES as LAYER_TITLES
 from .environment import ROOT, device_slug
-from .kernels import TITLES as KERNEL_TITLES
-from .models import TITLES as MODEL_TITLES
+from .measure.cases import MODELS
+from .measure.contenders import FROZEN
+from .measure.contenders import TITLES as LAYER_TITLES
+from .measure.kernels import TITLES as KERNEL_TITLES
+from .measure.models import TITLES as MODEL_TITLES
 from .results import MEASURED as MEASURED
 from .stub import is_stub, refuse_stub
 from .tree import fitting_commit, has_git

@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .contenders import FROZEN
-from .contenders import TITLES as LAYER_TITLES
 from .environment import ROOT
-from .models import TITLES as MODEL_TITLES
+from .measure.contenders import FROZEN
+from .measure.contenders import TITLES as LAYER_TITLES
+from .measure.models import TITLES as MODEL_TITLES
 from .points import PLOTS, draw
 from .reading import (
     MEASURED,

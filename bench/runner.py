@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .environment import environment, identity
-from .layers import DeviceLost
+from .measure.layers import DeviceLost
 from .results import Store, history, load, read
 from .sittings import bare, merged, turns
 

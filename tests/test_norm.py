@@ -13,7 +13,7 @@ from conftest import on_device
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench import memory
+from bench.measure import memory
 from lorafa_kernels.checks.budget import allowed_error, relative_error
 from lorafa_kernels.norm import FORMS, rms_norm
 

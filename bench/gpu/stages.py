@@ -142,7 +142,7 @@ def checks(device: str, small: bool) -> list[Check]:
     from lorafa_kernels.operands import draw_seed
     from lorafa_kernels.plan.config import KernelPlan
 
-    from ..kernels import PORTABLE_CONFIG
+    from ..measure.kernels import PORTABLE_CONFIG
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     many = 256 if small else 2048
@@ -223,8 +223,8 @@ def kernels(call: Told) -> int:
 
     from lorafa_kernels.checks.budget import relative_error
 
-    from ..judge import broken, poisoned_memory
-    from ..judge import verdict as judged
+    from ..measure.judge import broken, poisoned_memory
+    from ..measure.judge import verdict as judged
 
     stub = stub_name() is not None
     device = torch.cuda.get_device_name(0)
@@ -352,9 +352,9 @@ def generator_on_cpu(kind, device="cpu"):
 def setting_here(small: bool):
     import torch
 
-    from .. import ceilings, timing
-    from .. import kernels as kernel_jobs
     from ..jobs import Setting
+    from ..measure import ceilings, timing
+    from ..measure import kernels as kernel_jobs
 
     if small:
         # Nothing computes in the stub: sizes that a CPU draws in no time, no value compared, no wait.
@@ -372,8 +372,8 @@ def setting_here(small: bool):
 def ceilings(call: Told) -> int:
     """Measure what this GPU can do at best, then the kernels of two layers of Llama-3-8B."""
     from .. import jobs
-    from .. import kernels as kernel_jobs
-    from ..cases import Case, cases, find_layers
+    from ..measure import kernels as kernel_jobs
+    from ..measure.cases import Case, cases, find_layers
 
     small = stub_name() is not None
     setting = setting_here(small)

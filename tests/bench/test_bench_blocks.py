@@ -1,4 +1,4 @@
-"""bench.blocks: pieces of a layer are right before they are timed, and what is named is what runs."""
+"""bench.measure.blocks: pieces of a layer are right before they are timed, and what is named is what runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from test_bench_memory import adapt_raising, adapt_with_scaling
 
-from bench import blocks, models, timing
-from bench.blocks import PIECES, BlockTime
+from bench.measure import blocks, models, timing
+from bench.measure.blocks import PIECES, BlockTime
 
 pytest.importorskip("transformers")
 

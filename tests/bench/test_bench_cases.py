@@ -1,4 +1,4 @@
-"""bench/cases.py: shapes of real models by name, and what a case must cost at least."""
+"""bench/measure/cases.py: shapes of real models by name, and what a case must cost at least."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from bench import cases
-from bench.cases import Case
+from bench.measure import cases
+from bench.measure.cases import Case
 from lorafa_kernels.tune.models import MODELS
 
 

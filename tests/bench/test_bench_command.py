@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import jobs, results, timing
-from bench.cases import HOST_CASES, grid
-from bench.contenders import CONTENDERS
+from bench import jobs, results
 from bench.jobs import COMPILED, KINDS, Setting
+from bench.measure import timing
+from bench.measure.cases import HOST_CASES, grid
+from bench.measure.contenders import CONTENDERS
 
 TINY = ["--layers", "MiniLM/query", "--rows", "16", "--ranks", "4", "--dtype", "fp32", "--rounds", "2"]
 ONCE = ["--sittings", "1"]
@@ -94,7 +95,7 @@ def test_missing_gpu_is_said(capsys, tmp_path):
 
 
 def test_wrong_contender_fails_the_command(tmp_path, monkeypatch, capsys):
-    from bench import contenders
+    from bench.measure import contenders
 
     def planted(operands, case):
         right = contenders.build_eager(operands, case)

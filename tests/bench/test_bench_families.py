@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench import families, memory, models
+from bench import families
+from bench.measure import memory, models
 from bench.results import parse
 
 UNIT = 1000

@@ -11,9 +11,9 @@ from functools import partial
 import pytest
 import torch
 
-from bench import cases, contenders, judge, kernels, layers, timing
-from bench.cases import Case
-from bench.contenders import CONTENDERS, FROZEN, Contender, Layer
+from bench.measure import cases, contenders, judge, kernels, layers, timing
+from bench.measure.cases import Case
+from bench.measure.contenders import CONTENDERS, FROZEN, Contender, Layer
 
 TINY = Case("test", "tiny", 24, 40, 32, 4, dtype="fp32", adapter="fp32")
 MIXED = Case("test", "tiny", 24, 40, 32, 4, bias=True, dtype="bf16", adapter="fp32")

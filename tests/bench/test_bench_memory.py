@@ -1,4 +1,4 @@
-"""bench.memory: that its counts are exact on graphs one can count by hand, and what it refuses to publish."""
+"""bench.measure.memory: that its counts are exact on graphs one can count by hand, and what it refuses to publish."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench import contenders, memory, models
-from bench.cases import Case
-from bench.memory import NUMBERS, BlockCase
+from bench.measure import contenders, memory, models
+from bench.measure.cases import Case
+from bench.measure.memory import NUMBERS, BlockCase
 
 pytest.importorskip("transformers")
 

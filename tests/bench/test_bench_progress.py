@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from bench import __main__ as command
-from bench import jobs, results, runner, timing
+from bench import jobs, results, runner
 from bench.environment import ROOT
+from bench.measure import timing
 from bench.runner import Job
 
 PAYLOAD = {"rounds": 1, "rows": [{"contender": "a", "status": "ok"}]}

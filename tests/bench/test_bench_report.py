@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import compare, console, contenders, models, plots, points, reading, report
-from bench.blocks import BlockTime
-from bench.cases import Case, cases, find_layers, target_grid
+from bench import compare, console, plots, points, reading, report
+from bench.measure import contenders, models
+from bench.measure.blocks import BlockTime
+from bench.measure.cases import Case, cases, find_layers, target_grid
 from bench.predictions import predictions
 from bench.results import load, parse
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from bench import results, runner
-from bench.layers import DeviceLost
+from bench.measure.layers import DeviceLost
 from bench.results import Store
 from bench.runner import Job
 

@@ -8,9 +8,9 @@ import pytest
 from test_bench_runs import lines, run
 
 from bench import results
-from bench.cases import grid
 from bench.compare import compare
 from bench.jobs import QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of
+from bench.measure.cases import grid
 from bench.reading import newest
 from bench.runner import Job
 from bench.sittings import bare, merged, turns

@@ -1,4 +1,4 @@
-"""bench.training: that all contenders train alike on the same batches, and what it refuses to publish."""
+"""bench.measure.training: that all contenders train alike on the same batches, and what it refuses to publish."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_bench_memory import adapt_raising, adapt_with_scaling
 
-from bench import models, training
-from bench.training import NUMBERS, TrainingCase
+from bench.measure import models, training
+from bench.measure.training import NUMBERS, TrainingCase
 from lorafa_kernels.checks.budget import allowed_error, relative_error
 
 pytest.importorskip("transformers")

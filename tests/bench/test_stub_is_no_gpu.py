@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import environment, families, report, results, stub, tables, timing
+from bench import environment, families, report, results, stub, tables
+from bench.measure import timing
 from lorafa_kernels.__main__ import main as lorafa_kernels_main
 from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import KNOWN_DEVICES

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from bench import memory as measured
-from bench import models, training
+from bench.measure import memory as measured
+from bench.measure import models, training
 from lorafa_kernels.__main__ import main
 from lorafa_kernels.memory.planner import (
     ITEMSIZE,

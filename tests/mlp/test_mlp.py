@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bench.memory import allocations
+from bench.measure.memory import allocations
 from lorafa_kernels import LoRAFAGeGLU, LoRAFALinear, LoRAFASwiGLU, disable_adapter, lorafa_linear
 from lorafa_kernels.checks.budget import allowed_error, relative_error
 from lorafa_kernels.group.operands import LinearOperands

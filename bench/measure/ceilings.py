@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..environment import gpu_state
 from .cases import DTYPES
-from .environment import gpu_state
 from .timing import WARM_UP, CPUTimer, EventTimer, digits, interleave, summary
 
 # Sizes of square products by dtype, of which the best is the ceiling; bytes that are copied.

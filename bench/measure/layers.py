@@ -16,10 +16,10 @@ import torch._functorch.config as functorch_config
 
 from lorafa_kernels.checks.budget import Operands
 
+from ..sittings import ratios
 from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders
 from .judge import Judge, broken, draw
-from .sittings import ratios
 from .timing import (
     SAMPLE_SECONDS,
     WARM_UP,

@@ -1,0 +1,1 @@
+"""What is measured, who takes part, what is right, and the clocks."""
