@@ -25,9 +25,7 @@ from lorafa_kernels.tune.models import MODELS
 
 from . import STARTED, compare, report
 from .console import show
-from .environment import ROOT, device_slug, environment
 from .gpu import __main__ as gpu
-from .jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
 from .measure import blocks, memory, models, training
 from .measure.cases import (
     DTYPES,
@@ -43,9 +41,11 @@ from .measure.cases import (
     with_dropout,
 )
 from .measure.contenders import CONTENDERS, TITLES, layer_contenders
-from .results import RESULTS, load
-from .runner import Job, Outcome, make_console, run
-from .shell import INTERRUPTED, Parser, run_command
+from .run.environment import ROOT, device_slug, environment
+from .run.jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
+from .run.runner import Job, Outcome, make_console, run
+from .run.shell import INTERRUPTED, Parser, run_command
+from .run.store import RESULTS, load
 
 QUICK_BUDGET = 140.0
 # What the report after a quick look takes of its budget (measured: 4 s on an idle CPU, with matplotlib's

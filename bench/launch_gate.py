@@ -40,7 +40,7 @@ from lorafa_kernels.plan.config import SPLIT_ROWS, KernelPlan
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
-from .environment import ROOT, environment
+from .run.environment import ROOT, environment
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     # One row a line.
     head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
     lines = ",\n".join(json.dumps(row) for row in rows)
-    importlib.import_module("bench.shell").write_whole(
+    importlib.import_module("bench.run.shell").write_whole(
         options.out, f'{head[:-2]},\n "rows": [\n{lines}\n]}}\n'
     )
     for row in failed:

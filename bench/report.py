@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .environment import ROOT
 from .measure.contenders import FROZEN
 from .measure.contenders import TITLES as LAYER_TITLES
 from .measure.models import TITLES as MODEL_TITLES
@@ -36,9 +35,10 @@ from .reading import (
     status,
     time_cell,
 )
-from .results import load
+from .run.environment import ROOT
+from .run.shell import write_whole
+from .run.store import load
 from .sections import columns, device_section, rounds_text
-from .shell import write_whole
 
 NOT_MEASURED_ON_A_GPU = "Speed on a GPU is not measured yet: there is no result file of one."
 INTRODUCTION = """# Performance

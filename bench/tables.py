@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import results
-from .environment import ROOT, environment, write_json
 from .families import kept_table, memory_table
 from .reading import markdown, provenance
 from .report import readme_table
-from .shell import Parser, run_command, write_whole
-from .stub import refuse_stub
+from .run import store as results
+from .run.environment import ROOT, environment, write_json
+from .run.shell import Parser, run_command, write_whole
+from .run.stub import refuse_stub
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
 DEMO_RESULTS = "bench/results/cpu/demo.json"

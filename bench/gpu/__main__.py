@@ -22,9 +22,9 @@ import uuid
 from pathlib import Path
 
 from .. import STARTED
-from ..shell import Parser, run_command
-from ..stub import stub_name
-from ..tree import tree_hash
+from ..run.shell import Parser, run_command
+from ..run.stub import stub_name
+from ..run.tree import tree_hash
 from . import cache, driver
 from .driver import ROOT, STAGES, TOTAL, Call
 
@@ -141,7 +141,7 @@ def gpu_is_there() -> bool:
 
 
 def environment() -> dict:
-    """Return what a run says of its machine, found without PyTorch: as bench.environment, in less detail."""
+    """Return what a run says of its machine, found without PyTorch: as bench.run.environment, in less detail."""
     stub = stub_name()
     gpu = {"name": stub, "capability": None} if stub else nvidia_smi()
     names = ("torch", "triton", "peft", "transformers")

@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..shell import INTERRUPTED, append_line, now
-from ..stub import stub_name
+from ..run.shell import INTERRUPTED, append_line, now
+from ..run.stub import stub_name
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a stage is told, and the file with the tests that are not to be run again.

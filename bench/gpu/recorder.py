@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ..shell import append_line, now
-from ..stub import stub_name
+from ..run.shell import append_line, now
+from ..run.stub import stub_name
 from .driver import DONE, RESTART, VARIABLE
 
 MOST_TEXT, MOST_FAILURES_IN_FULL = 3000, 100

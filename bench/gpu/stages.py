@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..shell import append_line, now
-from ..stub import stub_name
+from ..run.shell import append_line, now
+from ..run.stub import stub_name
 from .driver import DONE, FAILED, NO_GPU, RESTART, UNFINISHED, VARIABLE, VERDICT, earlier
 
 REPEATS = 200
@@ -99,7 +99,7 @@ def environment(call: Told) -> int:
             importlib.import_module(name)
         except Exception as error:
             problems[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    from ..environment import environment as describe
+    from ..run.environment import environment as describe
 
     about = describe()
     call.write("run", command="python -m bench.gpu", grid="gpu", identity="", environment=about)
@@ -314,8 +314,8 @@ def alive() -> bool:
 def measured(call: Told, jobs, setting, name: str) -> tuple[object, int]:
     """Run jobs of bench into the call's file, and print their tables."""
     from ..console import show
-    from ..results import RESULTS
-    from ..runner import make_console, run
+    from ..run.runner import make_console, run
+    from ..run.store import RESULTS
 
     console = make_console()
     folders = () if stub_name() else (RESULTS,)
@@ -352,9 +352,9 @@ def generator_on_cpu(kind, device="cpu"):
 def setting_here(small: bool):
     import torch
 
-    from ..jobs import Setting
     from ..measure import ceilings, timing
     from ..measure import kernels as kernel_jobs
+    from ..run.jobs import Setting
 
     if small:
         # Nothing computes in the stub: sizes that a CPU draws in no time, no value compared, no wait.
@@ -371,9 +371,9 @@ def setting_here(small: bool):
 
 def ceilings(call: Told) -> int:
     """Measure what this GPU can do at best, then the kernels of two layers of Llama-3-8B."""
-    from .. import jobs
     from ..measure import kernels as kernel_jobs
     from ..measure.cases import Case, cases, find_layers
+    from ..run import jobs
 
     small = stub_name() is not None
     setting = setting_here(small)
@@ -407,7 +407,7 @@ def ceilings(call: Told) -> int:
 
 def suite(call: Told) -> int:
     """Go on with the suite of bench for the time that is left."""
-    from .. import jobs
+    from ..run import jobs
 
     small = stub_name() is not None
     setting = setting_here(small)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..environment import gpu_state
+from ..run.environment import gpu_state
 from .cases import DTYPES
 from .timing import WARM_UP, CPUTimer, EventTimer, digits, interleave, summary
 

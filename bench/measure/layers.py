@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 
 from lorafa_kernels.checks.budget import Operands
 
-from ..sittings import ratios
+from ..run.sittings import ratios
 from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders
 from .judge import Judge, broken, draw

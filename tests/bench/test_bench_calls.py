@@ -10,7 +10,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import tables
-from bench.environment import ROOT
+from bench.run.environment import ROOT
 
 FILE, FOLDER, MISSING = "a-file", "a-folder", "missing"
 
@@ -66,7 +66,7 @@ def test_a_wrong_call_is_answered_in_one_line(main, arguments, tmp_path, monkeyp
 
 PRINTS = """
 import sys
-from bench.shell import Parser, run_command
+from bench.run.shell import Parser, run_command
 
 def command():
     Parser(prog="some").parse_args()

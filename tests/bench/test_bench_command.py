@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import jobs, results
-from bench.jobs import COMPILED, KINDS, Setting
 from bench.measure import timing
 from bench.measure.cases import HOST_CASES, grid
 from bench.measure.contenders import CONTENDERS
+from bench.run import jobs
+from bench.run import store as results
+from bench.run.jobs import COMPILED, KINDS, Setting
 
 TINY = ["--layers", "MiniLM/query", "--rows", "16", "--ranks", "4", "--dtype", "fp32", "--rounds", "2"]
 ONCE = ["--sittings", "1"]

@@ -1,4 +1,4 @@
-"""bench/environment.py: what a result file says about its origin, and how files are written."""
+"""bench/run/environment.py: what a result file says about its origin, and how files are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import environment
+from bench.run import environment
 
 
 def test_write_is_all_or_nothing(tmp_path, monkeypatch):

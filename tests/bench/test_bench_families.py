@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench import families
 from bench.measure import memory, models
-from bench.results import parse
+from bench.run.store import parse
 
 UNIT = 1000
 ABOUT = {

@@ -1,4 +1,4 @@
-"""bench.measure.memory: that its counts are exact on graphs one can count by hand, and what it refuses to publish."""
+"""Memory: its counts are exact on graphs one counts by hand, and what it refuses to publish."""
 
 from __future__ import annotations
 

@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from bench import __main__ as command
-from bench import jobs, results, runner
-from bench.environment import ROOT
 from bench.measure import timing
-from bench.runner import Job
+from bench.run import jobs, runner
+from bench.run import store as results
+from bench.run.environment import ROOT
+from bench.run.runner import Job
 
 PAYLOAD = {"rounds": 1, "rows": [{"contender": "a", "status": "ok"}]}
 

@@ -16,7 +16,7 @@ from bench.measure import contenders, models
 from bench.measure.blocks import BlockTime
 from bench.measure.cases import Case, cases, find_layers, target_grid
 from bench.predictions import predictions
-from bench.results import load, parse
+from bench.run.store import load, parse
 
 BLOCK, TRAINING = "block tiny", "training tiny"
 # Time over the frozen linear's; no two alike, so that a number can be found by its digits.

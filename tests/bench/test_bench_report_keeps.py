@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import report, results
+from bench import report
+from bench.run import store as results
 
 BEFORE = {"performance.md": "the page", "plots/overhead-cpu.png": "a plot"}
 ABOUT = {"date": "2026-01-01", "machine": {"cpu": "c", "threads": 1, "gpu": None}, "versions": {}}

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from bench import results, runner
 from bench.measure.layers import DeviceLost
-from bench.results import Store
-from bench.runner import Job
+from bench.run import runner
+from bench.run import store as results
+from bench.run.runner import Job
+from bench.run.store import Store
 
 ABOUT = {
     "date": "2026-01-01T00:00:00+00:00",

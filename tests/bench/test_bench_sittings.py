@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from test_bench_runs import lines, run
 
-from bench import results
 from bench.compare import compare
-from bench.jobs import QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of
 from bench.measure.cases import grid
 from bench.reading import newest
-from bench.runner import Job
-from bench.sittings import bare, merged, turns
+from bench.run import store as results
+from bench.run.jobs import QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of
+from bench.run.runner import Job
+from bench.run.sittings import bare, merged, turns
 
 # Times of a contender and its baseline by sitting; the machine is slower in the second.
 SAMPLES = ([2.0, 4.0], [6.0, 8.0], [3.0, 3.0])

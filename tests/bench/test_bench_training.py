@@ -1,4 +1,4 @@
-"""bench.measure.training: that all contenders train alike on the same batches, and what it refuses to publish."""
+"""Training: all contenders train alike on the same batches, and what it refuses to publish."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import reading, tree
-from bench.environment import ROOT, environment
+from bench import reading
+from bench.run import tree
+from bench.run.environment import ROOT, environment
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "sm_clock_mhz": "1980"}
 

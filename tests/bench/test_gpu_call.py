@@ -16,8 +16,8 @@ import pytest
 from bench.gpu import __main__ as command
 from bench.gpu import cache, driver
 from bench.gpu.driver import STAGES, TOTAL, Call, Stage
-from bench.results import read
-from bench.stub import VARIABLE
+from bench.run.store import read
+from bench.run.stub import VARIABLE
 
 ROOT = driver.ROOT
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals as on Linux")

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from bench.gpu.driver import ROOT, STAGES
-from bench.results import read
-from bench.stub import VARIABLE
+from bench.run.store import read
+from bench.run.stub import VARIABLE
 from tests import stub_gpu
 
 pytestmark = [

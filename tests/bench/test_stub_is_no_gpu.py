@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import environment, families, report, results, stub, tables
+from bench import families, report, tables
 from bench.measure import timing
+from bench.run import environment, stub
+from bench.run import store as results
 from lorafa_kernels.__main__ import main as lorafa_kernels_main
 from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import KNOWN_DEVICES

@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 
-from bench import reading, report, results, tables
-from bench.environment import ROOT
+from bench import reading, report, tables
+from bench.run import store as results
+from bench.run.environment import ROOT
 
 
 def test_tables_are_up_to_date():

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from .measure.timing import summary
+from ..measure.timing import summary
 
 if TYPE_CHECKING:
     from .runner import Job

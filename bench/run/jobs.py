@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..measure import blocks, ceilings, kernels, layers, memory, models, training
+from ..measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
+from ..measure.cases import layers as distinct_layers
+from ..measure.contenders import CONTENDERS
 from .environment import ROOT
-from .measure import blocks, ceilings, kernels, layers, memory, models, training
-from .measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
-from .measure.cases import layers as distinct_layers
-from .measure.contenders import CONTENDERS
 from .runner import Job
 
 KINDS = (

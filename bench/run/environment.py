@@ -21,7 +21,7 @@ from .shell import write_whole
 from .stub import START, stub_name
 from .tree import tree_hash
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Files of bench/ that change no measurement.
 PRESENTATION = (
     "__main__.py",

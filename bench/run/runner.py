@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..measure.layers import DeviceLost
 from .environment import environment, identity
-from .measure.layers import DeviceLost
-from .results import Store, history, load, read
 from .sittings import bare, merged, turns
+from .store import Store, history, load, read
 
 # In a log: seconds between two lines about one measurement, and the least between any two.
 HEARTBEAT_S, LINE_S = 10.0, 1.0
