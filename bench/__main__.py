@@ -23,8 +23,7 @@ import torch
 
 from lorafa_kernels.tune.models import MODELS
 
-from . import STARTED, compare, report
-from .console import show
+from . import STARTED
 from .gpu import __main__ as gpu
 from .measure import blocks, memory, models, training
 from .measure.cases import (
@@ -41,6 +40,9 @@ from .measure.cases import (
     with_dropout,
 )
 from .measure.contenders import CONTENDERS, TITLES, layer_contenders
+from .report import compare
+from .report import page as report
+from .report.console import show
 from .run.environment import ROOT, device_slug, environment
 from .run.jobs import KINDS, QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of, suite
 from .run.runner import Job, Outcome, make_console, run

@@ -141,7 +141,7 @@ def gpu_is_there() -> bool:
 
 
 def environment() -> dict:
-    """Return what a run says of its machine, found without PyTorch: as bench.run.environment, in less detail."""
+    """Return what a run says of its machine, found without PyTorch: as bench.run.environment, but less."""
     stub = stub_name()
     gpu = {"name": stub, "capability": None} if stub else nvidia_smi()
     names = ("torch", "triton", "peft", "transformers")

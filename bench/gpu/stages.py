@@ -313,7 +313,7 @@ def alive() -> bool:
 
 def measured(call: Told, jobs, setting, name: str) -> tuple[object, int]:
     """Run jobs of bench into the call's file, and print their tables."""
-    from ..console import show
+    from ..report.console import show
     from ..run.runner import make_console, run
     from ..run.store import RESULTS
 

@@ -22,23 +22,9 @@ from .stub import START, stub_name
 from .tree import tree_hash
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files of bench/ that change no measurement.
-PRESENTATION = (
-    "__main__.py",
-    "report.py",
-    "sections.py",
-    "points.py",
-    "plots.py",
-    "console.py",
-    "predictions.py",
-    "reading.py",
-    "compare.py",
-    "shell.py",
-    "stub.py",
-    "tree.py",
-    "tables.py",
-    "gate.py",
-)
+# Parts of bench/ that change no measurement.
+PRESENTATION = ("__main__.py", "tables.py", "launch_gate.py", "report/", "gate/", "gpu/")
+PRESENTATION += ("run/shell.py", "run/stub.py", "run/tree.py")
 
 
 def environment(threads: int | None = None) -> dict:
@@ -139,8 +125,9 @@ def identity(about: dict) -> str:
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for folder in ("lorafa_kernels", "bench"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.name not in PRESENTATION and path.parent.name != "gpu":
-                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+            name = path.relative_to(ROOT).as_posix()
+            if not name.startswith(tuple(f"bench/{part}" for part in PRESENTATION)):
+                digest.update(name.encode() + b"\0" + path.read_bytes())
         for path in sorted((ROOT / folder).rglob("measured/*.json")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bench import __main__ as command
-from bench import tables
+from bench.report import tables
 from bench.run.environment import ROOT
 
 FILE, FOLDER, MISSING = "a-file", "a-folder", "missing"

@@ -60,11 +60,11 @@ def test_identity_changes_with_the_machine_the_versions_and_the_code(monkeypatch
     newer = {**about, "versions": {**about["versions"], "torch": "99"}}
     assert environment.identity(newer) != before
     for folder in ("lorafa_kernels", "bench"):
-        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "report").mkdir(parents=True)
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     (tmp_path / "bench" / "timing.py").write_text("rounds = 1")
     one = environment.identity(about)
-    (tmp_path / "bench" / "report.py").write_text("what reads results changes no measurement")
+    (tmp_path / "bench" / "report" / "page.py").write_text("what reads results changes no measurement")
     assert environment.identity(about) == one
     (tmp_path / "bench" / "timing.py").write_text("rounds = 2")
     assert environment.identity(about) != one

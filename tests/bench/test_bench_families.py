@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench import families
 from bench.measure import memory, models
+from bench.report import families
 from bench.run.store import parse
 
 UNIT = 1000

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import compare, console, plots, points, reading, report
 from bench.measure import contenders, models
 from bench.measure.blocks import BlockTime
 from bench.measure.cases import Case, cases, find_layers, target_grid
-from bench.predictions import predictions
+from bench.report import compare, console, plots, points, reading
+from bench.report import page as report
+from bench.report.predictions import predictions
 from bench.run.store import load, parse
 
 BLOCK, TRAINING = "block tiny", "training tiny"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import report
+from bench.report import page as report
 from bench.run import store as results
 
 BEFORE = {"performance.md": "the page", "plots/overhead-cpu.png": "a plot"}

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from test_bench_runs import lines, run
 
-from bench.compare import compare
 from bench.measure.cases import grid
-from bench.reading import newest
+from bench.report.compare import compare
+from bench.report.reading import newest
 from bench.run import store as results
 from bench.run.jobs import QUICK_KINDS, ROUNDS, SITTINGS, Setting, jobs_of
 from bench.run.runner import Job

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import reading
+from bench.report import reading
 from bench.run import tree
 from bench.run.environment import ROOT, environment
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import families, report, tables
 from bench.measure import timing
+from bench.report import families, tables
+from bench.report import page as report
 from bench.run import environment, stub
 from bench.run import store as results
 from lorafa_kernels.__main__ import main as lorafa_kernels_main

@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from bench import reading, report, tables
+from bench.report import page as report
+from bench.report import reading, tables
 from bench.run import store as results
 from bench.run.environment import ROOT
 

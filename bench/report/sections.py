@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .measure.cases import LLAMA_3, TARGET_RANKS, target_grid
-from .measure.contenders import FROZEN, LORAFA, OURS
-from .measure.contenders import TITLES as LAYER_TITLES
-from .measure.kernels import LIBRARY
-from .measure.kernels import PARTS as KERNEL_PARTS
-from .measure.kernels import TITLES as KERNEL_TITLES
-from .measure.models import TITLES as MODEL_TITLES
+from ..measure.cases import LLAMA_3, TARGET_RANKS, target_grid
+from ..measure.contenders import FROZEN, LORAFA, OURS
+from ..measure.contenders import TITLES as LAYER_TITLES
+from ..measure.kernels import LIBRARY
+from ..measure.kernels import PARTS as KERNEL_PARTS
+from ..measure.kernels import TITLES as KERNEL_TITLES
+from ..measure.models import TITLES as MODEL_TITLES
 from .predictions import predictions
 from .reading import (
     MEASURED,

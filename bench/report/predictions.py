@@ -9,7 +9,7 @@ from lorafa_kernels.plan.cost import ceilings, predict, predict_step
 from lorafa_kernels.plan.make import candidates
 from lorafa_kernels.plan.recipe import Device, Problem
 
-from .measure.cases import DTYPES
+from ..measure.cases import DTYPES
 
 
 def predictions(record: dict) -> dict[str, float] | None:

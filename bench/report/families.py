@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .measure.memory import FAMILIES
-from .measure.models import TITLES
+from ..measure.memory import FAMILIES
+from ..measure.models import TITLES
+from ..run.environment import ROOT
 from .reading import Record, Sources, arranged, markdown, newest, number, ordered, row_of, status
-from .run.environment import ROOT
 
 # What an autograd node keeps, by the start of its name; of a layer of this library's.
 NODES = {

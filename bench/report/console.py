@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from .measure.contenders import LORAFA
-from .measure.contenders import TITLES as LAYER_TITLES
-from .measure.kernels import LIBRARY
-from .measure.kernels import TITLES as KERNEL_TITLES
+from ..measure.contenders import LORAFA
+from ..measure.contenders import TITLES as LAYER_TITLES
+from ..measure.kernels import LIBRARY
+from ..measure.kernels import TITLES as KERNEL_TITLES
 from .reading import (
     MEASURED,
     MODES,

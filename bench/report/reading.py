@@ -19,15 +19,15 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .measure.cases import MODELS
-from .measure.contenders import FROZEN
-from .measure.contenders import TITLES as LAYER_TITLES
-from .measure.kernels import TITLES as KERNEL_TITLES
-from .measure.models import TITLES as MODEL_TITLES
-from .run.environment import ROOT, device_slug
-from .run.store import MEASURED as MEASURED
-from .run.stub import is_stub, refuse_stub
-from .run.tree import fitting_commit, has_git
+from ..measure.cases import MODELS
+from ..measure.contenders import FROZEN
+from ..measure.contenders import TITLES as LAYER_TITLES
+from ..measure.kernels import TITLES as KERNEL_TITLES
+from ..measure.models import TITLES as MODEL_TITLES
+from ..run.environment import ROOT, device_slug
+from ..run.store import MEASURED as MEASURED
+from ..run.stub import is_stub, refuse_stub
+from ..run.tree import fitting_commit, has_git
 
 Record = dict
 Row = dict

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .measure.blocks import PIECES
-from .measure.cases import DTYPES
-from .measure.contenders import FROZEN, LORAFA
-from .measure.contenders import TITLES as LAYER_TITLES
-from .measure.models import TITLES as MODEL_TITLES
+from ..measure.blocks import PIECES
+from ..measure.cases import DTYPES
+from ..measure.contenders import FROZEN, LORAFA
+from ..measure.contenders import TITLES as LAYER_TITLES
+from ..measure.models import TITLES as MODEL_TITLES
 from .reading import (
     MEASURED,
     PEAKS,

@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .measure.contenders import FROZEN
-from .measure.contenders import TITLES as LAYER_TITLES
-from .measure.models import TITLES as MODEL_TITLES
+from ..measure.contenders import FROZEN
+from ..measure.contenders import TITLES as LAYER_TITLES
+from ..measure.models import TITLES as MODEL_TITLES
+from ..run.environment import ROOT
+from ..run.shell import write_whole
+from ..run.store import load
 from .points import PLOTS, draw
 from .reading import (
     MEASURED,
@@ -35,9 +38,6 @@ from .reading import (
     status,
     time_cell,
 )
-from .run.environment import ROOT
-from .run.shell import write_whole
-from .run.store import load
 from .sections import columns, device_section, rounds_text
 
 NOT_MEASURED_ON_A_GPU = "Speed on a GPU is not measured yet: there is no result file of one."

@@ -19,9 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..run.environment import ROOT
+from ..run.store import RESULTS, parse
 from .reading import Record, device_of, full_title, label_of, newest, ratio, size, status, titles_of, usable
-from .run.environment import ROOT
-from .run.store import RESULTS, parse
 
 SHOWN_WITHIN = 20
 BYTES = ("saved_bytes", "peak_allocated_bytes", "forward_temporary_bytes", "backward_temporary_bytes")

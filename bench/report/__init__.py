@@ -1,0 +1,1 @@
+"""What is written from result files: pages, plots, tables, comparisons, and the console."""
