@@ -20,7 +20,7 @@ from unittest import mock
 
 import triton
 
-from bench.launch_gate import Case, judge
+from bench.gate.launch import Case, judge
 from lorafa_kernels.kernels import expand_tma, group, group_tma, shrink
 
 LAYER = Case(bias=False, needs="dx")

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.gate import (
+from bench.gate.compile import (
     ARCHS,
     WAITS_FIRST,
     Case,
@@ -57,7 +57,7 @@ def run_gate(out: Path, *options: str | Path) -> dict:
 
 @pytest.fixture(scope="module")
 def cache(request, tmp_path_factory) -> Path:
-    """Where code that was compiled before is described, by all that decides it (bench.gate.key_of)."""
+    """Code that was compiled before, described by all that decides it (bench.gate.compile.key_of)."""
     kept = getattr(request.config, "cache", None)
     return Path(kept.mkdir("compile-gate")) if kept else tmp_path_factory.mktemp("compile-gate")
 
@@ -207,7 +207,7 @@ MEASURE = """
 cache, work, *folders = sys.argv[1:]
 
 def failures():
-    from bench.gate import Case, measure, start_worker
+    from bench.gate.compile import Case, measure, start_worker
     start_worker(work)
     case = Case("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
     return measure(case, 0, pathlib.Path(cache))["failures"]
@@ -247,7 +247,7 @@ COMPILED = """
 folder, cache, work = map(pathlib.Path, sys.argv[1:])
 
 def compiled():
-    from bench import gate
+    from bench.gate import compile as gate
     gate.start_worker(str(work))
     case = gate.Case("sm_80", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
     with mock.patch.object(gate, "compiled_code", wraps=gate.compiled_code) as compiling:

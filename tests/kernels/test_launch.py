@@ -1,6 +1,6 @@
 """The launch gate: what is launched on a GPU, tried without one.
 
-A few cases of bench/launch_gate.py run here on the Triton that is installed, in processes of their own:
+A few cases of bench/gate/launch.py run here on the Triton that is installed, in processes of their own:
 kernels are interpreted in this one. `make gate` runs all of them.
 """
 
@@ -37,7 +37,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("version, archs", [("3.7", ["sm_80", "sm_90", "sm_100"]), ("3.6", ["sm_90"])])
 def test_committed_result_has_every_case(version, archs):
     """After a change of a kernel, a plan or a case, run `make gate gate-3.6` and commit the results."""
-    from bench.launch_gate import all_cases
+    from bench.gate.launch import all_cases
 
     file = (
         ROOT

@@ -66,7 +66,7 @@ from lorafa_kernels.plan.config import (
     shrink_total_config,
 )
 
-from .run.environment import environment
+from ..run.environment import environment
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # With the instructions of sm_80.

@@ -1,0 +1,1 @@
+"""The gates, which need no GPU: every configuration compiled, every plan launched into a stub driver."""

@@ -1,0 +1,400 @@
+"""The launch gate: every kernel of every plan, launched without a GPU.
+
+    python -m bench.launch_gate --out bench/results/launch-gate.json
+
+The library's own public functions run beside a stub driver (tests/stub_gpu) as beside a GPU: Triton compiles,
+builds its launchers, encodes tensor maps and launches, and the driver judges each call by CUDA's rules. A
+case fails that raises, launches something faulty, launches nothing where its plan has kernels, or launches a
+kernel as a dependent of another where its plan does not say so, or not where it does. So does the gate if a
+kernel of the library was not launched at all.
+
+Cases are chosen pairwise: any two values of two options meet in one case at least. --core takes those few
+that launch each kernel of Hopper, without most masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lorafa_kernels.group.api import lorafa_linear_group
+from lorafa_kernels.group.operands import LinearOperands
+from lorafa_kernels.linear.api import lorafa_linear
+from lorafa_kernels.mlp.activation import ACTIVATIONS
+from lorafa_kernels.mlp.api import lorafa_gated_mlp
+from lorafa_kernels.plan.config import SPLIT_ROWS, KernelPlan
+from lorafa_kernels.plan.pin import pin_plan
+from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
+
+from ..run.environment import ROOT, environment
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PLANS = {
+    "fused, one pass, PDL": Recipe("fused", KernelPlan(one_pass=True, pdl=True)),
+    "fused, two passes, PDL": Recipe("fused", KernelPlan(one_pass=False, pdl=True)),
+    "fused, one pass": Recipe("fused", KernelPlan(one_pass=True, pdl=False)),
+    "fused, two passes": Recipe("fused", KernelPlan(one_pass=False, pdl=False)),
+    "library, one pass": Recipe("library", KernelPlan(one_pass=True)),
+    "library": Recipe("library", KernelPlan(one_pass=False)),
+}
+# K and N of a layer, and how its operands lie: rows at multiples of 16 bytes that fill whole blocks, that do
+# not, rows at no multiple of 16 bytes, memory that begins at none, and nothing.
+SIZES = {
+    "even": (512, 768),
+    "ragged": (520, 776),
+    "odd": (509, 771),
+    "offset": (512, 768),
+    "no K": (0, 768),
+    "no N": (512, 0),
+}
+MANY_ROWS = 1100
+# A kernel that writes z or dz alone, behind which expand may start early.
+LOW_RANK = ("shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward and backward of a public function."""
+
+    what: str = "layer"
+    dtype: str = "bf16"
+    factor_dtype: str = "fp32"
+    R: int = 16
+    M: int = MANY_ROWS
+    sizes: str = "even"
+    bias: bool = True
+    dropout: bool = False
+    needs: str = "dx, dB"
+    plan: str = "fused, one pass, PDL"
+    members: int = 1
+    adapted: str = "all"  # which members have an adapter: "all", or "but the last"
+    share_A: bool = False
+    unused: bool = False  # the output of the first member is not used
+    activation: str = "silu"
+
+    @property
+    def name(self) -> str:
+        changed = {key: value for key, value in asdict(self).items() if value != getattr(Case, key)}
+        return self.what + "".join(f" {key}={value}" for key, value in changed.items() if key != "what")
+
+
+LAYERS = {
+    "dtype": ("bf16", "fp16", "fp32"),
+    "factor_dtype": ("fp32", "own"),
+    "R": (1, 3, 4, 8, 16, 24, 64, 100, 128, 256),
+    "M": (MANY_ROWS, SPLIT_ROWS, 16, 1),
+    "sizes": tuple(SIZES),
+    "bias": (True, False),
+    "dropout": (False, True),
+    "needs": ("dx, dB", "dx", "dB"),
+    "plan": tuple(PLANS),
+}
+GROUPS = {
+    **LAYERS,
+    "what": ("group",),
+    "R": (1, 4, 8, 16, 64, 256),
+    "sizes": ("even", "ragged", "odd", "offset"),
+    "members": (1, 2, 3, 4, 5),
+    "adapted": ("all", "but the last"),
+    "share_A": (False, True),
+    "unused": (False, True),
+}
+MLPS = {
+    "what": ("mlp",),
+    "dtype": ("bf16", "fp16", "fp32"),
+    "R": (4, 16),
+    "M": (MANY_ROWS, 16),
+    "sizes": ("even", "odd"),
+    "dropout": (False, True),
+    "needs": ("dx, dB", "dx", "dB"),
+    "adapted": ("all", "but the last"),
+    "activation": tuple(ACTIVATIONS),
+}
+# Beside Hopper, which has kernels of its own.
+FEWER = {
+    "R": (1, 8, 64, 256),
+    "M": (MANY_ROWS, 16),
+    "sizes": ("even", "odd"),
+    "members": (2, 5),
+}
+CORE = (
+    Case("llama"),
+    Case(sizes="odd", R=4),
+    Case(M=16, plan="fused, two passes"),
+    Case(M=SPLIT_ROWS, sizes="offset", dropout=True, plan="fused, two passes, PDL", factor_dtype="own"),
+    Case(sizes="no K"),
+    Case(sizes="no N"),
+    Case("group", M=16, members=5, plan="library, one pass"),
+    Case("group", members=5, needs="dx"),
+    Case("group", M=SPLIT_ROWS, members=2, share_A=True, needs="dx", dtype="fp32"),
+)
+
+
+def pairwise(options: dict[str, tuple], seed: int = 0) -> Iterator[Case]:
+    """Yield few cases in which any two values of two options meet, the same ones in every run."""
+    drawn = random.Random(seed)
+    names = list(options)
+    missing = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]
+    }
+    while missing:
+        # Of some cases with one missing pair in them, the one with the most.
+        best: tuple[int, dict, set] = (0, {}, set())
+        for (a, x), (b, y) in drawn.sample(sorted(missing, key=repr), min(24, len(missing))):
+            values = {name: drawn.choice(options[name]) for name in names} | {a: x, b: y}
+            pairs = {((c, values[c]), (d, values[d])) for c, d in itertools.combinations(names, 2)}
+            if len(covered := pairs & missing) > best[0]:
+                best = (len(covered), values, covered)
+        missing -= best[2]
+        yield Case(**best[1])
+
+
+def all_cases(arch: str) -> list[Case]:
+    """The cases of the whole gate for an architecture, each once."""
+    grids = LAYERS, GROUPS, MLPS
+    if arch != "sm_90":
+        grids = tuple({key: FEWER.get(key, values) for key, values in grid.items()} for grid in grids)
+    return list(dict.fromkeys((*CORE, *itertools.chain(*map(pairwise, grids)))))
+
+
+def operands(case: Case, N: int, K: int, dtype: torch.dtype, adapted: bool, lora_A=None) -> LinearOperands:
+    """One layer; its values are zeros, which nothing reads."""
+    factor_dtype = dtype if case.factor_dtype == "own" else DTYPES[case.factor_dtype]
+    weight = tensor(case, N, K, dtype=dtype)
+    bias = torch.zeros(N, dtype=dtype) if case.bias else None
+    if not adapted:
+        return LinearOperands(weight, bias)
+    if lora_A is None:
+        lora_A = tensor(case, case.R, K, dtype=dtype)
+    lora_B = torch.zeros((N, case.R), dtype=factor_dtype, requires_grad="dB" in case.needs)
+    return LinearOperands(weight, bias, lora_A, lora_B, 2.0, 0.1 if case.dropout else 0.0)
+
+
+def tensor(case: Case, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix as case.sizes says; one at an offset begins 8 bytes behind a multiple of 16."""
+    if case.sizes != "offset":
+        return torch.zeros((rows, columns), dtype=dtype)
+    skipped = 8 // dtype.itemsize
+    return torch.zeros(rows * columns + skipped, dtype=dtype)[skipped:].view(rows, columns)
+
+
+def step(case: Case) -> None:
+    """Run the forward and backward of a case."""
+    dtype = DTYPES[case.dtype]
+    K, N = SIZES[case.sizes]
+    recipe = PLANS[case.plan]
+    if case.what == "llama":
+        with pin_plan(dict.fromkeys(OPERATIONS, recipe)):
+            return llama_step()
+    x = tensor(case, case.M, K, dtype=dtype).requires_grad_("dx" in case.needs)
+    last = case.members - (case.adapted != "all")
+    with pin_plan(dict.fromkeys(OPERATIONS, recipe)):
+        if case.what == "layer":
+            layer = operands(case, N, K, dtype, True)
+            more = {"scaling": layer.scaling, "dropout_p": layer.dropout_p}
+            ys = [lorafa_linear(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, **more)]
+        elif case.what == "group":
+            members = []
+            for index in range(case.members):
+                shared = members[0].lora_A if case.share_A and members else None
+                # Of several widths, as with grouped queries.
+                members.append(operands(case, N if index == 0 else N // 2, K, dtype, index < last, shared))
+            ys = list(lorafa_linear_group(x, members, share_A=case.share_A))
+        else:
+            gate, up = operands(case, N, K, dtype, True), operands(case, N, K, dtype, True)
+            down = operands(case, K, N, dtype, case.adapted == "all")
+            ys = [lorafa_gated_mlp(x, gate, up, down, activation=case.activation)]
+        if case.unused and len(ys) > 1:
+            del ys[0]
+        ys = [y for y in ys if y.requires_grad]
+        if ys:
+            torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
+
+
+def llama_step() -> None:
+    """A training step of one Llama layer, all of whose linear layers are adapted, in blocks."""
+    import transformers
+
+    from lorafa_kernels import LoRAFAConfig, apply_lorafa
+
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=512,
+        intermediate_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    model = apply_lorafa(model, LoRAFAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    model.train()
+    tokens = torch.zeros((MANY_ROWS // 275, 275), dtype=torch.int64)
+    # Hidden states that need a gradient, as behind another layer.
+    hidden = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model(inputs_embeds=hidden).logits.sum().backward()
+
+
+def judge(case: Case, arch: str) -> dict:
+    """Run a case beside the stub driver of this process and return its row."""
+    stub = importlib.import_module("tests.stub_gpu")
+    begin = time.perf_counter()
+    found, raised = [], []
+    with stub.recording() as launched:
+        try:
+            step(case)
+        except ImportError as error:
+            return {"arch": arch, "case": case.name, "not_run": str(error), "launches": [], "faults": []}
+        except Exception as error:
+            raised = [f"raises {type(error).__name__}: {error}".splitlines()[0]]
+    found += stub.faults(launched)
+    recipe = PLANS[case.plan]
+    # z of a layer without columns is filled with zeros: there is nothing to overlap.
+    overlaps = recipe.kernels.pdl and arch != "sm_80" and 0 not in SIZES[case.sizes]
+    for index, launch in enumerate(launched):
+        before = launched[index - 1].kernel if index else None
+        planned = overlaps and launch.kernel.startswith("expand") and before in LOW_RANK
+        if launch.dependent != planned:
+            a_or_no = "a" if launch.dependent else "no"
+            found.append(f"{launch.kernel} is {a_or_no} dependent launch, and its plan says otherwise")
+    adapters = case.members - (case.adapted != "all") if case.what == "group" else 1
+    if not launched and not raised and recipe.name == "fused" and adapters:
+        found.append("launches nothing")
+    return {
+        "arch": arch,
+        "case": case.name,
+        "launches": [launch.kernel for launch in launched],
+        "grids": [list(launch.grid) for launch in launched],
+        "dependent": [index for index, launch in enumerate(launched) if launch.dependent],
+        "maps": [len(launch.maps) for launch in launched],
+        "arguments": [launch.arguments for launch in launched],
+        "shared_memory": [launch.shared_memory for launch in launched],
+        "faults": raised + found,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+
+
+def kernels() -> set[str]:
+    """The names of the library's kernels, as launches have them."""
+    modules = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
+    found = set()
+    for name in modules:
+        for key in vars(importlib.import_module(f"lorafa_kernels.kernels.{name}")):
+            if key.endswith("_kernel"):
+                found.add(key.strip("_"))
+    return found
+
+
+def not_launched(rows: list[dict], archs: tuple[str, ...]) -> list[str]:
+    """Name the kernels that no case launched, by architecture; TMA is asked for on sm_90 alone."""
+    missing = []
+    for arch in archs:
+        launched = {kernel for row in rows if row["arch"] == arch for kernel in row["launches"]}
+        wanted = {kernel for kernel in kernels() if arch == "sm_90" or "tma" not in kernel}
+        missing += [f"{arch}: {kernel} was not launched" for kernel in sorted(wanted - launched)]
+    return missing
+
+
+def run_cases(cases: list[Case], arch: str, out: Path) -> None:
+    """Write the rows of some cases, one a line, to `out`. In a process beside a stub driver."""
+    torch.set_num_threads(1)
+    with out.open("w") as file:
+        for case in cases:
+            print(json.dumps(judge(case, arch)), file=file, flush=True)
+
+
+def run_worker(arch: str, core: bool, part: int, parts: int, folder: Path) -> list[dict]:
+    """Run every parts-th case for an architecture in a process of its own, and return the rows."""
+    out = folder / f"{arch}-{part}.jsonl"
+    stub = (sys.executable, "-m", "tests.stub_gpu", "--arch", arch, "-m", "bench.launch_gate")
+    command = [*stub, "--out", str(out), "--part", str(part), str(parts), *(["--core"] if core else [])]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    unset = ("TRITON_INTERPRET", "LORAFA_KERNELS_PLAN")
+    kept = {key: value for key, value in os.environ.items() if key not in unset} | {"PYTHONPATH": path}
+    # Nor a plan that was measured on this machine.
+    kept["LORAFA_KERNELS_CACHE"] = str(folder / "no-cache")
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    if len(rows) < len(part_of(arch, core, part, parts)):
+        raise RuntimeError(f"the process for {arch} ended early:\n{done.stdout}{done.stderr}")
+    return rows
+
+
+def part_of(arch: str, core: bool, part: int, parts: int) -> list[Case]:
+    return (list(CORE) if core else all_cases(arch))[part::parts]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.launch_gate", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--core", action="store_true", help="only a few cases, which launch most kernels")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.part:
+        arch = os.environ["LORAFA_STUB_GPU"]
+        run_cases(part_of(arch, options.core, *options.part), arch, options.out)
+        return 0
+    if lacks := importlib.import_module("tests.stub_gpu").missing():
+        parser.error(lacks)
+    begin = time.perf_counter()
+    now = environment()
+    archs, workers = tuple(options.arch), options.workers
+    parts = 1 if options.core else workers
+    with tempfile.TemporaryDirectory(prefix="launch-gate-") as folder, ThreadPoolExecutor(workers) as pool:
+        jobs = [
+            pool.submit(run_worker, arch, options.core, part, parts, Path(folder))
+            for arch in archs
+            for part in range(parts)
+        ]
+        rows = [row for job in jobs for row in job.result()]
+    failed = [row for row in rows if row["faults"]]
+    missing = not_launched(rows, archs) if not options.core or archs == ("sm_90",) else []
+    result = {
+        "what": "kernels launched into a stub driver for GPUs that were not present: nothing was computed",
+        "command": "python -m bench.launch_gate",
+        "core": options.core,
+        **{key: now[key] for key in ("date", "commit", "dirty")},
+        "versions": {name: now["versions"][name] for name in ("triton", "torch", "transformers")},
+        "archs": list(archs),
+        "seconds": round(time.perf_counter() - begin),
+        "launched": sum(len(row["launches"]) for row in rows),
+        "not_run": sum("not_run" in row for row in rows),
+        "failed": len(failed) + len(missing),
+        "not_launched": missing,
+        "rows": rows,
+    }
+    # One row a line.
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    importlib.import_module("bench.run.shell").write_whole(
+        options.out, f'{head[:-2]},\n "rows": [\n{lines}\n]}}\n'
+    )
+    for row in failed:
+        print(f"{row['arch']} {row['case']}: {'; '.join(row['faults'])}")
+    for line in missing:
+        print(line)
+    done = f"{len(rows)} cases, {result['launched']} launches in {result['seconds']} s"
+    print(f"{done}, {result['failed']} failed: {options.out}")
+    return 1 if result["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
