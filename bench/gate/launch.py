@@ -126,12 +126,7 @@ MLPS = {
     "activation": tuple(ACTIVATIONS),
 }
 # Beside Hopper, which has kernels of its own.
-FEWER = {
-    "R": (1, 8, 64, 256),
-    "M": (MANY_ROWS, 16),
-    "sizes": ("even", "odd"),
-    "members": (2, 5),
-}
+FEWER = {"R": (1, 8, 64, 256), "M": (MANY_ROWS, 16), "sizes": ("even", "odd"), "members": (2, 5)}
 CORE = (
     Case("llama"),
     Case(sizes="odd", R=4),

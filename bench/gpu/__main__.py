@@ -52,11 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for all of them (default: %(default)g)",
     )
     parser.add_argument(
-        "--past",
-        type=Path,
-        nargs="*",
-        metavar="FOLDER",
-        help=f"of earlier calls (default: {PAST.name})",
+        "--past", type=Path, nargs="*", metavar="FOLDER", help=f"of earlier calls (default: {PAST.name})"
     )
     parser.add_argument("--again", action="store_true", help="do again what earlier calls completed")
 

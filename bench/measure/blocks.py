@@ -242,10 +242,9 @@ def estimate(case: BlockTime, keys: Iterable[str], device: str, rounds: int) -> 
     """Return roughly how many seconds time_block takes, for budgets and progress bars."""
     keys = list(keys)
     flops = case.flops()
-    rate, exact_rate, fixed, compiling = {
-        "cuda": (3e14, 1e13, 0.5, 20.0),
-        "cpu": (4e10, 1e10, 0.1, 20.0),
-    }[device]
+    rate, exact_rate, fixed, compiling = {"cuda": (3e14, 1e13, 0.5, 20.0), "cpu": (4e10, 1e10, 0.1, 20.0)}[
+        device
+    ]
     sample = flops / rate + {"cuda": 2e-3, "cpu": 1e-2}[device]
     if device == "cpu":
         sample = max(sample, SAMPLE_SECONDS)

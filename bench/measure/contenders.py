@@ -218,19 +218,11 @@ _ALL = (
     Contender("eager-lora", "eager LoRA", partial(build_eager, train_A=True)),
     Contender("addmm", "product, then addmm_ (as Unsloth)", build_addmm, obstacle=_without_dropout),
     Contender(
-        "compiled-lorafa",
-        "torch.compile of eager LoRA-FA",
-        build_compiled,
-        _without_compiler,
-        compiled=True,
+        "compiled-lorafa", "torch.compile of eager LoRA-FA", build_compiled, _without_compiler, compiled=True
     ),
     Contender("peft-lorafa", "PEFT, A frozen", build_peft, _without_peft, mask_dtype=_adapter_dtype),
     Contender(
-        "peft-lora",
-        "PEFT LoRA",
-        partial(build_peft, train_A=True),
-        _without_peft,
-        mask_dtype=_adapter_dtype,
+        "peft-lora", "PEFT LoRA", partial(build_peft, train_A=True), _without_peft, mask_dtype=_adapter_dtype
     ),
 )
 CONTENDERS = {contender.key: contender for contender in _ALL}

@@ -39,12 +39,7 @@ from .timing import (
 PARTS = ("forward", "backward", "both")
 MODES = ("eager", "wall", "graph", "host")
 # What a graph captures is a whole step; the Python side of a backward alone is autograd's.
-PARTS_OF = {
-    "eager": PARTS,
-    "wall": PARTS,
-    "graph": ("forward", "both"),
-    "host": ("forward", "both"),
-}
+PARTS_OF = {"eager": PARTS, "wall": PARTS, "graph": ("forward", "both"), "host": ("forward", "both")}
 GRADIENTS = ("dx", "dB", "dA")
 
 

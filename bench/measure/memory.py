@@ -146,11 +146,7 @@ FAMILIES = {
 
 @one_thread()
 def layer_memory(
-    case: Case,
-    keys: Iterable[str],
-    device: str,
-    *,
-    known: dict[str, layer_level.Contender] | None = None,
+    case: Case, keys: Iterable[str], device: str, *, known: dict[str, layer_level.Contender] | None = None
 ) -> dict:
     """Measure the memory of one adapted layer and return the record's payload.
 
@@ -474,8 +470,5 @@ def estimate(case: Case | BlockCase, keys: Iterable[str], device: str) -> float:
         compiled *= case.compiled
         fixed = 0.2
     # Four forwards and backwards a row beside the check, and the fp64 reference.
-    rate, exact_rate, compiling = {
-        "cuda": (3e14, 1e13, 15.0),
-        "cpu": (1e11, 2e10, 20.0),
-    }[device]
+    rate, exact_rate, compiling = {"cuda": (3e14, 1e13, 15.0), "cpu": (1e11, 2e10, 20.0)}[device]
     return rows * (10 * product / rate + fixed) + 8 * product / exact_rate + compiled * compiling

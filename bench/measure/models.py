@@ -393,16 +393,10 @@ _ALL = (
     Contender("frozen", "frozen model", adapt_frozen, adapted=False),
     Contender("lorafa", "lorafa_kernels", adapt_lorafa),
     Contender(
-        "lorafa-no-norm",
-        "lorafa_kernels, norm=False",
-        partial(adapt_lorafa, norm=False),
-        scopes=("family",),
+        "lorafa-no-norm", "lorafa_kernels, norm=False", partial(adapt_lorafa, norm=False), scopes=("family",)
     ),
     Contender(
-        "lorafa-no-fuse",
-        "lorafa_kernels, fuse=False",
-        partial(adapt_lorafa, fuse=False),
-        scopes=("family",),
+        "lorafa-no-fuse", "lorafa_kernels, fuse=False", partial(adapt_lorafa, fuse=False), scopes=("family",)
     ),
     Contender(
         "lorafa-layers",
@@ -427,11 +421,7 @@ _ALL = (
         optimizer=peft_lorafa_optimizer,
     ),
     Contender(
-        "compiled-lorafa",
-        "torch.compile of eager LoRA-FA",
-        adapt_eager,
-        compiled=True,
-        scopes=_ONE_BLOCK,
+        "compiled-lorafa", "torch.compile of eager LoRA-FA", adapt_eager, compiled=True, scopes=_ONE_BLOCK
     ),
     Contender(
         "compiled-lora",

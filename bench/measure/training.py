@@ -100,14 +100,7 @@ TRAINING_TINY = TrainingCase("training-tiny", "tiny Llama", 4, 64, 24, lr=1e-2)
 TRAINING_1B = TrainingCase("training-1b", "Llama-3.2-1B", 2, 2048, 8, needs_gpu=True)
 TRAINING_8B = TrainingCase("training-8b", "Llama-3-8B", 1, 2048, 8, needs_gpu=True)
 TRAINING_8B_LARGEST = TrainingCase(
-    "training-8b-largest",
-    "Llama-3-8B",
-    1,
-    1024,
-    6,
-    needs_gpu=True,
-    largest=True,
-    checkpointing=(False,),
+    "training-8b-largest", "Llama-3-8B", 1, 1024, 6, needs_gpu=True, largest=True, checkpointing=(False,)
 )
 TRAININGS = {case.key: case for case in (TRAINING_TINY, TRAINING_1B, TRAINING_8B, TRAINING_8B_LARGEST)}
 # With whom the largest batch is searched: it takes a while.
