@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .cases import DTYPES
-from .contenders import LORAFA
-from .judge import broken
-from .layers import failure, prepare, row_of, timer_for
-from .timing import SAMPLE_SECONDS, Step, interleave
+from .contenders import LORAFA, Contender
+from .layers import parted, recorded, settle, timed_parts, verdict_of
+from .timing import SAMPLE_SECONDS, Step
 
 PARTS = ("forward", "both")
 PIECES = {"qkv": "q, k and v projections", "mlp": "MLP", "layer": "whole layer"}
@@ -119,7 +117,7 @@ def adapt_modules(module: nn.Module, linears: tuple[str, ...], rank: int) -> nn.
     return LoRAFASwiGLU.from_linears(module.gate_proj, module.up_proj, module.down_proj, **options)
 
 
-def obstacle_of(contender: models.Contender, case: BlockTime, device: str) -> str | None:
+def obstacle_of(contender: Contender, case: BlockTime, device: str) -> str | None:
     """Say what keeps a contender from running, or None if nothing does."""
     if contender.key == "liger" and case.piece == "qkv":
         return "there is no SwiGLU in this piece"
@@ -134,14 +132,7 @@ def joined(module: nn.Module, x: Tensor) -> Tensor:
 
 def reference_of(case: BlockTime, device: str) -> models.Reference:
     """Draw x and dy of a case and compute what its contenders are compared with."""
-    plain = models.adapt_eager(build(case, device), case.linears, case.rank)
-    generator = torch.Generator().manual_seed(models.SEED)
-    shape = (case.batch, case.sequence, models.size_of(case.model).hidden)
-    x = torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype])
-    with torch.no_grad():
-        wide = joined(plain, x).shape
-    dy = torch.randn(wide, generator=generator).to(device, DTYPES[case.dtype])
-    return models.Reference(plain, case.dtype, joined, x, dy)
+    return models.reference(build(case, device), case, device, joined)
 
 
 def steps_of(module: Callable, wanted: tuple[Tensor, ...], dy: Tensor) -> dict[str, Step]:
@@ -181,54 +172,23 @@ def time_block(
     for contender in contenders:
         tick(0.0)
         key = contender.key
-        found = verdicts[key] = {"status": "ok", "reason": None, "errors": {}}
-        if obstacle := obstacle_of(contender, case, device):
-            found.update(status="not run", reason=obstacle)
+        found = verdicts[key] = verdict_of(obstacle_of(contender, case, device))
+        if found["status"] != "ok":
             continue
-        try:
+        with recorded(found, key=key):
             # Here, and not before the loop: without transformers there is nothing to build.
             reference = reference or reference_of(case, device)
-            adapt = adapt_modules if key == LORAFA else contender.adapt
+            adapt = adapt_modules if key == LORAFA else contender.build
             module = _unwrapped(adapt(build(case, device), case.linears, case.rank))
-            models.fill_adapters(module, case.dtype, zero_B=False)
-            called: Callable = module
-            if contender.compiled:
-                torch._dynamo.reset()
-                called = torch.compile(module, dynamic=False)
-            found["errors"] = reference.errors(
-                contender, module, lambda _, x, called=called: joined(called, x)
-            )
-            if reason := broken(found["errors"]):
-                found.update(status="failed", reason=reason)
-                continue
-            x = reference.x.to(device).requires_grad_()
-            wanted = (x, *(parameter for parameter in module.parameters() if parameter.requires_grad))
-            steps[key] = steps_of(called, wanted, reference.dy.to(device))
-        except Exception as error:
-            found.update(failure(error, key))
+            called = models.ready(module, contender, case.dtype)
+            errors = reference.errors(contender, module, lambda _, x, called=called: joined(called, x))
+            if settle(found, errors):
+                x = reference.x.to(device).requires_grad_()
+                wanted = (x, *(parameter for parameter in module.parameters() if parameter.requires_grad))
+                steps[key] = steps_of(called, wanted, reference.dy.to(device))
     del reference
     models.free()
-    rows = []
-    for number, part in enumerate(PARTS):
-        own = {key: dict(found) for key, found in verdicts.items()}
-        ready: dict[str, Step] = {}
-        for key, of_block in steps.items():
-            tick(number / len(PARTS))
-            try:
-                ready[key] = prepare(of_block[part], "eager")
-            except Exception as error:
-                own[key].update(failure(error, key))
-        done = iter(range(1, rounds + 1))
-        samples, raised = interleave(
-            ready,
-            rounds,
-            timer_for(device, "eager")(),
-            lambda number=number, done=done: tick((number + next(done) / rounds) / len(PARTS)),
-            sitting,
-        )
-        for key, error in raised.items():
-            own[key].update(failure(error, key))
-        rows += [row_of(key, part, found, samples) for key, found in own.items()]
+    rows = timed_parts(*parted(PARTS, steps, verdicts), device, "eager", rounds, tick, sitting)
     return {"case": case.as_record(), "mode": "block", "rounds": rounds, "rows": rows}
 
 

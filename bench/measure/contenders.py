@@ -23,7 +23,7 @@ from lorafa_kernels.plan.choice import triton_obstacle
 
 from .cases import DTYPES, Case, unknown
 
-# What mask_dtype says of a mask that is made from a seed.
+# The mask_dtype of a mask that is made from a seed (philox.py).
 SEEDED = "seed"
 
 
@@ -36,21 +36,59 @@ class Layer:
     lora_A: Tensor | None = None
 
 
+def adamw(adapted: nn.Module, rank: int, lr: float) -> torch.optim.Optimizer | None:
+    """Return AdamW on what is trained, or None if nothing is."""
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0) if trained else None
+
+
+# Where a contender of models.py has a row: memory of a block, docs/memory.md, blocks.py, training.
+SCOPES = ("block", "family", "time", "training")
+
+
 @dataclass(frozen=True)
 class Contender:
-    """build(operands, case) -> Layer; obstacle(case, device) -> why it cannot run there, or None.
+    """Who is measured, on a layer or on a model.
 
-    adapted: whether there is an adapter at all. compiled: by torch.compile. mask_dtype(case): of the tensor
-    on which it calls torch's dropout, as a key of DTYPES, or SEEDED for a mask made from a seed (philox.py).
+    build: of a layer, (operands, case) -> Layer; of a model (models.py), (model, linears, rank) -> what
+    optimizer(…, rank, lr) takes, the model adapted in place. needs: packages. needs_gpu: whether its kernels
+    run on nothing else. triton: whether they are this library's. adapted: whether there is an adapter at all.
+    compiled: by torch.compile. without_dropout: why it has none. mask_dtype: of the tensor on which it calls
+    torch's dropout, that of x ("dtype") or of lora_B ("adapter"), or SEEDED. scopes: where a
+    contender of models has a row.
     """
 
     key: str
     title: str
-    build: Callable[[Operands, Case], Layer]
-    obstacle: Callable[[Case, str], str | None] = lambda case, device: None
+    build: Callable
+    needs: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    triton: bool = False
     adapted: bool = True
     compiled: bool = False
-    mask_dtype: Callable[[Case], str] = lambda case: case.dtype
+    without_dropout: str = ""
+    mask_dtype: str = "dtype"
+    scopes: tuple[str, ...] = SCOPES
+    optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer | None] = adamw
+
+    def obstacle(self, device: str, case: Case | None = None) -> str | None:
+        """Say what keeps it from running there, a layer's on this case, or None if nothing does."""
+        for package in self.needs:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed"
+        if self.needs_gpu and device != "cuda":
+            return "its kernels need a GPU"
+        if self.triton and device == "cpu":
+            return "needs a GPU: on a CPU the kernels run in Triton's interpreter, whose times mean nothing"
+        if self.triton:
+            return triton_obstacle(torch.device(device), DTYPES[case.dtype])
+        if case and case.dropout and self.without_dropout:
+            return self.without_dropout
+        if self.compiled and not torch._dynamo.is_dynamo_supported():
+            return "torch.compile does not support this Python"
+        if self.compiled and device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+            return "torch.compile needs a C++ compiler on a CPU"
+        return None
 
 
 def frozen_linear(operands: Operands) -> nn.Linear:
@@ -165,65 +203,38 @@ def build_peft(operands: Operands, case: Case, train_A: bool = False) -> Layer:
     return Layer(layer, lora_B, lora_A if train_A else None)
 
 
-def _without_dropout(case: Case, device: str) -> str | None:
-    return "this arrangement has no dropout" if case.dropout else None
-
-
-def _without_peft(case: Case, device: str) -> str | None:
-    return None if importlib.util.find_spec("peft") else "peft is not installed"
-
-
-def _without_kernels(case: Case, device: str) -> str | None:
-    if device == "cpu":
-        return "needs a GPU: on a CPU the kernels run in Triton's interpreter, whose times mean nothing"
-    return triton_obstacle(torch.device(device), DTYPES[case.dtype])
-
-
-def _without_compiler(case: Case, device: str) -> str | None:
-    if case.dropout:
-        return "its dropout mask cannot be drawn again, so its values cannot be checked"
-    if not torch._dynamo.is_dynamo_supported():
-        return "torch.compile does not support this Python"
-    if device == "cpu" and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        return "torch.compile needs a C++ compiler on a CPU"
-    return None
-
-
-def _adapter_dtype(case: Case) -> str:
-    return case.adapter
-
-
-def _from_a_seed(case: Case) -> str:
-    return SEEDED
-
-
 FROZEN, LORAFA = "frozen", "lorafa"
+NO_DROPOUT = "this arrangement has no dropout"
+NOT_DRAWN_AGAIN = "its dropout mask cannot be drawn again, so its values cannot be checked"
+_PEFT = {"needs": ("peft",), "mask_dtype": "adapter"}
 _ALL = (
     Contender(FROZEN, "frozen nn.Linear", build_frozen, adapted=False),
-    Contender(LORAFA, "lorafa_kernels", build_lorafa, mask_dtype=_from_a_seed),
+    Contender(LORAFA, "lorafa_kernels", build_lorafa, mask_dtype=SEEDED),
     Contender(
         "triton",
         "lorafa_kernels, Triton",
         partial(build_lorafa, impl="triton"),
-        _without_kernels,
-        mask_dtype=_from_a_seed,
+        triton=True,
+        mask_dtype=SEEDED,
     ),
     Contender(
         "library",
         "lorafa_kernels, library products (d′)",
         partial(build_lorafa, impl="torch"),
-        mask_dtype=_from_a_seed,
+        mask_dtype=SEEDED,
     ),
     Contender("eager-lorafa", "eager LoRA-FA", build_eager),
     Contender("eager-lora", "eager LoRA", partial(build_eager, train_A=True)),
-    Contender("addmm", "product, then addmm_ (as Unsloth)", build_addmm, obstacle=_without_dropout),
+    Contender("addmm", "product, then addmm_ (as Unsloth)", build_addmm, without_dropout=NO_DROPOUT),
     Contender(
-        "compiled-lorafa", "torch.compile of eager LoRA-FA", build_compiled, _without_compiler, compiled=True
+        "compiled-lorafa",
+        "torch.compile of eager LoRA-FA",
+        build_compiled,
+        compiled=True,
+        without_dropout=NOT_DRAWN_AGAIN,
     ),
-    Contender("peft-lorafa", "PEFT, A frozen", build_peft, _without_peft, mask_dtype=_adapter_dtype),
-    Contender(
-        "peft-lora", "PEFT LoRA", partial(build_peft, train_A=True), _without_peft, mask_dtype=_adapter_dtype
-    ),
+    Contender("peft-lorafa", "PEFT, A frozen", build_peft, **_PEFT),
+    Contender("peft-lora", "PEFT LoRA", partial(build_peft, train_A=True), **_PEFT),
 )
 CONTENDERS = {contender.key: contender for contender in _ALL}
 TITLES = {contender.key: contender.title for contender in _ALL}

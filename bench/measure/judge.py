@@ -111,7 +111,7 @@ class Judge:
         return verdict(got, *self._right(contender, None))
 
     def _right(self, contender: Contender, mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, float]]:
-        key = (contender.adapted, contender.mask_dtype(self.case) if self.case.dropout else None)
+        key = (contender.adapted, contender.mask_dtype if self.case.dropout else None)
         if key not in self._known:
             inputs = self.operands
             if not contender.adapted:
@@ -127,9 +127,9 @@ class Judge:
         if not p or not contender.adapted:
             return None
         torch.manual_seed(SEED)
-        if contender.mask_dtype(self.case) == SEEDED:
+        if contender.mask_dtype == SEEDED:
             x = self.operands.x
             return keep_mask(draw_seed(x.device), p, *x.shape).double() / (1 - p)
-        like = torch.ones_like(self.operands.x, dtype=DTYPES[contender.mask_dtype(self.case)])
+        like = torch.ones_like(self.operands.x, dtype=DTYPES[getattr(self.case, contender.mask_dtype)])
         # 1/(1 − p) itself, and not rounded to the dtype in which the mask was drawn.
         return (F.dropout(like, p) != 0).double() / (1 - p)

@@ -26,9 +26,9 @@ from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 
 from .cases import Case
 from .contenders import CONTENDERS
-from .judge import broken, draw, poisoned_memory, verdict
-from .layers import failure, prepare, timer_for
-from .timing import Step, digits, interleave, summary
+from .judge import draw, poisoned_memory, verdict
+from .layers import recorded, settle, timed_parts, verdict_of
+from .timing import Step
 
 LIBRARY, TRITON = "cublas", "triton"
 PORTABLE, SERIAL, TWO_PASSES = "triton-portable", "triton-serial", "triton-two-passes"
@@ -206,46 +206,22 @@ def time_kernels(
     interpreted: run them on the CPU in Triton's interpreter, to see that they run; the times mean nothing.
     """
     ceilings = ceilings or {}
-    rows = []
-    obstacle = None if interpreted else CONTENDERS["triton"].obstacle(case, device)
+    obstacle = None if interpreted else CONTENDERS["triton"].obstacle(device, case)
     if case.dropout:
         obstacle = "kernels by themselves are timed without dropout"
     makers = {} if obstacle else subjects(draw(case, device))
-    for number, (part, keys) in enumerate(PARTS.items()):
-        found: dict[str, dict] = {}
-        steps: dict[str, Step] = {}
-        for key in keys:
-            tick(number / len(PARTS))
-            row = found[key] = {"status": "ok", "reason": None, "errors": {}}
-            if obstacle:
-                row.update(status="not run", reason=obstacle)
-                continue
-            try:
-                subject = makers[part][key]()
-                row["errors"] = subject.errors()
-                if reason := broken(row["errors"]):
-                    row.update(status="failed", reason=reason)
-                else:
-                    steps[key] = prepare(subject.compute, "eager")
+    verdicts = {part: {key: verdict_of(obstacle) for key in keys} for part, keys in PARTS.items()}
+    steps: dict[str, dict[str, Step]] = {part: {} for part in PARTS}
+    for part, of_part in makers.items():
+        for key in PARTS[part]:
+            tick(0.0)
+            with recorded(verdicts[part][key], key=key):
+                subject = of_part[key]()
+                if settle(verdicts[part][key], subject.errors()):
+                    steps[part][key] = subject.compute
                 # Its fp64 results are as large as everything else together.
                 del subject
-            except Exception as error:
-                row.update(failure(error, key))
-        timer = timer_for(device, "eager")()
-        fraction = number / len(PARTS)
-        samples, raised = interleave(steps, rounds, timer, lambda fraction=fraction: tick(fraction))
-        for key, error in raised.items():
-            found[key].update(failure(error, key))
-        for key, row in found.items():
-            ratios = {}
-            if key != LIBRARY and key in samples and LIBRARY in samples:
-                pairs = zip(samples[key], samples[LIBRARY], strict=True)
-                ratios[LIBRARY] = summary([a / b for a, b in pairs])
-            times = summary(samples[key], 1e3) if key in samples else None
-            raw = [digits(seconds * 1e3) for seconds in samples[key]] if key in samples else None
-            rows.append(
-                {"contender": key, "part": part, **row, "ms": times, "ratios": ratios, "samples_ms": raw}
-            )
+    rows = timed_parts(steps, verdicts, device, "eager", rounds, tick, baseline=LIBRARY, ours=())
     return {
         "case": case.as_record(),
         "mode": "kernel",

@@ -8,8 +8,9 @@ CUDA graph; "host", the time that the Python side takes, at a shape where nothin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch._functorch.config as functorch_config
@@ -126,38 +127,58 @@ def rows_of(
     sitting: int = 0,
 ) -> list[dict]:
     """Check everybody, then time who passed, part by part; return a row for each contender and part."""
-    parts = PARTS_OF[mode]
     judge = Judge(case, draw(case, device))
     steps, verdicts = check(judge, contenders, device, mode, tick)
-    if mode != "graph":
-        # Its fp64 tensors are as large as everything else together.
-        del judge
+    judged = partial(judged_replay, judge, contenders) if mode == "graph" else None
+    # Its fp64 tensors are as large as everything else together.
+    del judge
+    by_part = parted(PARTS_OF[mode], steps, verdicts)
+    return timed_parts(*by_part, device, mode, rounds, tick, sitting, judged=judged)
+
+
+def parted(parts: Iterable[str], steps: dict[str, dict[str, Step]], verdicts: dict[str, dict]) -> tuple:
+    """Return steps and verdicts by part and contender, of those by contender."""
+    found = {part: {key: dict(verdict) for key, verdict in verdicts.items()} for part in parts}
+    return {part: {key: of[part] for key, of in steps.items()} for part in found}, found
+
+
+def timed_parts(
+    steps: dict[str, dict[str, Step]],
+    verdicts: dict[str, dict[str, dict]],
+    device: str,
+    mode: str,
+    rounds: int,
+    tick: Callable[[float], object],
+    sitting: int = 0,
+    *,
+    judged: Callable[[str, str, Step, dict], bool] | None = None,
+    **against,
+) -> list[dict]:
+    """Time those who have a step, part by part, in turns; return a row for each verdict.
+
+    steps, verdicts: by part and contender. judged: whether a step is right that was prepared. against: of
+    row_of.
+    """
     rows = []
-    for number, part in enumerate(parts):
-        own = {key: dict(found) for key, found in verdicts.items()}
+    for number, (part, found) in enumerate(verdicts.items()):
         ready: dict[str, Step] = {}
-        for key, of_layer in steps.items():
-            tick(number / len(parts))
-            try:
-                ready[key] = prepare(of_layer[part], mode)
-                if mode == "graph":
-                    own[key].update(judged_replay(judge, contenders[key], ready[key], part))
-                    if own[key]["status"] != "ok":
-                        del ready[key]
-            except Exception as error:
-                ready.pop(key, None)
-                own[key].update(failure(error, key))
+        for key, step in steps[part].items():
+            tick(number / len(verdicts))
+            with recorded(found[key], key=key):
+                prepared = prepare(step, mode)
+                if judged is None or judged(part, key, prepared, found[key]):
+                    ready[key] = prepared
         done = iter(range(1, rounds + 1))
         samples, raised = interleave(
             ready,
             rounds,
             timer_for(device, mode)(),
-            lambda number=number, done=done: tick((number + next(done) / rounds) / len(parts)),
+            lambda number=number, done=done: tick((number + next(done) / rounds) / len(verdicts)),
             sitting,
         )
         for key, error in raised.items():
-            own[key].update(failure(error, key))
-        rows += [row_of(key, part, own[key], samples) for key in contenders]
+            found[key].update(failure(error, key))
+        rows += [row_of(key, part, row, samples, **against) for key, row in found.items()]
     return rows
 
 
@@ -170,37 +191,55 @@ def check(
     verdicts: dict[str, dict] = {}
     for key, contender in contenders.items():
         tick(0.0)
-        found = verdicts[key] = {"status": "ok", "reason": None, "errors": {}}
+        obstacle = None
         if mode == "graph" and device != "cuda":
-            found.update(status="not run", reason="CUDA graphs need a GPU")
+            obstacle = "CUDA graphs need a GPU"
         elif mode == "graph" and case.dropout:
-            found.update(status="not run", reason="every replay draws another mask, which cannot be checked")
-        elif obstacle := contender.obstacle(case, device):
-            found.update(status="not run", reason=obstacle)
+            obstacle = "every replay draws another mask, which cannot be checked"
+        found = verdicts[key] = verdict_of(obstacle or contender.obstacle(device, case))
         if found["status"] != "ok":
             continue
-        try:
+        with recorded(found, key=key):
             layer = contender.build(operands, case)
-            found["errors"] = judge.errors(contender, layer)
-            if reason := broken(found["errors"]):
-                found.update(status="failed", reason=reason)
-            else:
+            if settle(found, judge.errors(contender, layer)):
                 # A leaf of its own, that no other contender's graph hangs on.
                 x = operands.x.detach().requires_grad_()
                 steps[key] = steps_of(layer, replace(operands, x=x), PARTS_OF[mode])
-        except Exception as error:
-            found.update(failure(error, key))
     return steps, verdicts
 
 
-def judged_replay(judge: Judge, contender: Contender, replay: Step, part: str) -> dict:
-    """Return status, reason and errors of what a captured step leaves when it is replayed."""
+def judged_replay(
+    judge: Judge, contenders: dict[str, Contender], part: str, key: str, replay: Step, row: dict
+) -> bool:
+    """Whether what a captured step leaves when it is replayed is right."""
     results = replay()
     torch.cuda.synchronize()
     named = {"y": results.detach()} if part == "forward" else dict(zip(GRADIENTS, results, strict=False))
-    errors = judge.errors_of(contender, named)
-    reason = broken(errors)
-    return {"status": "failed" if reason else "ok", "reason": reason, "errors": errors}
+    return settle(row, judge.errors_of(contenders[key], named))
+
+
+def verdict_of(obstacle: str | None) -> dict:
+    """Return status, reason and errors of a contender before it is checked, or with what keeps it from it."""
+    return {"status": "not run" if obstacle else "ok", "reason": obstacle, "errors": {}}
+
+
+def settle(row: dict, errors: dict[str, dict]) -> bool:
+    """Write errors and what follows from them into the row; return whether they are within the budget."""
+    row["errors"] = errors
+    if reason := broken(errors):
+        row.update(status="failed", reason=reason)
+    return reason is None
+
+
+@contextlib.contextmanager
+def recorded(*rows: dict, key: str = "") -> Iterator[None]:
+    """What is raised inside is written into the rows, as failure says."""
+    try:
+        yield
+    except Exception as error:
+        found = failure(error, key)
+        for row in rows:
+            row.update(found)
 
 
 def failure(error: Exception, key: str = "") -> dict[str, str]:
@@ -233,12 +272,20 @@ def timer_for(device: str, mode: str) -> Callable[[], Callable[[Step], float]]:
     return EventTimer if device == "cuda" else CPUTimer
 
 
-def row_of(key: str, part: str, found: dict, samples: dict[str, list[float]]) -> dict:
-    """Return one contender's row for one part, with its ratios."""
+def row_of(
+    key: str,
+    part: str,
+    found: dict,
+    samples: dict[str, list[float]],
+    *,
+    baseline: str = FROZEN,
+    ours: Iterable[str] = OURS,
+) -> dict:
+    """Return one contender's row for one part, with its ratio to the baseline, of `ours` to everybody."""
     row = {"contender": key, "part": part, **found, "ms": None, "ratios": {}, "samples_ms": None}
     own = samples.get(key)
     if own and found["status"] == "ok":
         row["ms"] = summary(own, 1e3)
-        row["ratios"] = ratios(key, samples, [other for other in samples if other == FROZEN or key in OURS])
+        row["ratios"] = ratios(key, samples, [other for other in samples if other == baseline or key in ours])
         row["samples_ms"] = [digits(seconds * 1e3) for seconds in own]
     return row

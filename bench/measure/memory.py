@@ -28,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from . import contenders as layer_level
 from . import models
 from .cases import DTYPES, Case
-from .judge import Judge, broken, draw
-from .layers import failure
+from .contenders import Contender
+from .judge import Judge, draw
+from .layers import recorded, settle, verdict_of
 from .timing import one_thread
 
 Forward = Callable[[], Tensor]
@@ -146,7 +147,7 @@ FAMILIES = {
 
 @one_thread()
 def layer_memory(
-    case: Case, keys: Iterable[str], device: str, *, known: dict[str, layer_level.Contender] | None = None
+    case: Case, keys: Iterable[str], device: str, *, known: dict[str, Contender] | None = None
 ) -> dict:
     """Measure the memory of one adapted layer and return the record's payload.
 
@@ -155,19 +156,12 @@ def layer_memory(
     """
     found = known or layer_level.layer_contenders(keys)
     operands = draw(case, device)
-    rows = {}
+    rows = {key: _row(key, contender.obstacle(device, case)) for key, contender in found.items()}
     judge = Judge(case, operands)
     for key, contender in found.items():
-        row = rows[key] = _row(key)
-        if obstacle := contender.obstacle(case, device):
-            row.update(status="not run", reason=obstacle)
-            continue
-        try:
-            errors = judge.errors(contender, contender.build(operands, case))
-            if reason := broken(errors):
-                row.update(status="failed", reason=reason)
-        except Exception as error:
-            row.update(failure(error, row["contender"]))
+        if rows[key]["status"] == "ok":
+            with recorded(rows[key], key=key):
+                settle(rows[key], judge.errors(contender, contender.build(operands, case)))
     # Its fp64 tensors would be in every peak.
     del judge
     models.free()
@@ -177,7 +171,7 @@ def layer_memory(
         row = rows[key]
         if row["status"] != "ok":
             continue
-        try:
+        with recorded(row, key=key):
             layer = contender.build(operands, case)
             module = layer.module if isinstance(layer.module, nn.Module) else None
             row.update(
@@ -189,8 +183,6 @@ def layer_memory(
                     own=[*own, layer.lora_A, layer.lora_B, *_tensors_of(module)],
                 )
             )
-        except Exception as error:
-            row.update(failure(error, row["contender"]))
         layer = module = None
         models.free()
     return {"scope": "layer", "case": case.as_record(), "rows": list(rows.values())}
@@ -208,27 +200,23 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
     rows = []
     reference = None
     for contender in chosen:
+        obstacle = contender.obstacle(device) or _not_compiled(case, contender)
         own_rows = [
-            {**_row(contender.key), "checkpointing": checkpointing, "errors": {}, "units": None}
+            {**_row(contender.key, obstacle), "checkpointing": checkpointing, "units": None}
             for checkpointing in case.checkpointing
         ]
         rows += own_rows
-        if obstacle := contender.obstacle(device) or _not_compiled(case, contender):
-            for row in own_rows:
-                row.update(status="not run", reason=obstacle)
+        if obstacle:
             continue
-        try:
+        with recorded(*own_rows, key=contender.key):
             # Here, and not before the loop: without transformers there is nothing to build.
             reference = reference or block_reference(case, device)
             _measure_block(own_rows, case, contender, reference)
-        except Exception as error:
-            for row in own_rows:
-                row.update(failure(error, row["contender"]))
         models.free()
     return {"scope": case.scope, "case": case.as_record(), "unit_bytes": case.unit_bytes(), "rows": rows}
 
 
-def _not_compiled(case: BlockCase, contender: models.Contender) -> str | None:
+def _not_compiled(case: BlockCase, contender: Contender) -> str | None:
     if contender.compiled and not case.compiled:
         return "torch.compile is left out of this case, it takes a minute on a CPU"
     return None
@@ -242,26 +230,16 @@ def _build(case: BlockCase, device: str) -> models.Block:
 
 def block_reference(case: BlockCase, device: str) -> models.Reference:
     """Draw x and dy of a case and compute what its contenders are compared with."""
-    size = models.size_of(case.model)
-    plain = _build(case, device)
-    models.adapt_eager(plain, size.linears, case.rank)
-    generator = torch.Generator().manual_seed(models.SEED)
-    shape = (case.batch, case.sequence, size.hidden)
-    x, dy = (torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype]) for _ in range(2))
-    return models.Reference(plain, case.dtype, lambda block, x: block(x), x, dy)
+    return models.reference(_build(case, device), case, device, lambda block, x: block(x))
 
 
 def _measure_block(
-    rows: list[dict], case: BlockCase, contender: models.Contender, reference: models.Reference
+    rows: list[dict], case: BlockCase, contender: Contender, reference: models.Reference
 ) -> None:
     device = reference.device
     block = _build(case, device)
-    contender.adapt(block, models.size_of(case.model).linears, case.rank)
-    models.fill_adapters(block, case.dtype, zero_B=False)
-    called = block
-    if contender.compiled:
-        torch._dynamo.reset()
-        called = torch.compile(block, dynamic=False)
+    contender.build(block, models.size_of(case.model).linears, case.rank)
+    called = models.ready(block, contender, case.dtype)
     x, dy = reference.x.to(device).requires_grad_(), reference.dy.to(device)
     wanted = (x, *(parameter for parameter in block.parameters() if parameter.requires_grad))
     for row in rows:
@@ -269,10 +247,8 @@ def _measure_block(
         def call(x: Tensor, checkpointing: bool = row["checkpointing"]) -> Tensor:
             return checkpoint(called, x, use_reentrant=False) if checkpointing else called(x)
 
-        try:
-            row["errors"] = reference.errors(contender, block, lambda block, x, call=call: call(x))
-            if reason := broken(row["errors"]):
-                row.update(status="failed", reason=reason)
+        with recorded(row, key=contender.key):
+            if not settle(row, reference.errors(contender, block, lambda block, x, call=call: call(x))):
                 continue
             numbers = measure(
                 lambda call=call: call(x),
@@ -284,12 +260,10 @@ def _measure_block(
             row.update(numbers, units=round(numbers["saved_bytes"] / case.unit_bytes(), 4))
             if case.scope == "family":
                 row["by_node"] = saved_by_node(call(x), [*block.shared, *_tensors_of(block)])
-        except Exception as error:
-            row.update(failure(error, row["contender"]))
 
 
-def _row(key: str) -> dict:
-    return {"contender": key, "status": "ok", "reason": None, **dict.fromkeys(NUMBERS)}
+def _row(key: str, obstacle: str | None) -> dict:
+    return {"contender": key, **verdict_of(obstacle), **dict.fromkeys(NUMBERS)}
 
 
 def _tensors_of(module: nn.Module | None) -> list[Tensor]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import importlib.util
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from lorafa_kernels.checks.budget import relative_error
 
 from .cases import DTYPES, unknown
+from .contenders import SCOPES, Contender
 from .judge import poisoned_memory, verdict
 
 SEED = 0
@@ -334,78 +333,39 @@ def adapt_peft(
     return wrapped
 
 
-def adamw(adapted: nn.Module, rank: int, lr: float) -> torch.optim.Optimizer | None:
-    """Return AdamW on what is trained, or None if nothing is."""
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0) if trained else None
-
-
 def peft_lorafa_optimizer(adapted: nn.Module, rank: int, lr: float) -> torch.optim.Optimizer:
     from peft.optimizers import create_lorafa_optimizer
 
     return create_lorafa_optimizer(adapted, r=rank, lora_alpha=SCALING * rank, lr=lr)
 
 
-SCOPES = ("block", "family", "time", "training")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """adapt(model, linears, rank) adapts the model in place and returns what optimizer(…, rank, lr) takes.
-
-    needs: a package. needs_gpu: whether its kernels run on nothing else. compiled: torch.compile of the
-    block. scopes: where it has a row: "block", "family" (the table of docs/memory.md), "time" (blocks.py),
-    "training". adapted: whether there is an adapter at all.
-    """
-
-    key: str
-    title: str
-    adapt: Callable[[nn.Module, tuple[str, ...], int], nn.Module]
-    needs: str | None = None
-    needs_gpu: bool = False
-    compiled: bool = False
-    adapted: bool = True
-    scopes: tuple[str, ...] = SCOPES
-    optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer | None] = adamw
-
-    def obstacle(self, device: str) -> str | None:
-        """Say what keeps it from running, or None if nothing does."""
-        for package in ("transformers", self.needs):
-            if package and importlib.util.find_spec(package) is None:
-                return f"{package} is not installed"
-        if self.needs_gpu and device != "cuda":
-            return "its kernels need a GPU"
-        if self.compiled:
-            if not torch._dynamo.is_dynamo_supported():
-                return "torch.compile does not support this Python"
-            if device == "cpu" and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-                return "torch.compile needs a C++ compiler on a CPU"
-        return None
+def _of_models(key: str, title: str, build: Callable, *needs: str, **rest) -> Contender:
+    return Contender(key, title, build, ("transformers", *needs), **rest)
 
 
 def _peft(key: str, title: str, train_A: bool, fp32: bool, **rest) -> Contender:
-    return Contender(key, title, partial(adapt_peft, train_A=train_A, fp32=fp32), "peft", **rest)
+    return _of_models(key, title, partial(adapt_peft, train_A=train_A, fp32=fp32), "peft", **rest)
 
 
 _NOT_TIMED = ("block", "family", "training")
 _ONE_BLOCK = ("block", "family", "time")
 _ALL = (
-    Contender("frozen", "frozen model", adapt_frozen, adapted=False),
-    Contender("lorafa", "lorafa_kernels", adapt_lorafa),
-    Contender(
+    _of_models("frozen", "frozen model", adapt_frozen, adapted=False),
+    _of_models("lorafa", "lorafa_kernels", adapt_lorafa),
+    _of_models(
         "lorafa-no-norm", "lorafa_kernels, norm=False", partial(adapt_lorafa, norm=False), scopes=("family",)
     ),
-    Contender(
+    _of_models(
         "lorafa-no-fuse", "lorafa_kernels, fuse=False", partial(adapt_lorafa, fuse=False), scopes=("family",)
     ),
-    Contender(
+    _of_models(
         "lorafa-layers",
         "lorafa_kernels, fuse=False, norm=False",
         partial(adapt_lorafa, fuse=False, norm=False),
         scopes=_ONE_BLOCK,
     ),
-    Contender("eager-lorafa", "eager LoRA-FA", adapt_eager, scopes=_ONE_BLOCK),
-    Contender("eager-lora", "eager LoRA", partial(adapt_eager, train_A=True), scopes=_ONE_BLOCK),
+    _of_models("eager-lorafa", "eager LoRA-FA", adapt_eager, scopes=_ONE_BLOCK),
+    _of_models("eager-lora", "eager LoRA", partial(adapt_eager, train_A=True), scopes=_ONE_BLOCK),
     _peft("peft-lora", "PEFT LoRA, fp32 adapters (default)", True, True),
     _peft("peft-lora-16bit", "PEFT LoRA, adapters in the model's dtype", True, False, scopes=_NOT_TIMED),
     _peft("peft-lorafa", "PEFT, A frozen, fp32 adapters", False, True),
@@ -420,17 +380,17 @@ _ALL = (
         scopes=("training",),
         optimizer=peft_lorafa_optimizer,
     ),
-    Contender(
+    _of_models(
         "compiled-lorafa", "torch.compile of eager LoRA-FA", adapt_eager, compiled=True, scopes=_ONE_BLOCK
     ),
-    Contender(
+    _of_models(
         "compiled-lora",
         "torch.compile of eager LoRA",
         partial(adapt_eager, train_A=True),
         compiled=True,
         scopes=("block", "family"),
     ),
-    Contender(
+    _of_models(
         "liger",
         "eager LoRA-FA with Liger's SwiGLU",
         adapt_liger,
@@ -470,6 +430,15 @@ def adapters(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         if isinstance(lora_A, nn.Parameter):
             found[name] = (lora_A, lora_B)
     return found
+
+
+def ready(module: nn.Module, contender: Contender, dtype: str) -> Callable:
+    """Fill an adapted module's adapters at random; return it as it is called, compiled for those who are."""
+    fill_adapters(module, dtype, zero_B=False)
+    if not contender.compiled:
+        return module
+    torch._dynamo.reset()
+    return torch.compile(module, dynamic=False)
 
 
 @torch.no_grad()
@@ -575,6 +544,23 @@ class Reference:
         worst = max((name for name in found if name.startswith("dB ")), default=None, key=_badness(found))
         shown = {name: found[name] for name in ("y", "dx")}
         return shown if worst is None else {**shown, "dB": found[worst]}
+
+
+def reference(module: nn.Module, case, device: str, call: Call) -> Reference:
+    """Draw x (batch, sequence, hidden) and dy of a block's case and compute what its contenders are compared
+    with; module: the block, or the piece of it, that is not adapted yet.
+    """
+    size = size_of(case.model)
+    plain = adapt_eager(module, size.linears, case.rank)
+    generator = torch.Generator().manual_seed(SEED)
+
+    def drawn(shape) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype])
+
+    x = drawn((case.batch, case.sequence, size.hidden))
+    with torch.no_grad():
+        wide = call(plain, x).shape
+    return Reference(plain, case.dtype, call, x, drawn(wide))
 
 
 def pooled(errors: dict[str, float]) -> dict[str, float]:

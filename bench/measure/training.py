@@ -27,6 +27,7 @@ from lorafa_kernels.checks.budget import unit_roundoff
 
 from . import models
 from .cases import DTYPES
+from .contenders import Contender
 from .judge import broken
 from .layers import failure
 from .memory import saved_bytes
@@ -163,7 +164,7 @@ def train(
     return {"case": case.as_record(), "rows": rows}
 
 
-def _obstacle(case: TrainingCase, contender: models.Contender, device: str) -> str | None:
+def _obstacle(case: TrainingCase, contender: Contender, device: str) -> str | None:
     if case.needs_gpu and device != "cuda":
         return "a model of this size needs a GPU"
     return contender.obstacle(device)
@@ -217,7 +218,7 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _train_contender(
     case: TrainingCase,
-    contender: models.Contender,
+    contender: Contender,
     base: _Base,
     rows: list[dict],
     tick: Callable[[float], object],
@@ -225,7 +226,7 @@ def _train_contender(
     """Fill in the rows, which are without gradient checkpointing before those with it."""
     device = base.tokens.device.type
     model = models.build_causal_lm(case.model, case.dtype, device)
-    adapted = contender.adapt(model, models.size_of(case.model).linears, case.rank)
+    adapted = contender.build(model, models.size_of(case.model).linears, case.rank)
     if not contender.adapted:
         # Else there would be no backward at all.
         model.enable_input_require_grads()

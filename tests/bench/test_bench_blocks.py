@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import json
 import sys
 import types
@@ -118,7 +119,7 @@ def test_what_cannot_run_is_named(monkeypatch):
 
 
 def test_liger_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert models.CONTENDERS["liger"].obstacle("cpu") == "its kernels need a GPU"
     assert models.CONTENDERS["liger"].obstacle("cuda") is None
 

@@ -227,7 +227,7 @@ def test_host_time_counts_calls_of_the_python_side():
 @pytest.mark.numerics
 def test_compiled_contender_is_right(monkeypatch):
     (contender,) = contenders.layer_contenders(("compiled-lorafa",)).values()
-    if reason := contender.obstacle(TINY, DEVICE):
+    if reason := contender.obstacle(DEVICE, TINY):
         pytest.skip(reason)
     # The compiler itself is what takes long; what is compared is the same.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

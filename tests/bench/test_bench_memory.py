@@ -139,14 +139,14 @@ def test_planted_failures_of_a_layer_have_no_number():
 
     planted = {build.__name__: build for build in (scaled, nan, raising)}
     known = {name: contenders.Contender(name, name, build) for name, build in planted.items()}
-    known["absent"] = contenders.Contender("absent", "absent", raising, lambda case, device: "is missing")
+    known["absent"] = contenders.Contender("absent", "absent", raising, ("no_such_package",))
     known["frozen"] = contenders.CONTENDERS["frozen"]
     rows = by_row(memory.layer_memory(LAYER, (), "cpu", known=known))
     for name in planted:
         assert rows[name, False]["status"] == "failed" and has_no_number(rows[name, False])
     assert rows["scaled", False]["reason"] == "outside the error budget: y, dx, dB"
     assert rows["raising", False]["reason"] == "RuntimeError: does not run here"
-    assert (rows["absent", False]["status"], rows["absent", False]["reason"]) == ("not run", "is missing")
+    assert (rows["absent", False]["status"], rows["absent", False]["reason"]) == ("not run", "no_such_package is not installed")
     assert rows["frozen", False]["status"] == "ok"
 
 
