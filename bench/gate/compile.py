@@ -23,7 +23,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
@@ -66,12 +65,14 @@ from lorafa_kernels.plan.config import (
     shrink_total_config,
 )
 
+from ..measure.cases import DTYPES
 from ..run.environment import environment
+from ..run.shell import write_rows, write_whole
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # With the instructions of sm_80.
 NEIGHBOURS = ("sm_86", "sm_89", "sm_120")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = ("bf16", "fp16", "fp32")
 LAYOUTS = {"shrink": ("z", "dz"), "expand": ("y", "dx"), "grad": ("dz, dB", "dB")}
 # Of layers that share an input: what each launches, and the kernel whose configurations it takes.
 GROUP_LAYOUTS = {"shrink_group": "all z", "expand_total": "dx of all", "shrink_total": "dz of all"}
@@ -372,12 +373,7 @@ def read_cached(cache: Path, key: str) -> dict | None:
 
 
 def write_cached(cache: Path, key: str, code: dict) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=cache, suffix=".partial", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump({"sum": checksum(code), "code": code}, file)
-    os.replace(file.name, cache / f"{key}.json")
+    write_whole(cache / f"{key}.json", json.dumps({"sum": checksum(code), "code": code}))
 
 
 def checksum(code: dict) -> str:
@@ -477,52 +473,64 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
 
 
 def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
-    """Every configuration, in the layouts and dtypes that change the code.
-
-    Left out: a 16-bit factor where K is even (a mask needs more registers, not fewer), and fp16 beyond one
-    configuration per kernel (the same instructions as bf16). R = 8 and odd sizes stand for unaligned rows,
-    at the smallest rank block; for TMA R = 4 does. Architectures with the instructions of sm_80 and other
-    limits: one case for each configuration. With dropout: the kernels that make the mask, with fp32 factors.
-    """
+    """Every configuration, in the layouts and dtypes that change the code, without dropout and with it."""
     for arch, op in itertools.product(archs, ops):
-        yield from cases_with_dropout(arch, op)
-    for arch in archs:
-        for op in ops:
-            for dtype, layout in itertools.product(DTYPES, LAYOUTS[op]):
-                configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize)
-                for index, (config, (M, R, aligned, recompute)) in enumerate(configs.items()):
-                    case = Case(arch, op, dtype, "fp32", layout, "even", M, R, recompute=recompute)
-                    case = replace(case, bias=layout == "y")
-                    if not aligned:
-                        if dtype != "fp16":
-                            yield replace(case, sizes="odd")
-                        continue
-                    if arch in NEIGHBOURS:
-                        if dtype != "fp16":
-                            yield case
-                        continue
-                    ragged = replace(case, sizes="ragged")
-                    if dtype == "fp16":
-                        if index == 0:
-                            yield case
-                        continue
-                    yield case
-                    yield ragged
-                    if layout == "y":
-                        yield replace(case, bias=False)
-                    if config.variant == "tma":
-                        yield replace(case, R=4)
-                        yield replace(case, pdl=False)
-                    elif config.BLOCK_R == MIN_BLOCK:
-                        yield replace(case, R=8)
-                        if op != "expand" or dtype == "fp32":
-                            yield replace(case, sizes="odd")
-                    if dtype == "bf16":
-                        yield replace(ragged, factor_dtype="bf16")
-                        if op != "expand" and index == 0:
-                            yield replace(case, pdl=False)
-                    elif index == 0 and arch.startswith("sm_"):
-                        yield replace(case, asked_tf32=True)
+        for dtype, layout in itertools.product(PRECISIONS, LAYOUTS[op]):
+            yield from itertools.chain(*configured(variants_with_dropout, arch, op, dtype, layout, True))
+    for arch, op in itertools.product(archs, ops):
+        for dtype, layout in itertools.product(PRECISIONS, LAYOUTS[op]):
+            yield from itertools.chain(*configured(variants, arch, op, dtype, layout, False))
+
+
+def configured(make, arch: str, op: str, dtype: str, layout: str, dropout: bool) -> Iterator[Iterator[Case]]:
+    """Yield make(case, configuration, whether it is the first) for each that the heuristics can pick."""
+    configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize, dropout=dropout)
+    for index, (config, (M, R, aligned, recompute)) in enumerate(configs.items()):
+        case = Case(arch, op, dtype, "fp32", layout, "even" if aligned else "odd", M, R, layout == "y")
+        yield make(replace(case, recompute=recompute, dropout=dropout), config, index == 0)
+
+
+def variants(case: Case, config: KernelConfig, first: bool) -> Iterator[Case]:
+    """What changes the code of a configuration. Left out: a 16-bit factor where K is even (a mask needs more
+    registers, not fewer), and fp16 beyond one configuration per kernel (the same instructions as bf16). R = 8
+    and odd sizes stand for unaligned rows, at the smallest rank block; for TMA R = 4 does. Architectures with
+    the instructions of sm_80 and other limits: one case for each configuration.
+    """
+    once = case.sizes == "odd" or case.arch in NEIGHBOURS
+    if case.dtype != "fp16" or (first and not once):
+        yield case
+    if once or case.dtype == "fp16":
+        return
+    ragged = replace(case, sizes="ragged")
+    yield ragged
+    if case.layout == "y":
+        yield replace(case, bias=False)
+    if config.variant == "tma":
+        yield from (replace(case, R=4), replace(case, pdl=False))
+    elif config.BLOCK_R == MIN_BLOCK:
+        yield replace(case, R=8)
+        if case.op != "expand" or case.dtype == "fp32":
+            yield replace(case, sizes="odd")
+    if case.dtype == "bf16":
+        yield replace(ragged, factor_dtype="bf16")
+        if case.op != "expand" and first:
+            yield replace(case, pdl=False)
+    elif first and case.arch.startswith("sm_"):
+        yield replace(case, asked_tf32=True)
+
+
+def variants_with_dropout(case: Case, config: KernelConfig, first: bool) -> Iterator[Case]:
+    """Of a kernel that makes the mask, with fp32 factors: aligned, masked and unaligned rows."""
+    makes = makes_mask(case.op, case.layout in ("z", "y"), config)
+    if not makes or (case.dtype == "fp16" and not first):
+        return
+    yield case
+    if case.sizes == "odd":
+        return
+    if case.arch not in NEIGHBOURS and case.dtype != "fp16":
+        yield replace(case, sizes="ragged")
+    if config.variant == "tma":
+        yield replace(case, R=4)
 
 
 def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
@@ -549,25 +557,6 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
             seen.add(key)
             yield case
             if case.config.variant == "tma" and not dropout:
-                yield replace(case, R=4)
-
-
-def cases_with_dropout(arch: str, op: str) -> Iterator[Case]:
-    """Every configuration of a kernel that makes the mask, with aligned, masked and unaligned rows."""
-    for dtype, layout in itertools.product(DTYPES, LAYOUTS[op]):
-        configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize, dropout=True)
-        for index, (config, (M, R, aligned, recompute)) in enumerate(configs.items()):
-            if not makes_mask(op, layout in ("z", "y"), config) or (dtype == "fp16" and index > 0):
-                continue
-            case = Case(arch, op, dtype, "fp32", layout, "even", M, R, recompute=recompute, dropout=True)
-            case = replace(case, bias=layout == "y")
-            if not aligned:
-                yield replace(case, sizes="odd")
-                continue
-            yield case
-            if arch not in NEIGHBOURS and dtype != "fp16":
-                yield replace(case, sizes="ragged")
-            if config.variant == "tma":
                 yield replace(case, R=4)
 
 
@@ -676,17 +665,6 @@ def describe(row: dict) -> str:
     return f"{what} M={row['M']} R={row['R']} {tuple(row['config'].values())}: {'; '.join(row['failures'])}"
 
 
-def write(path: Path, result: dict) -> None:
-    """Write the result as JSON with one row a line; a reader sees the old file or the new one."""
-    head = {key: value for key, value in result.items() if key != "rows"}
-    rows = ",\n".join(json.dumps(row) for row in result["rows"])
-    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -722,19 +700,14 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python -m bench.gate",
         "kernels": options.kernel,
         "quick": options.quick,
-        "date": now["date"],
-        "commit": now["commit"],
-        "dirty": now["dirty"],
-        "versions": {
-            "triton": now["versions"]["triton"],
-            "torch": now["versions"]["torch"],
-            "ptxas": triton.knobs.nvidia.ptxas.version,
-        },
+        **{key: now[key] for key in ("date", "commit", "dirty")},
+        "versions": {name: now["versions"][name] for name in ("triton", "torch")}
+        | {"ptxas": triton.knobs.nvidia.ptxas.version},
         "seconds": round(time.perf_counter() - begin),
         "failed": len(failed),
         "rows": rows,
     }
-    write(options.out, result)
+    write_rows(options.out, result)
     for row in failed:
         print(describe(row))
     print(f"{len(rows)} kernels compiled in {result['seconds']} s, {len(failed)} failed: {options.out}")

@@ -40,10 +40,11 @@ from lorafa_kernels.plan.config import SPLIT_ROWS, KernelPlan
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
+from ..measure.cases import DTYPES
 from ..run.environment import ROOT, environment
+from ..run.shell import write_rows
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PLANS = {
     "fused, one pass, PDL": Recipe("fused", KernelPlan(one_pass=True, pdl=True)),
     "fused, two passes, PDL": Recipe("fused", KernelPlan(one_pass=False, pdl=True)),
@@ -376,12 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         "not_launched": missing,
         "rows": rows,
     }
-    # One row a line.
-    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    importlib.import_module("bench.run.shell").write_whole(
-        options.out, f'{head[:-2]},\n "rows": [\n{lines}\n]}}\n'
-    )
+    write_rows(options.out, result)
     for row in failed:
         print(f"{row['arch']} {row['case']}: {'; '.join(row['faults'])}")
     for line in missing:

@@ -72,6 +72,13 @@ def write_whole(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_rows(path: Path, result: dict) -> None:
+    """Write the result of a gate as JSON, one of its rows a line, whole as write_whole does."""
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
+    rows = ",\n".join(map(json.dumps, result["rows"]))
+    write_whole(path, f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
+
+
 def append_line(path: Path, record: dict) -> None:
     """Append a record to a file of JSON lines, whole, in one call, and synced. Raises ValueError for NaN,
     which JSON lacks.
