@@ -217,17 +217,8 @@ def checks(device: str, small: bool) -> list[Check]:
     return found[:2] + found[8:9] if small else found
 
 
-def kernels(call: Told) -> int:
-    """Run each check once against fp64, and 200 times for the same bits."""
-    import torch
-
-    from lorafa_kernels.checks.budget import relative_error
-
-    from ..measure.judge import broken, poisoned_memory
-    from ..measure.judge import verdict as judged
-
-    stub = stub_name() is not None
-    device = torch.cuda.get_device_name(0)
+def checked_before(call: Told, device: str) -> tuple[set, dict[str, int]]:
+    """Return which checks are done, (key, pdl), and how many of this call and others came out how."""
     found = [r for r in call.before(device) if r.get("kind") == "check" and "pdl" in r]
     # What this call has begun already broke the process, or is done; of earlier calls what was right.
     known = {(r["key"], r["pdl"]) for r in found if r.get("run") == call.run or r.get("status") == "ok"}
@@ -240,6 +231,21 @@ def kernels(call: Told) -> int:
     for key, pdl in sorted(begun - ended):
         counts["failed"] += 1
         call.write("check", key=key, pdl=pdl, status=FAILED, reason="it took its process along")
+    return known, counts
+
+
+def kernels(call: Told) -> int:
+    """Run each check once against fp64, and 200 times for the same bits."""
+    import torch
+
+    from lorafa_kernels.checks.budget import relative_error
+
+    from ..measure.judge import broken, poisoned_memory
+    from ..measure.judge import verdict as judged
+
+    stub = stub_name() is not None
+    device = torch.cuda.get_device_name(0)
+    known, counts = checked_before(call, device)
     first = None
     left = 0
     for check in checks("cuda", small=stub):

@@ -146,7 +146,10 @@ def test_planted_failures_of_a_layer_have_no_number():
         assert rows[name, False]["status"] == "failed" and has_no_number(rows[name, False])
     assert rows["scaled", False]["reason"] == "outside the error budget: y, dx, dB"
     assert rows["raising", False]["reason"] == "RuntimeError: does not run here"
-    assert (rows["absent", False]["status"], rows["absent", False]["reason"]) == ("not run", "no_such_package is not installed")
+    assert (rows["absent", False]["status"], rows["absent", False]["reason"]) == (
+        "not run",
+        "no_such_package is not installed",
+    )
     assert rows["frozen", False]["status"] == "ok"
 
 
