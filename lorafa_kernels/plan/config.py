@@ -296,7 +296,10 @@ def expand_total_config(
     if config.variant == "tma" and config.BLOCK_N == 256:
         return replace(config, BLOCK_M=256, BLOCK_N=128)
     if operand_bytes >= 4:
-        return replace(config, num_warps=8)
+        # On sm_100 ptxas squeezes eight warps with a second stage into 128 registers and spills two words.
+        return replace(
+            config, num_warps=8, num_stages=1 if limits.family == "blackwell" else config.num_stages
+        )
     if config.variant == "portable" and config.BLOCK_M * config.BLOCK_N > 128 * 64:
         config = replace(config, BLOCK_N=64)
     if limits.family == "blackwell":
