@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_bench_memory import adapt_raising, adapt_with_scaling
 
-from bench.measure import models, training
+from bench.measure import contenders, models, training
 from bench.measure.training import NUMBERS, TrainingCase
 from lorafa_kernels.checks.budget import allowed_error, relative_error
 
@@ -38,7 +38,7 @@ def plain_losses(dtype: torch.dtype) -> torch.Tensor:
     model = models.in_fp64(model) if dtype == torch.float64 else model
     tokens = training.batches(CASE, "cpu")
     return torch.tensor(
-        training._steps(CASE, model, models.adamw(model, CASE.rank, CASE.lr), tokens, lambda done: None)[
+        training._steps(CASE, model, contenders.adamw(model, CASE.rank, CASE.lr), tokens, lambda done: None)[
             "losses"
         ]
     )
@@ -96,7 +96,7 @@ def test_planted_failures_have_no_number(adapt, reason, monkeypatch):
 
 def test_losses_that_stop_being_finite_fail(monkeypatch):
     def explode(adapted, rank, lr):
-        return models.adamw(adapted, rank, math.inf)
+        return contenders.adamw(adapted, rank, math.inf)
 
     planted = models.Contender("planted", "planted", models.adapt_eager, optimizer=explode)
     monkeypatch.setitem(models.CONTENDERS, "planted", planted)

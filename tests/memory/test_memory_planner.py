@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from bench.measure import contenders, models, training
 from bench.measure import memory as measured
-from bench.measure import models, training
 from lorafa_kernels.__main__ import main
 from lorafa_kernels.memory.planner import (
     ITEMSIZE,
@@ -43,7 +43,7 @@ def sizes_of(name: str) -> ModelSizes:
 def adapted(model, contender: str, zero_B: bool = True):
     if contender.startswith("peft"):
         pytest.importorskip("peft")
-    models.CONTENDERS[contender].adapt(model, models.LLAMA_LINEARS, RANK)
+    models.CONTENDERS[contender].build(model, models.LLAMA_LINEARS, RANK)
     models.fill_adapters(model, "bf16", zero_B=zero_B)
     return model
 
@@ -92,7 +92,7 @@ def test_a_model_keeps_what_is_planned(method, checkpointing):
 def test_what_is_fixed_is_what_the_parameters_take(method):
     name = "tiny Llama"
     model = adapted(models.build_causal_lm(name, "bf16", "cpu"), CONTENDERS[method])
-    optimizer = models.adamw(model, RANK, 1e-3)
+    optimizer = contenders.adamw(model, RANK, 1e-3)
     training._loss(model, torch.randint(512, (BATCH, SEQUENCE))).backward()
     optimizer.step()
     tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state.get(p, {}).values())]
