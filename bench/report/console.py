@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -12,51 +12,31 @@ from ..measure.contenders import TITLES as LAYER_TITLES
 from ..measure.kernels import LIBRARY
 from ..measure.kernels import TITLES as KERNEL_TITLES
 from .reading import (
+    COLUMNS,
+    LOSS,
     MEASURED,
     MODES,
     SCOPES,
     Record,
-    Row,
     arranged,
     case_order,
     described,
     label_of,
-    number,
     ordered,
+    rate_cell,
     ratio,
     reason_of,
     reasons,
-    size,
     spread,
     status,
     time_cell,
     title_of,
     titles_of,
-    usable,
 )
 
 COLOURS = {"failed": "red", "not run": "yellow"}
-Columns = dict[str, Callable[[Row], str]]
-MEMORY_COLUMNS: dict[str, Columns] = {
-    "layer": {
-        "kept for backward": lambda row: size(row.get("saved_bytes")),
-        "temporary, forward": lambda row: size(row.get("forward_temporary_bytes")),
-        "temporary, backward": lambda row: size(row.get("backward_temporary_bytes")),
-        "peak allocated": lambda row: size(row.get("peak_allocated_bytes")),
-    }
-}
-MEMORY_COLUMNS["block"] = {"in hidden states": lambda row: number(row.get("units"))} | MEMORY_COLUMNS["layer"]
-MEMORY_COLUMNS["family"] = MEMORY_COLUMNS["block"]
-TRAINING_COLUMNS: Columns = {
-    "batch": lambda row: f"{row.get('batch', '')}",
-    "step, ms (p20–p80)": lambda row: spread(step) if (step := usable(row.get("step_ms"))) else "–",
-    "tokens/s": lambda row: number(row.get("tokens_per_s")),
-    "kept for backward": lambda row: size(row.get("saved_bytes")),
-    "peak allocated": lambda row: size(row.get("peak_allocated_bytes")),
-    "loss, first → last": lambda row: (
-        f"{number(row['losses'][0], 4)} → {number(row['losses'][-1], 4)}" if row.get("losses") else "–"
-    ),
-}
+MEMORY_COLUMNS = ("kept for backward", "temporary, forward", "temporary, backward", "peak allocated")
+TRAINING_COLUMNS = ("batch", "step, ms (p20–p80)", "tokens/s", "kept for backward", "peak allocated")
 
 
 def show(records: Sequence[Record], console: Console) -> None:
@@ -69,18 +49,18 @@ def show(records: Sequence[Record], console: Console) -> None:
             show_times(times, title, console)
     for scope, title in SCOPES.items():
         if kept := [r for r in shown if r["kind"] == "memory" and r["scope"] == scope]:
-            show_rows(kept, title, MEMORY_COLUMNS[scope], console)
+            names = MEMORY_COLUMNS if scope == "layer" else ("in hidden states", *MEMORY_COLUMNS)
+            show_rows(kept, title, names, console)
     if runs := [r for r in shown if r["kind"] == "training"]:
-        show_rows(runs, "training", TRAINING_COLUMNS, console)
+        show_rows(runs, "training", (*TRAINING_COLUMNS, LOSS), console)
 
 
 def show_ceilings(record: Record, console: Console) -> None:
     table = Table("ceiling", "median (p20–p80)", title="ceilings, through PyTorch")
     for row in record["rows"]:
         product = row["what"] == "product"
-        found = usable(row["tflops"] if product else row["gb_per_s"])
         name = f"product {row['dtype']}, TFLOP/s" if product else "copy, GB/s read and written"
-        table.add_row(name, spread(found) if found else "–")
+        table.add_row(name, rate_cell(row))
     console.print(table)
 
 
@@ -118,16 +98,14 @@ def show_times(records: Sequence[Record], title: str, console: Console) -> None:
     console.print(table)
 
 
-def show_rows(records: Sequence[Record], title: str, wanted: Columns, console: Console) -> None:
+def show_rows(records: Sequence[Record], title: str, wanted: Sequence[str], console: Console) -> None:
     """A line for each case and contender of measurements without parts."""
     table = Table("case", "contender", *wanted, title=title)
     for record in records:
         for index, row in enumerate(arranged(record["rows"], titles_of(record))):
             name = [label_of(record["case"]) if index == 0 else "", title_of(record, row)]
             sound = status(row) == "ok"
-            cells = (
-                [value(row) for value in wanted.values()] if sound else [f"{status(row)}: {reason_of(row)}"]
-            )
+            cells = [COLUMNS[name](row) for name in wanted] if sound else [f"{status(row)}: {reason_of(row)}"]
             table.add_row(*name, *cells, style=COLOURS.get(status(row)))
         table.add_section()
     console.print(table)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..measure.contenders import FROZEN
-from ..measure.contenders import TITLES as LAYER_TITLES
 from ..measure.models import TITLES as MODEL_TITLES
 from ..run.environment import ROOT
 from ..run.shell import write_whole
@@ -121,7 +120,7 @@ def readme_table(records: Sequence[Record]) -> str:
     if not times:
         raise ValueError("there are no CPU times of a layer among the results: run `python -m bench quick`")
     sources = Sources(times, ROOT)
-    shown, absent = columns(times, LAYER_TITLES)
+    shown, absent = columns(times)
     rows = [
         [label_of(r["case"]), time_cell(r, FROZEN, "both"), *(cell(r, key, "both") for key in shown)]
         for r in times
@@ -131,7 +130,7 @@ def readme_table(records: Sequence[Record]) -> str:
         f"round, median of {rounds_text(times)} (p20–p80)."
         f"{absent.replace(' (reasons below)', '')}"
     )
-    header = ["M×K×N", "frozen nn.Linear, ms", *(LAYER_TITLES.get(key, key) for key in shown)]
+    header = ["M×K×N", "frozen nn.Linear, ms", *shown.values()]
     lines = [" ".join([note, *(origin(sources.runs[name], name[0]) for name in sources.order)])]
     lines.append(markdown(header, rows))
     for record in sorted(

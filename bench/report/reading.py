@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..measure.cases import MODELS
@@ -230,6 +230,36 @@ def time_cell(record: Record, contender: str, part: str) -> str:
         return found or "–"
     value = time_of(record, contender, part)
     return number(value["median"]) if value else "–"
+
+
+def rate_cell(row: Row) -> str:
+    """The rate of a row of ceilings."""
+    found = usable(row["tflops"] if row["what"] == "product" else row["gb_per_s"])
+    return spread(found) if found else "–"
+
+
+def _loss_cell(row: Row) -> str:
+    losses = row.get("losses")
+    return f"{number(losses[0], 4)} → {number(losses[-1], 4)}" if losses else "–"
+
+
+LOSS = "loss, first → last"
+# What a table of memory or training says of a row that is "ok".
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "in hidden states": lambda row: number(row.get("units")),
+    "kept for backward": lambda row: size(row.get("saved_bytes")),
+    "temporary, forward": lambda row: size(row.get("forward_temporary_bytes")),
+    "temporary, backward": lambda row: size(row.get("backward_temporary_bytes")),
+    "batch": lambda row: f"{row.get('batch', '')}",
+    "step, ms (p20–p80)": lambda row: spread(step) if (step := usable(row.get("step_ms"))) else "–",
+    "tokens/s": lambda row: number(row.get("tokens_per_s")),
+    "peak allocated": lambda row: size(row.get(PEAKS[0])),
+    "peak reserved": lambda row: size(row.get(PEAKS[1])),
+    "trained parameters": lambda row: (
+        "–" if row.get("trained_parameters") is None else f"{row['trained_parameters']:,}"
+    ),
+    LOSS: _loss_cell,
+}
 
 
 def reason_of(row: Row) -> str:

@@ -7,18 +7,17 @@ A section without records is empty or says that nothing was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..measure.cases import LLAMA_3, TARGET_RANKS, target_grid
 from ..measure.contenders import FROZEN, LORAFA, OURS
 from ..measure.contenders import TITLES as LAYER_TITLES
 from ..measure.kernels import LIBRARY
 from ..measure.kernels import PARTS as KERNEL_PARTS
-from ..measure.kernels import TITLES as KERNEL_TITLES
 from ..measure.models import TITLES as MODEL_TITLES
+from . import reading
 from .predictions import predictions
 from .reading import (
-    MEASURED,
     MODES,
     PEAKS,
     SCOPES,
@@ -29,8 +28,6 @@ from .reading import (
     arranged,
     case_order,
     cell,
-    device_title,
-    full_title,
     geometric_mean,
     label_of,
     listed,
@@ -38,8 +35,6 @@ from .reading import (
     number,
     ordered,
     ratio,
-    reason_of,
-    reasons,
     row_of,
     size,
     spread,
@@ -47,7 +42,7 @@ from .reading import (
     time_cell,
     time_of,
     title_of,
-    usable,
+    titles_of,
 )
 
 PARTS = ("forward", "backward", "both")
@@ -59,61 +54,86 @@ MARGIN = 0.02
 # Of which contenders' losses the deviation is told.
 LOSSES = (LORAFA, "peft-lorafa-16bit")
 LONG_TABLE, LONG_LIST = 40, 12
+LAYER = ("M×K×N", "frozen nn.Linear, ms")
 
 
 def device_section(
     device: str, records: list[Record], sources: Sources, links: dict[str, str], ends: list[Record]
 ) -> str:
     """Everything about one device, as Markdown."""
-    times = sorted((r for r in records if r["kind"] == "time"), key=case_order)
-    by_mode = {mode: [r for r in times if r["mode"] == mode] for mode in MODES}
-    memory = sorted((r for r in records if r["kind"] == "memory"), key=case_order)
-    layers = [r for r in memory if r["scope"] == "layer"]
-    blocks = [r for r in memory if r["scope"] == "block"]
-    training = sorted((r for r in records if r["kind"] == "training"), key=case_order)
-    others = sorted((r for r in records if r["kind"] not in MEASURED), key=lambda record: record["key"])
-    everything = times + memory + training + others
-    chunks = [
-        ceilings_text([r for r in records if r["kind"] == "ceilings"], sources),
-        tests_text([r for r in records if r["kind"] == "tests"], sources),
-        target_text(by_mode["eager"]) if device != "cpu" else "",
-        layer_text(by_mode["eager"], sources, links.get("overhead")),
-        directions_text(by_mode["eager"], sources, links.get("roofline")),
-        ours_text(by_mode["eager"], sources),
-        wall_text(by_mode["wall"], sources),
-        graph_text(by_mode["graph"], sources),
-        host_text(by_mode["host"], sources),
-        kernels_text(by_mode["kernel"], sources),
-        blocks_text(by_mode["block"], sources, links.get("block-time")),
-        layer_memory_text(layers, sources),
-        block_memory_text(blocks, sources, links.get("blocks")),
-        training_text(training, sources, links.get("training")),
+
+    def some(kind: str, **wanted: str) -> list[Record]:
+        of_kind = [r for r in records if r["kind"] == kind]
+        return sorted((r for r in of_kind if wanted.items() <= r.items()), key=case_order)
+
+    layers, others = some("time", mode="eager"), [r for r in records if r["kind"] not in reading.MEASURED]
+    others.sort(key=lambda record: record["key"])
+    everything = [*some("time"), *some("memory"), *some("training"), *others]
+    title, remark = reading.device_title(device, records)
+    body = joined(
+        ceilings_text([r for r in others if r["kind"] == "ceilings"], sources),
+        tests_text([r for r in others if r["kind"] == "tests"], sources),
+        target_text(layers) if device != "cpu" else "",
+        layer_text(layers, sources, links.get("overhead")),
+        directions_text(layers, sources, links.get("roofline")),
+        ours_text(layers, sources),
+        against_frozen(
+            some("time", mode="wall"),
+            sources,
+            "### What a program waits for, forward + backward: wall time / that of the frozen nn.Linear",
+            "Many calls in a row until the last is done, the Python side included: median (p20–p80).",
+        ),
+        against_frozen(
+            some("time", mode="graph"),
+            sources,
+            "### In CUDA graphs, forward + backward: time / time of the frozen nn.Linear in a CUDA graph",
+            "Everybody is replayed from a graph, the baseline too: median (p20–p80).",
+        ),
+        host_text(some("time", mode="host"), sources),
+        kernels_text(some("time", mode="kernel"), sources),
+        blocks_text(some("time", mode="block"), sources, links.get("block-time")),
+        layer_memory_text(some("memory", scope="layer"), sources),
+        block_memory_text(some("memory", scope="block"), sources, links.get("blocks")),
+        training_text(some("training"), sources, links.get("training")),
         not_run_text(everything),
         failed_text(everything),
         left_text(ends, records),
-    ]
-    title, remark = device_title(device, records)
-    head = [f"## {title}", remark, "\n".join(f"- {line}" for line in sources.lines()), sources.legend()]
-    return "\n\n".join(chunk for chunk in [*head, *chunks] if chunk)
+    )
+    lines = "\n".join(f"- {line}" for line in sources.lines())
+    # Last: its marks are those that the sections have set.
+    return joined(f"## {title}", remark, lines, sources.legend(), body)
 
 
-def folded(header: list[str], rows: list[list[str]]) -> str:
-    """A table, folded away if it is long."""
-    table = markdown(header, rows)
-    if len(rows) <= LONG_TABLE:
-        return table
-    return f"<details><summary>{len(rows)} rows</summary>\n\n{table}\n\n</details>"
+def joined(*chunks: str | None) -> str:
+    return "\n\n".join(chunk for chunk in chunks if chunk)
 
 
-def columns(
-    records: Sequence[Record], titles: dict[str, str], baseline: str | None = FROZEN
-) -> tuple[list[str], str]:
-    """Return the contenders that ran or failed somewhere, and a sentence naming those that ran nowhere."""
+def folded(text: str, count: int, most: int, what: str) -> str:
+    """A table or list, folded away if it is long."""
+    if count <= most:
+        return text
+    return f"<details><summary>{count} {what}</summary>\n\n{text}\n\n</details>"
+
+
+def table(header: Sequence[str], rows: list[list[str]]) -> str:
+    return folded(markdown(list(header), rows), len(rows), LONG_TABLE, "rows")
+
+
+def bullets(lines: Sequence[str]) -> str:
+    return folded("\n".join(f"- {line}" for line in lines), len(lines), LONG_LIST, "entries")
+
+
+def columns(records: Sequence[Record], baseline: str | None = FROZEN) -> tuple[dict[str, str], str]:
+    """Return the contenders that ran or failed somewhere, with their titles, and a sentence naming those that
+    ran nowhere.
+    """
+    titles = titles_of(records[0]) if records else {}
     rows = [row for record in records for row in record["rows"] if row["contender"] != baseline]
     here = ordered((row["contender"] for row in rows if status(row) != "not run"), titles)
     absent = [key for key in ordered((row["contender"] for row in rows), titles) if key not in here]
     named = listed([titles.get(key, key) for key in absent]) if absent else ""
-    return here, f" Not run: {named} (reasons below)." if named else ""
+    shown = {key: titles.get(key, key) for key in here}
+    return shown, f" Not run: {named} (reasons below)." if named else ""
 
 
 def rounds_text(records: Sequence[Record]) -> str:
@@ -126,29 +146,32 @@ def rounds_text(records: Sequence[Record]) -> str:
     return f"{rounds} interleaved rounds" + (f" in {sat} sittings" if sittings[-1] > 1 else "")
 
 
+# Times
+
+
 def layer_text(records: list[Record], sources: Sources, picture: str | None) -> str:
     """Forward + backward of one layer: everybody over the frozen linear."""
     if not records:
         return "### One layer, forward + backward\n\nNot measured."
-    shown, absent = columns(records, LAYER_TITLES)
-    predicted = {id(record): predictions(record) for record in records}
-    extra = ["predicted: lorafa_kernels"] if any(predicted.values()) else []
-    header = ["M×K×N", "frozen nn.Linear, ms", "floor, ms", "frozen / floor", *extra]
+    shown, absent = columns(records)
+    predicted = [predictions(record) for record in records]
+    extra = ["predicted: lorafa_kernels"] if any(predicted) else []
     rows = []
-    for record in records:
+    for record, of_model in zip(records, predicted, strict=True):
         line = [sources.of(record), time_cell(record, FROZEN, "both"), *floor_cells(record, "both")]
-        if extra:
-            line.append(number((predicted[id(record)] or {}).get("both")))
+        line += [number((of_model or {}).get("both"))] if extra else []
         rows.append(line + [cell(record, key, "both") for key in shown])
     if mean := mean_row(records, shown):
         rows.append([mean[0], *[""] * (3 + len(extra)), *mean[1:]])
-    note = f"Median of {rounds_text(records)} (p20–p80). Below 1 is faster than the frozen nn.Linear.{absent}"
-    table = folded(header + [LAYER_TITLES.get(key, key) for key in shown], rows)
-    chunks = ["### One layer, forward + backward: time / time of the frozen nn.Linear", note, table, picture]
-    return "\n\n".join(chunk for chunk in chunks if chunk)
+    return joined(
+        "### One layer, forward + backward: time / time of the frozen nn.Linear",
+        f"Median of {rounds_text(records)} (p20–p80). Below 1 is faster than the frozen nn.Linear.{absent}",
+        table([*LAYER, "floor, ms", "frozen / floor", *extra, *shown.values()], rows),
+        picture,
+    )
 
 
-def mean_row(records: list[Record], shown: list[str]) -> list[str] | None:
+def mean_row(records: list[Record], shown: Iterable[str]) -> list[str] | None:
     """The geometric means, of all columns over the same rows: those in which every column has a ratio.
 
     A column with a ratio in less than half of the rows gets no mean, and takes no rows from the others.
@@ -159,10 +182,8 @@ def mean_row(records: list[Record], shown: list[str]) -> list[str] | None:
     if not often or len(complete) < 2:
         return None
     means = {key: geometric_mean([row[key]["median"] for row in complete]) for key in often}
-    return [
-        f"geometric mean of {len(complete)} rows, the same for all",
-        *(f"{means[key]:.3f}" if key in means else "–" for key in shown),
-    ]
+    cells = (f"{means[key]:.3f}" if key in means else "–" for key in shown)
+    return [f"geometric mean of {len(complete)} rows, the same for all", *cells]
 
 
 def floor_cells(record: Record, part: str) -> list[str]:
@@ -174,40 +195,39 @@ def floor_cells(record: Record, part: str) -> list[str]:
 
 def directions_text(records: list[Record], sources: Sources, picture: str | None) -> str:
     """Forward and backward by themselves, of this library only."""
-    shown = [key for key in columns(records, LAYER_TITLES)[0] if key in OURS]
-    if not records or not shown:
+    shown = {key: title for key, title in columns(records)[0].items() if key in OURS}
+    if not shown:
         return ""
-    header, rows = ["M×K×N"], []
+    header, rows = ["M×K×N"], [[sources.of(record)] for record in records]
     for part in ("forward", "backward"):
-        header += [f"{part}: frozen, ms", "frozen / floor", *(LAYER_TITLES[key] for key in shown)]
-    for record in records:
-        line = [sources.of(record)]
-        for part in ("forward", "backward"):
+        header += [f"{part}: frozen, ms", "frozen / floor", *shown.values()]
+        for record, line in zip(records, rows, strict=True):
             line += [time_cell(record, FROZEN, part), floor_cells(record, part)[1]]
             line += [cell(record, key, part) for key in shown]
-        rows.append(line)
-    note = "Forward over forward, backward over the gradient of the frozen nn.Linear's input."
-    chunks = [
+    return joined(
         "### Forward and backward separately: time / time of the frozen nn.Linear",
-        note,
-        folded(header, rows),
+        "Forward over forward, backward over the gradient of the frozen nn.Linear's input.",
+        table(header, rows),
         picture,
-    ]
-    return "\n\n".join(chunk for chunk in chunks if chunk)
+    )
 
 
 def ours_text(records: list[Record], sources: Sources) -> str:
     """lorafa_kernels over each of the others."""
-    shown = [key for key in columns(records, LAYER_TITLES)[0] if key != LORAFA]
-    if not records or not shown:
+    if not (ours := ours_table(records, sources, "M×K×N")):
         return ""
-    rows = [[sources.of(record), *(against(record, key) for key in shown)] for record in records]
-    note = (
-        "The baseline is the column's: below 1, lorafa_kernels takes less time than it. Same rounds as above."
+    return joined(
+        "### lorafa_kernels against the others: its time / theirs, forward + backward",
+        "The baseline is the column's: below 1, lorafa_kernels takes less time than it. Same rounds as "
+        "above.",
+        ours,
     )
-    header = ["M×K×N", *(LAYER_TITLES.get(key, key) for key in shown)]
-    title = "### lorafa_kernels against the others: its time / theirs, forward + backward"
-    return "\n\n".join([title, note, folded(header, rows)])
+
+
+def ours_table(records: list[Record], sources: Sources, first: str) -> str:
+    shown = {key: title for key, title in columns(records)[0].items() if key != LORAFA}
+    rows = [[sources.of(record), *(against(record, key) for key in shown)] for record in records]
+    return table([first, *shown.values()], rows) if shown else ""
 
 
 def against(record: Record, baseline: str) -> str:
@@ -217,64 +237,47 @@ def against(record: Record, baseline: str) -> str:
     return cell(record, LORAFA, "both", baseline) if found else "–"
 
 
-def graph_text(records: list[Record], sources: Sources) -> str:
-    """Replayed from CUDA graphs, the baseline too."""
-    return against_frozen(
-        records,
-        sources,
-        "### In CUDA graphs, forward + backward: time / time of the frozen nn.Linear in a CUDA graph",
-        "Everybody is replayed from a graph, the baseline too: median (p20–p80).",
-    )
-
-
-def wall_text(records: list[Record], sources: Sources) -> str:
-    """What a program waits for."""
-    return against_frozen(
-        records,
-        sources,
-        "### What a program waits for, forward + backward: wall time / that of the frozen nn.Linear",
-        "Many calls in a row until the last is done, the Python side included: median (p20–p80).",
-    )
-
-
-def against_frozen(records: list[Record], sources: Sources, title: str, note: str) -> str:
-    """A table of forward + backward over the frozen linear, or why there is none."""
+def against_frozen(
+    records: list[Record], sources: Sources, title: str, note: str, header: Iterable[str] = LAYER
+) -> str:
+    """A table of forward + backward over what is frozen, or why there is none."""
     if not records:
         return ""
-    shown, absent = columns(records, LAYER_TITLES)
+    shown, absent = columns(records)
     if not shown:
-        return f"{title}\n\nNot run: {reasons(records)}."
-    header = ["M×K×N", "frozen nn.Linear, ms", *(LAYER_TITLES.get(key, key) for key in shown)]
+        return f"{title}\n\nNot run: {reading.reasons(records)}."
     rows = [
         [sources.of(r), time_cell(r, FROZEN, "both"), *(cell(r, key, "both") for key in shown)]
         for r in records
     ]
-    return "\n\n".join([title, f"{note}{absent}", folded(header, rows)])
+    return joined(title, f"{note}{absent}", table([*header, *shown.values()], rows))
 
 
 def host_text(records: list[Record], sources: Sources) -> str:
     """The Python side's time for a call."""
     if not records:
         return ""
-    shown, absent = columns(records, LAYER_TITLES, baseline=None)
-    rows = []
-    for record in records:
-        for part in PARTS:
-            if not any(row["part"] == part for row in record["rows"]):
-                continue
-            cells = []
-            for key in shown:
-                value = time_of(record, key, part)
-                found = status(row_of(record, key, part))
-                cells.append(spread(value, 1e3) if value else found if found not in (None, "ok") else "–")
-            part_name = "forward + backward" if part == "both" else part
-            rows.append([f"{sources.of(record)}, {part_name}", *cells])
-    note = (
+    shown, absent = columns(records, baseline=None)
+
+    def host_cell(record: Record, key: str, part: str) -> str:
+        value, found = time_of(record, key, part), status(row_of(record, key, part))
+        return spread(value, 1e3) if value else found if found not in (None, "ok") else "–"
+
+    rows = [
+        [
+            f"{sources.of(record)}, {'forward + backward' if part == 'both' else part}",
+            *(host_cell(record, key, part) for key in shown),
+        ]
+        for record in records
+        for part in PARTS
+        if any(row["part"] == part for row in record["rows"])
+    ]
+    return joined(
+        "### Host time of one call, µs",
         "µs that a call takes on the host, at a shape so small that nothing else does: median (p20–p80)."
-        f"{absent}"
+        f"{absent}",
+        table(["M×K×N", *shown.values()], rows),
     )
-    header = ["M×K×N", *(LAYER_TITLES.get(key, key) for key in shown)]
-    return "\n\n".join(["### Host time of one call, µs", note, folded(header, rows)])
 
 
 def kernels_text(records: list[Record], sources: Sources) -> str:
@@ -282,55 +285,48 @@ def kernels_text(records: list[Record], sources: Sources) -> str:
     if not records:
         return ""
     title = "### Kernels by themselves: time / time of the library's products"
-    if not columns(records, KERNEL_TITLES, baseline=None)[0]:
-        return f"{title}\n\nNot run: {reasons(records)}."
-    note = (
-        "y and dx: the product with the rank-R step over the bare product. z: the product with the narrow "
-        "factor over the same product. z, y: both in a row over the library plan. dz, dB: one pass over dy "
-        "over two products. dz, dB, dx: the whole backward over the library plan. Median (p20–p80)."
-    )
-    others = [key for key in KERNEL_TITLES if key != LIBRARY]
-    header = ["M×K×N", "", "library, ms", *(KERNEL_TITLES[key] for key in others)]
+    if not columns(records, baseline=None)[0]:
+        return f"{title}\n\nNot run: {reading.reasons(records)}."
+    others = {key: text for key, text in titles_of(records[0]).items() if key != LIBRARY}
     rows = [
         [sources.of(r), part, time_cell(r, LIBRARY, part)]
         + [cell(r, key, part, LIBRARY) if key in keys else "" for key in others]
         for r in records
         for part, keys in KERNEL_PARTS.items()
     ]
-    return "\n\n".join([title, note, folded(header, rows)])
+    return joined(
+        title,
+        "y and dx: the product with the rank-R step over the bare product. z: the product with the narrow "
+        "factor over the same product. z, y: both in a row over the library plan. dz, dB: one pass over dy "
+        "over two products. dz, dB, dx: the whole backward over the library plan. Median (p20–p80).",
+        table(["M×K×N", "", "library, ms", *others.values()], rows),
+    )
 
 
 def blocks_text(records: list[Record], sources: Sources, picture: str | None) -> str:
     """Pieces of a Transformer layer: everybody over the frozen one, and lorafa_kernels over everybody."""
-    if not records:
-        return ""
-    title = "### Blocks of a Transformer layer, forward + backward: time / time of the frozen block"
-    shown, absent = columns(records, MODEL_TITLES)
-    if not shown:
-        return f"{title}\n\nNot run: {reasons(records)}."
-    header = ["", "frozen, ms", *(MODEL_TITLES.get(key, key) for key in shown)]
-    rows = [
-        [sources.of(r), time_cell(r, FROZEN, "both"), *(cell(r, key, "both") for key in shown)]
-        for r in records
-    ]
-    note = (
-        f"Median of {rounds_text(records)} (p20–p80). lorafa_kernels: the projections as "
-        f"one group, the MLP as one node, the layer as `apply_lorafa` leaves it.{absent}"
+    shown = columns(records)[0]
+    ours = ours_table(records, sources, "") if LORAFA in shown else ""
+    return joined(
+        against_frozen(
+            records,
+            sources,
+            "### Blocks of a Transformer layer, forward + backward: time / time of the frozen block",
+            f"Median of {rounds_text(records)} (p20–p80). lorafa_kernels: the projections as "
+            "one group, the MLP as one node, the layer as `apply_lorafa` leaves it.",
+            ("", "frozen, ms"),
+        ),
+        "lorafa_kernels against the others, its time / theirs in the same rounds:" if ours else "",
+        ours,
+        picture if shown else "",
     )
-    chunks = [title, note, folded(header, rows)]
-    others = [key for key in shown if key != LORAFA]
-    if LORAFA in shown and others:
-        lines = [[sources.of(r), *(against(r, key) for key in others)] for r in records]
-        chunks.append("lorafa_kernels against the others, its time / theirs in the same rounds:")
-        chunks.append(folded(["", *(MODEL_TITLES.get(key, key) for key in others)], lines))
-    return "\n\n".join([*chunks, picture] if picture else chunks)
 
 
 def tests_text(records: list[Record], sources: Sources) -> str:
     """What became of the test suite in the run."""
     lines = [
         f"- {row['contender']}: {status(row)}. {row.get('reason') or ''} {sources.marks(record)}".rstrip()
-        for record in sorted(records, key=lambda record: record["key"])
+        for record in records
         for row in record["rows"]
     ]
     return "### Tests\n\n" + "\n".join(lines) if lines else ""
@@ -339,21 +335,17 @@ def tests_text(records: list[Record], sources: Sources) -> str:
 def ceilings_text(records: list[Record], sources: Sources) -> str:
     """The rates that the machine reached in the run."""
     rows = []
-    for record in sorted(records, key=lambda record: record["key"]):
-        for row in record["rows"]:
-            marks = sources.marks(record).strip()
-            if row["what"] == "product":
-                what = f"product {'×'.join(f'{n}' for n in row['size'])} {row['dtype']}, TFLOP/s"
-                rates = row["tflops"]
-            else:
-                what = f"copy of {size(row['bytes'])}, GB/s read and written"
-                rates = row["gb_per_s"]
-            found = usable(rates)
-            rows.append([f"{what} {marks}".strip(), spread(found) if found else "–"])
+    for record, row in ((each, row) for each in records for row in each["rows"]):
+        if row["what"] == "product":
+            what = f"product {'×'.join(f'{n}' for n in row['size'])} {row['dtype']}, TFLOP/s"
+        else:
+            what = f"copy of {size(row['bytes'])}, GB/s read and written"
+        marks = sources.marks(record).strip()
+        rows.append([f"{what} {marks}".strip(), reading.rate_cell(row)])
     if not rows:
         return "### Ceilings\n\nNot measured."
-    table = markdown(["through PyTorch, random data", "median (p20–p80)"], rows)
-    return f"### Ceilings, measured in the run\n\n{table}"
+    found = markdown(["through PyTorch, random data", "median (p20–p80)"], rows)
+    return f"### Ceilings, measured in the run\n\n{found}"
 
 
 # The target
@@ -367,7 +359,11 @@ def target_text(records: list[Record]) -> str:
     for M in sorted({case.M for case in grid.values()}):
         for R in TARGET_RANKS:
             cells = [label for label, case in grid.items() if (M, R) == (case.M, case.R)]
-            ratios = {key: target_ratios(cells, measured, key) for key in OURS}
+            here = [measured[label] for label in cells if label in measured]
+            # The medians of all cells in which the contender has a ratio.
+            ratios = {
+                key: [value["median"] for r in here if (value := ratio(r, key, "both"))] for key in OURS
+            }
             target = TARGETS.get(R) if M == TARGET_ROWS else None
             rows.append(
                 [
@@ -378,28 +374,19 @@ def target_text(records: list[Record]) -> str:
                     verdict(ratios[LORAFA], len(cells), target),
                 ]
             )
-    header = ["cells", "with a ratio", *(LAYER_TITLES[key] for key in OURS), "target", ""]
     compared, slower = slower_cells(measured)
     missing = [label for label in grid if label not in measured]
-    lines = [
+    return joined(
         "### Target: overhead over the frozen nn.Linear",
         f"Projections of {listed(LLAMA_3)}, forward + backward, bf16. Overhead = geometric mean of "
         "time / time of the frozen nn.Linear, minus 1. A value with * covers only some of the cells.",
-        markdown(header, rows),
+        markdown(["cells", "with a ratio", *(LAYER_TITLES[key] for key in OURS), "target", ""], rows),
         f"Of {len(grid)} cells {len(missing)} are not measured yet. lorafa_kernels was compared with the "
         f"fastest of these in {compared} cells: "
         f"{'; '.join(LAYER_TITLES[key] for key in ARRANGEMENTS)}. In {len(slower)} of them it is slower by "
         "more than max(2 %, p80 − p20).",
-    ]
-    if slower:
-        lines.append(bullets(slower))
-    return "\n\n".join(lines)
-
-
-def target_ratios(labels: list[str], measured: dict[str, Record], contender: str) -> list[float]:
-    """Return the medians of all cells in which the contender has a ratio to the frozen linear."""
-    found = (ratio(measured[label], contender, "both") for label in labels if label in measured)
-    return [value["median"] for value in found if value]
+        bullets(slower),
+    )
 
 
 def overhead_cell(ratios: list[float], cells: int) -> str:
@@ -425,14 +412,10 @@ def slower_cells(measured: dict[str, Record]) -> tuple[int, list[str]]:
     for record in sorted(measured.values(), key=case_order):
         times = {key: time_of(record, key, "both") for key in ARRANGEMENTS}
         times = {key: value["median"] for key, value in times.items() if value}
-        if not times:
-            continue
-        fastest = min(times, key=times.get)
-        found = ratio(record, LORAFA, "both", fastest)
-        if not found:
-            continue
-        compared += 1
-        if found["median"] - 1 > max(MARGIN, found["p80"] - found["p20"]):
+        fastest = min(times, key=times.get, default=None)
+        found = ratio(record, LORAFA, "both", fastest) if fastest else None
+        compared += bool(found)
+        if found and found["median"] - 1 > max(MARGIN, found["p80"] - found["p20"]):
             slower.append(f"{label_of(record['case'])}: {spread(found)} of {LAYER_TITLES[fastest]}")
     return compared, slower
 
@@ -443,126 +426,90 @@ def slower_cells(measured: dict[str, Record]) -> tuple[int, list[str]]:
 def layer_memory_text(records: list[Record], sources: Sources) -> str:
     if not records:
         return ""
-    shown, absent = columns(records, LAYER_TITLES, baseline=None)
-    rows = [[sources.of(record), *(memory_cell(record, key) for key in shown)] for record in records]
-    header = ["M×K×N", *(LAYER_TITLES.get(key, key) for key in shown)]
-    note = (
+    shown, absent = columns(records, baseline=None)
+
+    def sizes(value: Callable[[Row | None], str], some: list[Record]) -> str:
+        rows = [[sources.of(r), *(value(row_of(r, key)) for key in shown)] for r in some]
+        return table(["M×K×N", *shown.values()], rows)
+
+    peaks = [r for r in records if any(peak(row) for row in r["rows"])]
+    return joined(
+        "### Memory of one layer, MiB",
         "MiB kept for backward / most held besides during forward / during backward. Every storage counts "
-        f"once, parameters do not.{absent}"
+        f"once, parameters do not.{absent}",
+        sizes(lambda row: mib(row, MEMORY) if status(row) == "ok" else status(row) or "–", records),
+        "Peak allocated / reserved by the allocator, MiB:" if peaks else "",
+        sizes(lambda row: peak(row) or "–", peaks) if peaks else "",
     )
-    chunks = ["### Memory of one layer, MiB", note, folded(header, rows)]
-    if peaks := [r for r in records if any(peak(row) for row in r["rows"])]:
-        chunks.append("Peak allocated / reserved by the allocator, MiB:")
-        lines = [[sources.of(r), *(peak(row_of(r, key) or {}) or "–" for key in shown)] for r in peaks]
-        chunks.append(folded(header, lines))
-    return "\n\n".join(chunks)
 
 
-def memory_cell(record: Record, contender: str) -> str:
-    row = row_of(record, contender)
-    if status(row) != "ok":
-        return status(row) or "–"
-    return " / ".join(mib(row.get(name)) for name in MEMORY)
+def mib(row: Row, names: Iterable[str]) -> str:
+    return " / ".join("–" if row.get(name) is None else number(row[name] / 2**20) for name in names)
 
 
-def mib(value: int | None) -> str:
-    return "–" if value is None else number(value / 2**20)
-
-
-def peak(row: Row) -> str:
+def peak(row: Row | None) -> str:
     """Peak allocated / reserved in MiB, or nothing where it was not measured."""
-    if not row or status(row) != "ok" or row.get(PEAKS[0]) is None:
-        return ""
-    return " / ".join(mib(row.get(name)) for name in PEAKS)
+    return mib(row, PEAKS) if row and status(row) == "ok" and row.get(PEAKS[0]) is not None else ""
+
+
+def of_columns(record: Record, *names: str) -> str:
+    """A table with a line for each row of the record, and these of reading.COLUMNS; the peaks, and the batch,
+    only where there are some.
+    """
+    known = record["rows"]
+    if any(row.get("batch") for row in known):
+        names = ("batch", *names)
+    if any(map(peak, known)):
+        place = names.index("trained parameters") if "trained parameters" in names else len(names)
+        names = (*names[:place], "peak allocated", "peak reserved", *names[place:])
+    rows = [
+        [title_of(record, row)]
+        + ([reading.COLUMNS[name](row) for name in names] if status(row) == "ok" else [status(row)])
+        for row in arranged(known, MODEL_TITLES)
+    ]
+    return markdown(["", *names], [line + ["–"] * (1 + len(names) - len(line)) for line in rows])
 
 
 def block_memory_text(records: list[Record], sources: Sources, picture: str | None) -> str:
     """A table for each block."""
-    if not records:
-        return ""
-    chunks = ["### Memory of one Transformer block"]
-    for record in records:
-        with_peaks = any(peak(row) for row in record["rows"])
-        rows = []
-        for row in arranged(record["rows"], MODEL_TITLES):
-            if status(row) != "ok":
-                rows.append([full_title(row, MODEL_TITLES), status(row), *["–"] * (3 + 2 * with_peaks)])
-                continue
-            line = [full_title(row, MODEL_TITLES), size(row.get("saved_bytes")), number(row.get("units"))]
-            line += [size(row.get(name)) for name in MEMORY[1:]]
-            rows.append(line + ([size(row.get(name)) for name in PEAKS] if with_peaks else []))
-        header = ["", "kept for backward", "in hidden states", "temporary, forward", "temporary, backward"]
-        header += ["peak allocated", "peak reserved"] if with_peaks else []
-        chunks.append(
-            f"{sources.of(record)}. One hidden state is {size(record.get('unit_bytes'))}; parameters do not "
-            "count."
-        )
-        chunks.append(markdown(header, rows))
-    return "\n\n".join([*chunks, picture] if picture else chunks)
+    names = ("kept for backward", "in hidden states", "temporary, forward", "temporary, backward")
+    chunks = [
+        f"{sources.of(record)}. One hidden state is {size(record.get('unit_bytes'))}; parameters do not "
+        f"count.\n\n{of_columns(record, *names)}"
+        for record in records
+    ]
+    return joined("### Memory of one Transformer block", *chunks, picture) if records else ""
 
 
 def training_text(records: list[Record], sources: Sources, picture: str | None) -> str:
     """A table for each model, and how far the losses are apart."""
-    if not records:
-        return ""
-    chunks = ["### Training"]
+    names = ("step, ms (p20–p80)", "tokens/s", "kept for backward", "trained parameters")
+    chunks = []
     for record in records:
         case = record["case"]
-        with_peaks = any(peak(row) for row in record["rows"])
-        with_batch = any(row.get("batch") for row in record["rows"])
-        rows = []
-        for row in arranged(record["rows"], MODEL_TITLES):
-            if status(row) != "ok":
-                blank = ["–"] * (4 + 2 * with_peaks + with_batch)
-                rows.append([full_title(row, MODEL_TITLES), status(row), *blank])
-                continue
-            step = usable(row.get("step_ms"))
-            line = [
-                full_title(row, MODEL_TITLES),
-                *([f"{row['batch']}"] if with_batch else []),
-                spread(step) if step else "–",
-                number(row.get("tokens_per_s")),
-                size(row.get("saved_bytes")),
-            ]
-            line += [size(row.get(name)) for name in PEAKS] if with_peaks else []
-            losses = row.get("losses") or [None]
-            trained = row.get("trained_parameters")
-            line += [f"{trained:,}" if trained is not None else "–"]
-            rows.append([*line, f"{number(losses[0], 4)} → {number(losses[-1], 4)}"])
-        header = [
-            "",
-            *(["batch"] if with_batch else []),
-            "step, ms (p20–p80)",
-            "tokens/s",
-            "kept for backward",
-        ]
-        header += ["peak allocated", "peak reserved"] if with_peaks else []
         length = f": {case['steps']} steps, learning rate {case['lr']:g}" if "steps" in case else ""
-        chunks.append(f"{sources.of(record)}{length}.")
-        chunks.append(markdown([*header, "trained parameters", "loss, first → last"], rows))
+        chunks += [f"{sources.of(record)}{length}.", of_columns(record, *names, reading.LOSS)]
         if not case.get("largest"):
-            chunks.append(deviation_text(record, MODEL_TITLES))
-    return "\n\n".join(chunk for chunk in [*chunks, picture] if chunk)
+            chunks.append(deviation_text(record))
+    return joined("### Training", *chunks, picture) if records else ""
 
 
-def deviation_text(record: Record, titles: dict[str, str]) -> str:
+def deviation_text(record: Record) -> str:
     """Say how far apart the two LoRA-FA loss curves are at most, without checkpointing and with it."""
     lines = []
-    names = " and ".join(titles.get(key, key) for key in LOSSES)
-    for checkpointing in (False, True):
+    names = " and ".join(MODEL_TITLES.get(key, key) for key in LOSSES)
+    for checkpointing, how in ((False, ""), (True, " with checkpointing")):
         pair = [row_of(record, key, checkpointing=checkpointing) for key in LOSSES]
-        how = " with checkpointing" if checkpointing else ""
         if any(status(row) != "ok" for row in pair):
             continue
         curves = [row.get("losses") or [] for row in pair]
         gaps = [abs(a - b) for a, b in zip(*curves, strict=False) if a is not None and b is not None]
-        if not gaps:
-            continue
-        step = gaps.index(max(gaps)) + 1
-        lines.append(
-            f"Losses of {names}{how}: at most {number(max(gaps), 2)} apart in {len(gaps)} steps (at step "
-            f"{step})."
-        )
+        if gaps:
+            step = gaps.index(max(gaps)) + 1
+            lines.append(
+                f"Losses of {names}{how}: at most {number(max(gaps), 2)} apart in {len(gaps)} steps (at step "
+                f"{step})."
+            )
     return " ".join(lines) or f"Losses of {names}: not compared, since not both of them ran."
 
 
@@ -571,11 +518,8 @@ def deviation_text(record: Record, titles: dict[str, str]) -> str:
 
 def where(record: Record) -> str:
     """Name the measurement."""
-    if record["kind"] == "time":
-        return MODES[record["mode"]]
-    if record["kind"] == "memory":
-        return SCOPES[record["scope"]]
-    return record["kind"]
+    named = {"time": MODES.get(record["mode"]), "memory": SCOPES.get(record["scope"])}
+    return named.get(record["kind"], record["kind"])
 
 
 def not_run_text(records: list[Record]) -> str:
@@ -589,7 +533,7 @@ def not_run_text(records: list[Record]) -> str:
                 places.setdefault(where(record), set()).add(record["case"]["label"])
     together: dict[tuple[str, str], list[str]] = {}
     for (title, reason), places in sorted(found.items()):
-        texts = [f"{place} ({_cases(len(cases))})" for place, cases in sorted(places.items())]
+        texts = [f"{place} ({counted(len(cases), 'case')})" for place, cases in sorted(places.items())]
         together.setdefault((reason, ", ".join(texts)), []).append(title)
     lines = [f"- {'; '.join(titles)}: {reason}. In: {text}." for (reason, text), titles in together.items()]
     return "### Not run\n\n" + ("\n".join(lines) or "Nothing: every row ran.")
@@ -601,7 +545,8 @@ def failed_text(records: list[Record]) -> str:
     for record in records:
         for row in record["rows"]:
             if status(row) == "failed":
-                name = (title_of(record, row), where(record), label_of(record["case"]), reason_of(row))
+                reason = reading.reason_of(row)
+                name = (title_of(record, row), where(record), label_of(record["case"]), reason)
                 found.setdefault(name, []).append(row.get("part") or "")
     lines = [
         f"- The whole measurement: {where(record)}, {label_of(record['case'])}: {record['failed']}."
@@ -616,22 +561,12 @@ def failed_text(records: list[Record]) -> str:
 
 def left_text(ends: list[Record], records: list[Record]) -> str:
     """What runs planned and nobody has measured since."""
-    measured = {record["key"] for record in records}
-    left = {key for end in ends for key in end.get("left") or []} - measured
+    left = {key for end in ends for key in end.get("left") or []} - {record["key"] for record in records}
     if not left:
         return ""
-    count = "1 measurement" if len(left) == 1 else f"{len(left)} measurements"
     listing = bullets([f"`{key}`" for key in sorted(left)])
-    return f"### Planned and not measured yet\n\n{count}:\n\n{listing}"
+    return f"### Planned and not measured yet\n\n{counted(len(left), 'measurement')}:\n\n{listing}"
 
 
-def bullets(lines: Sequence[str]) -> str:
-    """A list, folded away if it is long."""
-    text = "\n".join(f"- {line}" for line in lines)
-    if len(lines) <= LONG_LIST:
-        return text
-    return f"<details><summary>{len(lines)} entries</summary>\n\n{text}\n\n</details>"
-
-
-def _cases(count: int) -> str:
-    return "1 case" if count == 1 else f"{count} cases"
+def counted(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count} {what}s"
