@@ -17,8 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent / "slow_cases.json"
-LIMIT = 0.15
-LONGEST = 1.5
+LIMIT = 0.1
+LONGEST = 1.0
 KEPT = {
     "kernels/test_compile_gate.py::test_defaults_compile",
     "kernels/test_compile_gate.py::test_defaults_compile_with_dropout",
