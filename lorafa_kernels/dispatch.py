@@ -11,7 +11,7 @@ propagation must not enter, under a compiler, where there is something to cast, 
 TorchDispatchMode watches: it would see the library's products accumulate into each other's outputs, which
 selective activation checkpointing cannot save, and which FlopCounterMode does not count (flops.py). Otherwise
 what is made of PyTorch's own operators alone is called directly, which saves the dispatcher's ~5 µs a call on
-the CPU (measured: docs/design.md). Under a compiler the plan is chosen when the operator runs, for the sizes
+the CPU (estimate). Under a compiler the plan is chosen when the operator runs, for the sizes
 it then has.
 """
 
