@@ -2,21 +2,22 @@
 
 define            registers an operator of the library `lorafa_kernels`: schema, body, shape function
 decide            which implementation runs and, of the Triton kernels, by which plan
+direct            whether it may be called as it is, without its operator
 Implementations   the functions of an operation's folder: which of them is called
 call              calls one with autocast off and the tensors' device current
 first_order       gradients that raise when they are differentiated
 
-An operator (torch.ops.lorafa_kernels.*) is called where that is needed: for the Triton kernels, which shape
-propagation must not enter, under a compiler, where there is something to cast, or dropout, and where a
-TorchDispatchMode watches: it would see the library's products accumulate into each other's outputs, which
-selective activation checkpointing cannot save, and which FlopCounterMode does not count (flops.py). Otherwise
-what is made of PyTorch's own operators alone is called directly, which saves the dispatcher's ~5 µs a call on
-the CPU (estimate). Under a compiler the plan is chosen when the operator runs, for the sizes
-it then has.
+An operator (torch.ops.lorafa_kernels.*) is called where something else than a plain call in eager mode goes
+on: under a compiler or a tracer, which must see one operator; where there is something to cast; and where a
+TorchDispatchMode watches, which would see the library's products accumulate into each other's outputs, what
+selective activation checkpointing cannot save and FlopCounterMode does not count (flops.py). Otherwise the
+implementation is called directly, which saves the dispatcher's ~5 µs a call on the CPU (estimate) and a
+second decision. Under a compiler the plan is chosen when the operator runs, for the sizes it then has.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +30,14 @@ from torch import Tensor
 
 from .flops import tell_flop_counters
 from .operands import autocast_enabled
-from .plan.choice import choose, choose_plan
-from .plan.make import Plan
+from .plan.choice import Decision, choose
+from .plan.choice import decide as decide_for_sizes
 from .plan.pin import pinned
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
 watching_modes = torch._C._len_torch_dispatch_stack
+tracing_state = torch._C._get_tracing_state
+functorch_level = torch._C._functorch.peek_interpreter_stack
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -54,6 +57,11 @@ def open_to_direct_calls(device_type: str) -> bool:
     return not (torch.compiler.is_compiling() or autocast_enabled(device_type) or watching_modes())
 
 
+def open_to_launches(x: Tensor) -> bool:
+    """Whether kernels may be launched on x too: it has data of its own, and nothing traces."""
+    return type(x) is Tensor and tracing_state() is None and functorch_level() is None
+
+
 def watched() -> bool:
     """Whether a TorchDispatchMode sees what is called now."""
     return not torch.compiler.is_compiling() and watching_modes() > 0
@@ -65,39 +73,30 @@ def announce() -> None:
         tell_flop_counters()
 
 
-Decision = tuple[str, Plan | None]
-
-
 def decide(
-    op: str,
-    impl: str,
-    x: Tensor,
-    sizes: Callable[[], tuple[int, int, int]],
-    bias: bool = False,
-    dropout: bool = False,
+    op: str, impl: str, x: Tensor, sizes: tuple, bias: bool = False, dropout: bool = False, *of_group
 ) -> Decision:
     """Return the implementation of an operation, and its plan if that is "triton" and M is known.
 
-    op: one of plan.recipe.OPERATIONS. x: (M, K), or dy (M, N). sizes: returns N, K and R; K is 0 where no
-    weight is read. bias, dropout: whether there is one.
+    op: one of plan.recipe.OPERATIONS. x: (M, K), or dy (M, N). sizes: N, K and R; K is 0 where no weight is
+    read. bias, dropout: whether there is one. of_group: widths and makers of Problem.
     """
     pin = pinned() if impl in ("auto", "triton") else None
-    kernels = pin is not None and pin.needs_kernels(op)
-    name = choose(impl, x.device, x.dtype, kernels).impl
     M = x.shape[0]
     # While shapes are propagated a size can be a symbol, and nothing is computed.
-    if name != "triton" or type(M) is not int:
-        return name, None
-    return name, choose_plan(impl, op, x.device, x.dtype, M, *sizes(), bias, dropout, pin)
+    if type(M) is not int:
+        kernels = pin is not None and pin.needs_kernels(op)
+        return Decision(choose(impl, x.device, x.dtype, kernels).impl)
+    return decide_for_sizes(impl, op, x.device, x.dtype, M, *sizes, bias, dropout, pin, *of_group)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Implementations:
     """The implementations of one operation.
 
-    reference, library: modules made of PyTorch's own operators, and therefore open to direct calls. fused:
-    name of the module that composes the kernels; importing it imports Triton. one_pass: the library's
-    backward, but for dz and dB, which come from the kernel that reads dy once; takes a plan first.
+    reference, library: modules made of PyTorch's own operators. fused: name of the module that composes the
+    kernels; importing it imports Triton. one_pass: the library's backward, but for dz and dB, which come from
+    the kernel that reads dy once; takes the configurations of the kernels first.
     """
 
     reference: ModuleType
@@ -105,33 +104,30 @@ class Implementations:
     fused: str
     one_pass: Callable[..., Any]
 
-    def direct(self, function: str, op: str, decision: Decision) -> Callable[..., Any] | None:
-        """Return the function to call as it is, or None where the operator must be called."""
-        name, plan = decision
+    def run(self, function: str, decision: Decision, x: Tensor, *arguments):
+        """Return what `function` of the implementation that was decided on makes of the arguments, with
+        autocast off and the device of x current.
+        """
+        return call(self._find(function, decision), x.device, *arguments)
+
+    def _find(self, function: str, decision: Decision) -> Callable[..., Any]:
+        plan = decision.plan
         if plan is None:
-            if name == "torch":
-                return getattr(self.library, function)
-            return getattr(self.reference, function) if name == "reference" else None
-        if plan.name == "library" and not _takes_grad_kernel(op, plan):
-            return getattr(self.library, function)
-        return None
-
-    def find(self, function: str, op: str, decision: Decision) -> Callable[..., Any]:
-        """Return the function that computes as decided. op: as in `decide`."""
-        _, plan = decision
-        if plan is not None and plan.name == "fused":
-            return partial(getattr(importlib.import_module(self.fused), function), plan=plan.kernels)
-        if plan is not None and _takes_grad_kernel(op, plan):
-            return partial(self.one_pass, plan)
-        found = self.direct(function, op, decision)
-        if found is None:
-            raise RuntimeError(f"{decision[0]} has no plan for sizes that are not known")
-        return found
+            if decision.impl == "triton":
+                raise RuntimeError("the kernels have no plan for sizes that are not known")
+            return getattr(self.reference if decision.impl == "reference" else self.library, function)
+        if plan.name == "fused":
+            return partial(getattr(_import(self.fused), function), plan=plan.kernels)
+        return (
+            partial(self.one_pass, plan.kernels)
+            if plan.takes_grad_kernel
+            else getattr(self.library, function)
+        )
 
 
-def _takes_grad_kernel(op: str, plan: Plan) -> bool:
-    """Whether a plan of the library's products takes dz and dB from the kernel that reads dy once."""
-    return op == "backward" and plan.kernels.one_pass
+@functools.cache
+def _import(name: str) -> ModuleType:
+    return importlib.import_module(name)
 
 
 def call(function: Callable[..., Any], device: torch.device, *arguments):

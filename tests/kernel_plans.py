@@ -4,7 +4,6 @@ the cases of a test, of which the interpreted ones are quick or slow.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Sequence
 
@@ -12,9 +11,12 @@ import pytest
 import torch
 from conftest import GPU, TRITON_DEVICE, implementation_cases, on_device
 
+from lorafa_kernels.plan.choice import planned_device
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.kernels import KernelConfigs, all_configs
+from lorafa_kernels.plan.pin import make_pin
+from lorafa_kernels.plan.recipe import DEFAULT_KERNELS, OPERATIONS, Problem, Recipe
 
-OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")
 # Small blocks: several tiles a program, several rank blocks, several parts of a contraction.
 TMA = KernelConfig(64, 64, 64, 32, 2, 4, 2, "tma", EPILOGUE_SUBTILE=2)
 GRAD_TMA = KernelConfig(64, 64, 0, 64, 1, 4, 2, "tma")
@@ -28,19 +30,25 @@ PLANS = {
 }
 
 
+def configs(
+    op: str,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    R: int,
+    plan: KernelPlan = DEFAULT_KERNELS,
+    **problem,
+) -> KernelConfigs:
+    """The configurations of an operation on x (M, K) or dy (M, N), weight (N, K) and rank R; problem: more
+    fields of plan.recipe.Problem.
+    """
+    found = Problem(op, rows.dtype, max(1, rows.shape[0]), *weight.shape, R, **problem)
+    return all_configs(plan, found, planned_device(rows.device).limits)
+
+
 def pin(monkeypatch: pytest.MonkeyPatch, plan: KernelPlan) -> None:
-    """Make the kernels' four operations run with `plan`, whatever plan they are given."""
-    linear = importlib.import_module("lorafa_kernels.linear.fused")
-
-    def pinned(operation):
-        def run(*args, plan=None, **options):
-            return operation(*args, **options, plan=pinned_plan)
-
-        return run
-
-    pinned_plan = plan
-    for name in OPERATIONS:
-        monkeypatch.setattr(linear, name, pinned(getattr(linear, name)))
+    """Make all operations run with `plan` while the test runs, wherever they run with the kernels."""
+    pinned = make_pin({op: Recipe("fused", plan) for op in OPERATIONS})
+    monkeypatch.setattr("lorafa_kernels.plan.pin._by_code", pinned)
 
 
 def pin_by_name(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:

@@ -129,7 +129,7 @@ class Case:
         aligned = rows_aligned(operand_bytes, *SIZES[self.sizes])
         limits = KNOWN_DEVICES[self.arch]
         if self.op == "shrink_group":
-            return shrink_group_config(limits, operand_bytes, *self.group)[0]
+            return self._shrink_group[0]
         if self.op == "shrink_total":
             return shrink_total_config(limits, operand_bytes, self.M, self.R)
         if self.op == "expand_total":
@@ -140,8 +140,15 @@ class Case:
         return default_config(self.op, limits, operand_bytes, self.M, self.R, *rest)
 
     @property
-    def group(self) -> tuple[int, int, int, bool]:
-        return self.M, self.R, self.members, self.dropout
+    def _shrink_group(self) -> tuple[KernelConfig, int]:
+        operand_bytes = DTYPES[self.dtype].itemsize
+        of_group = self.M, self.R, self.members, self.dropout
+        return shrink_group_config(KNOWN_DEVICES[self.arch], operand_bytes, *of_group)
+
+    @property
+    def members_at_once(self) -> int:
+        """How many members one pass of shrink_group takes."""
+        return self._shrink_group[1]
 
     @property
     def shared_memory(self) -> int:
@@ -151,9 +158,7 @@ class Case:
             return 0
         if self.op == "shrink_group":
             # The ranks of all members lie side by side.
-            config = replace(
-                config, BLOCK_R=config.BLOCK_R * shrink_group_config(limits, operand_bytes, *self.group)[1]
-            )
+            config = replace(config, BLOCK_R=config.BLOCK_R * self.members_at_once)
         op = GROUP_BASE.get(self.op, self.op)
         estimate = shared_memory(op, config, operand_bytes, limits, self.dropout)
         if self.op != "expand_total":
@@ -200,7 +205,8 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     x, dy, weight, z = tensor(case.M, K), tensor(case.M, N), tensor(N, K), tensor(case.M, case.R)
     lora_A, lora_B = tensor(case.R, K, dtype=factor_dtype), tensor(N, case.R, dtype=factor_dtype)
     bias = tensor(N) if case.bias else None
-    pdl, config = {"pdl": case.pdl}, {"config": case.config}
+    config = {"config": case.config}
+    pdl = config | {"pdl": case.pdl}
     drop = {"dropout_p": 0.1, "seed": tensor(1, dtype=torch.int64)} if case.dropout else {}
     # As in linear/fused.py.
     calls_of = {
@@ -209,7 +215,7 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
         "y": lambda: expand.expand(x, weight.t(), z, lora_B.t(), bias, **pdl),
         "dx": lambda: expand.expand(dy, weight, z, lora_A, **pdl, **drop),
         "dz, dB": lambda: grad.grad(dy, z, lora_B, 2.0, factor_dtype, **pdl),
-        "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype),
+        "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype, **config),
     }
     if case.config.variant == "recompute":
         dx = {"want_L": False, "drop_P": False}
@@ -221,11 +227,12 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     if case.op in GROUP_LAYOUTS:
         n = case.members
         of_group = group.Dropout(tensor(n, dtype=torch.int64), range(n), [0.1] * n) if case.dropout else None
-        drop = {"dropout": of_group}
+        drop = config | {"dropout": of_group}
+        at_once = {"members": case.members_at_once} if case.op == "shrink_group" else {}
         calls_of = {
-            "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n, **drop),
+            "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n, **at_once, **drop),
             "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n, **drop),
-            "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0),
+            "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0, **config),
         }
     if case.op == "gated":
         result, activation = case.layout.split(": ")

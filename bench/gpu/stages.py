@@ -140,7 +140,10 @@ def checks(device: str, small: bool) -> list[Check]:
     from lorafa_kernels.kernels.gated import gated, gated_backward
     from lorafa_kernels.linear import fused as linear
     from lorafa_kernels.operands import draw_seed
+    from lorafa_kernels.plan.choice import planned_device
     from lorafa_kernels.plan.config import KernelPlan
+    from lorafa_kernels.plan.kernels import all_configs
+    from lorafa_kernels.plan.recipe import Problem
 
     from ..measure.kernels import PORTABLE_CONFIG
 
@@ -155,9 +158,17 @@ def checks(device: str, small: bool) -> list[Check]:
             more = (o.scaling, dropout, seed)
 
             def compute(pdl: bool) -> dict:
-                chosen = KernelPlan(pdl=pdl, **plan)
-                y, z = linear.forward(o.x, o.weight, o.lora_A, o.lora_B, o.bias, *more, plan=chosen)
-                dx, dB = linear.backward(o.dy, z, o.weight, o.lora_A, o.lora_B, *more, plan=chosen)
+                limits = planned_device(o.x.device).limits
+                forward, backward = (
+                    all_configs(
+                        KernelPlan(pdl=pdl, **plan),
+                        Problem(op, dtype, M, N, K, R, dropout=dropout > 0),
+                        limits,
+                    )
+                    for op in ("forward", "backward")
+                )
+                y, z = linear.forward(o.x, o.weight, o.lora_A, o.lora_B, o.bias, *more, plan=forward)
+                dx, dB = linear.backward(o.dy, z, o.weight, o.lora_A, o.lora_B, *more, plan=backward)
                 return {"y": y, "dx": dx, "dB": dB}
 
             return compute, plain_formula(o, torch.float64), plain_formula(o)

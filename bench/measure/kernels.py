@@ -22,7 +22,10 @@ from torch import Tensor
 
 from lorafa_kernels.checks.budget import Operands, relative_error
 from lorafa_kernels.linear import library
+from lorafa_kernels.plan.choice import planned_device
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.kernels import KernelConfigs, all_configs
+from lorafa_kernels.plan.recipe import DEFAULT_KERNELS, Problem
 
 from .cases import Case
 from .contenders import CONTENDERS
@@ -104,6 +107,13 @@ class Formulas:
         return found
 
 
+def _configs(op: str, operands: Operands, plan: KernelPlan = DEFAULT_KERNELS) -> KernelConfigs:
+    """The configuration of every kernel of an operation on these operands."""
+    x, (N, K), R = operands.x, operands.weight.shape, operands.lora_A.shape[0]
+    problem = Problem(op, x.dtype, x.shape[0], N, K, R)
+    return all_configs(plan, problem, planned_device(x.device).limits)
+
+
 def subjects(operands: Operands) -> dict[str, dict[str, Callable[[], Subject]]]:
     """Return by part and contender how to make the subject."""
     from lorafa_kernels.kernels.expand import expand
@@ -112,6 +122,8 @@ def subjects(operands: Operands) -> dict[str, dict[str, Callable[[], Subject]]]:
     from lorafa_kernels.linear import fused as linear
 
     f = Formulas(operands)
+    forward_with, backward_with = (partial(_configs, op, operands) for op in ("forward", "backward"))
+    y_configs, dx_configs = forward_with(), backward_with()
     x, dy, weight, bias, z, dz, s = f.x, f.dy, f.weight, f.bias, f.z, f.dz, f.s
     lora_A, lora_B = f.lora_A, f.lora_B
 
@@ -120,10 +132,13 @@ def subjects(operands: Operands) -> dict[str, dict[str, Callable[[], Subject]]]:
         return out.addmm_(left, right.to(left.dtype), beta=0, alpha=s)
 
     def one_pass() -> Results:
-        return dict(zip(("dz", "dB"), grad(dy, z, lora_B, s, lora_B.dtype), strict=True))
+        return dict(
+            zip(("dz", "dB"), grad(dy, z, lora_B, s, lora_B.dtype, config=dx_configs.grad), strict=True)
+        )
 
     def two_passes() -> Results:
-        return {"dz": shrink(dy, lora_B, s), "dB": grad(dy, z, None, 1.0, lora_B.dtype)[1]}
+        dB = grad(dy, z, None, 1.0, lora_B.dtype, config=dx_configs.grad)[1]
+        return {"dz": shrink(dy, lora_B, s, config=dx_configs.shrink), "dB": dB}
 
     def two_products() -> Results:
         return {"dz": scaled_product(dy, lora_B), "dB": library.backward_lora_B(dy, z, lora_B.dtype)}
@@ -136,32 +151,35 @@ def subjects(operands: Operands) -> dict[str, dict[str, Callable[[], Subject]]]:
         return dict(zip(("dx", "dB"), found, strict=True))
 
     overlapped, serial = KernelPlan(pdl=True), KernelPlan(pdl=False)
+    two_launches = KernelPlan(pdl=True, one_pass=False)
     computed: dict[str, dict[str, Callable[[], Results]]] = {
         "y": {
             LIBRARY: lambda: {"y": torch.nn.functional.linear(x, weight, bias)},
-            TRITON: lambda: {"y": expand(x, weight.t(), z, lora_B.t(), bias)},
+            TRITON: lambda: {
+                "y": expand(x, weight.t(), z, lora_B.t(), bias, **linear.expand_configs(y_configs))
+            },
             PORTABLE: lambda: {"y": expand(x, weight.t(), z, lora_B.t(), bias, config=PORTABLE_CONFIG)},
         },
         "dx": {
             LIBRARY: lambda: {"dx": dy @ weight},
-            TRITON: lambda: {"dx": expand(dy, weight, dz, lora_A)},
+            TRITON: lambda: {"dx": expand(dy, weight, dz, lora_A, **linear.expand_configs(dx_configs))},
             PORTABLE: lambda: {"dx": expand(dy, weight, dz, lora_A, config=PORTABLE_CONFIG)},
         },
         "z": {
             LIBRARY: lambda: {"z": scaled_product(x, lora_A.t())},
-            TRITON: lambda: {"z": shrink(x, lora_A.t(), s)},
+            TRITON: lambda: {"z": shrink(x, lora_A.t(), s, config=y_configs.shrink)},
         },
         "z, y": {
             LIBRARY: partial(forward, library),
-            TRITON: partial(forward, linear, plan=overlapped),
-            SERIAL: partial(forward, linear, plan=serial),
+            TRITON: partial(forward, linear, plan=forward_with(overlapped)),
+            SERIAL: partial(forward, linear, plan=forward_with(serial)),
         },
         "dz, dB": {LIBRARY: two_products, TRITON: one_pass, TWO_PASSES: two_passes},
         "dz, dB, dx": {
             LIBRARY: partial(backward, library),
-            TRITON: partial(backward, linear, plan=overlapped),
-            SERIAL: partial(backward, linear, plan=serial),
-            TWO_PASSES: partial(backward, linear, plan=KernelPlan(pdl=True, one_pass=False)),
+            TRITON: partial(backward, linear, plan=backward_with(overlapped)),
+            SERIAL: partial(backward, linear, plan=backward_with(serial)),
+            TWO_PASSES: partial(backward, linear, plan=backward_with(two_launches)),
         },
     }
 

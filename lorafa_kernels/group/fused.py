@@ -3,7 +3,7 @@ Nones as in group/reference.py.
 
 A group of one is a layer, and left to linear.py. `plan` as there; its shrink is for one layer, and z of
 several members takes its own. For few rows (an expand of variant "recompute") each member makes its z beside
-its y, in one launch, and dx of several members takes the default.
+its y, in one launch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..kernels.grad import grad
 from ..kernels.group import Dropout, expand_total, shrink_group, shrink_total
 from ..kernels.shrink import shrink
 from ..linear import fused as linear
-from ..plan.config import KernelConfig, KernelPlan
+from ..plan.kernels import KernelConfigs
 from .operands import rank_columns, rank_makers, seed_of
 
 
@@ -34,14 +34,13 @@ def forward(
     seeds: Tensor | None,
     share_A: bool,
     *,
-    plan: KernelPlan,
+    plan: KernelConfigs,
 ) -> tuple[list[Tensor], Tensor]:
     """Compute the y_i (M, N_i) and z: one launch for z, and one for each y_i; for few rows one for each
     member, and z is put together from theirs. A member without an adapter is a library product.
     """
     makers = rank_makers(lora_Bs, share_A)
-    recomputes = plan.expand is not None and plan.expand.variant == "recompute"
-    if makers and (len(weights) == 1 or (recomputes and not share_A)):
+    if makers and (len(weights) == 1 or (plan.recomputes and not share_A)):
         ys, zs = [], []
         for i, weight in enumerate(weights):
             if lora_Bs[i] is None:
@@ -55,8 +54,10 @@ def forward(
         return ys, zs[0] if len(zs) == 1 else torch.cat(zs, dim=1)
     factors = [lora_As[i].t() for i in makers]
     of_rank = [scalings[i] / (1 - dropout_ps[i]) for i in makers]
-    z = shrink_group(x, factors, of_rank, dropout=_dropout(seeds, makers, dropout_ps, share_A))
-    config = _expand_config(plan)
+    dropout = _dropout(seeds, makers, dropout_ps, share_A)
+    of_group = plan.group
+    z = shrink_group(x, factors, of_rank, config=of_group.shrink, members=of_group.members, dropout=dropout)
+    configs = linear.expand_configs(plan)
     ys = []
     for weight, lora_B, bias, (first, last) in zip(
         weights, lora_Bs, biases, rank_columns(lora_Bs, share_A), strict=True
@@ -64,7 +65,7 @@ def forward(
         if lora_B is None:
             ys.append(F.linear(x, weight, bias))
         else:
-            ys.append(expand(x, weight.t(), z[:, first:last], lora_B.t(), bias, config=config))
+            ys.append(expand(x, weight.t(), z[:, first:last], lora_B.t(), bias, **configs))
     return ys, z
 
 
@@ -81,7 +82,7 @@ def backward(
     need_dx: bool,
     need_dBs: Sequence[bool],
     *,
-    plan: KernelPlan,
+    plan: KernelConfigs,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Compute dx (M, K), in one launch, and the dB_i (N_i, R_i), with dz_i by the same pass over dy_i or by
     one more; with share_A by one pass over all dy_i.
@@ -112,7 +113,8 @@ def backward(
         return None, dBs
     if share_A and adapted:
         # Theirs is the scaling of the last one as well as of any other.
-        dzs = [shrink_total([dys[i] for i in adapted], [lora_Bs[i] for i in adapted], scaling)]
+        operands = [dys[i] for i in adapted], [lora_Bs[i] for i in adapted]
+        dzs = [shrink_total(*operands, scaling, config=plan.group.shrink_total)]
         adapted = adapted[:1]
     dropout = _dropout(seeds, adapted, dropout_ps, share_A)
     dx = expand_total(
@@ -120,9 +122,9 @@ def backward(
         [weights[i] for i in used],
         dzs,
         [lora_As[i] for i in adapted],
+        config=plan.group.expand_total,
+        unaligned=plan.group.expand_unaligned,
         dropout=dropout,
-        # With the masks of several members it takes other blocks than a layer.
-        config=_expand_config(plan) if dropout is None else None,
     )
     return dx, dBs
 
@@ -133,7 +135,3 @@ def _dropout(
     if seeds is None or not members:
         return None
     return Dropout(seeds, [0] if share_A else members, [dropout_ps[i] for i in members])
-
-
-def _expand_config(plan: KernelPlan) -> KernelConfig | None:
-    return None if plan.expand is not None and plan.expand.variant == "recompute" else plan.expand

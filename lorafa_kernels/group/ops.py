@@ -21,28 +21,27 @@ Not x, and no output.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..dispatch import (
-    Decision,
     Implementations,
     announce,
-    call,
     decide,
     define,
     first_order,
     open_to_direct_calls,
+    open_to_launches,
 )
+from ..plan.choice import Decision
 from . import library, reference
-from .operands import rank_columns
+from .operands import rank_columns, rank_makers
 
 
 def _backward_with_one_pass(
-    plan, dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs
+    configs, dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs
 ):
     grad = importlib.import_module("..kernels.grad", __package__).grad
     dBs: list[Tensor | None] = [None] * len(dys)
@@ -53,7 +52,7 @@ def _backward_with_one_pass(
             continue
         if need_dBs[i]:
             part = z[:, slice(*columns[i])]
-            dz, dBs[i] = grad(dy, part, lora_B, scalings[i], lora_B.dtype, config=plan.kernels.grad)
+            dz, dBs[i] = grad(dy, part, lora_B, scalings[i], lora_B.dtype, config=configs.grad)
             parts.append(dz)
         else:
             parts.append(library.low_rank_gradient([dy], [lora_B], [scalings[i]], False))
@@ -79,8 +78,8 @@ def group_forward(
 ) -> tuple[list[Tensor], Tensor]:
     """Compute the y_i (M, N_i) and z (M, ΣR), with share_A (M, R), in the dtype of x."""
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    if seeds is None and (run := _direct("forward", impl, x, weights, lora_Bs, biases)):
-        return run(*arguments)
+    if decision := _direct("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None):
+        return _IMPLEMENTATIONS.run("forward", decision, x, *arguments)
     announce()
     *ys, z = _forward_op(*arguments, impl)
     return ys, z
@@ -108,8 +107,8 @@ def group_backward(
     dy = next(dy for dy in dys if dy is not None)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
-    if seeds is None and (run := _direct(op, impl, dy, weights, lora_Bs)):
-        return run(*arguments)
+    if decision := _direct(op, impl, dy, weights, lora_Bs, share_A, dropout=seeds is not None):
+        return _IMPLEMENTATIONS.run("backward", decision, dy, *arguments)
     announce()
     found = iter(_backward_op(*arguments, impl))
     return next(found) if need_dx else None, [next(found) if need else None for need in need_dBs]
@@ -121,10 +120,12 @@ def _direct(
     x: Tensor,
     weights: Sequence[Tensor | None],
     lora_Bs: Sequence[Tensor | None],
+    share_A: bool,
     biases: Sequence[Tensor | None] = (),
-) -> Callable[..., Any] | None:
-    """Return the function to call as it is, where nothing needs a cast and PyTorch's operators are all it
-    calls, or None. op: one of plan.recipe.OPERATIONS.
+    dropout: bool = False,
+) -> Decision | None:
+    """Decide, or return None where the operator must be called. op: one of plan.recipe.OPERATIONS. dropout:
+    whether there is one.
     """
     if not open_to_direct_calls(x.device.type):
         return None
@@ -132,12 +133,8 @@ def _direct(
     for tensor in (*weights, *biases):
         if tensor is not None and tensor.dtype != dtype:
             return None
-    decision = _decide(op, impl, x, weights, lora_Bs, biases)
-    return _IMPLEMENTATIONS.direct(_direction(op), op, decision)
-
-
-def _direction(op: str) -> str:
-    return "forward" if op == "forward" else "backward"
+    decision = _decide(op, impl, x, weights, lora_Bs, share_A, biases, dropout)
+    return None if decision.takes_kernels and not open_to_launches(x) else decision
 
 
 def _decide(
@@ -146,28 +143,27 @@ def _decide(
     x: Tensor,
     weights: Sequence[Tensor | None],
     lora_Bs: Sequence[Tensor | None],
+    share_A: bool,
     biases: Sequence[Tensor | None] = (),
     dropout: bool = False,
 ) -> Decision:
-    """Arguments as of _direct; dropout: whether there is one."""
-
-    def sizes() -> tuple[int, int, int]:
-        N = R = 0
-        for weight, lora_B in zip(weights, lora_Bs, strict=True):
-            if lora_B is not None:
-                R = max(R, lora_B.shape[1])
-            wide = lora_B if weight is None else weight
-            N += wide.shape[0] if wide is not None else 0
-        return N, 0 if op == "backward_lora_B" else weights[0].shape[1], max(1, R)
-
-    return decide(op, impl, x, sizes, any(bias is not None for bias in biases), dropout)
+    """Arguments as of _direct."""
+    widths, R = [], 1
+    for weight, lora_B in zip(weights, lora_Bs, strict=True):
+        if lora_B is not None:
+            R = max(R, lora_B.shape[1])
+        wide = lora_B if weight is None else weight
+        widths.append(wide.shape[0] if wide is not None else 0)
+    sizes = sum(widths), 0 if op == "backward_lora_B" else weights[0].shape[1], R
+    bias = any(bias is not None for bias in biases)
+    return decide(op, impl, x, sizes, bias, dropout, tuple(widths), len(rank_makers(lora_Bs, share_A)))
 
 
 def _forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
     weights, biases = _cast(weights, x.dtype), _cast(biases, x.dtype)
-    decision = _decide("forward", impl, x, weights, lora_Bs, biases, seeds is not None)
+    decision = _decide("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None)
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    ys, z = _run("forward", decision, x.device, arguments)
+    ys, z = _IMPLEMENTATIONS.run("forward", decision, x, *arguments)
     return [*ys, z]
 
 
@@ -178,18 +174,14 @@ def _backward(
     if need_dx:
         weights = _cast(weights, dy.dtype)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
-    decision = _decide(op, impl, dy, weights, lora_Bs, dropout=seeds is not None)
+    decision = _decide(op, impl, dy, weights, lora_Bs, share_A, dropout=seeds is not None)
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
-    dx, dBs = _run(op, decision, dy.device, arguments)
+    dx, dBs = _IMPLEMENTATIONS.run("backward", decision, dy, *arguments)
     return [grad for grad in (dx, *dBs) if grad is not None]
 
 
 def _cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
-
-
-def _run(op: str, decision: Decision, device: torch.device, arguments: tuple):
-    return call(_IMPLEMENTATIONS.find(_direction(op), op, decision), device, *arguments)
 
 
 def _forward_fake(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):

@@ -11,7 +11,8 @@ One kernel for both, through strides. Reads P once per column of blocks and Q on
 keep/(1 − p) in fp32, keep made in registers, and the large product is added to it.
 
 The launcher takes the kernel of expand_tma.py where the configuration asks for it and TMA can address the
-operands. Programmatic dependent launch (WAIT) is explained there, and holds here word for word.
+operands, else a second configuration. Programmatic dependent launch (WAIT) is explained there, and holds here
+word for word.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import KernelConfig, default_config, rows_aligned
+from ..plan.config import KernelConfig
 from .expand_tma import expand_tma, storage_order
 from .tile import (
+    by_pointers,
     dependent_launch,
     device_limits,
     drop,
@@ -172,13 +174,16 @@ def expand(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    config: KernelConfig | None = None,
+    config: KernelConfig,
+    unaligned: KernelConfig | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Return round(P · Q + keep/(1 − p) ⊙ (L · F) + bias) as a contiguous (M, N) tensor in the dtype of P.
 
     P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype or fp32; any
     strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true where dropout_p, p, is 0.
+    `unaligned`: the configuration for operands that TMA cannot address, where `config` is one for TMA; raises
+    ValueError where it is missing then.
     `pdl`: start while the kernel that writes L still runs, where the device can; that kernel must be the
     last one launched, and must not have been launched this way itself.
     """
@@ -192,11 +197,6 @@ def expand(
         bias = bias.contiguous()
     limits = device_limits(P.device)
     wait = pdl and dependent_launch(limits)
-    if config is None:
-        aligned = rows_aligned(P.element_size(), K, N)
-        config = default_config(
-            "expand", limits, P.element_size(), M, R, aligned, recompute=False, dropout=dropout_p > 0
-        )
     seed, threshold = dropout_arguments(dropout_p, seed)
     scale = keep_scale(dropout_p)
     if config.variant == "tma":
@@ -204,9 +204,7 @@ def expand(
         if transposed is not None:
             expand_tma(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms, seed, threshold, scale)
             return C
-        config = default_config(
-            "expand", limits, P.element_size(), M, R, aligned=False, recompute=False, dropout=dropout_p > 0
-        )
+        config = by_pointers(unaligned)
     launch = {"launch_pdl": True} if wait else {}
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     _expand_kernel[grid](

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import KernelConfig, default_config, row_chunks
+from ..plan.config import KernelConfig, row_chunks
 from .tile import (
     SUM_BLOCK,
     addressable,
@@ -155,7 +155,7 @@ def grad(
     scaling: float,
     dB_dtype: torch.dtype,
     *,
-    config: KernelConfig | None = None,
+    config: KernelConfig,
     pdl: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """Return dz (M, R) contiguous in the dtype of dy, and dB (N, R) contiguous in dB_dtype.
@@ -172,8 +172,6 @@ def grad(
     if M == 0 or N == 0:
         return dz.zero_() if need_dz else None, dB.zero_()
     limits = device_limits(dy.device)
-    if config is None:
-        config = default_config("grad", limits, dy.element_size(), M, R)
     strips = triton.cdiv(N, config.BLOCK_N)
     r_blocks = triton.cdiv(R, config.BLOCK_R)
     chunks = row_chunks(config, limits, M, N)

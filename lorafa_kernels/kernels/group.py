@@ -32,18 +32,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import (
-    KernelConfig,
-    expand_total_config,
-    rows_aligned,
-    shrink_group_config,
-    shrink_total_config,
-    split_size,
-)
+from ..plan.config import KernelConfig, split_size
 from .group_tma import expand_total_tma, total_addressable
 from .tile import (
     SUM_BLOCK,
     addressable,
+    by_pointers,
     device_limits,
     drop,
     dropout_arguments,
@@ -297,27 +291,22 @@ def shrink_group(
     factors: Sequence[Tensor],
     scalings: Sequence[float],
     *,
+    config: KernelConfig,
+    members: int,
     dropout: Dropout | None = None,
-    config: KernelConfig | None = None,
 ) -> Tensor:
     """Return the round(scaling_i · ((x ⊙ keep_i) · factor_i)) side by side: a contiguous (M, ΣR) tensor in
     the dtype of x.
 
     x (M, K) fp32, bf16 or fp16; factors (K, R_i) of that dtype or fp32; any strides. keep_i (M, K) is all
     true without dropout; 1/(1 − p_i) is for the caller to have in scaling_i. config: its BLOCK_R is the
-    columns of one member.
+    columns of one member; members: how many of them one pass over x takes, one where a rank is above BLOCK_R.
     """
     M, K = x.shape
     ranks = [factor.shape[1] for factor in factors]
     out = torch.empty((M, sum(ranks)), dtype=x.dtype, device=x.device)
     if M == 0 or K == 0 or not ranks:
         return out.zero_()
-    limits = device_limits(x.device)
-    if config is None:
-        shapes = M, max(ranks), len(ranks)
-        config, members = shrink_group_config(limits, x.element_size(), *shapes, dropout is not None)
-    else:
-        members = len(ranks) if max(ranks) <= config.BLOCK_R else 1
     split_k = split_size(config, K)
     splits = triton.cdiv(K, split_k)
     split = splits > 1
@@ -374,31 +363,27 @@ def expand_total(
     Ls: Sequence[Tensor],
     Fs: Sequence[Tensor],
     *,
+    config: KernelConfig,
+    unaligned: KernelConfig | None = None,
     dropout: Dropout | None = None,
-    config: KernelConfig | None = None,
 ) -> Tensor:
     """Return round(Σ P_i · Q_i + Σ keep_j/(1 − p_j) ⊙ (L_j · F_j)) as a contiguous (M, N) tensor in the dtype
     of the P_i.
 
     At least one P_i (M, K_i), with Q_i (K_i, N); any number of L_j (M, R_j), with F_j (R_j, N). One dtype,
     fp32, bf16 or fp16, but F_j may be fp32; any strides. keep_j (M, N) is all true without dropout, which has
-    one entry for each L_j.
+    one entry for each L_j. unaligned: as in expand.
     """
     M, N = Ps[0].shape[0], Qs[0].shape[1]
     C = torch.empty((M, N), dtype=Ps[0].dtype, device=Ps[0].device)
     if M == 0 or N == 0:
         return C
-    limits = device_limits(C.device)
-    key = (limits, C.element_size(), M, max((L.shape[1] for L in Ls), default=1))
-    if config is None:
-        aligned = rows_aligned(C.element_size(), N, *(P.shape[1] for P in Ps))
-        config = expand_total_config(*key, aligned, dropout is not None)
     if config.variant == "tma":
         # Masks leave no registers for a rank-R step by pointers.
         if total_addressable(Ps, Qs, N) and (dropout is None or addressable(*Ls, *Fs)):
-            expand_total_tma(Ps, Qs, Ls, Fs, C, config, limits.num_sms, _of_terms(dropout))
+            expand_total_tma(Ps, Qs, Ls, Fs, C, config, device_limits(C.device).num_sms, _of_terms(dropout))
             return C
-        config = expand_total_config(*key, False, dropout is not None)
+        config = by_pointers(unaligned)
     _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config)
     return C
 
@@ -408,7 +393,7 @@ def shrink_total(
     factors: Sequence[Tensor],
     scaling: float,
     *,
-    config: KernelConfig | None = None,
+    config: KernelConfig,
 ) -> Tensor:
     """Return round(scaling · Σ rows_i · factor_i) as a contiguous (M, R) tensor in the dtype of the rows_i.
 
@@ -419,8 +404,6 @@ def shrink_total(
     out = torch.empty((M, R), dtype=rows[0].dtype, device=rows[0].device)
     if M == 0:
         return out
-    if config is None:
-        config = shrink_total_config(device_limits(out.device), out.element_size(), M, R)
     _total(rows, factors, (), (), out, scaling, None, config)
     return out
 

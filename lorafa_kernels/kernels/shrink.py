@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import KernelConfig, default_config, split_size
+from ..plan.config import KernelConfig, split_size
 from .tile import (
     SUM_BLOCK,
     dependent_launch,
@@ -140,7 +140,7 @@ def shrink(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    config: KernelConfig | None = None,
+    config: KernelConfig,
     pdl: bool = False,
 ) -> Tensor:
     """Return round(scaling · ((rows ⊙ keep) · factor)) as a contiguous (M, R) tensor in the dtype of rows.
@@ -155,8 +155,6 @@ def shrink(
     if M == 0 or K == 0:
         return out.zero_()
     limits = device_limits(rows.device)
-    if config is None:
-        config = default_config("shrink", limits, rows.element_size(), M, R, dropout=dropout_p > 0)
     trigger = pdl and dependent_launch(limits)
     split_k = split_size(config, K)
     splits = triton.cdiv(K, split_k)

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import philox
-from ..plan.config import INTERPRETER, DeviceLimits
+from ..plan.config import INTERPRETER, DeviceLimits, KernelConfig
 
 # Programmatic dependent launch. Kernels name the two instructions only behind a constexpr flag.
 try:
@@ -241,6 +241,13 @@ def addressable(*tensors: Tensor) -> bool:
         if t.data_ptr() % 16 or not 0 < rows < 1 << 31 or not 0 < columns < 1 << 31:
             return False
     return True
+
+
+def by_pointers(config: KernelConfig | None) -> KernelConfig:
+    """Return the configuration for operands that TMA cannot address. Raises ValueError for None."""
+    if config is None:
+        raise ValueError("TMA cannot address these operands, and no configuration is given for such")
+    return config
 
 
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

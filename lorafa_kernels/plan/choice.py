@@ -32,6 +32,22 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class Decision:
+    """The implementation that runs an operation and, of the Triton kernels, the plan; None where the sizes
+    are not known.
+    """
+
+    impl: str
+    plan: Plan | None = None
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether a Triton kernel is launched."""
+        plan = self.plan
+        return plan is not None and (plan.name == "fused" or plan.takes_grad_kernel)
+
+
 def check_impl(impl: str) -> None:
     """Raise ValueError unless `impl` is "auto" or an implementation's name."""
     if not isinstance(impl, str) or (impl != "auto" and impl not in IMPLEMENTATIONS):
@@ -77,31 +93,54 @@ def choose_plan(
     bias: bool,
     dropout: bool = False,
     pin: Pin | None = None,
+    widths: tuple[int, ...] = (),
+    makers: int = 1,
 ) -> Plan:
-    """Decide with which plan operation `op` runs where choose() gives "triton"; sizes, bias and dropout as in
-    Problem.
+    """Decide with which plan operation `op` runs where choose() gives "triton"; sizes and what follows them
+    as in Problem.
 
     M is rounded to 16 steps an octave first, so that rows of ever new number find their plan made. Raises
     RuntimeError, saying what is missing, for a pinned plan that cannot run.
     """
+    return _plan(impl, op, device, dtype, _rounded(M), N, K, R, bias, dropout, pin, widths, makers)
+
+
+def decide(impl: str, op: str, device: torch.device, dtype: torch.dtype, M: int, *rest) -> Decision:
+    """Decide all of it by one look-up; arguments as for choose_plan."""
+    return _decision(impl, op, device, dtype, _rounded(M), *rest)
+
+
+def _rounded(M: int) -> int:
     shift = max(0, M.bit_length() - 5)
-    rounded = ((M + (1 << shift) - 1) >> shift) << shift
-    return _plan(impl, op, device, dtype, rounded, N, K, R, bias, dropout, pin)
+    return ((M + (1 << shift) - 1) >> shift) << shift
 
 
 def forget_plans() -> None:
     """Decide anew: after another table was written or the environment changed."""
     choose.cache_clear()
     _plan.cache_clear()
+    _decision.cache_clear()
     planned_device.cache_clear()
     forget()
     forget_environment()
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin) -> Plan:
+def _decision(
+    impl, op, device, dtype, M, N, K, R, bias=False, dropout=False, pin=None, widths=(), makers=1
+) -> Decision:
+    name = choose(impl, device, dtype, pin is not None and pin.needs_kernels(op)).impl
+    if name != "triton":
+        return Decision(name)
+    return Decision(
+        name, choose_plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin, widths, makers)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin, widths, makers) -> Plan:
     names = ("fused",) if impl == "triton" else NAMES
-    problem = Problem(op, dtype, M, N, K, R, bias, dropout)
+    problem = Problem(op, dtype, M, N, K, R, bias, dropout, widths, makers)
     return make_plan(problem, planned_device(device), pin=pin, names=names)
 
 

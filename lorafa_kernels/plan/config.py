@@ -308,19 +308,6 @@ def expand_total_config(
     return config
 
 
-@functools.lru_cache(maxsize=1024)
-def default_plan(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
-) -> KernelPlan:
-    """Return the plan of the heuristics without dropout; arguments as for default_config. A pure function."""
-    configs = {op: default_config(op, limits, operand_bytes, M, R, aligned) for op in OPS}
-    return KernelPlan(
-        **configs,
-        one_pass=one_pass_moves_less(configs["grad"], operand_bytes, R),
-        pdl=limits.dependent_launch,
-    )
-
-
 def makes_mask(op: str, forward: bool, config: KernelConfig) -> bool:
     """Whether kernel `op` in this configuration makes the mask where there is dropout: in forward shrink, in
     backward expand, in both an expand that makes z or dz itself.
@@ -328,18 +315,6 @@ def makes_mask(op: str, forward: bool, config: KernelConfig) -> bool:
     if op == "expand":
         return config.variant == "recompute" or not forward
     return op == "shrink" and forward
-
-
-def one_pass_moves_less(config: KernelConfig, operand_bytes: int, R: int) -> bool:
-    """Whether one pass over dy, which writes and reads fp32 partial sums of dz for each of its strips, moves
-    no more bytes than two passes. Sizes M and N cancel.
-    """
-    tiles_of_R = -(-R // config.BLOCK_R)
-    partial_sums = 2 * 4 * R / config.BLOCK_N
-    # Both plans write the same partial sums of dB. The tiles of a large R read dy again.
-    one = tiles_of_R * operand_bytes + partial_sums
-    two = tiles_of_R * operand_bytes + operand_bytes
-    return one <= two
 
 
 def row_chunks(config: KernelConfig, limits: DeviceLimits, M: int, N: int) -> int:

@@ -1,8 +1,8 @@
 """Which plan an operation runs with: the fused kernels or the library's products, and with which blocks.
 
 A pure function of the problem, the device, what is pinned, and the tables. It looks, in this order, for what
-is pinned; the problem's bucket in the user's own table, then in the shipped one; the nearest neighbour in
-either; and else asks the model of the cost. Every device gets an answer.
+is pinned; the problem's bucket in the user's own table, then in the shipped one; and else asks the model of
+the cost. Every device gets an answer.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ from dataclasses import dataclass, replace
 
 from .config import KernelPlan
 from .cost import ceilings, predict
+from .kernels import KernelConfigs, all_configs
 from .pin import Pin
 from .recipe import NAMES, Device, Problem, Recipe, describe, heuristic_config, obstacle
-from .tables import Measured, Table, key_of, nearest, shipped_table, user_table
+from .tables import Measured, Table, key_of, shipped_table, user_table
 
-SOURCES = ("pinned", "user cache", "table", "nearest", "heuristic")
+SOURCES = ("pinned", "user cache", "table", "heuristic")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe, where it comes from (one of SOURCES), and why in words.
+    """A recipe for an operation, where it comes from (one of SOURCES), and why in words.
 
-    predicted: what the model of the cost says of this recipe and of those it was preferred to, by their
-    descriptions, in microseconds; this one first. Empty under Triton's interpreter.
+    kernels: the configuration of every kernel that it may launch. predicted: what the model of the cost says
+    of this recipe and of those it was preferred to, by their descriptions, in microseconds; this one first.
+    Empty under Triton's interpreter.
     """
 
+    op: str
     recipe: Recipe
     source: str
     reason: str
+    kernels: KernelConfigs
     predicted: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -37,8 +41,9 @@ class Plan:
         return self.recipe.name
 
     @property
-    def kernels(self) -> KernelPlan:
-        return self.recipe.kernels
+    def takes_grad_kernel(self) -> bool:
+        """Whether dz and dB of a plan of the library's products come from the kernel that reads dy once."""
+        return self.name == "library" and self.op == "backward" and self.kernels.one_pass
 
     @property
     def predicted_us(self) -> float | None:
@@ -91,26 +96,18 @@ def _pinned(problem: Problem, device: Device, pin: Pin) -> Plan:
         return replace(plan, source="pinned", reason=reason)
     if missing := obstacle(recipe, problem, device.limits):
         raise RuntimeError(f"the plan pinned by {pin.origin} cannot run on {device.name}: {missing}")
-    return Plan(recipe, "pinned", f"by {pin.origin}", _predictions(recipe, (), problem, device))
+    return _plan(
+        recipe, "pinned", f"by {pin.origin}", problem, device, _predictions(recipe, (), problem, device)
+    )
 
 
 def _measured(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan | None:
     key = key_of(problem)
-    tables = (("user cache", user_table(device)), ("table", shipped_table(device)))
-    for source, table in tables:
+    for source, table in (("user cache", user_table(device)), ("table", shipped_table(device))):
         if table is None:
             continue
         if (entry := table.by_key.get(key)) and (plan := _fastest(entry.plans, problem, device, names)):
             return replace(plan, source=source, reason=f"{plan.reason} at {key}{_when(table)}")
-    for _, table in tables:
-        if table is None or (entry := nearest(table, key)) is None:
-            continue
-        plans = entry.plans
-        if entry.key.rank != key.rank:
-            # Blocks are made for a rank; which plan wins depends on it less.
-            plans = tuple(replace(one, recipe=_without_configs(one.recipe)) for one in plans)
-        if plan := _fastest(plans, problem, device, names):
-            return replace(plan, source="nearest", reason=f"{plan.reason} at {entry.key}{_when(table)}")
     return None
 
 
@@ -125,20 +122,35 @@ def _fastest(
     times = ", ".join(f"{describe(one.recipe, problem.op)} {one.us:.1f} us" for one in able)
     recipe = able[0].recipe
     others = (one.recipe for one in able[1:])
-    return Plan(recipe, "", f"measured {times}", _predictions(recipe, others, problem, device))
+    predicted = _predictions(recipe, others, problem, device)
+    return _plan(recipe, "", f"measured {times}", problem, device, predicted)
 
 
 def _heuristic(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan:
     found = candidates(problem, device, names)
     reached = ceilings(device.name, device.limits)
     if reached is None:
-        return Plan(found[0], "heuristic", "no model of the cost for the interpreter: the first plan")
+        reason = "no model of the cost for the interpreter: the first plan"
+        return _plan(found[0], "heuristic", reason, problem, device)
     able = [recipe for recipe in found if obstacle(recipe, problem, device.limits) is None]
     # A device with too little shared memory for any kernel is not one that a heuristic should refuse.
     times = {recipe: predict(recipe, problem, device.limits, reached).us for recipe in able or found}
     ranked = sorted(times, key=times.__getitem__)
     predicted = tuple((describe(recipe, problem.op), times[recipe]) for recipe in ranked)
-    return Plan(ranked[0], "heuristic", f"least predicted time, {reached.source}", predicted)
+    reason = f"least predicted time, {reached.source}"
+    return _plan(ranked[0], "heuristic", reason, problem, device, predicted)
+
+
+def _plan(
+    recipe: Recipe,
+    source: str,
+    reason: str,
+    problem: Problem,
+    device: Device,
+    predicted: tuple[tuple[str, float], ...] = (),
+) -> Plan:
+    kernels = all_configs(recipe.kernels, problem, device.limits)
+    return Plan(problem.op, recipe, source, reason, kernels, predicted)
 
 
 def _predictions(
@@ -151,10 +163,6 @@ def _predictions(
         (describe(one, problem.op), predict(one, problem, device.limits, reached).us)
         for one in (recipe, *others)
     )
-
-
-def _without_configs(recipe: Recipe) -> Recipe:
-    return replace(recipe, kernels=replace(recipe.kernels, shrink=None, expand=None, grad=None))
 
 
 def _when(table: Table) -> str:

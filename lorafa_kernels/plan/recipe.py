@@ -41,7 +41,8 @@ class Problem:
     """One operation on x (M, K), weight (N, K) and rank R, or on dy (M, N), in `dtype`.
 
     op: one of OPERATIONS. K is 0 for backward_lora_B, which does not depend on it. bias: forward adds one.
-    dropout: x is dropped out before lora_A.
+    dropout: x is dropped out before lora_A. Of a group of layers that share x, widths: the N of each, whose
+    sum N is, R being the largest rank; makers: how many z are made of x. () and 1 for a layer.
     """
 
     op: str
@@ -52,6 +53,8 @@ class Problem:
     R: int
     bias: bool = False
     dropout: bool = False
+    widths: tuple[int, ...] = ()
+    makers: int = 1
 
     @property
     def width(self) -> int:
@@ -66,7 +69,7 @@ class Problem:
     @property
     def aligned(self) -> bool:
         """Whether all wide rows start at multiples of 16 bytes."""
-        return rows_aligned(self.dtype.itemsize, self.N, self.K)
+        return rows_aligned(self.dtype.itemsize, *(self.widths or (self.N,)), self.K)
 
 
 @dataclass(frozen=True)

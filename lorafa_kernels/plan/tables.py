@@ -40,10 +40,6 @@ SHIPPED = Path(__file__).resolve().parent / "measured"
 # How the name of a stub driver's device (tests/stub_gpu) begins.
 STUB = "STUB "
 LEAST_RANK = 16
-# Sum of |log2| of the ratios of K, N, rank and rows beyond which a neighbour says nothing. A rank twice as
-# large is as far as rows four times as many.
-FARTHEST = 4.0
-RANK_WEIGHT = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
 # Larger sizes, and times in microseconds (11 days), are no measurements.
 MOST_SIZE = 1 << 40
@@ -110,36 +106,6 @@ def key_of(problem: Problem) -> Key:
         1 << round(math.log2(max(1, problem.M))),
         problem.dropout,
     )
-
-
-def nearest(table: Table, key: Key) -> Entry | None:
-    """Return the entry for `key`, or the one nearest to it, or None if none is near enough.
-
-    A neighbour is of the same operation, dtype and dropout, and aligned alike, as the kernels differ there.
-    Of several that are equally near the first in the order of their keys is taken.
-    """
-    if found := table.by_key.get(key):
-        return found
-    near = [(d, repr(e.key), e) for e in table.entries if (d := distance(e.key, key)) <= FARTHEST]
-    return min(near, key=lambda item: item[:2])[2] if near else None
-
-
-def distance(one: Key, other: Key) -> float:
-    """Return how far two buckets are apart, inf if one says nothing about the other."""
-    if (one.op, one.dtype, one.dropout) != (other.op, other.dtype, other.dropout):
-        return math.inf
-    if any((a % 8 == 0) != (b % 8 == 0) for a, b in ((one.K, other.K), (one.N, other.N))):
-        return math.inf
-    apart = 0.0
-    for a, b, weight in (
-        (one.K, other.K, 1.0),
-        (one.N, other.N, 1.0),
-        (one.rows, other.rows, 1.0),
-        (one.rank, other.rank, RANK_WEIGHT),
-    ):
-        if a != b:
-            apart += weight * abs(math.log2(a / b)) if a and b else math.inf
-    return apart
 
 
 def cache_path(device: Device) -> Path | None:

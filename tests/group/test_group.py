@@ -27,6 +27,7 @@ from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.nn.group import operands_of
 from lorafa_kernels.philox import keep_mask
+from lorafa_kernels.plan.choice import planned_device
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, shrink_group_config
 
 pytestmark = pytest.mark.numerics
@@ -777,11 +778,10 @@ def test_hopper_kernel_of_dx(device, impl, dtype, p, R, subtile):
             found = found + term
         return found
 
+    portable = replace(config, variant="portable")
     got = {
-        "dx": kernels.expand_total(*operands, dropout=dropout, config=config),
-        "portable": kernels.expand_total(
-            *operands, dropout=dropout, config=replace(config, variant="portable")
-        ),
+        "dx": kernels.expand_total(*operands, dropout=dropout, config=config, unaligned=portable),
+        "portable": kernels.expand_total(*operands, dropout=dropout, config=portable),
     }
     budget = Budget()
     exact, plainly = formula(torch.float64), formula(dtype)
@@ -790,11 +790,9 @@ def test_hopper_kernel_of_dx(device, impl, dtype, p, R, subtile):
 
 
 @triton_only
-@pytest.mark.parametrize(
-    "config", [KernelConfig(32, 0, 16, 16, 1, 4, 2, SPLIT_K=3), None], ids=["split", "own"]
-)
+@pytest.mark.parametrize("split", [True, False], ids=["split", "own"])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_kernel_of_all_z(device, config, p):
+def test_kernel_of_all_z(device, split, p):
     """Split contractions, several passes over x, and a rank above the block."""
     kernels = pytest.importorskip("lorafa_kernels.kernels.group")
     ranks = (8, 20, 3)
@@ -802,7 +800,11 @@ def test_kernel_of_all_z(device, config, p):
     seeds = torch.tensor([5, 6, 7], device=device)
     dropout = kernels.Dropout(seeds, (0, 1, 2), (p, 0.0, p)) if p else None
     factors = [member.lora_A.t() for member in group.members]
-    got = kernels.shrink_group(group.x, factors, [0.5, 2.0, 1.0], dropout=dropout, config=config)
+    config, members = shrink_group_config(planned_device(group.x.device).limits, 4, 70, max(ranks), 3, p > 0)
+    if split:
+        config, members = KernelConfig(32, 0, 16, 16, 1, 4, 2, SPLIT_K=3), 1
+    of_kernel = {"config": config, "members": members, "dropout": dropout}
+    got = kernels.shrink_group(group.x, factors, [0.5, 2.0, 1.0], **of_kernel)
 
     def formula(to):
         parts = []

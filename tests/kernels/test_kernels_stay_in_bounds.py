@@ -10,14 +10,16 @@ from kernel_plans import PLANS, pin_by_name
 from memory_beds import Beds
 
 from lorafa_kernels.checks.budget import draw_operands
-from lorafa_kernels.plan.config import KernelConfig, KernelPlan
+from lorafa_kernels.group import ops as group_ops
+from lorafa_kernels.linear import ops
+from lorafa_kernels.plan.config import KernelConfig
 
 pytestmark = pytest.mark.numerics
 pytest.importorskip("triton")
-group_linear = pytest.importorskip("lorafa_kernels.group.fused")
+pytest.importorskip("lorafa_kernels.group.fused")
 grad = pytest.importorskip("lorafa_kernels.kernels.grad")
 gated = pytest.importorskip("lorafa_kernels.kernels.gated")
-linear = pytest.importorskip("lorafa_kernels.linear.fused")
+pytest.importorskip("lorafa_kernels.linear.fused")
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["", "dropout"])
@@ -45,10 +47,10 @@ def test_those_of_a_layer(monkeypatch, triton_device, beds, plan, dtype, p):
     seed = torch.tensor([3], device=triton_device)
     x, weight, lora_A, lora_B, bias, dy = laid(beds, 70, 40, 72, 8, dtype, triton_device)
     factors = weight, lora_A, lora_B
-    _, z = linear.forward(x, *factors, bias, 0.7, p, seed)
+    _, z = ops.forward(x, *factors, bias, 0.7, "triton", p, seed)
     z = beds.lay(z)
-    linear.backward(dy, z, *factors, 0.7, p, seed)
-    linear.backward_lora_B(dy, z, torch.float32)
+    ops.backward(dy, z, *factors, 0.7, "triton", p, seed)
+    ops.backward_lora_B(dy, z, lora_B, "triton")
     assert len(beds.results) >= 5
     beds.check()
 
@@ -77,9 +79,9 @@ def test_those_of_a_group(triton_device, beds, dtype, p, share_A):
         lora_As = [lora_As[0]] * 2
     scalings, seeds = [0.7, 0.7 if share_A else 1.5], torch.tensor([3, 4], device=triton_device)
     how = scalings, [p, p], seeds[: 1 if share_A else 2] if p else None, share_A
-    _, z = group_linear.forward(members[0][0], weights, lora_As, lora_Bs, biases, *how, plan=KernelPlan())
+    _, z = group_ops.group_forward(members[0][0], weights, lora_As, lora_Bs, biases, *how, "triton")
     z = beds.lay(z)
-    group_linear.backward(dys, z, weights, lora_As, lora_Bs, *how, True, [True, True], plan=KernelPlan())
+    group_ops.group_backward(dys, z, weights, lora_As, lora_Bs, *how, True, [True, True], "triton")
     beds.check()
 
 

@@ -21,8 +21,6 @@ from lorafa_kernels.plan.config import (
     KernelConfig,
     all_default_configs,
     default_config,
-    default_plan,
-    one_pass_moves_less,
     row_chunks,
     shared_memory,
     split_size,
@@ -138,29 +136,6 @@ def test_parts_of_a_contraction_cover_it(SPLIT_K, BLOCK_K, K):
     assert size >= BLOCK_K and size % BLOCK_K == 0
     assert parts <= SPLIT_K
     assert parts <= 1 or size >= 2 * BLOCK_K
-
-
-@given(devices, operand_bytes, sizes, ranks, st.booleans())
-def test_default_plan_is_made_of_the_defaults(limits, operand_bytes, M, R, aligned):
-    plan = default_plan(limits, operand_bytes, M, R, aligned)
-    for op in OPS:
-        assert getattr(plan, op) == default_config(op, limits, operand_bytes, M, R, aligned)
-    assert plan.pdl == limits.dependent_launch
-
-
-@pytest.mark.parametrize(
-    ("BLOCK_N", "R", "one_pass"),
-    [(128, 16, True), (128, 32, True), (128, 64, False), (128, 128, False), (256, 64, True), (64, 32, False)],
-)
-def test_one_pass_while_partial_sums_are_smaller_than_dy(BLOCK_N, R, one_pass):
-    """One pass writes and reads 4 bytes per row, rank and strip; two read 2 bytes per row and column again.
-
-    Rows and columns do not decide, so one size stands for all.
-    """
-    M, N = 8192, 4096
-    config = KernelConfig(64, BLOCK_N, 0, 128, 1, 4, 3)
-    assert one_pass == (2 * 4 * M * R * (N // BLOCK_N) <= 2 * M * N)
-    assert one_pass_moves_less(config, 2, R) == one_pass
 
 
 @pytest.mark.parametrize(
