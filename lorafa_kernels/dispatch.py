@@ -2,7 +2,6 @@
 
 define            registers an operator of the library `lorafa_kernels`: schema, body, shape function
 decide            which implementation runs and, of the Triton kernels, by which plan
-direct            whether it may be called as it is, without its operator
 Implementations   the functions of an operation's folder: which of them is called
 call              calls one with autocast off and the tensors' device current
 first_order       gradients that raise when they are differentiated
@@ -30,8 +29,7 @@ from torch import Tensor
 
 from .flops import tell_flop_counters
 from .operands import autocast_enabled
-from .plan.choice import Decision, choose
-from .plan.choice import decide as decide_for_sizes
+from .plan.choice import Decision, choose, choose_plan
 from .plan.pin import pinned
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
@@ -57,11 +55,6 @@ def open_to_direct_calls(device_type: str) -> bool:
     return not (torch.compiler.is_compiling() or autocast_enabled(device_type) or watching_modes())
 
 
-def open_to_launches(x: Tensor) -> bool:
-    """Whether kernels may be launched on x too: it has data of its own, and nothing traces."""
-    return type(x) is Tensor and tracing_state() is None and functorch_level() is None
-
-
 def watched() -> bool:
     """Whether a TorchDispatchMode sees what is called now."""
     return not torch.compiler.is_compiling() and watching_modes() > 0
@@ -74,20 +67,30 @@ def announce() -> None:
 
 
 def decide(
-    op: str, impl: str, x: Tensor, sizes: tuple, bias: bool = False, dropout: bool = False, *of_group
+    op: str,
+    impl: str,
+    x: Tensor,
+    sizes: Callable[[], tuple],
+    bias: bool = False,
+    dropout: bool = False,
 ) -> Decision:
     """Return the implementation of an operation, and its plan if that is "triton" and M is known.
 
-    op: one of plan.recipe.OPERATIONS. x: (M, K), or dy (M, N). sizes: N, K and R; K is 0 where no weight is
-    read. bias, dropout: whether there is one. of_group: widths and makers of Problem.
+    op: one of plan.recipe.OPERATIONS. x: (M, K), or dy (M, N). sizes: returns N, K (0 where no weight is
+    read) and R, and of a group widths and makers of Problem. bias, dropout: whether there is one.
     """
     pin = pinned() if impl in ("auto", "triton") else None
+    kernels = pin is not None and pin.needs_kernels(op)
+    choice = choose(impl, x.device, x.dtype, kernels)
+    if choice.impl != "triton":
+        return choice.without_plan
     M = x.shape[0]
     # While shapes are propagated a size can be a symbol, and nothing is computed.
     if type(M) is not int:
-        kernels = pin is not None and pin.needs_kernels(op)
-        return Decision(choose(impl, x.device, x.dtype, kernels).impl)
-    return decide_for_sizes(impl, op, x.device, x.dtype, M, *sizes, bias, dropout, pin, *of_group)
+        return choice.without_plan
+    N, K, R, *of_group = sizes()
+    plan = choose_plan(impl, op, x.device, x.dtype, M, N, K, R, bias, dropout, pin, *of_group)
+    return Decision(choice.impl, plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,25 +107,31 @@ class Implementations:
     fused: str
     one_pass: Callable[..., Any]
 
-    def run(self, function: str, decision: Decision, x: Tensor, *arguments):
-        """Return what `function` of the implementation that was decided on makes of the arguments, with
-        autocast off and the device of x current.
-        """
-        return call(self._find(function, decision), x.device, *arguments)
-
-    def _find(self, function: str, decision: Decision) -> Callable[..., Any]:
+    def find(self, function: str, decision: Decision) -> Callable[..., Any]:
+        """Return `function` of the implementation that was decided on."""
         plan = decision.plan
         if plan is None:
             if decision.impl == "triton":
                 raise RuntimeError("the kernels have no plan for sizes that are not known")
-            return getattr(self.reference if decision.impl == "reference" else self.library, function)
+            return getattr(self.library if decision.impl == "torch" else self.reference, function)
         if plan.name == "fused":
             return partial(getattr(_import(self.fused), function), plan=plan.kernels)
-        return (
-            partial(self.one_pass, plan.kernels)
-            if plan.takes_grad_kernel
-            else getattr(self.library, function)
-        )
+        if plan.takes_grad_kernel:
+            return partial(self.one_pass, plan.kernels)
+        return getattr(self.library, function)
+
+    def direct(self, function: str, decision: Decision, x: Tensor) -> Callable[..., Any] | None:
+        """Return the same, to be called without its operator, or None where that must be called: the kernels
+        need an x with data of its own, and a tracer must not see into them.
+        """
+        if decision.plan is None and decision.impl == "triton":
+            return None
+        found = self.find(function, decision)
+        if not decision.takes_kernels:
+            return found
+        if type(x) is not Tensor or tracing_state() is not None or functorch_level() is not None:
+            return None
+        return partial(call, found, x.device)
 
 
 @functools.cache

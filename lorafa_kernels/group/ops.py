@@ -21,7 +21,8 @@ Not x, and no output.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ from torch import Tensor
 from ..dispatch import (
     Implementations,
     announce,
+    call,
     decide,
     define,
     first_order,
     open_to_direct_calls,
-    open_to_launches,
 )
 from ..plan.choice import Decision
 from . import library, reference
@@ -78,8 +79,8 @@ def group_forward(
 ) -> tuple[list[Tensor], Tensor]:
     """Compute the y_i (M, N_i) and z (M, ΣR), with share_A (M, R), in the dtype of x."""
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    if decision := _direct("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None):
-        return _IMPLEMENTATIONS.run("forward", decision, x, *arguments)
+    if run := _direct("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None):
+        return run(*arguments)
     announce()
     *ys, z = _forward_op(*arguments, impl)
     return ys, z
@@ -107,8 +108,8 @@ def group_backward(
     dy = next(dy for dy in dys if dy is not None)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
-    if decision := _direct(op, impl, dy, weights, lora_Bs, share_A, dropout=seeds is not None):
-        return _IMPLEMENTATIONS.run("backward", decision, dy, *arguments)
+    if run := _direct(op, impl, dy, weights, lora_Bs, share_A, dropout=seeds is not None):
+        return run(*arguments)
     announce()
     found = iter(_backward_op(*arguments, impl))
     return next(found) if need_dx else None, [next(found) if need else None for need in need_dBs]
@@ -123,9 +124,9 @@ def _direct(
     share_A: bool,
     biases: Sequence[Tensor | None] = (),
     dropout: bool = False,
-) -> Decision | None:
-    """Decide, or return None where the operator must be called. op: one of plan.recipe.OPERATIONS. dropout:
-    whether there is one.
+) -> Callable[..., Any] | None:
+    """Return the function to call as it is, or None where the operator must be called. op: one of
+    plan.recipe.OPERATIONS. dropout: whether there is one.
     """
     if not open_to_direct_calls(x.device.type):
         return None
@@ -134,7 +135,7 @@ def _direct(
         if tensor is not None and tensor.dtype != dtype:
             return None
     decision = _decide(op, impl, x, weights, lora_Bs, share_A, biases, dropout)
-    return None if decision.takes_kernels and not open_to_launches(x) else decision
+    return _IMPLEMENTATIONS.direct("forward" if op == "forward" else "backward", decision, x)
 
 
 def _decide(
@@ -148,22 +149,25 @@ def _decide(
     dropout: bool = False,
 ) -> Decision:
     """Arguments as of _direct."""
-    widths, R = [], 1
-    for weight, lora_B in zip(weights, lora_Bs, strict=True):
-        if lora_B is not None:
-            R = max(R, lora_B.shape[1])
-        wide = lora_B if weight is None else weight
-        widths.append(wide.shape[0] if wide is not None else 0)
-    sizes = sum(widths), 0 if op == "backward_lora_B" else weights[0].shape[1], R
-    bias = any(bias is not None for bias in biases)
-    return decide(op, impl, x, sizes, bias, dropout, tuple(widths), len(rank_makers(lora_Bs, share_A)))
+
+    def sizes() -> tuple:
+        widths, R = [], 1
+        for weight, lora_B in zip(weights, lora_Bs, strict=True):
+            if lora_B is not None:
+                R = max(R, lora_B.shape[1])
+            wide = lora_B if weight is None else weight
+            widths.append(wide.shape[0] if wide is not None else 0)
+        K = 0 if op == "backward_lora_B" else weights[0].shape[1]
+        return sum(widths), K, R, tuple(widths), len(rank_makers(lora_Bs, share_A))
+
+    return decide(op, impl, x, sizes, any(bias is not None for bias in biases), dropout)
 
 
 def _forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
     weights, biases = _cast(weights, x.dtype), _cast(biases, x.dtype)
     decision = _decide("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None)
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    ys, z = _IMPLEMENTATIONS.run("forward", decision, x, *arguments)
+    ys, z = call(_IMPLEMENTATIONS.find("forward", decision), x.device, *arguments)
     return [*ys, z]
 
 
@@ -176,7 +180,7 @@ def _backward(
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
     decision = _decide(op, impl, dy, weights, lora_Bs, share_A, dropout=seeds is not None)
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
-    dx, dBs = _IMPLEMENTATIONS.run("backward", decision, dy, *arguments)
+    dx, dBs = call(_IMPLEMENTATIONS.find("backward", decision), dy.device, *arguments)
     return [grad for grad in (dx, *dBs) if grad is not None]
 
 

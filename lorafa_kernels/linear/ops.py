@@ -20,6 +20,8 @@ once more. Not x: dB = dyᵀ z needs z alone (LoRA-FA, arXiv 2308.03303, section
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +29,11 @@ from torch import Tensor
 from ..dispatch import (
     Implementations,
     announce,
+    call,
     decide,
     define,
     first_order,
     open_to_direct_calls,
-    open_to_launches,
 )
 from ..plan.choice import Decision
 from ..plan.kernels import KernelConfigs
@@ -59,9 +61,8 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    if decision := _direct("forward", impl, x, lora_A, weight, bias, _check_dropout(dropout_p, seed)):
-        arguments = x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed
-        return _IMPLEMENTATIONS.run("forward", decision, x, *arguments)
+    if run := _direct("forward", impl, x, lora_A, weight, bias, _check_dropout(dropout_p, seed)):
+        return run(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     announce()
     return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
 
@@ -78,9 +79,8 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    if decision := _direct("backward", impl, dy, lora_A, weight, dropout=_check_dropout(dropout_p, seed)):
-        arguments = dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed
-        return _IMPLEMENTATIONS.run("backward", decision, dy, *arguments)
+    if run := _direct("backward", impl, dy, lora_A, weight, dropout=_check_dropout(dropout_p, seed)):
+        return run(dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
     announce()
     return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
@@ -96,19 +96,16 @@ def backward_input(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    if decision := _direct(
-        "backward_input", impl, dy, lora_A, weight, dropout=_check_dropout(dropout_p, seed)
-    ):
-        arguments = dy, weight, lora_A, lora_B, scaling, dropout_p, seed
-        return _IMPLEMENTATIONS.run("backward_input", decision, dy, *arguments)
+    if run := _direct("backward_input", impl, dy, lora_A, weight, dropout=_check_dropout(dropout_p, seed)):
+        return run(dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
     announce()
     return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
     """Compute dB (N, R) alone, in the dtype of lora_B, of which no value is read."""
-    if decision := _direct("backward_lora_B", impl, dy, lora_B):
-        return _IMPLEMENTATIONS.run("backward_lora_B", decision, dy, dy, z, lora_B.dtype)
+    if run := _direct("backward_lora_B", impl, dy, lora_B):
+        return run(dy, z, lora_B.dtype)
     announce()
     return _backward_lora_B_op(dy, z, lora_B, impl)
 
@@ -121,8 +118,8 @@ def _direct(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     dropout: bool = False,
-) -> Decision | None:
-    """Decide, or return None where the operator must be called.
+) -> Callable[..., Any] | None:
+    """Return the function to call as it is, or None where the operator must be called.
 
     factor: lora_A (R, K), or lora_B (N, R) where there is no weight. dropout: whether there is one.
     """
@@ -133,8 +130,7 @@ def _direct(
         return None
     if bias is not None and bias.dtype != dtype:
         return None
-    decision = _decide(op, impl, x, factor, weight, bias, dropout)
-    return None if decision.takes_kernels and not open_to_launches(x) else decision
+    return _IMPLEMENTATIONS.direct(op, _decide(op, impl, x, factor, weight, bias, dropout), x)
 
 
 def _decide(
@@ -147,11 +143,13 @@ def _decide(
     dropout: bool = False,
 ) -> Decision:
     """Arguments as of _direct."""
-    if weight is None:
-        N, R = factor.shape
-        sizes = N, 0, R
-    else:
-        sizes = *weight.shape, factor.shape[0]
+
+    def sizes() -> tuple[int, int, int]:
+        if weight is None:
+            N, R = factor.shape
+            return N, 0, R
+        return *weight.shape, factor.shape[0]
+
     return decide(op, impl, x, sizes, bias is not None, dropout)
 
 
@@ -163,9 +161,7 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed
         bias = bias.to(dtype)
     dropout = _check_dropout(dropout_p, seed)
     decision = _decide("forward", impl, x, lora_A, weight, bias, dropout)
-    return _IMPLEMENTATIONS.run(
-        "forward", decision, x, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed
-    )
+    return _run("forward", decision, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
 
 def _backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
@@ -173,9 +169,7 @@ def _backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=
         weight = weight.to(dy.dtype)
     dropout = _check_dropout(dropout_p, seed)
     decision = _decide("backward", impl, dy, lora_A, weight, dropout=dropout)
-    return _IMPLEMENTATIONS.run(
-        "backward", decision, dy, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed
-    )
+    return _run("backward", decision, dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
@@ -183,15 +177,12 @@ def _backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p=0.0, se
         weight = weight.to(dy.dtype)
     dropout = _check_dropout(dropout_p, seed)
     decision = _decide("backward_input", impl, dy, lora_A, weight, dropout=dropout)
-    return _IMPLEMENTATIONS.run(
-        "backward_input", decision, dy, dy, weight, lora_A, lora_B, scaling, dropout_p, seed
-    )
+    return _run("backward_input", decision, dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _backward_lora_B(dy, z, lora_B, impl):
     decision = _decide("backward_lora_B", impl, dy, lora_B, None)
-    arguments = dy, z, lora_B.dtype
-    return _IMPLEMENTATIONS.run("backward_lora_B", decision, dy, *arguments)
+    return _run("backward_lora_B", decision, dy, z, lora_B.dtype)
 
 
 def _check_dropout(dropout_p: float, seed: Tensor | None) -> bool:
@@ -199,6 +190,10 @@ def _check_dropout(dropout_p: float, seed: Tensor | None) -> bool:
     if dropout_p and seed is None:
         raise ValueError(f"dropout of {dropout_p} needs a seed, an int64 tensor of shape (1,)")
     return bool(dropout_p)
+
+
+def _run(op: str, decision: Decision, x: Tensor, *rest):
+    return call(_IMPLEMENTATIONS.find(op, decision), x.device, x, *rest)
 
 
 def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):

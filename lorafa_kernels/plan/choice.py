@@ -25,14 +25,6 @@ LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The implementation that runs, and the reason in words."""
-
-    impl: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Decision:
     """The implementation that runs an operation and, of the Triton kernels, the plan; None where the sizes
     are not known.
@@ -46,6 +38,18 @@ class Decision:
         """Whether a Triton kernel is launched."""
         plan = self.plan
         return plan is not None and (plan.name == "fused" or plan.takes_grad_kernel)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs, and the reason in words."""
+
+    impl: str
+    reason: str
+
+    @functools.cached_property
+    def without_plan(self) -> Decision:
+        return Decision(self.impl)
 
 
 def check_impl(impl: str) -> None:
@@ -102,39 +106,18 @@ def choose_plan(
     M is rounded to 16 steps an octave first, so that rows of ever new number find their plan made. Raises
     RuntimeError, saying what is missing, for a pinned plan that cannot run.
     """
-    return _plan(impl, op, device, dtype, _rounded(M), N, K, R, bias, dropout, pin, widths, makers)
-
-
-def decide(impl: str, op: str, device: torch.device, dtype: torch.dtype, M: int, *rest) -> Decision:
-    """Decide all of it by one look-up; arguments as for choose_plan."""
-    return _decision(impl, op, device, dtype, _rounded(M), *rest)
-
-
-def _rounded(M: int) -> int:
     shift = max(0, M.bit_length() - 5)
-    return ((M + (1 << shift) - 1) >> shift) << shift
+    rounded = ((M + (1 << shift) - 1) >> shift) << shift
+    return _plan(impl, op, device, dtype, rounded, N, K, R, bias, dropout, pin, widths, makers)
 
 
 def forget_plans() -> None:
     """Decide anew: after another table was written or the environment changed."""
     choose.cache_clear()
     _plan.cache_clear()
-    _decision.cache_clear()
     planned_device.cache_clear()
     forget()
     forget_environment()
-
-
-@functools.lru_cache(maxsize=4096)
-def _decision(
-    impl, op, device, dtype, M, N, K, R, bias=False, dropout=False, pin=None, widths=(), makers=1
-) -> Decision:
-    name = choose(impl, device, dtype, pin is not None and pin.needs_kernels(op)).impl
-    if name != "triton":
-        return Decision(name)
-    return Decision(
-        name, choose_plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin, widths, makers)
-    )
 
 
 @functools.lru_cache(maxsize=4096)
