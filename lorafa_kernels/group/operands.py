@@ -58,7 +58,8 @@ def check_kinds(x: Tensor, member: LinearOperands) -> None:
         raise TypeError(f"expected LinearOperands, got {type(member).__name__}")
     weight, bias, lora_A, lora_B, *_ = member
     if (lora_A is None) != (lora_B is None):
-        raise ValueError("it has one of lora_A and lora_B without the other")
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"{missing} is None: pass both lora_A and lora_B, or neither (a plain layer)")
     check_tensors(x, weight, weight if lora_A is None else lora_A, weight if lora_B is None else lora_B, bias)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")

@@ -91,7 +91,9 @@ def _check_up(weight: Tensor, gate: Tensor) -> None:
     for what in ("shape", "dtype", "device"):
         got, expected = getattr(weight, what), getattr(gate, what)
         if got != expected:
-            raise ValueError(f"weight has {what} {_words(got)}, that of gate {_words(expected)}")
+            raise ValueError(
+                f"weight has {what} {_words(got)}, that of gate has {_words(expected)}: both must be the same"
+            )
 
 
 def _check_down(weight: Tensor, gate: Tensor) -> None:

@@ -1064,7 +1064,7 @@ def member(N=8, K=6, R=2, **changes) -> LinearOperands:
 
 
 BAD = {
-    "K": (dict(second=member(K=7)), r"member 1: it takes 7 columns of x, member 0 6"),
+    "K": (dict(second=member(K=7)), r"member 1: weight has 7 columns .*that of member 0 has 6"),
     "dtype": (dict(second=member(weight=torch.zeros(8, 6).bfloat16())), r"member 1: .*torch\.bfloat16"),
     "device": (dict(second=member(weight=torch.zeros(8, 6, device="meta"))), r"member 1: .*meta"),
     "x": (dict(x=torch.zeros(3, 5)), r"member 0: x has shape \(3, 5\), expected \(\.\.\., 6\)"),
@@ -1078,7 +1078,7 @@ BAD = {
         dict(second=member(lora_A=None, lora_B=None, bias=torch.zeros(7))),
         r"member 1: bias has shape \(7,\), expected \(8,\)",
     ),
-    "half-an-adapter": (dict(second=member(lora_A=None)), "one of lora_A and lora_B without the other"),
+    "half-an-adapter": (dict(second=member(lora_A=None)), "member 1: lora_A is None: pass both"),
     "thawed": (
         dict(second=member(weight=torch.zeros(8, 6, requires_grad=True))),
         "member 1: weight requires",
@@ -1089,7 +1089,7 @@ BAD = {
     ),
     "scaling": (dict(second=member(scaling=float("nan"))), "member 1: scaling must be a finite number"),
     "dropout": (dict(second=member(dropout_p=1.0)), r"member 1: dropout_p must be in \[0, 1\)"),
-    "other-A": (dict(share_A=True), "member 1: share_A=True, but its lora_A is not the object"),
+    "other-A": (dict(share_A=True), "member 1: share_A=True needs the same lora_A tensor object"),
     "impl": (dict(impl="cuda"), "impl='cuda' is not known"),
     "empty": (dict(members=[]), "at least one linear layer"),
 }
@@ -1128,7 +1128,7 @@ def test_bad_modules():
     good = {"q": linear, "k": nn.Linear(6, 4)}
     for changed, words in (
         ({}, "at least one"),
-        ({"q": linear, "k": nn.Linear(7, 4)}, "'k' has in_features 7, member 'q' 6"),
+        ({"q": linear, "k": nn.Linear(7, 4)}, "'k' has in_features 7, 'q' has 6"),
         ({"q": linear, "k": nn.Linear(6, 4, dtype=torch.bfloat16)}, "'k' has dtype"),
         ({"q": linear, "k": nn.Linear(6, 4, device="meta")}, "'k' has device meta"),
     ):
@@ -1140,7 +1140,7 @@ def test_bad_modules():
         LoRAFALinearGroup.from_linears(good, adapt=["q", "v"])
     with pytest.raises(ValueError, match="different lora_A objects"):
         LoRAFALinearGroup({n: LoRAFALinear(6, 8) for n in ("q", "k")}, share_A=True)
-    with pytest.raises(ValueError, match="'k' has r 4, 'q' 8"):
+    with pytest.raises(ValueError, match="'k' has r 4, 'q' has 8"):
         LoRAFALinearGroup({"q": LoRAFALinear(6, 8), "k": LoRAFALinear(6, 8, r=4)}, share_A=True)
     assert linear.weight.requires_grad, "a refused member is not frozen"
     with pytest.raises(TypeError, match="Bilinear is neither"):
