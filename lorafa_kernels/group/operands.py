@@ -75,7 +75,7 @@ def checked_member(x: Tensor, member: LinearOperands) -> tuple[Tensor, LinearOpe
     if s is not scaling or p is not dropout_p:
         member = member._replace(scaling=s, dropout_p=p)
     check_shapes(x, weight, lora_A, lora_B, bias)
-    # weight stands for what a plain frozen layer lacks: it passes where it has passed itself.
+    # A plain layer has no lora_A and lora_B: weight takes their place, and passes once more.
     if lora_A is None:
         lora_A = lora_B = weight
     check_frozen(weight, lora_A, bias)

@@ -14,15 +14,15 @@ TMA too; loops over tiles and over K are not flattened into one. With dropout ke
 product: the rank-R step then has an accumulator of its own, for one part of the tile's columns at a time
 (EPILOGUE_SUBTILE), which is masked and added to that part on its way out.
 
-Programmatic dependent launch (WAIT). The kernel before this one is the one that writes L: it says early that
-its dependent may start, and every block here waits (griddepcontrol.wait) until that kernel has ended and its
-writes are visible. Before the wait a block only reads P, Q and the seed, which kernels wrote that ended
-before the one that writes L was started, since that one is never launched this way itself. The first write
-to C comes after the wait too, so C may lie in memory that the kernel before still reads or writes when this
-one starts (the partial sums that L was added up from, say): the allocator hands memory out again as soon as
-the host lets go of it. A block without a tile waits as well, so that this kernel cannot end before the one it
-depends on. Should another thread put a kernel between the two on this stream, that one becomes the kernel
-waited for, and it started after L was written, or waited for that itself.
+Programmatic dependent launch (WAIT). The kernel before this one writes L and lets this one start early, and
+every block here waits (griddepcontrol.wait) until that kernel has ended and its writes are visible. Before
+the wait a block reads only P, Q and the seed: their writers had ended when the writer of L started, since the
+writer of L is never launched this way. After the wait comes the first write to C: C may lie in memory that
+the kernel before still reads or writes, such as the partial sums of L, because the allocator reuses memory as
+soon as the host has freed it. A block without a tile waits, too, so that this kernel cannot end before the
+one it depends on. If another thread launches a kernel between the two on this stream, the wait is for that
+kernel, and L is complete then as well: that kernel started after L was written, or has itself waited for the
+end of the kernel that writes L.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     dz (M, R) = round( s · (dy (M, N) · lora_B (N, R)) )
     dB (N, R) = dyᵀ (N, M) · z (M, R)
 
-The one pass over dy is one of two plans; shrink for dz and this kernel for dB alone (lora_B=None) is the
-other: it reads dy twice and writes no partial sums of dz, which reach the size of dy at R = 32 and
-BLOCK_N = 128.
+This is one of two plans for backward. The other is shrink for dz and this kernel for dB alone (lora_B=None):
+it reads dy twice, and writes no partial sums of dz. With R = 32 and BLOCK_N = 128 those partial sums are as
+large as dy.
 
 Stage 1: a block owns a strip of BLOCK_N columns × a chunk of rows. It walks the chunk, reads each tile of
 dy once, uses it for both products, keeps dB's sum in registers and writes fp32 partial sums: of dz one per

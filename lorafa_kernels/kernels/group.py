@@ -5,8 +5,8 @@
                   dx: P_i = dy_i, Q_i = weight_i, L_j (M, R_j) = dz_j, F_j = lora_A_j
     shrink_total  dz (M, R) = round( s · Σ_i dy_i lora_B_i ), of members that share lora_A
 
-What belongs to a member comes in tuples, over which the kernels' loops are unrolled: one compiled kernel for
-each number of members.
+A member is one of the linear layers. Its operands come in tuples, over which the kernels' loops are unrolled:
+one compiled kernel for each number of members.
 
 shrink_group reads x once and each lora_A once per block of rows: (M·K + ⌈M/BLOCK_M⌉·K·ΣR + M·ΣR) elements.
 Bound by reading x. Members whose ranks together exceed the columns of one block are taken in several passes.

@@ -6,8 +6,8 @@
     z, y   (M, N): P = x,  D = lora_Aᵀ, Q = weightᵀ, F = lora_Bᵀ, bias
     dz, dx (M, K): P = dy, D = lora_B,  Q = weight,  F = lora_A
 
-keep is the dropout mask (philox.py), made in registers, of the shape of x: in forward it is for P in the
-product with D alone (DROP_P), its 1/(1 − p) in scaling; in backward for L · F (DROP_LF); else all true.
+keep is the dropout mask (philox.py), made in registers, of the shape of x. Forward (DROP_P): it multiplies P
+in the product with D only, 1/(1 − p) is in scaling. Backward (DROP_LF): it multiplies L · F. Else all true.
 
 Every block makes the rows of L that it needs, beside its tile of C and from the same tiles of P; the first
 column of blocks writes L. Reads P and D once per column of blocks (from L2, but for the first), Q once per

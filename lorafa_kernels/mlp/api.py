@@ -76,7 +76,7 @@ def _checked(
             weight = member.weight
             if name == "down":
                 _check_down(weight, gate.weight)
-                # What h will be, as far as the checks look at it.
+                # Stands for h: no rows, and the columns, dtype and device that the checks look at.
                 _, member = checked_member(x.new_empty((0, weight.shape[1])), member)
             else:
                 _check_up(weight, gate.weight)

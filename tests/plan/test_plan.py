@@ -356,9 +356,7 @@ def test_pins_nest_and_end():
     ("plan", "message"),
     [
         pytest.param("quick", "unknown plan 'quick', expected one of 'fused', 'library'", id="name"),
-        pytest.param(
-            {"sideways": FUSED}, "unknown operations sideways, expected some of forward", id="op"
-        ),
+        pytest.param({"sideways": FUSED}, "unknown operations sideways, expected some of forward", id="op"),
     ],
 )
 def test_pins_that_make_no_sense(plan, message):
