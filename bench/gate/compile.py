@@ -198,6 +198,7 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
     modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
     shrink, expand, _, recompute, grad, group, _, gated = modules
+    launch = importlib.import_module("lorafa_kernels.kernels.launch")
     calls: list = []
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
@@ -257,6 +258,9 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
             if hasattr(module, "device_limits"):
                 patches["device_limits"] = lambda device: KNOWN_DEVICES[case.arch]
             stack.enter_context(mock.patch.multiple(module, **patches))
+        # What was kept launches other kernels, for another device.
+        launch.forget_launches()
+        stack.callback(launch.forget_launches)
         calls_of[case.layout]()
     return calls
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig
+from .launch import Launch, Launches, blocks_of
 from .tile import (
     drop,
     dropout_arguments,
@@ -131,6 +132,9 @@ def _recompute_kernel(
     store(C_ptrs, acc, in_m & in_n, EMULATE_BF16)
 
 
+_LAUNCHES = Launches()
+
+
 def recompute(
     P: Tensor,
     Q: Tensor,
@@ -163,45 +167,75 @@ def recompute(
         return C, L
     if bias is not None:
         bias = bias.contiguous()
-    # A block even where N is 0: it writes L.
-    grid = (triton.cdiv(M, config.BLOCK_M) * max(1, triton.cdiv(N, config.BLOCK_N)),)
     seed, threshold = dropout_arguments(dropout_p, seed)
-    _recompute_kernel[grid](
-        P_ptr=P,
-        Q_ptr=Q,
-        D_ptr=D,
-        F_ptr=F,
-        bias_ptr=bias,
-        L_ptr=L,
-        C_ptr=C,
-        seed_ptr=seed,
-        threshold=threshold,
-        scale=None if drop_P else keep_scale(dropout_p),
-        scaling=scaling,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_P_m=P.stride(0),
-        stride_P_k=P.stride(1),
-        stride_Q_k=Q.stride(0),
-        stride_Q_n=Q.stride(1),
-        stride_D_k=D.stride(0),
-        stride_D_r=D.stride(1),
-        stride_F_r=F.stride(0),
-        stride_F_n=F.stride(1),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=config.BLOCK_R,
-        EVEN_K=K % config.BLOCK_K == 0,
-        HAS_BIAS=bias is not None,
-        STORE_L=want_L,
-        DROP_P=dropout_p > 0 and drop_P,
-        DROP_LF=dropout_p > 0 and not drop_P,
-        INPUT_PRECISION=input_precision(P.dtype),
-        EMULATE_BF16=emulate_bf16(P, D, F),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    drops = None if seed is None else "P" if drop_P else "LF"
+    scale = keep_scale(dropout_p) if drops == "LF" else None
+    precision = input_precision(P.dtype)
+    strides = P.stride(), Q.stride(), D.stride(), F.stride()
+    dtypes = P.dtype, D.dtype, F.dtype, None if bias is None else bias.dtype
+    key = M, N, K, R, strides, dtypes, P.device, want_L, drops, precision, config
+    launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launch(P, Q, D, F, bias, want_L, drops, precision, config)
     )
+    launch(P, Q, D, F, bias, L, C, seed, threshold, scale, scaling)
     return C, L
+
+
+def _launch(
+    P: Tensor,
+    Q: Tensor,
+    D: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    want_L: bool,
+    drops: str | None,
+    precision: str,
+    config: KernelConfig,
+) -> Launch:
+    """Return the launch for operands that are like these; drops: "P", "LF" or None, what the mask is for."""
+    (M, K), N, R = P.shape, Q.shape[1], D.shape[1]
+    return Launch(
+        _recompute_kernel,
+        # A block even where N is 0: it writes L.
+        (blocks_of(M, config.BLOCK_M) * max(1, blocks_of(N, config.BLOCK_N)),),
+        (
+            "P_ptr",
+            "Q_ptr",
+            "D_ptr",
+            "F_ptr",
+            "bias_ptr",
+            "L_ptr",
+            "C_ptr",
+            "seed_ptr",
+            "threshold",
+            "scale",
+            "scaling",
+        ),
+        dict(
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            stride_P_m=P.stride(0),
+            stride_P_k=P.stride(1),
+            stride_Q_k=Q.stride(0),
+            stride_Q_n=Q.stride(1),
+            stride_D_k=D.stride(0),
+            stride_D_r=D.stride(1),
+            stride_F_r=F.stride(0),
+            stride_F_n=F.stride(1),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            EVEN_K=K % config.BLOCK_K == 0,
+            HAS_BIAS=bias is not None,
+            STORE_L=want_L,
+            DROP_P=drops == "P",
+            DROP_LF=drops == "LF",
+            INPUT_PRECISION=precision,
+            EMULATE_BF16=emulate_bf16(P, D, F),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import SMALL_OUTPUT, Budget, assert_same, check_budget
+from accuracy import SMALL_OUTPUT, Budget, assert_same, check_budget, whole
 from conftest import TRITON_DEVICE, implementation_cases, on_device
 from kernel_plans import grid, slow_reference
 from torch import Tensor, nn
@@ -1036,6 +1036,7 @@ def test_trained_while_merged():
 def test_threads_share_a_group():
     module = make_module("cpu", "torch")
     inputs = [torch.randn(8, 24) for _ in range(4)]
+    whole(*module.parameters(), *inputs)
 
     def gradient(x):
         return torch.autograd.grad(sum(y.square().sum() for y in module(x)), module.k_proj.lora_B)[0]
