@@ -116,7 +116,7 @@ class Launch:
 class Ready:
     """A compiled kernel with its arguments in order, for aligned addresses."""
 
-    __slots__ = ("_arguments", "_places", "_run", "compiled", "grid", "of")
+    __slots__ = ("_arguments", "_descriptors", "_others", "_pointers", "_run", "compiled", "grid", "of")
 
     def __init__(self, compiled: Any, of: Launch, values: Sequence[Any]) -> None:
         self.of = of
@@ -127,14 +127,16 @@ class Ready:
         parameters = of.kernel.params
         places = {parameter.name: place for place, parameter in enumerate(parameters)}
         self._arguments = [bound[name] for name in places]
-        self._places = []
-        for name, value in zip(of.moving, values, strict=True):
-            descriptor = None
+        self._pointers, self._descriptors, self._others = [], [], []
+        for index, (name, value) in enumerate(zip(of.moving, values, strict=True)):
+            place = places[name]
             if name in of.blocks:
                 made = of.described(name, value)
-                descriptor = tuple(made.shape), tuple(made.strides)
-            place = places[name]
-            self._places.append((place, descriptor, not parameters[place].do_not_specialize))
+                self._descriptors.append((index, place, tuple(made.shape), tuple(made.strides)))
+            elif isinstance(value, Tensor) and not parameters[place].do_not_specialize:
+                self._pointers.append((index, place))
+            elif value is not None:
+                self._others.append((index, place))
 
     def launch(self, values: Sequence[Any]) -> bool:
         """Launch on the current stream, or return False where an address is not aligned."""
@@ -153,15 +155,14 @@ class Ready:
         """Return all arguments in order, or None where an address is not aligned."""
         arguments = self._arguments.copy()
         addresses = 0
-        for (place, descriptor, specialised), value in zip(self._places, values, strict=True):
-            if isinstance(value, Tensor):
-                if descriptor is not None:
-                    arguments[place] = Descriptor(value, *descriptor)
-                    continue
-                value = value.data_ptr()
-                if specialised:
-                    addresses |= value
-            elif type(value) is tuple:
+        for index, place in self._pointers:
+            arguments[place] = address = values[index].data_ptr()
+            addresses |= address
+        for index, place, shape, strides in self._descriptors:
+            arguments[place] = Descriptor(values[index], shape, strides)
+        for index, place in self._others:
+            value = values[index]
+            if type(value) is tuple:
                 value, address = _flat(value)
                 addresses |= address
             arguments[place] = value
@@ -210,8 +211,8 @@ def _flat(values: tuple) -> tuple[tuple, int]:
 def _hooked() -> bool:
     """Whether something wants to see launches, such as a profiler."""
     runtime = triton.knobs.runtime
-    return _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook)
-
-
-def _calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        # A chain without links, or what somebody put in its place.
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
