@@ -29,7 +29,8 @@ def without_triton():
     for name in OPTIONAL:
         sys.modules[name] = None
 
-    from lorafa_kernels.plan.config import KNOWN_DEVICES, default_config
+    from lorafa_kernels.plan.config import KNOWN_DEVICES
+    from lorafa_kernels.plan.defaults import default_config
 
     assert default_config("expand", KNOWN_DEVICES["sm_90"], 2, 8192, 16).BLOCK_R == 16
 

@@ -36,7 +36,8 @@ from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
 from lorafa_kernels.mlp.activation import ACTIVATIONS
 from lorafa_kernels.mlp.api import lorafa_gated_mlp
-from lorafa_kernels.plan.config import SPLIT_ROWS, KernelPlan
+from lorafa_kernels.plan.config import KernelPlan
+from lorafa_kernels.plan.defaults import SPLIT_ROWS
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 

@@ -28,7 +28,8 @@ from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.nn.group import operands_of
 from lorafa_kernels.philox import keep_mask
 from lorafa_kernels.plan.choice import planned_device
-from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, shrink_group_config
+from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig
+from lorafa_kernels.plan.defaults import shrink_group_config
 
 pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())

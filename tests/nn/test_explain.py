@@ -13,7 +13,8 @@ from lorafa_kernels import LoRAFALinear
 from lorafa_kernels.linear import ops
 from lorafa_kernels.nn.explain import explain
 from lorafa_kernels.plan.choice import choose
-from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan, default_config
+from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
+from lorafa_kernels.plan.defaults import default_config
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import Recipe
 
