@@ -11,8 +11,8 @@ One kernel for both, through strides. Reads P once per column of blocks and Q on
 keep/(1 − p) in fp32, keep made in registers, and the large product is added to it.
 
 The launcher takes the kernel of expand_tma.py where the configuration asks for it and TMA can address the
-operands, else a second configuration. Programmatic dependent launch (WAIT) is explained there, and holds here
-word for word.
+operands, else a second configuration. Programmatic dependent launch (WAIT, TRIGGER) is explained there, and
+holds here word for word.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .tile import (
     drop,
     dropout_arguments,
     emulate_bf16,
+    gdc_launch_dependents,
     gdc_wait,
     input_precision,
     keep_scale,
@@ -77,10 +78,13 @@ def _expand_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WAIT: tl.constexpr,
+    TRIGGER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = P_ptr.dtype.element_ty
+    if TRIGGER:
+        gdc_launch_dependents()
     start_m, start_n = tile_start(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     index_m = start_m + tl.arange(0, BLOCK_M)
     index_n = start_n + tl.arange(0, BLOCK_N)
@@ -181,6 +185,7 @@ def expand(
     config: KernelConfig,
     unaligned: KernelConfig | None = None,
     pdl: bool = False,
+    trigger: bool = False,
 ) -> Tensor:
     """Return round(P · Q + keep/(1 − p) ⊙ (L · F) + bias) as a contiguous (M, N) tensor in the dtype of P.
 
@@ -189,7 +194,8 @@ def expand(
     `unaligned`: the configuration for operands that TMA cannot address, where `config` is one for TMA; raises
     ValueError where it is missing then.
     `pdl`: start while the kernel that writes L still runs, where the device can; that kernel must be the
-    last one launched, and must not have been launched this way itself.
+    last one launched, and must not have been launched this way itself. `trigger`: let the next kernel start
+    early, where the device can.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -204,9 +210,10 @@ def expand(
     precision = input_precision(P.dtype)
     strides = P.stride(), Q.stride(), L.stride(), F.stride()
     dtypes = P.dtype, F.dtype, None if bias is None else bias.dtype
-    key = M, N, K, R, strides, dtypes, P.device, aligned(P, Q, L, F), seed is None, pdl, precision, config
+    key = M, N, K, R, strides, dtypes, P.device, aligned(P, Q, L, F), seed is None, pdl, trigger
+    key += precision, config
     launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
-        key, _launch(P, Q, L, F, bias, C, seed is None, pdl, precision, config, unaligned)
+        key, _launch(P, Q, L, F, bias, C, seed is None, pdl, trigger, precision, config, unaligned)
     )
     launch(P, Q, L, F, bias, C, seed, threshold, scale)
     return C
@@ -221,6 +228,7 @@ def _launch(
     C: Tensor,
     keeps_all: bool,
     pdl: bool,
+    trigger: bool,
     precision: str,
     config: KernelConfig,
     unaligned: KernelConfig | None,
@@ -229,10 +237,11 @@ def _launch(
     (M, K), N, R = P.shape, Q.shape[1], L.shape[1]
     limits = device_limits(P.device)
     wait = pdl and dependent_launch(limits)
+    trigger = trigger and dependent_launch(limits)
     if config.variant == "tma":
         transposed = storage_order(P, Q)
         if transposed is not None:
-            how = config, transposed, wait, limits.num_sms
+            how = config, transposed, wait, trigger, limits.num_sms
             return expand_tma_launch(P, Q, L, F, bias, C, keeps_all, *how)
         config = by_pointers(unaligned)
     return Launch(
@@ -262,6 +271,7 @@ def _launch(
             HAS_BIAS=bias is not None,
             DROPOUT=not keeps_all,
             WAIT=wait,
+            TRIGGER=trigger,
             INPUT_PRECISION=precision,
             EMULATE_BF16=emulate_bf16(P, F),
             num_warps=config.num_warps,

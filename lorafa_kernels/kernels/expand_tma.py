@@ -20,9 +20,10 @@ the wait a block reads only P, Q and the seed: their writers had ended when the 
 writer of L is never launched this way. After the wait comes the first write to C: C may lie in memory that
 the kernel before still reads or writes, such as the partial sums of L, because the allocator reuses memory as
 soon as the host has freed it. A block without a tile waits, too, so that this kernel cannot end before the
-one it depends on. If another thread launches a kernel between the two on this stream, the wait is for that
-kernel, and L is complete then as well: that kernel started after L was written, or has itself waited for the
-end of the kernel that writes L.
+one it depends on. TRIGGER lets a third kernel start early, that of dB (grad.py). It reads nothing that the
+two before it write, and waits for the end of this one, and so of both, before it writes. If another thread
+launches a kernel between the two on this stream, the wait is for that kernel, and L is complete then as well:
+that kernel started after L was written, or has itself waited for the end of the kernel that writes L.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from .tile import (
     addressable,
     drop,
     emulate_bf16,
+    gdc_launch_dependents,
     gdc_wait,
     halves,
     keep_tile,
@@ -77,9 +79,12 @@ def _expand_tma_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WAIT: tl.constexpr,
+    TRIGGER: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = P_desc.dtype
+    if TRIGGER:
+        gdc_launch_dependents()
     COLUMNS: tl.constexpr = BLOCK_N // EPILOGUE_SUBTILE
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -191,6 +196,7 @@ def expand_tma_launch(
     config: KernelConfig,
     transposed: bool,
     wait: bool,
+    trigger: bool,
     num_sms: int,
 ) -> Launch:
     """Return the launch for operands that are like these, with P, Q and C addressable; transposed: as
@@ -235,6 +241,7 @@ def expand_tma_launch(
             HAS_BIAS=bias is not None,
             DROPOUT=not keeps_all,
             WAIT=wait,
+            TRIGGER=trigger,
             EMULATE_BF16=emulate_bf16(P, F),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -14,6 +14,9 @@ in every run, without atomics. A single chunk writes dB itself, so that for few 
 
 On Hopper dy and z come by TMA (TMA), which leaves more registers to the accumulators, and so wider strips.
 
+For dB alone, which nothing waits for, it can run beside expand (WAIT): launched behind it, as a dependent of
+it, with blocks that fit into what expand leaves of a multiprocessor. It writes when expand has ended.
+
 Reads dy once (M·N elements); partial sums of ⌈N/BLOCK_N⌉·M·R and chunks·N·R fp32 numbers are written and
 read once. 4·M·N·R FLOPs. Bound by memory. Ranks above BLOCK_R are tiled, and dy is then read once per tile
 of R.
@@ -35,6 +38,7 @@ from .tile import (
     device_limits,
     emulate_bf16,
     gdc_launch_dependents,
+    gdc_wait,
     input_precision,
     load,
     offsets,
@@ -66,6 +70,7 @@ def _grad_kernel(
     BLOCK_R: tl.constexpr,
     NEED_DZ: tl.constexpr,
     TMA: tl.constexpr,
+    WAIT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
@@ -114,6 +119,9 @@ def _grad_kernel(
             dz_ptrs = dz_parts_ptr + offsets(dz_rows, R)[:, None] + index_r[None, :]
             tl.store(dz_ptrs, dz, mask=in_m & in_r)
 
+    if WAIT:
+        # dB's memory may be that of a kernel which runs still.
+        gdc_wait()
     dB_rows = offsets(chunk, N) + index_n
     dB_ptrs = dB_parts_ptr + offsets(dB_rows, R)[:, None] + index_r[None, :]
     store(dB_ptrs, dB, in_n[:, None] & in_r, EMULATE_BF16)
@@ -160,12 +168,14 @@ def grad(
     *,
     config: KernelConfig,
     pdl: bool = False,
+    beside: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """Return dz (M, R) contiguous in the dtype of dy, and dB (N, R) contiguous in dB_dtype.
 
     dy (M, N) and z (M, R) of one dtype, fp32, bf16 or fp16; lora_B (N, R) of that dtype or fp32, or None
     where dz is not wanted (dz is then None); any strides. `pdl`: let the next kernel start early, where the
-    device can.
+    device can. `beside`: start while the kernel before runs, where the device can; dz is not wanted then, and
+    that kernel, or those before it that it waits for, must not write dy or z.
     """
     M, N = dy.shape
     R = z.shape[1]
@@ -177,9 +187,9 @@ def grad(
     strides = dy.stride(), z.stride(), lora_B.stride() if need_dz else None
     dtypes = dy.dtype, lora_B.dtype if need_dz else None, dB_dtype
     precision = input_precision(dy.dtype)
-    key = M, N, R, strides, dtypes, dy.device, aligned(dy, z), config, pdl, precision
+    key = M, N, R, strides, dtypes, dy.device, aligned(dy, z), config, pdl, beside, precision
     strips, chunks, launch, add = _LAUNCHES.get(key) or _LAUNCHES.keep(
-        key, _launches(dy, z, lora_B, dB, config, pdl, precision)
+        key, _launches(dy, z, lora_B, dB, config, pdl, beside, precision)
     )
     dz_parts = torch.empty((strips, M, R), dtype=torch.float32, device=dy.device) if need_dz else None
     dB_parts = torch.empty((chunks, N, R), dtype=torch.float32, device=dy.device) if chunks > 1 else dB
@@ -196,6 +206,7 @@ def _launches(
     dB: Tensor,
     config: KernelConfig,
     pdl: bool,
+    beside: bool,
     precision: str,
 ) -> tuple[int, int, Launch, Launch | None]:
     """Return how many strips and chunks there are, and the launches that make and add their parts."""
@@ -208,6 +219,7 @@ def _launches(
     chunk_rows = blocks_of(blocks_of(M, chunks), config.BLOCK_M) * config.BLOCK_M
     chunks = blocks_of(M, chunk_rows)
     emulate = emulate_bf16(dy, lora_B, dB)
+    wait = beside and dependent_launch(limits)
     launch = Launch(
         _grad_kernel,
         (strips * blocks_of(R, config.BLOCK_R) * chunks,),
@@ -228,10 +240,12 @@ def _launches(
             BLOCK_R=config.BLOCK_R,
             NEED_DZ=need_dz,
             TMA=tma,
+            WAIT=wait,
             INPUT_PRECISION=precision,
             EMULATE_BF16=emulate,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **({"launch_pdl": True} if wait else {}),
         ),
         {"dy_ptr": Block(config.BLOCK_M, config.BLOCK_N), "z_ptr": Block(config.BLOCK_M, config.BLOCK_R)}
         if tma
