@@ -61,6 +61,7 @@ from lorafa_kernels.plan.defaults import (
     OVERLAP_SHARED_MEMORY,
     SPLIT_ROWS,
     all_default_configs,
+    beside_config,
     default_config,
     expand_total_config,
     shrink_group_config,
@@ -124,6 +125,7 @@ class Case:
     pdl: bool = True  # asked for; sm_90 and newer have it
     dropout: bool = False
     members: int = 1  # of a group
+    beside: bool = False  # dB's kernel runs beside expand, which lets it start early
 
     @property
     def config(self) -> KernelConfig:
@@ -138,6 +140,8 @@ class Case:
             return expand_total_config(limits, operand_bytes, self.M, self.R, aligned, self.dropout)
         if self.op == "gated":
             return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
+        if self.op == "grad" and self.beside:
+            return beside_config(limits, operand_bytes, self.M, self.R)
         rest = aligned, self.recompute, self.dropout
         return default_config(self.op, limits, operand_bytes, self.M, self.R, *rest)
 
@@ -179,7 +183,7 @@ class Case:
         return (
             self.op not in GROUP_LAYOUTS
             and self.pdl
-            and self.layout != "dB"
+            and (self.layout != "dB" or self.beside)
             and takes_part
             and KNOWN_DEVICES[self.arch].dependent_launch
         )
@@ -216,9 +220,9 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
         "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl, **drop),
         "dz": lambda: shrink.shrink(dy, lora_B, 2.0, **pdl),
         "y": lambda: expand.expand(x, weight.t(), z, lora_B.t(), bias, **pdl),
-        "dx": lambda: expand.expand(dy, weight, z, lora_A, **pdl, **drop),
+        "dx": lambda: expand.expand(dy, weight, z, lora_A, trigger=case.beside, **pdl, **drop),
         "dz, dB": lambda: grad.grad(dy, z, lora_B, 2.0, factor_dtype, **pdl),
-        "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype, **config),
+        "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype, beside=case.beside, **config),
     }
     if case.config.variant == "recompute":
         dx = {"want_L": False, "drop_P": False}
@@ -458,9 +462,12 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
     found = []
     is_expand = row["kernel"].startswith("expand")
     instructions = (["wait"] if is_expand else ["launch_dependents"]) if case.overlaps and row["last"] else []
+    if case.beside:
+        of_kernel = {"expand": ["launch_dependents", "wait"], "grad_kernel": ["wait"]}
+        instructions = of_kernel.get("expand" if is_expand else row["kernel"], [])
     if row["dependent_launch"] != instructions:
         found.append(f"griddepcontrol {row['dependent_launch']}, expected {instructions}")
-    if row["launched_dependent"] != (case.overlaps and is_expand):
+    if row["launched_dependent"] != (case.overlaps and "wait" in instructions):
         found.append(f"launch_pdl is {row['launched_dependent']}")
     # The portable kernel masks the rank-R term before its K loop: only the launch is hidden then.
     first = case.dropout and case.config.variant == "portable"
@@ -571,6 +578,20 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
             yield case
             if case.config.variant == "tma" and not dropout:
                 yield replace(case, R=4)
+
+
+def beside_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
+    """dB's kernel beside expand at every rank block, and an expand that lets it start: bf16. quick: as in
+    quick_cases.
+    """
+    for arch in archs:
+        if not KNOWN_DEVICES[arch].dependent_launch or arch in NEIGHBOURS or (quick and arch != "sm_90"):
+            continue
+        ranks, layouts = ((16, 64), ("even",)) if quick else ((16, 32, 64, 128), ("even", "ragged"))
+        for R, sizes in itertools.product(ranks, layouts):
+            yield Case(arch, "grad", "bf16", "fp32", "dB", sizes, 8192, R, beside=True)
+        for R, dropout in itertools.product(ranks[::2], (False, True)):
+            yield Case(arch, "expand", "bf16", "fp32", "dx", "even", 8192, R, dropout=dropout, beside=True)
 
 
 def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
@@ -699,6 +720,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = (quick_cases if options.quick else all_cases)(archs, ops)
     if "group" in options.kernel:
         cases = itertools.chain(cases, group_cases(archs, options.quick))
+    if {"expand", "grad"} <= set(options.kernel):
+        cases = itertools.chain(cases, beside_cases(archs, options.quick))
     if "gated" in options.kernel:
         cases = itertools.chain(cases, gated_cases(archs, options.quick))
     try:

@@ -51,6 +51,7 @@ PLANS = {
     "fused, two passes, PDL": Recipe("fused", KernelPlan(one_pass=False, pdl=True)),
     "fused, one pass": Recipe("fused", KernelPlan(one_pass=True, pdl=False)),
     "fused, two passes": Recipe("fused", KernelPlan(one_pass=False, pdl=False)),
+    "fused, dB beside dx": Recipe("fused", KernelPlan(one_pass=False, pdl=True, beside=True)),
     "library, one pass": Recipe("library", KernelPlan(one_pass=True)),
     "library": Recipe("library", KernelPlan(one_pass=False)),
 }
@@ -139,6 +140,7 @@ CORE = (
     Case("group", M=16, members=5, plan="library, one pass"),
     Case("group", members=5, needs="dx"),
     Case("group", M=SPLIT_ROWS, members=2, share_A=True, needs="dx", dtype="fp32"),
+    Case(M=SPLIT_ROWS, plan="fused, dB beside dx", dropout=True),
 )
 
 
@@ -274,6 +276,9 @@ def judge(case: Case, arch: str) -> dict:
     for index, launch in enumerate(launched):
         before = launched[index - 1].kernel if index else None
         planned = overlaps and launch.kernel.startswith("expand") and before in LOW_RANK
+        # dB's, which nothing waits for.
+        behind_expand = launch.kernel == "grad_kernel" and (before or "").startswith("expand")
+        planned |= overlaps and recipe.kernels.beside and behind_expand
         if launch.dependent != planned:
             a_or_no = "a" if launch.dependent else "no"
             found.append(f"{launch.kernel} is {a_or_no} dependent launch, and its plan says otherwise")

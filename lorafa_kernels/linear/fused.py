@@ -56,13 +56,19 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) and dB (N, R) with one pass over dy beside the large product's, or with two.
 
-    The kernel that writes dz is the last before expand, which may start while it runs.
+    The kernel that writes dz is the last before expand, which may start while it runs; and dB's, where it
+    comes last, while expand runs: nothing waits for dB.
     """
     dropout = {"dropout_p": dropout_p, "seed": seed}
     if plan.one_pass and not plan.recomputes:
         pdl = plan.pdl and _launches(dy)
         dz, dB = grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.grad, pdl=pdl)
         return expand(dy, weight, dz, lora_A, **expand_configs(plan), pdl=pdl, **dropout), dB
+    if plan.beside:
+        pdl = _launches(dy)
+        dz = shrink(dy, lora_B, scaling, config=plan.shrink, pdl=pdl)
+        dx = expand(dy, weight, dz, lora_A, **expand_configs(plan), pdl=pdl, trigger=True, **dropout)
+        return dx, grad(dy, z, None, 1.0, lora_B.dtype, config=plan.grad, beside=dx.numel() > 0)[1]
     dB = grad(dy, z, None, 1.0, lora_B.dtype, config=plan.grad)[1]
     return _input_gradient(dy, weight, lora_A, lora_B, scaling, plan, dropout), dB
 

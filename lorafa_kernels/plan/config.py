@@ -59,7 +59,8 @@ class KernelPlan:
 
     one_pass: dz and dB from one pass over dy (grad), or from one each (shrink, then grad for dB alone). pdl:
     expand is launched while the kernel before it still runs (programmatic dependent launch); a device without
-    it ignores it.
+    it ignores it. beside: backward of a layer without one_pass and with pdl launches grad last, to run beside
+    expand, since nothing waits for dB.
     """
 
     shrink: KernelConfig | None = None
@@ -67,6 +68,7 @@ class KernelPlan:
     grad: KernelConfig | None = None
     one_pass: bool = True
     pdl: bool = True
+    beside: bool = False
 
 
 @dataclass(frozen=True)

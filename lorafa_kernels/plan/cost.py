@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from ..philox import CHUNK, COLUMNS_PER_CALL
 from .config import DeviceLimits, KernelConfig, row_chunks, split_size
-from .recipe import Problem, Recipe, drops, grad_makes_dz, kernel_configs, launches
+from .recipe import Problem, Recipe, drops, grad_makes_dz, kernel_configs, launches, runs_beside
 
 # No constant of this file was measured by this project on a GPU yet: each names its source.
 #
@@ -33,6 +33,9 @@ COPY_SHARE = 0.895
 GAP_US = 2.5
 # Share of shrink's time that still shows when its launch overlaps the product (estimate).
 NOT_HIDDEN = 0.45
+# Share of the time of dB's pass over dy that still shows when it runs beside the product: it takes the
+# memory's bandwidth, of which the product needs little (estimate).
+SHOWS_BESIDE = 0.4
 # Share of the copy rate that a library product reaches where one side is of rank R (estimate).
 SKINNY_SHARE = 0.75
 # Share of the time for reading an output back that a product which adds to it does not hide (estimate).
@@ -214,12 +217,18 @@ class _Model:
                 masked = drops(self.problem, "expand", configs["expand"])
                 device -= GAP_US + (0.0 if masked else (1 - NOT_HIDDEN) * before[-1])
             device += self.expand(configs["expand"], main_loop)
+        if runs_beside(recipe, self.problem.op):
+            # Beside expand where the device can, else behind it.
+            parts = self.grad(configs["grad"], makes_dz=False)
+            shows = SHOWS_BESIDE if self.limits.dependent_launch else 1.0
+            device += shows * parts[0]
+            device += GAP_US + parts[1] if "grad_sum" in names else 0.0
         return Cost(device, OPERATOR_US + TRITON_LAUNCH_US * len(names))
 
     def before_expand(self, configs: Mapping[str, KernelConfig], names: tuple[str, ...]) -> list[float]:
         """The kernels in `names` that come before expand. Without the gaps."""
         found: list[float] = []
-        if "grad" in configs:
+        if "grad" in configs and names[0] == "grad":
             parts = self.grad(configs["grad"], grad_makes_dz(self.problem, configs))
             found += parts if "grad_sum" in names else parts[:1]
         if "shrink" in configs:

@@ -194,6 +194,12 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _row(GPU,                FP32, ANY, ANY, EITHER,  64,  64, 0,  32, 1, 8, 2),
         _row(CPU,                BOTH, ANY, ANY, EITHER,  64, 128, 0, 128, 1, 4, 1),
     ),
+    # grad for dB alone that runs beside expand: small enough to share a multiprocessor with it (OVERLAP_*).
+    "beside": (
+        _row(HOPPER,             HALF, ANY, 16,  EITHER,  64,  64, 0, 128, 1, 4, 4, "tma"),
+        _row(HOPPER,             HALF, ANY, 32,  EITHER,  64,  64, 0, 128, 1, 4, 3, "tma"),
+        _row(HOPPER,             HALF, ANY, ANY, EITHER,  32,  64, 0, 128, 1, 4, 3, "tma"),
+    ),
 }
 # fmt: on
 
@@ -320,6 +326,15 @@ def default_config(
         else:
             break
     return config
+
+
+@functools.lru_cache(maxsize=1024)
+def beside_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
+    """Return the configuration of a grad that runs beside expand; where no room was made for one, grad's."""
+    config = _first_row("beside", Call(limits.family, _operands(operand_bytes), M, R))
+    if config is None:
+        return default_config("grad", limits, operand_bytes, M, R)
+    return replace(config, BLOCK_R=min(config.BLOCK_R, _rank_block(R)))
 
 
 @functools.lru_cache(maxsize=1024)

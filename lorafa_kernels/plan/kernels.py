@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .config import DeviceLimits, KernelConfig, KernelPlan
 from .defaults import default_config, expand_total_config, shrink_group_config, shrink_total_config
-from .recipe import Problem, heuristic_config
+from .recipe import Problem, Recipe, default_of, heuristic_config, runs_beside
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class KernelConfigs:
 
     shrink: of z in forward, of dz in backward. expand: of y or dx; of variant "recompute" it makes z or dz
     itself. expand_after: that of an expand to which shrink or grad hands z or dz. expand_unaligned: the same
-    of operands that TMA cannot address. one_pass, pdl: as in KernelPlan. group: None for a layer.
+    of operands that TMA cannot address. one_pass, pdl, beside: as in KernelPlan. group: None for a layer.
     """
 
     shrink: KernelConfig
@@ -42,6 +42,7 @@ class KernelConfigs:
     grad: KernelConfig
     one_pass: bool
     pdl: bool
+    beside: bool
     group: GroupConfigs | None = None
 
     @property
@@ -65,9 +66,12 @@ def all_configs(plan: KernelPlan, problem: Problem, limits: DeviceLimits) -> Ker
         expand_unaligned=default_config(
             "expand", limits, size, problem.M, problem.R, aligned=False, recompute=False, dropout=drops
         ),
-        grad=plan.grad or heuristic_config("grad", problem, limits),
+        grad=plan.grad or default_of("grad", Recipe("fused", plan), problem, limits),
         one_pass=plan.one_pass,
         pdl=plan.pdl,
+        beside=runs_beside(Recipe("fused", plan), problem.op)
+        and expand.variant != "recompute"
+        and not problem.widths,
         group=_group_configs(expand, after, problem, limits) if problem.widths else None,
     )
 

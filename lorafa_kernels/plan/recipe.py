@@ -22,7 +22,7 @@ from .config import (
     split_size,
     wrong_field,
 )
-from .defaults import default_config
+from .defaults import beside_config, default_config
 
 OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")
 NAMES = ("fused", "library")
@@ -96,6 +96,8 @@ class Recipe:
 def describe(recipe: Recipe, op: str) -> str:
     """Return a recipe in a few words, such as "fused, one pass over dy, PDL"."""
     words, kernels = [recipe.name], recipe.kernels
+    if runs_beside(recipe, op):
+        return "fused, dB beside dx"
     if recipe.name == "fused" and kernels.expand and kernels.expand.variant == "recompute":
         return "fused, one launch for z and y" if op == "forward" else "fused, one launch for dz and dx"
     if op == "backward":
@@ -104,6 +106,14 @@ def describe(recipe: Recipe, op: str) -> str:
     if recipe.name == "fused" and kernels.pdl and op != "backward_lora_B":
         words.append("PDL")
     return ", ".join(words)
+
+
+def runs_beside(recipe: Recipe, op: str) -> bool:
+    """Whether dB's kernel is launched last, beside expand."""
+    kernels = recipe.kernels
+    recompute = kernels.expand is not None and kernels.expand.variant == "recompute"
+    plain = op == "backward" and recipe.name == "fused" and not recompute
+    return plain and kernels.beside and kernels.pdl and not kernels.one_pass
 
 
 def heuristic_config(
@@ -119,6 +129,13 @@ def heuristic_config(
     return default_config(*key, dropout=True) if drops(problem, kernel, config) else config
 
 
+def default_of(kernel: str, recipe: Recipe, problem: Problem, limits: DeviceLimits) -> KernelConfig:
+    """Return heuristic_config, but that of a grad beside expand where the recipe runs it so."""
+    if kernel == "grad" and runs_beside(recipe, problem.op) and not problem.widths:
+        return beside_config(limits, problem.dtype.itemsize, problem.M, problem.R)
+    return heuristic_config(kernel, problem, limits)
+
+
 def drops(problem: Problem, kernel: str, config: KernelConfig) -> bool:
     """Whether there is dropout, and it is this kernel that makes the mask."""
     return problem.dropout and makes_mask(kernel, problem.op == "forward", config)
@@ -129,7 +146,7 @@ def kernel_configs(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> di
     given = recipe.kernels
 
     def config(kernel: str) -> KernelConfig:
-        return getattr(given, kernel) or heuristic_config(kernel, problem, limits)
+        return getattr(given, kernel) or default_of(kernel, recipe, problem, limits)
 
     if recipe.name == "library":
         return {"grad": config("grad")} if problem.op == "backward" and given.one_pass else {}
@@ -145,18 +162,20 @@ def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[st
     "recompute" (expand that makes z or dz itself), "grad" and "grad_sum".
     """
     configs = kernel_configs(recipe, problem, limits)
-    found: list[str] = []
+    gradients: list[str] = []
     if grad := configs.get("grad"):
-        found.append("grad")
+        gradients.append("grad")
         if grad_makes_dz(problem, configs) or row_chunks(grad, limits, problem.M, max(1, problem.N)) > 1:
-            found.append("grad_sum")
+            gradients.append("grad_sum")
+    last = runs_beside(recipe, problem.op) and configs["expand"].variant != "recompute"
+    found = [] if last else list(gradients)
     if shrink := configs.get("shrink"):
         found.append("shrink")
         if split_size(shrink, problem.width) < problem.width:
             found.append("shrink_sum")
     if expand := configs.get("expand"):
         found.append("recompute" if expand.variant == "recompute" else "expand")
-    return tuple(found)
+    return tuple(found + gradients if last else found)
 
 
 def grad_makes_dz(problem: Problem, configs: Mapping[str, KernelConfig]) -> bool:
@@ -188,6 +207,8 @@ def recipe_to_json(recipe: Recipe, op: str) -> dict:
     found: dict = {"name": recipe.name, "configs": {}}
     if op == "backward":
         found["one_pass"] = recipe.kernels.one_pass
+        if recipe.kernels.beside:
+            found["beside"] = True
     if recipe.name == "fused":
         found["pdl"] = recipe.kernels.pdl
     for kernel in _MAY_USE[op]:
@@ -197,18 +218,18 @@ def recipe_to_json(recipe: Recipe, op: str) -> dict:
 
 
 def recipe_from_json(value: object) -> Recipe:
-    """Read a recipe: an object with `name`, and if need be `one_pass`, `pdl` and `configs`.
+    """Read a recipe: an object with `name`, and if need be `one_pass`, `pdl`, `beside` and `configs`.
 
     Raises ValueError naming what is wrong with it.
     """
     if not isinstance(value, dict):
         raise ValueError(f"a plan is an object, not {shown(value)}")
-    if unknown := value.keys() - {"name", "one_pass", "pdl", "configs"}:
+    if unknown := value.keys() - {"name", "one_pass", "pdl", "beside", "configs"}:
         raise ValueError(f"a plan has no {shown(sorted(unknown))}")
     if value.get("name") not in NAMES:
         raise ValueError(f"a plan's name is 'fused' or 'library', not {shown(value.get('name'))}")
     kernels = KernelPlan()
-    for name in ("one_pass", "pdl"):
+    for name in ("one_pass", "pdl", "beside"):
         if name in value:
             if not isinstance(value[name], bool):
                 raise ValueError(f"{name} is true or false, not {shown(value[name])}")

@@ -436,7 +436,7 @@ def _disagreements(
     if launch.waits != launch.dependent:
         is_or_not = "a dependent launch" if launch.dependent else "no dependent launch"
         found.append(f"{is_or_not}, and {'waits' if launch.waits else 'does not wait'} for the kernel before")
-    if launch.dependent and not (previous and previous[0].triggers and not previous[0].dependent):
+    if launch.dependent and not (previous and previous[0].triggers):
         before = previous[0].kernel if previous else "nothing"
         found.append(f"a dependent launch behind {before}, which lets none start early")
     return found
