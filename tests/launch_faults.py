@@ -22,7 +22,10 @@ import triton
 
 from bench.gate.launch import Case, judge
 from lorafa_kernels.kernels import expand_tma, group, group_tma, shrink
+from lorafa_kernels.kernels.launch import forget_launches
 
+# What the arguments P_0 to P_3, and so on, of group_tma.py were before.
+TUPLES = {"P": "P_descs", "Q": "Q_descs", "L": "Ls", "F": "Fs"}
 LAYER = Case(bias=False, needs="dx")
 GROUP = Case("group", bias=False, members=3, needs="dx")
 
@@ -37,7 +40,8 @@ class Changed:
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             new_grid, args, kwargs = self.change(grid, args, kwargs)
-            return self.kernel[new_grid](*args, **kwargs)
+            # Returns no compiled kernel: one that was kept would be launched unchanged.
+            self.kernel[new_grid](*args, **kwargs)
 
         return launch
 
@@ -53,7 +57,7 @@ def without(key):
 def tuples_of_descriptors(stack: ExitStack) -> Case:
     """The kernel of group_tma.py as it was: descriptors come in tuples."""
     text = Path(group_tma.__file__).read_text()
-    for letter, name in (("P", "P_descs"), ("Q", "Q_descs"), ("L", "Ls"), ("F", "Fs")):
+    for letter, name in TUPLES.items():
         made = f"    {name} = ({letter}_0, {letter}_1, {letter}_2, {letter}_3)\n"
         assert made in text
         text = text.replace(made, "")
@@ -62,9 +66,6 @@ def tuples_of_descriptors(stack: ExitStack) -> Case:
         first = f"    {letter}_0,"
         assert first in text
         text = text.replace(first, f"    {name},")
-        flat = f'**_flat("{letter}", '
-        assert flat in text
-        text = text.replace(flat, f"{name}=tuple(")
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     file = Path(folder) / "group_tma_before.py"
     file.write_text(text)
@@ -72,7 +73,21 @@ def tuples_of_descriptors(stack: ExitStack) -> Case:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    stack.enter_context(mock.patch.object(group, "expand_total_tma", module.expand_total_tma))
+    make = group.total_tma_launch
+
+    def make_before(*operands):
+        flat = make(*operands)
+
+        def launch(*values):
+            arguments = flat.arguments(values)
+            for letter, name in TUPLES.items():
+                found = (arguments.pop(f"{letter}_{index}") for index in range(4))
+                arguments[name] = tuple(one for one in found if one is not None)
+            module._total_tma_kernel[flat.grid](**arguments)
+
+        return launch
+
+    stack.enter_context(mock.patch.object(group, "total_tma_launch", make_before))
     return GROUP
 
 
@@ -171,7 +186,9 @@ def main(out: str) -> None:
     for name, plant in PLANTED.items():
         with ExitStack() as stack:
             case = plant(stack)
+            forget_launches()
             found[name] = judge(case, "sm_90")["faults"]
+    forget_launches()
     for case in (LAYER, replace(LAYER, sizes="offset"), GROUP):
         found[case.name] = judge(case, "sm_90")["faults"]
     Path(out).write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""The plan that launches dB's kernel last, beside expand: its order, its numbers and, on a GPU, its company."""
+"""The plan that launches dB's kernel last, beside expand: order, numbers and, on a GPU, what runs with it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PROBLEM = Problem("backward", torch.bfloat16, 8192, 4096, 4096, 16)
 @pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
-@pytest.mark.parametrize("shape", [(300, 40, 72, 8), (130, 72, 200, 130), (5, 9, 7, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(300, 40, 72, 8), (130, 72, 200, 130), (5, 90, 70, 3)], ids=str)
 def test_accuracy(triton_device, dtype, p, shape):
     budget = Budget()
-    for seed in range(3 if min(shape) < 9 else 1):
+    for seed in range(1 if shape[0] > 5 else 3):
         operands = draw_operands(
             *shape, dtype, triton_device, factor_dtype=torch.float32, dropout_p=p, seed=seed
         )
@@ -120,7 +120,7 @@ def test_its_bits_are_those_of_every_run():
 
 @pytest.mark.gpu
 def test_memory_that_is_free_again_is_not_written_too_early():
-    """dz and the parts of shrink are free for others while dB's kernel runs; x of the next step takes them."""
+    """dz and the parts of shrink are free for others while dB's kernel runs."""
     i = _many()
     with pin_plan(PINNED):
         want = _step(i)

@@ -29,6 +29,8 @@ def calls(kernel: str) -> Iterator[tuple]:
             yield "shrink_total_config", limits, *shape
         elif kernel == "expand_total":
             yield "expand_total_config", limits, *shape, aligned, dropout
+        elif kernel == "beside":
+            yield "beside_config", limits, *shape
         elif kernel == "recompute":
             yield "default_config", "expand", limits, *shape, aligned, True, dropout
         else:
