@@ -126,16 +126,20 @@ def test_hopper_kernels_keep_what_makes_them_fast(quick):
         assert row["pendings"][0] == 1
         assert row["spills"] == 0 and not row["serialized"]
         assert row["shared_memory"] <= 227 * 1024
-        assert row["dependent_launch"] == ["wait"] and row["launched_dependent"]
+        assert row["dependent_launch"] == ["launch_dependents", "wait"][not row["beside"] :]
+        assert row["launched_dependent"]
         assert row["instructions"].keys() == {"wgmma"}
+    beside = [row for row in rows if row["kernel"] == "grad_kernel" and row["beside"]]
+    assert {row["R"] for row in beside} == {16, 64}
     for row in rows:
-        if row["kernel"] == "shrink_kernel":
+        if row["kernel"] == "shrink_kernel" or row in beside:
             assert row["shared_memory"] <= 45 * 1024
             assert row["registers"] * row["threads"] <= 22_000
         if row["kernel"] in ("shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel") and not row["pdl"]:
             assert row["dependent_launch"] == []
     triggers = {row["kernel"] for row in rows if row["dependent_launch"] == ["launch_dependents"]}
     assert triggers == {"shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel"}
+    assert all(row["dependent_launch"] == ["wait"] and row["launched_dependent"] for row in beside)
     without = [row for row in rows if row["kernel"] == "expand_tma_kernel" and not row["pdl"]]
     assert without and all(row["dependent_launch"] == [] for row in without)
 
