@@ -10,6 +10,7 @@ import pytest
 import torch
 from accuracy import POOLED_SEEDS, SMALL_OUTPUT, Budget, assert_same, check_budget
 from conftest import on_device
+from saved import Saved
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,25 +71,6 @@ def results_beside(x, weight, form, dy):
         results_of(lambda x: exact(x, weight, form), x.double(), dy),
         results_of(transformers_norm(form, weight), x, dy),
     )
-
-
-class Saved:
-    """Records every tensor that autograd saves inside the context."""
-
-    def __init__(self):
-        self.tensors = []
-
-    def __enter__(self):
-        def pack(tensor):
-            self.tensors.append(tensor)
-            return tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc):
-        self._hooks.__exit__(*exc)
 
 
 @forms

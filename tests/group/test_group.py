@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accuracy import SMALL_OUTPUT, Budget, assert_same, check_budget, whole
 from conftest import TRITON_DEVICE, implementation_cases, on_device
 from kernel_plans import grid, slow_reference
+from saved import Saved
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -516,25 +517,6 @@ def _grads(y: Tensor, *leaves: Tensor) -> list[Tensor]:
 
 
 # What is kept.
-
-
-class Saved:
-    """Records every tensor that autograd saves inside the context."""
-
-    def __init__(self):
-        self.tensors: list[Tensor] = []
-
-    def __enter__(self):
-        def pack(tensor):
-            self.tensors.append(tensor)
-            return tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc):
-        self._hooks.__exit__(*exc)
 
 
 def make_module(

@@ -11,6 +11,7 @@ import torch
 from accuracy import Budget, assert_same, check_budget
 from conftest import TRITON, implementation_cases
 from kernel_plans import grid, implementation_and_plan_cases, pin, pin_by_name
+from saved import Saved
 from torch.utils.checkpoint import checkpoint
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear
@@ -360,24 +361,6 @@ def test_manual_seed_reproduces_and_calls_differ(device, impl):
 
 def generator_state(device: str) -> torch.Tensor:
     return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
-
-
-class Saved:
-    """Records every tensor that autograd saves inside the context."""
-
-    def __enter__(self):
-        self.tensors = []
-
-        def pack(tensor):
-            self.tensors.append(tensor)
-            return tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc):
-        self._hooks.__exit__(*exc)
 
 
 @implementations

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from conftest import implementation_cases
+from saved import Saved
 from torch import nn
 
 from lorafa_kernels import LoRAFALinear, lorafa_linear
@@ -17,28 +18,6 @@ from lorafa_kernels.checks.budget import draw_operands
 
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
 M, K, N, R = 12, 20, 28, 4
-
-
-class Saved:
-    """Records every tensor that autograd saves inside the context."""
-
-    def __init__(self):
-        self.tensors = []
-
-    def __enter__(self):
-        def pack(tensor):
-            self.tensors.append(tensor)
-            return tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc):
-        self._hooks.__exit__(*exc)
-
-    def storages(self) -> set[int]:
-        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
 
 
 def make_layer(device, impl, *, dtype=torch.float32, bias=True, adapter_dtype=torch.float32) -> LoRAFALinear:

@@ -6,12 +6,12 @@ summation.
 """
 
 import copy
-import io
 import logging
 import math
 
 import pytest
 import torch
+from saved import copied, pickled
 from torch import nn
 
 from lorafa_kernels.model.adapt import apply_lorafa
@@ -451,17 +451,6 @@ def train(model, steps=2):
         optimizer.zero_grad()
         model(TOKENS).square().mean().backward()
         optimizer.step()
-
-
-def copied(model):
-    return copy.deepcopy(model)
-
-
-def pickled(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 def reloaded(model):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accuracy import assert_same, check_budget
+from saved import copied, pickled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -722,17 +723,6 @@ def test_an_output_is_not_handed_to_another_thread(calls):
     thread.join()
     assert calls == 3 * ["lorafa_linear_group"]
     assert_same(found[0], wanted)
-
-
-def copied(model):
-    return copy.deepcopy(model)
-
-
-def pickled(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 def shallow(model):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from saved import copied, pickled
 from torch import nn
 
 from lorafa_kernels import LoRAFAConfig, apply_lorafa, lorafa_parameters, unload_adapter
@@ -254,18 +254,7 @@ def test_a_flag_that_is_set_back_fuses_again(fused_calls):
     assert fused_calls == [1, 1]
 
 
-def deep(model):
-    return copy.deepcopy(model)
-
-
-def pickled(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize("copying", [deep, pickled], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("copying", [copied, pickled], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("kind", [OwnFlag, ConfigFlag, GlobalFlag, OwnFunction, OwnPartial, OwnActivation])
 def test_copies_are_fused_and_guarded(kind, copying, fused_calls, monkeypatch):
     model = adapted(kind())
