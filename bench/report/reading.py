@@ -48,6 +48,7 @@ SCOPES = {
 # Kinds of lines that are no measurement.
 FRAMES = ("run", "begin", "sitting", "end", "stage", "check", "test")
 TARGET_ROWS = 8192
+PLOTS = ("overhead", "roofline", "block-time", "blocks", "training")
 PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
 
 
