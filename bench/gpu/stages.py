@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..run.shell import append_line, now
+from ..run.shell import Lines
 from ..run.stub import stub_name
 from .driver import DONE, FAILED, NO_GPU, RESTART, UNFINISHED, VARIABLE, VERDICT, earlier
 
@@ -35,7 +35,7 @@ TEST_SECONDS = 100
 
 
 @dataclass(frozen=True)
-class Told:
+class Told(Lines):
     """What driver.py tells its stage. end: when to have ended (time.monotonic)."""
 
     file: Path
@@ -48,10 +48,6 @@ class Told:
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
-
-    def write(self, kind: str, **payload) -> None:
-        stub = {"stub": True} if stub_name() else {}
-        append_line(self.file, {"kind": kind, **payload, **stub, "run": self.run, "date": now()})
 
     def before(self, device: str | None) -> list[dict]:
         """Return the lines of earlier calls with these files, and of this call."""

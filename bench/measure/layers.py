@@ -17,7 +17,6 @@ import torch._functorch.config as functorch_config
 
 from lorafa_kernels.checks.budget import Operands
 
-from ..run.sittings import ratios
 from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders
 from .judge import Judge, broken, draw
@@ -33,6 +32,7 @@ from .timing import (
     digits,
     interleave,
     one_thread,
+    ratios,
     summary,
     synchronize,
 )

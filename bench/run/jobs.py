@@ -13,7 +13,7 @@ from ..measure import blocks, ceilings, kernels, layers, memory, models, trainin
 from ..measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
 from ..measure.cases import layers as distinct_layers
 from ..measure.contenders import CONTENDERS
-from .environment import ROOT
+from .environment import ROOT, gpu_state
 from .runner import Job
 
 KINDS = (
@@ -69,7 +69,7 @@ class Setting:
 
 def ceilings_job(setting: Setting) -> Job:
     def run(tick) -> dict:
-        setting.ceilings = ceilings.measure(setting.device)
+        setting.ceilings = ceilings.measure(setting.device, gpu_state)
         return setting.ceilings
 
     return Job("ceilings", "ceilings", ceilings.ESTIMATE[setting.device], run, always=True)
