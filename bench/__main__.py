@@ -333,10 +333,10 @@ def list_names(options: argparse.Namespace) -> int:
     for key, title in models.TITLES.items():
         print(f"  {key}: {title} ({', '.join(models.CONTENDERS[key].scopes)})")
     for kind, known in (
-        ("block-time", [case for some in blocks.CASES.values() for case in some]),
-        ("block", memory.BLOCKS.values()),
+        ("block-time", sum(blocks.CASES.values(), ())),
+        ("block", sum(memory.BLOCKS.values(), ())),
         ("family", memory.FAMILIES.values()),
-        ("training", training.TRAININGS.values()),
+        ("training", dict.fromkeys(sum(training.TRAININGS.values(), ()))),
     ):
         print(f"cases of kind {kind}:")
         print("\n".join(f"  {case.label}" for case in known))

@@ -27,10 +27,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from ..measure.blocks import PIECES
 from ..measure.cases import DTYPES
 from ..measure.contenders import FROZEN, LORAFA
 from ..measure.contenders import TITLES as LAYER_TITLES
+from ..measure.models import PIECES
 from ..measure.models import TITLES as MODEL_TITLES
 from . import reading
 from .reading import PEAKS, TARGET_ROWS, Record, Row, arranged, full_title, label_of, ordered, status, usable

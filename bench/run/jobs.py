@@ -35,14 +35,6 @@ QUICK_KINDS = ("ceilings", "time", "graph", "host", "block-time", "memory", "blo
 # changes its pace within a minute, a GPU that is held does not.
 ROUNDS = {"cuda": 15, "cpu": 20}
 SITTINGS = {"cuda": 1, "cpu": 5}
-BLOCKS = {
-    "cpu": (memory.BLOCK_CPU, memory.BLOCK_CPU_GQA),
-    "cuda": (memory.BLOCK_LLAMA_8B, memory.BLOCK_LLAMA_1B),
-}
-TRAININGS = {
-    "cpu": (training.TRAINING_TINY, training.TRAINING_8B_LARGEST),
-    "cuda": (training.TRAINING_1B, training.TRAINING_8B_LARGEST, training.TRAINING_8B),
-}
 # Compiling takes longer than all that a quick look measures.
 COMPILED = "compiled-lorafa"
 LEFT_OUT = "left out of this case, to save time"
@@ -127,7 +119,7 @@ def kernel_job(case: Case, setting: Setting) -> Job:
     return Job(key, "time", seconds, run, describe, kernels.KERNELS, setting.rounds)
 
 
-def block_time_job(case: blocks.BlockTime, setting: Setting, left_out: dict[str, str]) -> Job:
+def block_time_job(case: models.BlockCase, setting: Setting, left_out: dict[str, str]) -> Job:
     """left_out: contenders that are named as not run, with the reason."""
     keys = tuple(key for key in models.TIME_KEYS if key not in left_out)
 
@@ -162,7 +154,7 @@ def memory_job(case: Case, setting: Setting) -> Job:
     return Job(f"memory {case.label}", "memory", seconds, run, describe, keys)
 
 
-def block_job(block: memory.BlockCase, setting: Setting) -> Job:
+def block_job(block: models.BlockCase, setting: Setting) -> Job:
     keys = models.BLOCK_KEYS if block.scope == "block" else models.FAMILY_KEYS
 
     def run(tick) -> dict:
@@ -241,11 +233,11 @@ def jobs_of(
     if "memory" in kinds:
         found += [memory_job(case, setting) for case in wanted]
     if "block" in kinds:
-        found += [block_job(block, setting) for block in BLOCKS[setting.device]]
+        found += [block_job(block, setting) for block in memory.BLOCKS[setting.device]]
     if "family" in kinds:
         found += [block_job(block, setting) for block in memory.FAMILIES.values()]
     if "training" in kinds:
-        found += [training_job(case, setting) for case in TRAININGS[setting.device]]
+        found += [training_job(case, setting) for case in training.TRAININGS[setting.device]]
     return found
 
 
@@ -295,12 +287,12 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     found += [kernel_job(case, setting) for case in ranks if case not in products]
     found += [time_job(case, setting, "host", compiled) for case in HOST_CASES]
     found += block_time_jobs(setting, "cuda")
-    found += [block_job(block, setting) for block in BLOCKS["cuda"]]
-    found += [training_job(case, setting) for case in TRAININGS["cuda"][:2]]
+    found += [block_job(block, setting) for block in memory.BLOCKS["cuda"]]
+    found += [training_job(case, setting) for case in training.TRAININGS["cuda"][:2]]
     found += [time_job(case, setting, left_out=peers) for case in with_dropout(few, 0.1)]
     found += [time_job(case, setting, left_out=peers) for case in rest]
     found += [time_job(case, setting, "wall", peers) for case in rest if case.M <= 512]
-    found += [training_job(case, setting) for case in TRAININGS["cuda"][2:]]
+    found += [training_job(case, setting) for case in training.TRAININGS["cuda"][2:]]
     found += [memory_job(case, setting) for case in few]
     # Last: a capture that fails can leave the process unable to go on.
     found += [time_job(case, setting, "graph", compiled) for case in cases(llama, (1, 512), (16,))]

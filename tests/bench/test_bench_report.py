@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from bench.measure import contenders, models
-from bench.measure.blocks import BlockTime
 from bench.measure.cases import Case, cases, find_layers, target_grid
+from bench.measure.models import BlockCase
 from bench.report import compare, console, plots, reading
 from bench.report import page as report
 from bench.report.predictions import predictions
@@ -123,7 +123,7 @@ def layer_memory(case: Case, gpu: bool) -> dict:
 
 def block_time(gpu: bool) -> dict:
     """Contenders of a block, each slower than the frozen one by its own factor."""
-    case = BlockTime("Llama-3.2-1B", "mlp", 4, 2048)
+    case = BlockCase("Llama-3.2-1B", 4, 2048, piece="mlp", scope="time")
     factors = {"frozen": 1.0, "lorafa": 1.211, "lorafa-layers": 1.322, "peft-lora": 1.433}
     rows = []
     for part, share in (("forward", 0.4), ("both", 1.0)):
