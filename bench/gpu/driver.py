@@ -351,3 +351,15 @@ def tree_in(run: dict) -> str | None:
     with contextlib.suppress(KeyError, TypeError):
         return run["environment"]["tree"]
     return None
+
+
+def answers() -> bool:
+    """Whether the GPU, if this process uses one, still does what it is asked."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True

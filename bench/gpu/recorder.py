@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ..run.shell import Lines
-from .driver import DONE, RESTART, VARIABLE
+from .driver import DONE, RESTART, VARIABLE, answers
 
 MOST_TEXT, MOST_FAILURES_IN_FULL = 3000, 100
 
@@ -71,18 +71,6 @@ class Recorder(Lines):
             # Everything after it would fail in this process, and be blamed for it.
             sys.stdout.flush()
             os._exit(RESTART)
-
-
-def answers() -> bool:
-    """Whether the GPU, if this process uses one, still does what it is asked."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return True
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
 
 
 def pytest_configure(config: pytest.Config) -> None:

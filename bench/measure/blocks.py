@@ -77,12 +77,7 @@ def time_block(
     tick: Callable[[float], object] = lambda fraction: None,
     sitting: int = 0,
 ) -> dict:
-    """Measure the contenders `keys` of one case; return the record's payload, of kind "time", mode "block".
-
-    tick is called with the fraction that is done. sitting: its number, so that the turns are others in each.
-    A contender that raises, or whose results are outside the budget, gets status "failed" and no time; one
-    that cannot run here "not run" and the reason. Raises DeviceLost.
-    """
+    """Measure the contenders `keys` of one case, kind "time", mode "block"."""
     reference = None
 
     def check(contender: Contender) -> tuple[dict, Callable]:

@@ -90,10 +90,7 @@ def time_case(
 ) -> dict:
     """Measure the contenders `keys` of one case and return the record's payload (docs/benchmarks.md).
 
-    ceilings: FLOP/s of the case's dtype ("product") and bytes/s ("copy"), for the floor. tick is called with
-    the fraction that is done. sitting: its number, so that the turns are others in each. A contender that
-    raises, or whose results are outside the budget, gets status "failed" and no time; one that cannot run
-    here "not run" and the reason. Raises DeviceLost.
+    ceilings: FLOP/s of the case's dtype ("product") and bytes/s ("copy"), for the floor.
     """
     contenders = known or layer_contenders(keys)
     with contextlib.ExitStack() as stack:

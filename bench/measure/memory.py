@@ -81,8 +81,7 @@ def layer_memory(
 ) -> dict:
     """Measure the memory of one adapted layer and return the record's payload.
 
-    known: the contenders, those of `keys` by default. One that raises, or whose results are outside the error
-    budget, gets status "failed" and no number; one that cannot run here "not run" and the reason.
+    known: the contenders, those of `keys` by default.
     """
     found = known or layer_level.layer_contenders(keys)
     operands = draw(case, device)
@@ -128,9 +127,6 @@ def _checked_layers(
 def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
     """Measure the memory of one Transformer block, without and with gradient checkpointing, and return the
     record's payload.
-
-    A contender that raises, or whose results are outside the error budget, gets status "failed" and no
-    number; one that cannot run here "not run" and the reason.
     """
     chosen = models.select(keys, case.scope)
     rows = []

@@ -239,7 +239,6 @@ class BlockCase(ModelCase):
         return 4 * self.batch * self.sequence * weights[self.piece]
 
     def as_record(self) -> dict:
-        """Return the case as JSON types, with its label."""
         sizes = {name: getattr(self.size, name) for name in ("hidden", "intermediate", "heads", "kv_heads")}
         if self.scope == "time":
             return {**super().as_record(), **sizes, "piece": self.piece}

@@ -77,7 +77,6 @@ class TrainingCase(ModelCase):
         return f"largest batchx{self.sequence} tokens R={self.rank} {self.dtype}"
 
     def as_record(self) -> dict:
-        """Return the case as JSON types, with its label."""
         own = {name: getattr(self, name) for name in ("steps", "lr", "largest")}
         return {**super().as_record(), **own, "cpu_threads": 1}
 
@@ -113,11 +112,8 @@ def train(
     device: str,
     tick: Callable[[float], object] = lambda fraction: None,
 ) -> dict:
-    """Train every contender, without and with gradient checkpointing, and return the record's payload.
-
-    tick is called with the fraction that is done. A contender that raises, or whose numbers are wrong, gets
-    status "failed" and no number; one that cannot run here, or for which the memory does not suffice, "not
-    run" and the reason.
+    """Train every contender, without and with gradient checkpointing, and return the record's payload. Who
+    runs out of memory is "not run".
     """
     chosen = models.select(keys, "training")
     rows = [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -219,10 +219,7 @@ def _weight(change: Change) -> tuple:
 def _missing(values: dict[Name, Change], old: bool) -> tuple[Change, ...]:
     """Rows that one side lacks. A row that is there and lost its numbers is a changed status instead."""
     rows = [change for name, change in values.items() if name.what == "status"]
-    return tuple(
-        Change(row.name, row.label, row.title, row.new if old else None, None if old else row.new)
-        for row in sorted(rows, key=_weight)
-    )
+    return tuple(replace(row, old=row.new, new=None) if old else row for row in sorted(rows, key=_weight))
 
 
 def _differences(new: Iterable[Record], old: Iterable[Record]) -> list[str]:
