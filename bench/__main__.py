@@ -31,7 +31,6 @@ from .measure.cases import (
     GRIDS,
     RANKS,
     ROWS,
-    Case,
     cases,
     find_layers,
     grid,
@@ -65,9 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m bench", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command, text: str) -> argparse.ArgumentParser:
@@ -75,78 +73,50 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         found.set_defaults(command=command, name=name)
         return found
 
+    def option(to: argparse.ArgumentParser, flag: str, text: str, **how) -> None:
+        to.add_argument(flag, help=text, **how)
+
     def by_device(values: dict[str, int]) -> str:
         return f"default: {values['cpu']} on a CPU, {values['cuda']} on a GPU"
 
     def add_measuring(name: str, command, text: str, budget: float | None = None) -> argparse.ArgumentParser:
         found = add(name, command, text)
-        limit = "none" if budget is None else f"{budget:g}"
-        found.add_argument(
-            "--budget",
-            type=float,
-            default=budget,
-            metavar="SECONDS",
-            help=f"stop before it takes longer (default: {limit})",
-        )
-        found.add_argument(
-            "--out",
-            type=Path,
-            help="result file, or a folder for it (default: bench/results/DEVICE/GRID.jsonl)",
-        )
-        found.add_argument("--fresh", action="store_true", help="discard what the result file has")
-        found.add_argument("--rounds", type=int, help=f"interleaved rounds a case ({by_device(ROUNDS)})")
-        found.add_argument(
-            "--sittings", type=int, help=f"that its rounds are spread over ({by_device(SITTINGS)})"
-        )
-        found.add_argument(
-            "--contenders", nargs="+", metavar="NAME", help="only these, which list names (default: all)"
-        )
-        found.add_argument(
-            "--device", choices=("cpu", "cuda"), help="where to measure (default: the GPU if there is one)"
-        )
-        found.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: as it chooses)")
+        limit = f"stop before it takes longer (default: {'none' if budget is None else f'{budget:g}'})"
+        option(found, "--budget", limit, type=float, default=budget, metavar="SECONDS")
+        place = "result file, or a folder for it (default: bench/results/DEVICE/GRID.jsonl)"
+        option(found, "--out", place, type=Path)
+        option(found, "--fresh", "discard what the result file has", action="store_true")
+        option(found, "--rounds", f"interleaved rounds a case ({by_device(ROUNDS)})", type=int)
+        option(found, "--sittings", f"that its rounds are spread over ({by_device(SITTINGS)})", type=int)
+        names = "only these, which list names (default: all)"
+        option(found, "--contenders", names, nargs="+", metavar="NAME")
+        where = "where to measure (default: the GPU if there is one)"
+        option(found, "--device", where, choices=("cpu", "cuda"))
+        option(found, "--threads", "of PyTorch on the CPU (default: as it chooses)", type=int)
         return found
 
     # With what `make bench` installs first, less than four minutes.
     quick = add_measuring(
         "quick", measure_quick, "A look in a minute on a CPU, then the report.", QUICK_BUDGET
     )
-    quick.add_argument("--no-report", action="store_true", help="measure only")
+    option(quick, "--no-report", "measure only", action="store_true")
     chosen = add_measuring("run", measure_chosen, "Measure cases and kinds of your choice.")
-    chosen.add_argument(
-        "--grid", default=None, metavar="NAME", help=f"one of {', '.join(GRIDS)} (default: quick)"
-    )
-    chosen.add_argument(
-        "--layers",
-        nargs="+",
-        metavar="MODEL[/LAYER]",
-        help="instead of a grid, with the next five (default: none)",
-    )
-    chosen.add_argument(
-        "--rows", type=int, nargs="+", default=[2048], metavar="M", help=f"such as {ROWS} (default: 2048)"
-    )
-    chosen.add_argument(
-        "--ranks", type=int, nargs="+", default=[16], metavar="R", help=f"such as {RANKS} (default: 16)"
-    )
-    chosen.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the base (default: bf16)")
-    chosen.add_argument("--adapter", choices=DTYPES, help="of lora_B (default: fp32)")
-    chosen.add_argument("--dropout", type=float, default=0.0, help="probability (default: 0)")
-    chosen.add_argument(
-        "--kinds",
-        nargs="+",
-        default=["ceilings", "time"],
-        metavar="KIND",
-        help=f"of {', '.join(KINDS)} (default: ceilings time)",
-    )
+    option(chosen, "--grid", f"one of {', '.join(GRIDS)} (default: quick)", metavar="NAME")
+    instead = "instead of a grid, with the next five (default: none)"
+    option(chosen, "--layers", instead, nargs="+", metavar="MODEL[/LAYER]")
+    some = {"type": int, "nargs": "+"}
+    option(chosen, "--rows", f"such as {ROWS} (default: 2048)", default=[2048], metavar="M", **some)
+    option(chosen, "--ranks", f"such as {RANKS} (default: 16)", default=[16], metavar="R", **some)
+    option(chosen, "--dtype", "of x and the base (default: bf16)", choices=DTYPES, default="bf16")
+    option(chosen, "--adapter", "of lora_B (default: fp32)", choices=DTYPES)
+    option(chosen, "--dropout", "probability (default: 0)", type=float, default=0.0)
+    kinds, usual = f"of {', '.join(KINDS)} (default: ceilings time)", ["ceilings", "time"]
+    option(chosen, "--kinds", kinds, nargs="+", default=usual, metavar="KIND")
     first = add_measuring("suite", measure_suite, "What a first hour on a GPU needs, most telling first.")
-    first.add_argument("--no-tests", action="store_true", help="without the tests that need a GPU")
+    option(first, "--no-tests", "without the tests that need a GPU", action="store_true")
     made = add("report", make_report, "Make docs/performance.md and its plots from bench/results.")
-    made.add_argument(
-        "--compare", metavar="REV-or-FILE", help="show what changed since, instead (default: none)"
-    )
-    made.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of result files (default: bench/results)"
-    )
+    option(made, "--compare", "show what changed since, instead (default: none)", metavar="REV-or-FILE")
+    option(made, "--results", "folder of result files (default: bench/results)", type=Path, default=RESULTS)
     gpu.add_arguments(add("gpu", gpu.run, "A first call on a GPU, in stages that each print their verdict."))
     add("list", list_names, "Print the known models, grids, kinds, contenders and cases.")
     return parser.parse_args(argv)
@@ -170,22 +140,20 @@ def measure_chosen(options: argparse.Namespace) -> int:
     if options.layers and options.grid:
         raise ValueError("--grid and --layers exclude each other")
     setting = make_setting(options)
+    name = "chosen" if options.layers else options.grid or "quick"
     if options.layers:
-        name = "chosen"
-        adapter = options.adapter or "fp32"
-        wanted = cases(
-            find_layers(options.layers),
-            options.rows,
-            options.ranks,
-            ((options.dtype, adapter),),
-            (options.dropout,),
-        )
+        dtypes = ((options.dtype, options.adapter or "fp32"),)
+        chosen = find_layers(options.layers)
+        wanted = cases(chosen, options.rows, options.ranks, dtypes, (options.dropout,))
     else:
-        name = options.grid or "quick"
         wanted = grid(name)
         if options.dropout:
             wanted = with_dropout(wanted, options.dropout)
-    check_cases(wanted)
+    for case in wanted:
+        if case.M < 1 or case.R < 1 or not 0 <= case.dropout < 1:
+            raise ValueError(f"{case.label}: rows and rank must be at least 1, dropout in [0, 1)")
+    if not wanted:
+        raise ValueError("there is nothing to measure")
     return measure(options, jobs_of(wanted, options.kinds, setting), setting, name)
 
 
@@ -197,15 +165,6 @@ def measure_suite(options: argparse.Namespace) -> int:
     # A file of its own for every call: results of several calls can lie in one folder.
     name = f"suite-{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}"
     return measure(options, jobs, setting, name, elsewhere=(RESULTS,))
-
-
-def check_cases(wanted: list[Case]) -> None:
-    """Raise ValueError for sizes that make no layer."""
-    for case in wanted:
-        if case.M < 1 or case.R < 1 or not 0 <= case.dropout < 1:
-            raise ValueError(f"{case.label}: rows and rank must be at least 1, dropout in [0, 1)")
-    if not wanted:
-        raise ValueError("there is nothing to measure")
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
@@ -333,10 +292,10 @@ def list_names(options: argparse.Namespace) -> int:
     for key, title in models.TITLES.items():
         print(f"  {key}: {title} ({', '.join(models.CONTENDERS[key].scopes)})")
     for kind, known in (
-        ("block-time", [case for some in blocks.CASES.values() for case in some]),
-        ("block", memory.BLOCKS.values()),
+        ("block-time", sum(blocks.CASES.values(), ())),
+        ("block", sum(memory.BLOCKS.values(), ())),
         ("family", memory.FAMILIES.values()),
-        ("training", training.TRAININGS.values()),
+        ("training", dict.fromkeys(sum(training.TRAININGS.values(), ()))),
     ):
         print(f"cases of kind {kind}:")
         print("\n".join(f"  {case.label}" for case in known))

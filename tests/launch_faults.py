@@ -20,14 +20,14 @@ from unittest import mock
 
 import triton
 
-from bench.gate.launch import Case, judge
+from bench.gate.launch import Scenario, judge
 from lorafa_kernels.kernels import expand_tma, group, group_tma, shrink
 from lorafa_kernels.kernels.launch import forget_launches
 
 # What the arguments P_0 to P_3, and so on, of group_tma.py were before.
 TUPLES = {"P": "P_descs", "Q": "Q_descs", "L": "Ls", "F": "Fs"}
-LAYER = Case(bias=False, needs="dx")
-GROUP = Case("group", bias=False, members=3, needs="dx")
+LAYER = Scenario(bias=False, needs="dx")
+GROUP = Scenario("group", bias=False, members=3, needs="dx")
 
 
 class Changed:
@@ -54,7 +54,7 @@ def without(key):
     return lambda grid, args, kwargs: (grid, args, {k: v for k, v in kwargs.items() if k != key})
 
 
-def tuples_of_descriptors(stack: ExitStack) -> Case:
+def tuples_of_descriptors(stack: ExitStack) -> Scenario:
     """The kernel of group_tma.py as it was: descriptors come in tuples."""
     text = Path(group_tma.__file__).read_text()
     for letter, name in TUPLES.items():
@@ -91,13 +91,13 @@ def tuples_of_descriptors(stack: ExitStack) -> Case:
     return GROUP
 
 
-def misaligned_tensor(stack: ExitStack) -> Case:
+def misaligned_tensor(stack: ExitStack) -> Scenario:
     """Descriptors of whatever memory comes."""
     stack.enter_context(mock.patch.object(expand_tma, "addressable", lambda *tensors: True))
     return replace(LAYER, sizes="offset")
 
 
-def change_maps(stack: ExitStack, changed) -> Case:
+def change_maps(stack: ExitStack, changed) -> Scenario:
     """Encode maps of changed(address, box)."""
     utils = triton.runtime.driver.active.utils
     # Named otherwise in Triton 3.6.
@@ -112,25 +112,25 @@ def change_maps(stack: ExitStack, changed) -> Case:
     return LAYER
 
 
-def misaligned_map(stack: ExitStack) -> Case:
+def misaligned_map(stack: ExitStack) -> Scenario:
     return change_maps(stack, lambda address, box: (address + 8, box))
 
 
-def map_of_other_memory(stack: ExitStack) -> Case:
+def map_of_other_memory(stack: ExitStack) -> Scenario:
     return change_maps(stack, lambda address, box: (address + 16, box))
 
 
-def box_over_256(stack: ExitStack) -> Case:
+def box_over_256(stack: ExitStack) -> Scenario:
     return change_maps(stack, lambda address, box: (address, [512, *box[1:]]))
 
 
-def no_dependent_launch(stack: ExitStack) -> Case:
+def no_dependent_launch(stack: ExitStack) -> Scenario:
     """expand waits for the kernel before it, and is not launched as its dependent."""
     stack.enter_context(change(expand_tma, "_expand_tma_kernel", without("launch_pdl")))
     return LAYER
 
 
-def dependent_launch_unplanned(stack: ExitStack) -> Case:
+def dependent_launch_unplanned(stack: ExitStack) -> Scenario:
     def add(grid, args, kwargs):
         return grid, args, {**kwargs, "launch_pdl": True}
 
@@ -138,12 +138,12 @@ def dependent_launch_unplanned(stack: ExitStack) -> Case:
     return LAYER
 
 
-def argument_missing_in_call(stack: ExitStack) -> Case:
+def argument_missing_in_call(stack: ExitStack) -> Scenario:
     stack.enter_context(change(shrink, "_shrink_kernel", without("stride_factor_r")))
     return LAYER
 
 
-def argument_missing_in_launcher(stack: ExitStack) -> Case:
+def argument_missing_in_launcher(stack: ExitStack) -> Scenario:
     """The launcher takes the last argument for a constant, and hands on one less than the kernel has."""
     driver = triton.runtime.driver.active
     launcher = driver.launcher_cls
@@ -159,7 +159,7 @@ def argument_missing_in_launcher(stack: ExitStack) -> Case:
     return replace(LAYER, R=3, sizes="odd")
 
 
-def grid_of_0(stack: ExitStack) -> Case:
+def grid_of_0(stack: ExitStack) -> Scenario:
     stack.enter_context(change(shrink, "_shrink_kernel", lambda grid, args, kwargs: ((0, 1), args, kwargs)))
     return LAYER
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import lorafa_kernels
 
 PACKAGE = Path(lorafa_kernels.__file__).parent
@@ -92,6 +93,20 @@ def test_imports_point_downward(name):
     for other in own(imported(name, modules()[name])):
         if unit_of(other) != unit_of(name):
             assert FLOOR[unit_of(other)] < FLOOR[unit_of(name)], f"{name} imports {other}"
+
+
+# bench/: what measures, what runs it and keeps the results, what reads them; then the commands.
+BENCH = Path(bench.__file__).parent
+BENCH_FLOORS = {"measure": 0, "run": 1, "report": 2, "gate": 3, "gpu": 3}
+
+
+@pytest.mark.parametrize("folder", BENCH_FLOORS)
+def test_imports_of_bench_point_downward(folder):
+    allowed = {name for name, floor in BENCH_FLOORS.items() if floor < BENCH_FLOORS[folder]}
+    for path in (BENCH / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module:
+                assert node.module.split(".")[0] in allowed, f"{folder}/{path.name}, line {node.lineno}"
 
 
 def test_no_module_imports_itself_by_way_of_others():

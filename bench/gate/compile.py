@@ -108,7 +108,7 @@ WAIT = "griddepcontrol.wait"
 
 
 @dataclass(frozen=True)
-class Case:
+class LauncherCall:
     """One call of a launcher; M and R make the heuristics pick the configuration under test."""
 
     arch: str
@@ -200,7 +200,7 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
 
 
-def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
+def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
     modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
     shrink, expand, _, recompute, grad, group, _, gated = modules
@@ -307,7 +307,9 @@ def resources(arch: str, compiled) -> dict:
     return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
 
 
-def measure(case: Case, launch: int, cache: Path | None = None, known_only: bool = False) -> dict | None:
+def measure(
+    case: LauncherCall, launch: int, cache: Path | None = None, known_only: bool = False
+) -> dict | None:
     """Return the row of the result for one launch of a case, compiled now or, by `cache`, before. known_only:
     None instead of compiling.
     """
@@ -424,7 +426,7 @@ def misplaced_wait(ttgir: str) -> list[str]:
     return found
 
 
-def failures(case: Case, row: dict) -> list[str]:
+def failures(case: LauncherCall, row: dict) -> list[str]:
     """Name the rules that a row breaks."""
     found = []
     limits = KNOWN_DEVICES[case.arch]
@@ -457,7 +459,7 @@ def failures(case: Case, row: dict) -> list[str]:
     return found
 
 
-def overlap_failures(case: Case, row: dict) -> list[str]:
+def overlap_failures(case: LauncherCall, row: dict) -> list[str]:
     """Name the rules of programmatic dependent launch that a row breaks."""
     found = []
     is_expand = row["kernel"].startswith("expand")
@@ -492,7 +494,7 @@ def overlap_failures(case: Case, row: dict) -> list[str]:
     return found
 
 
-def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
+def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[LauncherCall]:
     """Every configuration, in the layouts and dtypes that change the code, without dropout and with it."""
     for arch, op in itertools.product(archs, ops):
         for dtype, layout in itertools.product(PRECISIONS, LAYOUTS[op]):
@@ -502,15 +504,19 @@ def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
             yield from itertools.chain(*configured(variants, arch, op, dtype, layout, False))
 
 
-def configured(make, arch: str, op: str, dtype: str, layout: str, dropout: bool) -> Iterator[Iterator[Case]]:
+def configured(
+    make, arch: str, op: str, dtype: str, layout: str, dropout: bool
+) -> Iterator[Iterator[LauncherCall]]:
     """Yield make(case, configuration, whether it is the first) for each that the heuristics can pick."""
     configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize, dropout=dropout)
     for index, (config, (M, R, aligned, recompute)) in enumerate(configs.items()):
-        case = Case(arch, op, dtype, "fp32", layout, "even" if aligned else "odd", M, R, layout == "y")
+        case = LauncherCall(
+            arch, op, dtype, "fp32", layout, "even" if aligned else "odd", M, R, layout == "y"
+        )
         yield make(replace(case, recompute=recompute, dropout=dropout), config, index == 0)
 
 
-def variants(case: Case, config: KernelConfig, first: bool) -> Iterator[Case]:
+def variants(case: LauncherCall, config: KernelConfig, first: bool) -> Iterator[LauncherCall]:
     """What changes the code of a configuration. Left out: a 16-bit factor where K is even (a mask needs more
     registers, not fewer), and fp16 beyond one configuration per kernel (the same instructions as bf16). R = 8
     and odd sizes stand for unaligned rows, at the smallest rank block; for TMA R = 4 does. Architectures with
@@ -539,7 +545,7 @@ def variants(case: Case, config: KernelConfig, first: bool) -> Iterator[Case]:
         yield replace(case, asked_tf32=True)
 
 
-def variants_with_dropout(case: Case, config: KernelConfig, first: bool) -> Iterator[Case]:
+def variants_with_dropout(case: LauncherCall, config: KernelConfig, first: bool) -> Iterator[LauncherCall]:
     """Of a kernel that makes the mask, with fp32 factors: aligned, masked and unaligned rows."""
     makes = makes_mask(case.op, case.layout in ("z", "y"), config)
     if not makes or (case.dtype == "fp16" and not first):
@@ -553,7 +559,7 @@ def variants_with_dropout(case: Case, config: KernelConfig, first: bool) -> Iter
         yield replace(case, R=4)
 
 
-def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
+def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
     """Every configuration of the kernels of groups, for two and three members (of the kernel with TMA, which
     takes no more than four: one to four), in the sizes that change the code, as in all_cases; quick: the
     default for many rows of three members alone.
@@ -562,13 +568,15 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
         masked = (False, True) if op != "shrink_total" else (False,)
         if quick:
             if dtype == "bf16":
-                case = Case(arch, op, dtype, "fp32", layout, "even", 8192, 16, members=3)
+                case = LauncherCall(arch, op, dtype, "fp32", layout, "even", 8192, 16, members=3)
                 yield from (replace(case, dropout=dropout) for dropout in masked)
             continue
         seen = set()
         shapes = (8192, SPLIT_ROWS, 64), (16, 64, 128), (1, 2, 3, 4), ("even", "ragged", "odd"), masked
         for M, R, members, sizes, dropout in itertools.product(*shapes):
-            case = Case(arch, op, dtype, "fp32", layout, sizes, M, R, dropout=dropout, members=members)
+            case = LauncherCall(
+                arch, op, dtype, "fp32", layout, sizes, M, R, dropout=dropout, members=members
+            )
             if members not in (2, 3) and case.config.variant != "tma":
                 continue
             key = (case.config, members, sizes, dropout, case.shared_memory)
@@ -580,7 +588,7 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
                 yield replace(case, R=4)
 
 
-def beside_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
+def beside_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
     """dB's kernel beside expand at every rank block, and an expand that lets it start: bf16. quick: as in
     quick_cases.
     """
@@ -589,12 +597,14 @@ def beside_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
             continue
         ranks, layouts = ((16, 64), ("even",)) if quick else ((16, 32, 64, 128), ("even", "ragged"))
         for R, sizes in itertools.product(ranks, layouts):
-            yield Case(arch, "grad", "bf16", "fp32", "dB", sizes, 8192, R, beside=True)
+            yield LauncherCall(arch, "grad", "bf16", "fp32", "dB", sizes, 8192, R, beside=True)
         for R, dropout in itertools.product(ranks[::2], (False, True)):
-            yield Case(arch, "expand", "bf16", "fp32", "dx", "even", 8192, R, dropout=dropout, beside=True)
+            yield LauncherCall(
+                arch, "expand", "bf16", "fp32", "dx", "even", 8192, R, dropout=dropout, beside=True
+            )
 
 
-def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
+def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[LauncherCall]:
     """The default configuration of each kernel for many and for few rows, in the commonest dtypes, without
     dropout and with it: on sm_90 at R = 16 and 64, elsewhere at the larger.
     """
@@ -603,27 +613,29 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
         layouts = LAYOUTS[op] if hopper or op == "expand" else LAYOUTS[op][:1]
         for R in (16, 64) if hopper else (64,):
             for layout in layouts:
-                yield Case(arch, op, "bf16", "fp32", layout, "even", 8192, R, bias=layout == "y")
+                yield LauncherCall(arch, op, "bf16", "fp32", layout, "even", 8192, R, bias=layout == "y")
         if op == "expand":
-            yield Case(arch, op, "bf16", "fp32", "y", "even", 16, 64, bias=True, recompute=True)
+            yield LauncherCall(arch, op, "bf16", "fp32", "y", "even", 16, 64, bias=True, recompute=True)
         for layout, M in {"shrink": [("z", 8192)], "expand": [("dx", 8192), ("y", 16), ("dx", 16)]}.get(
             op, ()
         ):
-            drops = Case(arch, op, "bf16", "fp32", layout, "even", M, 64, layout == "y", dropout=True)
+            drops = LauncherCall(arch, op, "bf16", "fp32", layout, "even", M, 64, layout == "y", dropout=True)
             yield replace(drops, recompute=M == 16)
         if hopper:
-            few = Case(arch, op, "bf16", "fp32", layouts[0], "even", SPLIT_ROWS, 16)
-            fp32 = Case(arch, op, "fp32", "fp32", layouts[0], "even", 8192, 16)
+            few = LauncherCall(arch, op, "bf16", "fp32", layouts[0], "even", SPLIT_ROWS, 16)
+            fp32 = LauncherCall(arch, op, "fp32", "fp32", layouts[0], "even", 8192, 16)
             yield from (few, replace(few, pdl=False), fp32, replace(fp32, asked_tf32=True))
 
 
-def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
+def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
     """The kernels of the gated activation: every activation and result, and both gradients and h also in
     fp32, in rows that are not contiguous, and in fp16. Architectures with the instructions of sm_80: bf16.
     quick: h and both gradients by the commonest activation and the one with the rarest function.
     """
     for arch, result, activation in itertools.product(archs, GATED_RESULTS, ACTIVATIONS):
-        case = Case(arch, "gated", "bf16", "bf16", f"{result}: {activation}", "even", 8192, 0, pdl=False)
+        case = LauncherCall(
+            arch, "gated", "bf16", "bf16", f"{result}: {activation}", "even", 8192, 0, pdl=False
+        )
         usual = result in ("h", "dg, du")
         if quick:
             if usual and activation in ("silu", "gelu"):
@@ -637,9 +649,9 @@ def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
             yield replace(case, dtype="fp16", factor_dtype="fp16")
 
 
-def distinct_launches(cases: Iterator[Case]) -> list[tuple[Case, int]]:
+def distinct_launches(cases: Iterator[LauncherCall]) -> list[tuple[LauncherCall, int]]:
     """Return the launches of all cases, without those that compile to the same code as an earlier one."""
-    found: dict[tuple, tuple[Case, int]] = {}
+    found: dict[tuple, tuple[LauncherCall, int]] = {}
     for case in cases:
         for launch, (kernel, args, kwargs) in enumerate(record(case)):
             src, options = source(case.arch, kernel, args, kwargs)
@@ -657,7 +669,7 @@ def start_worker(cache_dir: str) -> None:
 
 
 def compile_all(
-    launches: list[tuple[Case, int]], workers: int, console: Console, cache: Path | None = None
+    launches: list[tuple[LauncherCall, int]], workers: int, console: Console, cache: Path | None = None
 ) -> list[dict]:
     """Compile in worker processes what is not in the cache and return the rows in the order of `launches`."""
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

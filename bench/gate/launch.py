@@ -71,7 +71,7 @@ LOW_RANK = ("shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel")
 
 
 @dataclass(frozen=True)
-class Case:
+class Scenario:
     """One forward and backward of a public function."""
 
     what: str = "layer"
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        changed = {key: value for key, value in asdict(self).items() if value != getattr(Case, key)}
+        changed = {key: value for key, value in asdict(self).items() if value != getattr(Scenario, key)}
         return self.what + "".join(f" {key}={value}" for key, value in changed.items() if key != "what")
 
 
@@ -131,20 +131,20 @@ MLPS = {
 # Beside Hopper, which has kernels of its own.
 FEWER = {"R": (1, 8, 64, 256), "M": (MANY_ROWS, 16), "sizes": ("even", "odd"), "members": (2, 5)}
 CORE = (
-    Case("llama"),
-    Case(sizes="odd", R=4),
-    Case(M=16, plan="fused, two passes"),
-    Case(M=SPLIT_ROWS, sizes="offset", dropout=True, plan="fused, two passes, PDL", factor_dtype="own"),
-    Case(sizes="no K"),
-    Case(sizes="no N"),
-    Case("group", M=16, members=5, plan="library, one pass"),
-    Case("group", members=5, needs="dx"),
-    Case("group", M=SPLIT_ROWS, members=2, share_A=True, needs="dx", dtype="fp32"),
-    Case(M=SPLIT_ROWS, plan="fused, dB beside dx", dropout=True),
+    Scenario("llama"),
+    Scenario(sizes="odd", R=4),
+    Scenario(M=16, plan="fused, two passes"),
+    Scenario(M=SPLIT_ROWS, sizes="offset", dropout=True, plan="fused, two passes, PDL", factor_dtype="own"),
+    Scenario(sizes="no K"),
+    Scenario(sizes="no N"),
+    Scenario("group", M=16, members=5, plan="library, one pass"),
+    Scenario("group", members=5, needs="dx"),
+    Scenario("group", M=SPLIT_ROWS, members=2, share_A=True, needs="dx", dtype="fp32"),
+    Scenario(M=SPLIT_ROWS, plan="fused, dB beside dx", dropout=True),
 )
 
 
-def pairwise(options: dict[str, tuple], seed: int = 0) -> Iterator[Case]:
+def pairwise(options: dict[str, tuple], seed: int = 0) -> Iterator[Scenario]:
     """Yield few cases in which any two values of two options meet, the same ones in every run."""
     drawn = random.Random(seed)
     names = list(options)
@@ -160,10 +160,10 @@ def pairwise(options: dict[str, tuple], seed: int = 0) -> Iterator[Case]:
             if len(covered := pairs & missing) > best[0]:
                 best = (len(covered), values, covered)
         missing -= best[2]
-        yield Case(**best[1])
+        yield Scenario(**best[1])
 
 
-def all_cases(arch: str) -> list[Case]:
+def all_cases(arch: str) -> list[Scenario]:
     """The cases of the whole gate for an architecture, each once."""
     grids = LAYERS, GROUPS, MLPS
     if arch != "sm_90":
@@ -171,7 +171,9 @@ def all_cases(arch: str) -> list[Case]:
     return list(dict.fromkeys((*CORE, *itertools.chain(*map(pairwise, grids)))))
 
 
-def operands(case: Case, N: int, K: int, dtype: torch.dtype, adapted: bool, lora_A=None) -> LinearOperands:
+def operands(
+    case: Scenario, N: int, K: int, dtype: torch.dtype, adapted: bool, lora_A=None
+) -> LinearOperands:
     """One layer; its values are zeros, which nothing reads."""
     factor_dtype = dtype if case.factor_dtype == "own" else DTYPES[case.factor_dtype]
     weight = tensor(case, N, K, dtype=dtype)
@@ -184,7 +186,7 @@ def operands(case: Case, N: int, K: int, dtype: torch.dtype, adapted: bool, lora
     return LinearOperands(weight, bias, lora_A, lora_B, 2.0, 0.1 if case.dropout else 0.0)
 
 
-def tensor(case: Case, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def tensor(case: Scenario, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """A matrix as case.sizes says; one at an offset begins 8 bytes behind a multiple of 16."""
     if case.sizes != "offset":
         return torch.zeros((rows, columns), dtype=dtype)
@@ -192,7 +194,7 @@ def tensor(case: Case, rows: int, columns: int, dtype: torch.dtype) -> torch.Ten
     return torch.zeros(rows * columns + skipped, dtype=dtype)[skipped:].view(rows, columns)
 
 
-def step(case: Case) -> None:
+def step(case: Scenario) -> None:
     """Run the forward and backward of a case."""
     dtype = DTYPES[case.dtype]
     K, N = SIZES[case.sizes]
@@ -250,7 +252,7 @@ def llama_step() -> None:
     model(inputs_embeds=hidden).logits.sum().backward()
 
 
-def judge(case: Case, arch: str) -> dict:
+def judge(case: Scenario, arch: str) -> dict:
     """Run a case beside the stub driver of this process and return its row."""
     stub = importlib.import_module("tests.stub_gpu")
     begin = time.perf_counter()
@@ -326,7 +328,7 @@ def not_launched(rows: list[dict], archs: tuple[str, ...]) -> list[str]:
     return missing
 
 
-def run_cases(cases: list[Case], arch: str, out: Path) -> None:
+def run_cases(cases: list[Scenario], arch: str, out: Path) -> None:
     """Write the rows of some cases, one a line, to `out`. In a process beside a stub driver."""
     torch.set_num_threads(1)
     with out.open("w") as file:
@@ -351,7 +353,7 @@ def run_worker(arch: str, core: bool, part: int, parts: int, folder: Path) -> li
     return rows
 
 
-def part_of(arch: str, core: bool, part: int, parts: int) -> list[Case]:
+def part_of(arch: str, core: bool, part: int, parts: int) -> list[Scenario]:
     return (list(CORE) if core else all_cases(arch))[part::parts]
 
 

@@ -10,23 +10,19 @@ again, and kernels are not compiled again.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
-import platform
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import uuid
 from pathlib import Path
 
 from .. import STARTED
-from ..run.shell import Parser, run_command
+from ..run.environment import ROOT, environment
+from ..run.shell import Parser, output, run_command
 from ..run.stub import stub_name
-from ..run.tree import tree_hash
 from . import cache, driver
-from .driver import ROOT, STAGES, TOTAL, Call
+from .driver import STAGES, TOTAL, Call
 
 # Ignored by git, so that it can be named where ignored files are carried to the machine.
 PAST = ROOT / ".gpu"
@@ -82,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob(".triton-cache*"):
         left.unlink()
-    about = environment()
+    about = environment(with_torch=False)
     past = tuple(dict.fromkeys((*([PAST] if options.past is None else options.past), out)))
     device = about["machine"]["gpu"]["name"]
     done, _ = driver.earlier(past, about["tree"], device)
@@ -128,53 +124,7 @@ def interrupted(number: int, frame: object) -> None:
 
 
 def gpu_is_there() -> bool:
-    for command in (["nvidia-smi", "-L"], ["rocm-smi", "-i"]):
-        if shutil.which(command[0]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0 and "GPU" in done.stdout:
-                return True
-    return False
-
-
-def environment() -> dict:
-    """Return what a run says of its machine, found without PyTorch: as bench.run.environment, but less."""
-    stub = stub_name()
-    gpu = {"name": stub, "capability": None} if stub else nvidia_smi()
-    names = ("torch", "triton", "peft", "transformers")
-    return {
-        **({"stub": True} if stub else {}),
-        "date": driver.now(),
-        "machine": {"cpu": platform.processor(), "cores": os.cpu_count(), "threads": None, "gpu": gpu},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "commit": os.environ.get("BENCH_COMMIT"),
-        "dirty": None,
-        "tree": tree_hash(ROOT),
-    }
-
-
-def nvidia_smi() -> dict:
-    """Return name, driver and clocks of the first GPU, as nvidia-smi says them."""
-    fields = {
-        "name": "name",
-        "driver_version": "driver",
-        "clocks.sm": "sm_clock_mhz",
-        "clocks.max.sm": "sm_clock_max_mhz",
-        "clocks.mem": "memory_clock_mhz",
-    }
-    found = dict.fromkeys(fields.values())
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
-        values = subprocess.run(query, capture_output=True, text=True).stdout.strip().split(", ")
-        if len(values) == len(fields):
-            found = dict(zip(fields.values(), values, strict=True))
-    return {**found, "name": found["name"] or "an unnamed GPU", "smi_name": found["name"], "capability": None}
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return any("GPU" in (output(*command) or "") for command in (("nvidia-smi", "-L"), ("rocm-smi", "-i")))
 
 
 if __name__ == "__main__":

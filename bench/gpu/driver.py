@@ -19,10 +19,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..run.shell import INTERRUPTED, append_line, now
+from ..run.environment import ROOT
+from ..run.shell import INTERRUPTED, Lines
 from ..run.stub import stub_name
 
-ROOT = Path(__file__).resolve().parents[2]
 # What a stage is told, and the file with the tests that are not to be run again.
 VARIABLE, DONE = "LORAFA_GPU_CALL", "LORAFA_GPU_DONE"
 # Exit codes of a stage's process: its work is not done but nothing is wrong; there is no GPU; it cannot go on
@@ -70,7 +70,7 @@ RESERVE = 15.0
 
 
 @dataclass
-class Call:
+class Call(Lines):
     """One call of the command. file: of JSON lines; past: folders of earlier calls; cache: Triton's folder;
     done: names of stages that earlier calls completed.
     """
@@ -88,11 +88,6 @@ class Call:
     @property
     def left(self) -> float:
         return self.budget - (time.monotonic() - self.started)
-
-    def write(self, kind: str, **payload) -> None:
-        """Append a line; on disk before this returns."""
-        stub = {"stub": True} if stub_name() else {}
-        append_line(self.file, {"kind": kind, **payload, **stub, "run": self.run, "date": now()})
 
 
 def say(call: Call, text: str) -> None:
@@ -356,3 +351,15 @@ def tree_in(run: dict) -> str | None:
     with contextlib.suppress(KeyError, TypeError):
         return run["environment"]["tree"]
     return None
+
+
+def answers() -> bool:
+    """Whether the GPU, if this process uses one, still does what it is asked."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True

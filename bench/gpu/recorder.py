@@ -14,29 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from ..run.shell import append_line, now
-from ..run.stub import stub_name
-from .driver import DONE, RESTART, VARIABLE
+from ..run.shell import Lines
+from .driver import DONE, RESTART, VARIABLE, answers
 
 MOST_TEXT, MOST_FAILURES_IN_FULL = 3000, 100
 
 
-class Recorder:
+class Recorder(Lines):
     """What the tests of this process, or of its workers, came to."""
 
     def __init__(self, config: pytest.Config):
-        self.call = json.loads(os.environ[VARIABLE])
+        call = json.loads(os.environ[VARIABLE])
+        self.file, self.run = Path(call["file"]), call["run"]
         self.worker = hasattr(config, "workerinput")
         self.alone = not self.worker and not getattr(config.option, "numprocesses", None)
         self.lost = False
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         done = os.environ.get(DONE)
         self.done = set(json.loads(Path(done).read_text())) if done else set()
-
-    def write(self, **payload) -> None:
-        stub = {"stub": True} if stub_name() else {}
-        record = {"kind": "test", **payload, **stub, "run": self.call["run"], "date": now()}
-        append_line(Path(self.call["file"]), record)
 
     def pytest_collection_modifyitems(self, config, items) -> None:
         left = [item for item in items if item.nodeid not in self.done]
@@ -46,7 +41,7 @@ class Recorder:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         if self.alone:
-            self.write(name=nodeid, outcome="begun")
+            self.write("test", name=nodeid, outcome="begun")
 
     def pytest_runtest_logreport(self, report) -> None:
         if self.worker:
@@ -61,7 +56,9 @@ class Recorder:
             more["text"] = str(report.longrepr)[-MOST_TEXT:]
         elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
             more["text"] = str(report.longrepr[-1])[:300]
-        self.write(name=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), **more)
+        self.write(
+            "test", name=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), **more
+        )
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -74,18 +71,6 @@ class Recorder:
             # Everything after it would fail in this process, and be blamed for it.
             sys.stdout.flush()
             os._exit(RESTART)
-
-
-def answers() -> bool:
-    """Whether the GPU, if this process uses one, still does what it is asked."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return True
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
 
 
 def pytest_configure(config: pytest.Config) -> None:

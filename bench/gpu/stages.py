@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..run.shell import append_line, now
+from ..run.shell import Lines
 from ..run.stub import stub_name
-from .driver import DONE, FAILED, NO_GPU, RESTART, UNFINISHED, VARIABLE, VERDICT, earlier
+from .driver import DONE, FAILED, NO_GPU, RESTART, UNFINISHED, VARIABLE, VERDICT, answers, earlier
 
 REPEATS = 200
 # Memory of a worker that runs tests: they leave 5 GiB and less, and each has a context of its own.
@@ -35,7 +35,7 @@ TEST_SECONDS = 100
 
 
 @dataclass(frozen=True)
-class Told:
+class Told(Lines):
     """What driver.py tells its stage. end: when to have ended (time.monotonic)."""
 
     file: Path
@@ -48,10 +48,6 @@ class Told:
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
-
-    def write(self, kind: str, **payload) -> None:
-        stub = {"stub": True} if stub_name() else {}
-        append_line(self.file, {"kind": kind, **payload, **stub, "run": self.run, "date": now()})
 
     def before(self, device: str | None) -> list[dict]:
         """Return the lines of earlier calls with these files, and of this call."""
@@ -249,21 +245,13 @@ def kernels(call: Told) -> int:
     """Run each check once against fp64, and 200 times for the same bits."""
     import torch
 
-    from lorafa_kernels.checks.budget import relative_error
-
-    from ..measure.judge import broken, poisoned_memory
-    from ..measure.judge import verdict as judged
-
     stub = stub_name() is not None
-    device = torch.cuda.get_device_name(0)
-    known, counts = checked_before(call, device)
+    known, counts = checked_before(call, torch.cuda.get_device_name(0))
     first = None
     left = 0
     for check in checks("cuda", small=stub):
         wanted = [pdl for pdl in check.pdls if (check.key, pdl) not in known]
-        if not wanted:
-            continue
-        if call.left < 5:
+        if wanted and call.left < 5:
             left += len(wanted)
             continue
         made = None
@@ -271,58 +259,54 @@ def kernels(call: Told) -> int:
             began = time.monotonic()
             call.write("check", key=check.key, pdl=pdl, status="begun")
             row = {"status": "ok", "errors": {}, "reason": None, "repeats": 0, "equal": None}
+            lost = False
             try:
                 made = made or check.make()
-                compute, exact, plain = made
-                exact_errors = {name: relative_error(plain[name], exact[name]) for name in exact}
-                with contextlib.nullcontext() if stub else poisoned_memory():
-                    got = compute(pdl)
-                if stub:
-                    # Nothing computes there: that it launches is all there is to see.
-                    row.update(status="ok", reason="launched; values are not compared in the stub")
-                    repeats = 2
-                else:
-                    named = {name: got[name] for name in exact if name in got}
-                    row["errors"] = judged(named, exact, exact_errors)
-                    if reason := broken(row["errors"]):
-                        row.update(status=FAILED, reason=reason)
-                    repeats = REPEATS
-                same = True
-                for _ in range(repeats):
-                    again = compute(pdl)
-                    row["repeats"] += 1
-                    same = same and (stub or all(torch.equal(again[name], got[name]) for name in got))
-                row["equal"] = None if stub else same
-                if not same:
-                    row.update(status=FAILED, reason="not the same bits each time")
+                run_check(made, pdl, row, stub)
             except Exception as error:
                 row.update(status=FAILED, reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
-                if not alive():
-                    call.write("check", key=check.key, pdl=pdl, **row, seconds=time.monotonic() - began)
-                    verdict(f"{check.key}: {row['reason']}", RESTART)
-                    return RESTART
+                lost = not answers()
+            call.write("check", key=check.key, pdl=pdl, **row, seconds=round(time.monotonic() - began, 2))
+            if lost:
+                return verdict(f"{check.key}: {row['reason']}", RESTART)
             counts[row["status"]] += 1
             if row["status"] == FAILED and first is None:
                 first = f"{check.key}, {'with' if pdl else 'without'} dependent launch: {row['reason']}"
-            call.write("check", key=check.key, pdl=pdl, **row, seconds=round(time.monotonic() - began, 2))
             print(f"{check.key} pdl={pdl}: {row['status']} {row['reason'] or ''}", flush=True)
-    text = f"{counts['ok']} of {sum(counts.values())} right"
-    text += ", each launched through the stub, no value compared" if stub else f", each {REPEATS} times alike"
+    done = sum(counts.values())
     if counts["failed"]:
-        return verdict(
-            f"{counts['failed']} of {sum(counts.values())} wrong, first {first or 'of an earlier process'}", 1
-        )
+        of_before = "of an earlier process"
+        return verdict(f"{counts['failed']} of {done} wrong, first {first or of_before}", 1)
+    how = "launched through the stub, no value compared" if stub else f"{REPEATS} times alike"
+    text = f"{counts['ok']} of {done} right, each {how}"
     return verdict(f"{text}; {left} left, no time", UNFINISHED) if left else verdict(text, 0)
 
 
-def alive() -> bool:
+def run_check(made: tuple, pdl: bool, row: dict, stub: bool) -> None:
+    """Compute once against fp64 and then again for the same bits, and fill in the row. In the stub nothing
+    computes: that it launches is all there is to see.
+    """
     import torch
 
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
+    from ..measure.judge import poisoned_memory
+    from ..measure.kernels import Subject
+    from ..measure.layers import settle
+
+    compute, exact, plain = made
+    with contextlib.nullcontext() if stub else poisoned_memory():
+        got = compute(pdl)
+    if stub:
+        row["reason"] = "launched; values are not compared in the stub"
+    else:
+        settle(row, Subject(lambda: compute(pdl), exact, plain).errors_of(got))
+    same = True
+    for _ in range(2 if stub else REPEATS):
+        again = compute(pdl)
+        row["repeats"] += 1
+        same = same and (stub or all(torch.equal(again[name], got[name]) for name in got))
+    row["equal"] = None if stub else same
+    if not same:
+        row.update(status=FAILED, reason="not the same bits each time")
 
 
 # measurements

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ..run.environment import gpu_state
 from .cases import DTYPES
 from .timing import WARM_UP, CPUTimer, EventTimer, digits, interleave, summary
 
@@ -17,8 +18,10 @@ ROUNDS = 15
 ESTIMATE = {"cuda": 3.0, "cpu": 8.0}
 
 
-def measure(device: str, rounds: int = ROUNDS) -> dict:
-    """Return rows: products in TFLOP/s by dtype, the copy in GB/s counting bytes read and written."""
+def measure(device: str, clocks: Callable[[], dict], rounds: int = ROUNDS) -> dict:
+    """Return rows: products in TFLOP/s by dtype, the copy in GB/s counting bytes read and written. clocks
+    says at which the GPU stands; before any work those are an idle one's.
+    """
     sizes, copied = SIZES[device]
     products = [(dtype, size) for dtype, of_dtype in sizes.items() for size in of_dtype]
     generator = torch.Generator(device).manual_seed(0)
@@ -39,8 +42,7 @@ def measure(device: str, rounds: int = ROUNDS) -> dict:
             step()
         timer = EventTimer() if device == "cuda" else CPUTimer()
         samples |= interleave({name: step}, rounds, timer, lambda: None)[0]
-    # Before any work a GPU stands at the clock of an idle one.
-    clocks = gpu_state() if device == "cuda" else None
+    reached = clocks() if device == "cuda" else None
     raw = {name: [digits(seconds * 1e3) for seconds in found] for name, found in samples.items()}
     rows = [
         {
@@ -54,7 +56,7 @@ def measure(device: str, rounds: int = ROUNDS) -> dict:
     ]
     rate = summary([2 * copied / seconds * 1e-9 for seconds in samples["copy"]])
     copy = {"what": "copy", "bytes": copied, "gb_per_s": rate, "samples_ms": raw["copy"]}
-    return {"rows": [*rows, copy], "clocks": clocks}
+    return {"rows": [*rows, copy], "clocks": reached}
 
 
 def rates(payload: dict | None, dtype: str) -> dict[str, float | None]:

@@ -101,10 +101,9 @@ def frozen_linear(operands: Operands) -> nn.Linear:
     return linear
 
 
-def _factor(operands: Operands, name: str, case: Case, trained: bool) -> nn.Parameter:
+def _factor(operands: Operands, name: str, case: Case, trained: bool) -> Tensor:
     # A copy: contenders share the base and the input, and nothing else.
-    values = getattr(operands, name).to(DTYPES[case.adapter if trained else case.dtype], copy=True)
-    return nn.Parameter(values, requires_grad=trained)
+    return getattr(operands, name).to(DTYPES[case.adapter if trained else case.dtype], copy=True)
 
 
 def build_frozen(operands: Operands, case: Case) -> Layer:
@@ -126,16 +125,25 @@ def build_lorafa(operands: Operands, case: Case, impl: str = "auto") -> Layer:
     return Layer(layer, layer.lora_B)
 
 
-class Eager(nn.Module):
-    """The formula as people write it. With A frozen and no dropout autograd keeps x Aᵀ and not x."""
+class EagerLoRA(nn.Module):
+    """The formula around an nn.Linear as people write it, with lora_A trained or frozen (LoRA-FA). With A
+    frozen and no dropout autograd keeps x Aᵀ and not x.
+    """
 
-    def __init__(self, operands: Operands, case: Case, train_A: bool):
+    def __init__(
+        self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float, train_A: bool, dropout=0.0
+    ):
         super().__init__()
-        self.base = frozen_linear(operands)
-        self.lora_A = _factor(operands, "lora_A", case, trained=train_A)
-        self.lora_B = _factor(operands, "lora_B", case, trained=True)
-        self.scaling = operands.scaling
-        self.dropout = nn.Dropout(case.dropout)
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(lora_A, requires_grad=train_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        # T5's MLP asks its last layer for the dtype.
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         low_rank = F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
@@ -143,14 +151,15 @@ class Eager(nn.Module):
 
 
 def build_eager(operands: Operands, case: Case, train_A: bool = False) -> Layer:
-    module = Eager(operands, case, train_A)
+    factors = (_factor(operands, "lora_A", case, train_A), _factor(operands, "lora_B", case, True))
+    module = EagerLoRA(frozen_linear(operands), *factors, operands.scaling, train_A, case.dropout)
     return Layer(module, module.lora_B, module.lora_A if train_A else None)
 
 
 def build_compiled(operands: Operands, case: Case) -> Layer:
-    module = Eager(operands, case, train_A=False)
+    layer = build_eager(operands, case)
     torch._dynamo.reset()
-    return Layer(torch.compile(module, dynamic=False), module.lora_B)
+    return Layer(torch.compile(layer.module, dynamic=False), layer.lora_B)
 
 
 class _ProductThenAdd(torch.autograd.Function):
@@ -178,8 +187,8 @@ class _ProductThenAdd(torch.autograd.Function):
 
 def build_addmm(operands: Operands, case: Case) -> Layer:
     base = frozen_linear(operands)
-    lora_A = _factor(operands, "lora_A", case, trained=False)
-    lora_B = _factor(operands, "lora_B", case, trained=True)
+    lora_A = nn.Parameter(_factor(operands, "lora_A", case, trained=False), requires_grad=False)
+    lora_B = nn.Parameter(_factor(operands, "lora_B", case, trained=True))
     scaling = operands.scaling
     return Layer(lambda x: _ProductThenAdd.apply(x, base.weight, lora_A, lora_B, base.bias, scaling), lora_B)
 

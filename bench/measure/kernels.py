@@ -59,9 +59,13 @@ class Subject:
     plain: Results
 
     def errors(self) -> dict[str, dict]:
-        plain = {name: relative_error(self.plain[name], self.exact[name]) for name in self.exact}
         with poisoned_memory():
-            return verdict(self.compute(), self.exact, plain)
+            got = self.compute()
+        return self.errors_of(got)
+
+    def errors_of(self, got: Results) -> dict[str, dict]:
+        plain = {name: relative_error(self.plain[name], self.exact[name]) for name in self.exact}
+        return verdict(got, self.exact, plain)
 
 
 class Formulas:

@@ -17,7 +17,6 @@ import torch._functorch.config as functorch_config
 
 from lorafa_kernels.checks.budget import Operands
 
-from ..run.sittings import ratios
 from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders
 from .judge import Judge, broken, draw
@@ -33,6 +32,7 @@ from .timing import (
     digits,
     interleave,
     one_thread,
+    ratios,
     summary,
     synchronize,
 )
@@ -90,10 +90,7 @@ def time_case(
 ) -> dict:
     """Measure the contenders `keys` of one case and return the record's payload (docs/benchmarks.md).
 
-    ceilings: FLOP/s of the case's dtype ("product") and bytes/s ("copy"), for the floor. tick is called with
-    the fraction that is done. sitting: its number, so that the turns are others in each. A contender that
-    raises, or whose results are outside the budget, gets status "failed" and no time; one that cannot run
-    here "not run" and the reason. Raises DeviceLost.
+    ceilings: FLOP/s of the case's dtype ("product") and bytes/s ("copy"), for the floor.
     """
     contenders = known or layer_contenders(keys)
     with contextlib.ExitStack() as stack:
@@ -182,30 +179,55 @@ def timed_parts(
     return rows
 
 
+def checked(
+    contenders: Iterable[Contender],
+    obstacle: Callable[[Contender], str | None],
+    check: Callable[[Contender], tuple[dict[str, dict], Callable[[], object]]],
+    tick: Callable[[float], object] = lambda fraction: None,
+) -> tuple[dict[str, object], dict[str, dict]]:
+    """Check everybody; return by key what those who passed have to show, and everybody's verdict.
+
+    obstacle says what keeps a contender from running. check builds one and returns its errors and how to make
+    what it is to show.
+    """
+    passed: dict[str, object] = {}
+    verdicts: dict[str, dict] = {}
+    for contender in contenders:
+        tick(0.0)
+        key = contender.key
+        found = verdicts[key] = verdict_of(obstacle(contender))
+        if found["status"] == "ok":
+            with recorded(found, key=key):
+                errors, make = check(contender)
+                if settle(found, errors):
+                    passed[key] = make()
+    return passed, verdicts
+
+
 def check(
     judge: Judge, contenders: dict[str, Contender], device: str, mode: str, tick: Callable[[float], object]
 ) -> tuple[dict[str, dict[str, Step]], dict[str, dict]]:
     """Build and check everybody. Return the steps of those who passed, and everybody's verdict."""
     case, operands = judge.case, judge.operands
-    steps: dict[str, dict[str, Step]] = {}
-    verdicts: dict[str, dict] = {}
-    for key, contender in contenders.items():
-        tick(0.0)
-        obstacle = None
-        if mode == "graph" and device != "cuda":
-            obstacle = "CUDA graphs need a GPU"
-        elif mode == "graph" and case.dropout:
-            obstacle = "every replay draws another mask, which cannot be checked"
-        found = verdicts[key] = verdict_of(obstacle or contender.obstacle(device, case))
-        if found["status"] != "ok":
-            continue
-        with recorded(found, key=key):
-            layer = contender.build(operands, case)
-            if settle(found, judge.errors(contender, layer)):
-                # A leaf of its own, that no other contender's graph hangs on.
-                x = operands.x.detach().requires_grad_()
-                steps[key] = steps_of(layer, replace(operands, x=x), PARTS_OF[mode])
-    return steps, verdicts
+
+    def built(contender: Contender) -> tuple[dict, Callable]:
+        layer = contender.build(operands, case)
+        # A leaf of its own, that no other contender's graph hangs on.
+        own = replace(operands, x=operands.x.detach().requires_grad_())
+        return judge.errors(contender, layer), partial(steps_of, layer, own, PARTS_OF[mode])
+
+    return checked(
+        contenders.values(), lambda contender: obstacle_of(contender, case, device, mode), built, tick
+    )
+
+
+def obstacle_of(contender: Contender, case: Case, device: str, mode: str) -> str | None:
+    """Say what keeps a contender from being timed in a mode, or None if nothing does."""
+    if mode == "graph" and device != "cuda":
+        return "CUDA graphs need a GPU"
+    if mode == "graph" and case.dropout:
+        return "every replay draws another mask, which cannot be checked"
+    return contender.obstacle(device, case)
 
 
 def judged_replay(

@@ -19,18 +19,20 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorafa_kernels.checks.budget import Operands
+
 from . import contenders as layer_level
 from . import models
-from .cases import DTYPES, Case
+from .cases import Case
 from .contenders import Contender
 from .judge import Judge, draw
-from .layers import recorded, settle, verdict_of
+from .layers import checked, recorded, settle, verdict_of
+from .models import BlockCase
 from .timing import one_thread
 
 Forward = Callable[[], Tensor]
@@ -46,73 +48,13 @@ NUMBERS = (
 )
 
 
-@dataclass(frozen=True)
-class BlockCase:
-    """One layer of a model of models.SIZES on x (batch, sequence, hidden), adapters of rank `rank`.
-
-    compiled: whether the torch.compile contenders run; on a CPU they take a minute. padding: whether a mask
-    of padding takes part. checkpointing: without, with. scope: of the contenders (models.py) and the record.
-    """
-
-    key: str
-    model: str
-    batch: int
-    sequence: int
-    rank: int = 16
-    dtype: str = "bf16"
-    compiled: bool = True
-    padding: bool = False
-    checkpointing: tuple[bool, ...] = (False, True)
-    scope: str = "block"
-
-    def __post_init__(self) -> None:
-        models.size_of(self.model)
-
-    @property
-    def label(self) -> str:
-        text = f"{self.model}, {self.batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
-        return text + (", padding" if self.padding else "")
-
-    def unit_bytes(self) -> int:
-        """Return the bytes of one hidden state."""
-        size = models.size_of(self.model)
-        return self.batch * self.sequence * size.hidden * DTYPES[self.dtype].itemsize
-
-    def as_record(self) -> dict:
-        """Return the case as JSON types, with its label."""
-        size = models.size_of(self.model)
-        return {
-            "label": self.label,
-            "model": self.model,
-            "batch": self.batch,
-            "sequence": self.sequence,
-            "hidden": size.hidden,
-            "intermediate": size.intermediate,
-            "heads": size.heads,
-            "kv_heads": size.kv_heads,
-            "rank": self.rank,
-            "dtype": self.dtype,
-            "padding": self.padding,
-            "attention": models.FAMILIES[size.kind].attention,
-        }
-
-
-BLOCK_CPU = BlockCase("block-cpu", "Llama block, MHA 512", 2, 128, rank=8, compiled=False)
-BLOCK_CPU_GQA = BlockCase("block-cpu-gqa", "Llama block, GQA 512", 2, 128, rank=8, compiled=False)
-BLOCK_CPU_MINILM = BlockCase("block-minilm", "MiniLM", 4, 64, rank=8, dtype="fp32", compiled=False)
-BLOCK_CPU_COMPILED = BlockCase("block-cpu-compiled", "Llama block, MHA 512", 4, 64, rank=8)
-BLOCK_LLAMA_1B = BlockCase("block-llama-1b", "Llama-3.2-1B", 4, 2048)
-BLOCK_LLAMA_8B = BlockCase("block-llama-8b", "Llama-3-8B", 2, 2048)
+# Measured by device; as many tokens as fit, on a CPU in a second.
 BLOCKS = {
-    case.key: case
-    for case in (
-        BLOCK_CPU,
-        BLOCK_CPU_GQA,
-        BLOCK_CPU_MINILM,
-        BLOCK_CPU_COMPILED,
-        BLOCK_LLAMA_1B,
-        BLOCK_LLAMA_8B,
-    )
+    "cpu": (
+        BlockCase("Llama block, MHA 512", 2, 128, rank=8, compiled=False),
+        BlockCase("Llama block, GQA 512", 2, 128, rank=8, compiled=False),
+    ),
+    "cuda": (BlockCase("Llama-3-8B", 2, 2048), BlockCase("Llama-3.2-1B", 4, 2048)),
 }
 
 
@@ -121,27 +63,15 @@ def _family(model: str, padding: bool = False) -> BlockCase:
     2048 tokens in a model of 4096, and R/hidden 1/64.
     """
     hidden = models.size_of(model).hidden
-    return BlockCase(
-        f"{model}{', padding' if padding else ''}",
-        model,
-        batch=2,
-        sequence=hidden // 2,
-        rank=hidden // 64,
-        padding=padding,
-        checkpointing=(False,),
-        scope="family",
-    )
+    few = {"scope": "family", "padding": padding, "checkpointing": (False,)}
+    return BlockCase(model, 2, sequence=hidden // 2, rank=hidden // 64, **few)
 
 
+_LLAMAS = ("Llama block, MHA 512", "Llama block, GQA 8:2 512")
+_OTHERS = tuple(name for name in models.SIZES if name.endswith(" block"))
 FAMILIES = {
-    case.key: case
-    for case in (
-        _family("Llama block, MHA 512"),
-        _family("Llama block, MHA 512", padding=True),
-        _family("Llama block, GQA 8:2 512"),
-        _family("Llama block, GQA 8:2 512", padding=True),
-        *(_family(name) for name, size in models.SIZES.items() if name.endswith(" block")),
-    )
+    name + (", padding" if padding else ""): _family(name, padding)
+    for name, padding in (*itertools.product(_LLAMAS, (False, True)), *((name, False) for name in _OTHERS))
 }
 
 
@@ -151,20 +81,13 @@ def layer_memory(
 ) -> dict:
     """Measure the memory of one adapted layer and return the record's payload.
 
-    known: the contenders, those of `keys` by default. One that raises, or whose results are outside the error
-    budget, gets status "failed" and no number; one that cannot run here "not run" and the reason.
+    known: the contenders, those of `keys` by default.
     """
     found = known or layer_level.layer_contenders(keys)
     operands = draw(case, device)
-    rows = {key: _row(key, contender.obstacle(device, case)) for key, contender in found.items()}
-    judge = Judge(case, operands)
-    for key, contender in found.items():
-        if rows[key]["status"] == "ok":
-            with recorded(rows[key], key=key):
-                settle(rows[key], judge.errors(contender, contender.build(operands, case)))
-    # Its fp64 tensors would be in every peak.
-    del judge
+    verdicts = _checked_layers(case, operands, found, device)
     models.free()
+    rows = {key: _row(key, verdict) for key, verdict in verdicts.items()}
 
     own = (operands.weight, operands.lora_A, operands.lora_B, operands.bias)
     for key, contender in found.items():
@@ -188,13 +111,22 @@ def layer_memory(
     return {"scope": "layer", "case": case.as_record(), "rows": list(rows.values())}
 
 
+def _checked_layers(
+    case: Case, operands: Operands, found: dict[str, Contender], device: str
+) -> dict[str, dict]:
+    """Return everybody's verdict. What judges ends here: its fp64 tensors would be in every peak."""
+    judge = Judge(case, operands)
+
+    def check(contender: Contender) -> tuple[dict, Callable]:
+        return judge.errors(contender, contender.build(operands, case)), lambda: None
+
+    return checked(found.values(), lambda contender: contender.obstacle(device, case), check)[1]
+
+
 @one_thread()
 def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
     """Measure the memory of one Transformer block, without and with gradient checkpointing, and return the
     record's payload.
-
-    A contender that raises, or whose results are outside the error budget, gets status "failed" and no
-    number; one that cannot run here "not run" and the reason.
     """
     chosen = models.select(keys, case.scope)
     rows = []
@@ -202,7 +134,7 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
     for contender in chosen:
         obstacle = contender.obstacle(device) or _not_compiled(case, contender)
         own_rows = [
-            {**_row(contender.key, obstacle), "checkpointing": checkpointing, "units": None}
+            {**_row(contender.key, verdict_of(obstacle)), "checkpointing": checkpointing, "units": None}
             for checkpointing in case.checkpointing
         ]
         rows += own_rows
@@ -210,7 +142,7 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
             continue
         with recorded(*own_rows, key=contender.key):
             # Here, and not before the loop: without transformers there is nothing to build.
-            reference = reference or block_reference(case, device)
+            reference = reference or models.reference(case, device)
             _measure_block(own_rows, case, contender, reference)
         models.free()
     return {"scope": case.scope, "case": case.as_record(), "unit_bytes": case.unit_bytes(), "rows": rows}
@@ -222,23 +154,12 @@ def _not_compiled(case: BlockCase, contender: Contender) -> str | None:
     return None
 
 
-def _build(case: BlockCase, device: str) -> models.Block:
-    return models.build_block(
-        case.model, case.sequence, case.dtype, device, batch=case.batch, padding=case.padding
-    )
-
-
-def block_reference(case: BlockCase, device: str) -> models.Reference:
-    """Draw x and dy of a case and compute what its contenders are compared with."""
-    return models.reference(_build(case, device), case, device, lambda block, x: block(x))
-
-
 def _measure_block(
     rows: list[dict], case: BlockCase, contender: Contender, reference: models.Reference
 ) -> None:
     device = reference.device
-    block = _build(case, device)
-    contender.build(block, models.size_of(case.model).linears, case.rank)
+    block = models.build(case, device)
+    contender.build(block, case.linears, case.rank)
     called = models.ready(block, contender, case.dtype)
     x, dy = reference.x.to(device).requires_grad_(), reference.dy.to(device)
     wanted = (x, *(parameter for parameter in block.parameters() if parameter.requires_grad))
@@ -262,8 +183,8 @@ def _measure_block(
                 row["by_node"] = saved_by_node(call(x), [*block.shared, *_tensors_of(block)])
 
 
-def _row(key: str, obstacle: str | None) -> dict:
-    return {"contender": key, **verdict_of(obstacle), **dict.fromkeys(NUMBERS)}
+def _row(key: str, verdict: dict) -> dict:
+    return {"contender": key, **verdict, **dict.fromkeys(NUMBERS)}
 
 
 def _tensors_of(module: nn.Module | None) -> list[Tensor]:
@@ -436,9 +357,7 @@ def estimate(case: Case | BlockCase, keys: Iterable[str], device: str) -> float:
         product = 2 * case.M * case.K * case.N
         rows, compiled, fixed = len(keys), 2 * ("compiled-lorafa" in keys), 0.05
     else:
-        size = models.size_of(case.model)
-        one_layer = replace(size, layers=1, vocab=0).parameters()
-        product = 2 * case.batch * case.sequence * one_layer
+        product = case.flops() // 2
         compiled = sum(key.startswith("compiled") for key in keys)
         rows = len(case.checkpointing) * (len(keys) - (0 if case.compiled else compiled))
         compiled *= case.compiled

@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lorafa_kernels.checks.budget import relative_error
 
 from .cases import DTYPES, unknown
-from .contenders import SCOPES, Contender
+from .contenders import SCOPES, Contender, EagerLoRA
 from .judge import poisoned_memory, verdict
 
 SEED = 0
@@ -162,6 +161,91 @@ def size_of(name: str) -> Size:
     return SIZES[name]
 
 
+PIECES = {"qkv": "q, k and v projections", "mlp": "MLP", "layer": "whole layer"}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model of SIZES on `batch` sequences, adapters of rank `rank` on all its linear layers."""
+
+    model: str
+    batch: int
+    sequence: int
+    rank: int = 16
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        size_of(self.model)
+
+    @property
+    def size(self) -> Size:
+        return size_of(self.model)
+
+    @property
+    def tokens(self) -> str:
+        return f"{self.batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.tokens}"
+
+    def as_record(self) -> dict:
+        """Return the case as JSON types, with its label."""
+        own = {name: getattr(self, name) for name in ("model", "batch", "sequence", "rank", "dtype")}
+        return {"label": self.label, **own}
+
+
+@dataclass(frozen=True)
+class BlockCase(ModelCase):
+    """One layer of a model, or a piece of it (a key of PIECES; of Llama's kind), on x (batch, sequence,
+    hidden).
+
+    scope: of the contenders and the record: what it keeps ("block"; "family": for docs/memory.md), or its
+    "time". padding: whether a mask of padding takes part. compiled: whether the torch.compile contenders do,
+    which on a CPU take a minute. checkpointing: without, with.
+    """
+
+    piece: str = "layer"
+    scope: str = "block"
+    padding: bool = False
+    compiled: bool = True
+    checkpointing: tuple[bool, ...] = (False, True)
+
+    @property
+    def label(self) -> str:
+        if self.scope == "time":
+            return f"{self.model}, {PIECES[self.piece]}, {self.tokens}"
+        return super().label + (", padding" if self.padding else "")
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the linear layers in the piece."""
+        named = self.size.linears
+        return {"qkv": named[:3], "mlp": named[4:], "layer": named}[self.piece]
+
+    def unit_bytes(self) -> int:
+        """Return the bytes of one hidden state."""
+        return self.batch * self.sequence * self.size.hidden * DTYPES[self.dtype].itemsize
+
+    def flops(self) -> int:
+        """Return the FLOPs of the linear layers, forward and dx, without the adapters."""
+        size = self.size
+        head_dim = size.head_dim or size.hidden // size.heads
+        weights = {
+            "qkv": size.hidden * (size.heads + 2 * size.kv_heads) * head_dim,
+            "mlp": FAMILIES[size.kind].products * size.hidden * size.intermediate,
+            "layer": replace(size, layers=1, vocab=0).parameters(),
+        }
+        return 4 * self.batch * self.sequence * weights[self.piece]
+
+    def as_record(self) -> dict:
+        sizes = {name: getattr(self.size, name) for name in ("hidden", "intermediate", "heads", "kv_heads")}
+        if self.scope == "time":
+            return {**super().as_record(), **sizes, "piece": self.piece}
+        attention = FAMILIES[self.size.kind].attention
+        return {**super().as_record(), **sizes, "padding": self.padding, "attention": attention}
+
+
 @contextlib.contextmanager
 def _new_tensors(device: str, dtype: str) -> Iterator[None]:
     """Modules built inside are on the device in the dtype at once, with random weights from SEED."""
@@ -248,12 +332,32 @@ def _bare_model(size: Size) -> nn.Module:
     )
 
 
-def build_block(
-    model: str, sequence: int, dtype: str, device: str, *, batch: int = 1, padding: bool = False
-) -> Block:
-    """Build one layer of a model with random weights. padding: the last quarter of the first sequence is."""
-    with _new_tensors(device, dtype):
-        return Block(size_of(model), batch, sequence, padding)
+class Projections(nn.Module):
+    """q, k and v of one x: three separate tensors."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+def build(case: BlockCase, device: str) -> nn.Module:
+    """Build the layer or its piece with random weights, the same ones in every call. With padding the last
+    quarter of the first sequence is.
+    """
+    with _new_tensors(device, case.dtype):
+        block = Block(case.size, case.batch, case.sequence, case.padding)
+    if case.piece == "qkv":
+        return Projections(block.layer.self_attn)
+    return block.layer.mlp if case.piece == "mlp" else block
+
+
+def joined(module: nn.Module, x: Tensor) -> Tensor:
+    """Return the outputs side by side."""
+    y = module(x)
+    return torch.cat(y, -1) if isinstance(y, tuple) else y
 
 
 def build_causal_lm(model: str, dtype: str, device: str) -> nn.Module:
@@ -262,28 +366,6 @@ def build_causal_lm(model: str, dtype: str, device: str) -> nn.Module:
 
     with _new_tensors(device, dtype):
         return LlamaForCausalLM(size_of(model).config())
-
-
-class EagerLoRA(nn.Module):
-    """The plain formula around an nn.Linear, with lora_A trained or frozen (LoRA-FA); the latter is what the
-    accuracy of the others is measured against.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, scaling: float, train_A: bool):
-        super().__init__()
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.base = base.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, **like), requires_grad=train_A)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-        self.scaling = scaling
-
-    @property
-    def weight(self) -> nn.Parameter:
-        # T5's MLP asks its last layer for the dtype.
-        return self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 def adapt_frozen(model: nn.Module, linears: tuple[str, ...], rank: int) -> nn.Module:
@@ -295,7 +377,9 @@ def adapt_eager(model: nn.Module, linears: tuple[str, ...], rank: int, *, train_
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name in linears:
-                setattr(parent, name, EagerLoRA(child, rank, SCALING, train_A))
+                shapes = (rank, child.in_features), (child.out_features, rank)
+                factors = [child.weight.new_zeros(shape) for shape in shapes]
+                setattr(parent, name, EagerLoRA(child, *factors, SCALING, train_A))
     return model
 
 
@@ -546,21 +630,18 @@ class Reference:
         return shown if worst is None else {**shown, "dB": found[worst]}
 
 
-def reference(module: nn.Module, case, device: str, call: Call) -> Reference:
-    """Draw x (batch, sequence, hidden) and dy of a block's case and compute what its contenders are compared
-    with; module: the block, or the piece of it, that is not adapted yet.
-    """
-    size = size_of(case.model)
-    plain = adapt_eager(module, size.linears, case.rank)
+def reference(case: BlockCase, device: str) -> Reference:
+    """Draw x (batch, sequence, hidden) and dy of a case and compute what its contenders are compared with."""
+    plain = adapt_eager(build(case, device), case.size.linears, case.rank)
     generator = torch.Generator().manual_seed(SEED)
 
     def drawn(shape) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype])
 
-    x = drawn((case.batch, case.sequence, size.hidden))
+    x = drawn((case.batch, case.sequence, case.size.hidden))
     with torch.no_grad():
-        wide = call(plain, x).shape
-    return Reference(plain, case.dtype, call, x, drawn(wide))
+        wide = joined(plain, x).shape
+    return Reference(plain, case.dtype, joined, x, drawn(wide))
 
 
 def pooled(errors: dict[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -37,6 +37,15 @@ def summary(samples: list[float], scale: float = 1.0) -> dict[str, float]:
 def digits(number: float) -> float:
     """Return the number to five digits."""
     return float(f"{number:.5g}")
+
+
+def ratios(key: str, samples: dict[str, list[float]], against: Iterable[str]) -> dict[str, dict]:
+    """Return the summary of the samples of `key` over those of each baseline that has some."""
+    return {
+        baseline: summary([a / b for a, b in zip(samples[key], samples[baseline], strict=True)])
+        for baseline in against
+        if baseline in samples and baseline != key
+    }
 
 
 class EventTimer:

@@ -31,6 +31,7 @@ from .contenders import Contender
 from .judge import broken
 from .layers import failure
 from .memory import saved_bytes
+from .models import ModelCase
 from .timing import digits, one_thread, summary
 
 WARM_UP_STEPS = 2
@@ -52,58 +53,40 @@ NUMBERS = (
 
 
 @dataclass(frozen=True)
-class TrainingCase:
-    """`steps` steps of AdamW on batches (batch, sequence) for a model of models.SIZES, adapters of rank
-    `rank`; the first WARM_UP_STEPS are not timed. needs_gpu: too large for a CPU. What fits one computes
-    there on a single thread. largest: `batch` is where the search for the largest one begins. checkpointing:
-    without, with.
+class TrainingCase(ModelCase):
+    """`steps` steps of AdamW on batches (batch, sequence); the first WARM_UP_STEPS are not timed. needs_gpu:
+    too large for a CPU. What fits one computes there on a single thread. largest: `batch` is where the search
+    for the largest one begins. checkpointing: without, with.
     """
 
-    key: str
-    model: str
-    batch: int
-    sequence: int
-    steps: int
-    rank: int = 16
+    steps: int = 8
     lr: float = 1e-3
-    dtype: str = "bf16"
-    needs_gpu: bool = False
+    needs_gpu: bool = True
     largest: bool = False
     checkpointing: tuple[bool, ...] = (False, True)
 
     def __post_init__(self) -> None:
-        models.size_of(self.model)
+        super().__post_init__()
         if self.steps <= WARM_UP_STEPS:
             raise ValueError(f"steps must be more than {WARM_UP_STEPS}, which are not timed: {self.steps}")
 
     @property
-    def label(self) -> str:
-        batch = "largest batch" if self.largest else f"{self.batch}"
-        return f"{self.model}, {batch}x{self.sequence} tokens R={self.rank} {self.dtype}"
+    def tokens(self) -> str:
+        if not self.largest:
+            return super().tokens
+        return f"largest batchx{self.sequence} tokens R={self.rank} {self.dtype}"
 
     def as_record(self) -> dict:
-        """Return the case as JSON types, with its label."""
-        return {
-            "label": self.label,
-            "model": self.model,
-            "batch": self.batch,
-            "sequence": self.sequence,
-            "steps": self.steps,
-            "rank": self.rank,
-            "lr": self.lr,
-            "dtype": self.dtype,
-            "largest": self.largest,
-            "cpu_threads": 1,
-        }
+        own = {name: getattr(self, name) for name in ("steps", "lr", "largest")}
+        return {**super().as_record(), **own, "cpu_threads": 1}
 
 
-TRAINING_TINY = TrainingCase("training-tiny", "tiny Llama", 4, 64, 24, lr=1e-2)
-TRAINING_1B = TrainingCase("training-1b", "Llama-3.2-1B", 2, 2048, 8, needs_gpu=True)
-TRAINING_8B = TrainingCase("training-8b", "Llama-3-8B", 1, 2048, 8, needs_gpu=True)
-TRAINING_8B_LARGEST = TrainingCase(
-    "training-8b-largest", "Llama-3-8B", 1, 1024, 6, needs_gpu=True, largest=True, checkpointing=(False,)
-)
-TRAININGS = {case.key: case for case in (TRAINING_TINY, TRAINING_1B, TRAINING_8B, TRAINING_8B_LARGEST)}
+TINY = TrainingCase("tiny Llama", 4, 64, steps=24, lr=1e-2, needs_gpu=False)
+LLAMA_1B = TrainingCase("Llama-3.2-1B", 2, 2048)
+LLAMA_8B = TrainingCase("Llama-3-8B", 1, 2048)
+LLAMA_8B_LARGEST = TrainingCase("Llama-3-8B", 1, 1024, steps=6, largest=True, checkpointing=(False,))
+# By device, in the order in which they tell most.
+TRAININGS = {"cpu": (TINY, LLAMA_8B_LARGEST), "cuda": (LLAMA_1B, LLAMA_8B_LARGEST, LLAMA_8B)}
 # With whom the largest batch is searched: it takes a while.
 LARGEST_KEYS = ("lorafa", "peft-lora", "peft-lora-16bit", "peft-lorafa-16bit")
 
@@ -111,7 +94,7 @@ LARGEST_KEYS = ("lorafa", "peft-lora", "peft-lora-16bit", "peft-lorafa-16bit")
 def batches(case: TrainingCase, device: str) -> Tensor:
     """Draw the tokens of all steps, (steps, batch, sequence), the same on every device."""
     generator = torch.Generator().manual_seed(models.SEED)
-    vocab = models.size_of(case.model).vocab
+    vocab = case.size.vocab
     alphabet = torch.randperm(vocab, generator=generator)[:ALPHABET]
     successor = torch.randperm(len(alphabet), generator=generator)
     shape = (case.steps, case.batch, case.sequence)
@@ -129,11 +112,8 @@ def train(
     device: str,
     tick: Callable[[float], object] = lambda fraction: None,
 ) -> dict:
-    """Train every contender, without and with gradient checkpointing, and return the record's payload.
-
-    tick is called with the fraction that is done. A contender that raises, or whose numbers are wrong, gets
-    status "failed" and no number; one that cannot run here, or for which the memory does not suffice, "not
-    run" and the reason.
+    """Train every contender, without and with gradient checkpointing, and return the record's payload. Who
+    runs out of memory is "not run".
     """
     chosen = models.select(keys, "training")
     rows = [
@@ -198,10 +178,10 @@ class _Base:
         with torch.no_grad():
             self.loss = _loss(model, self.tokens[0]).item()
         with models.first_layers(model, CHECKED_LAYERS) as short:
-            models.adapt_eager(short, models.size_of(case.model).linears, case.rank)
+            models.adapt_eager(short, case.size.linears, case.rank)
             x = short.get_input_embeddings()(self.tokens[0, :1, :CHECKED_TOKENS])
             generator = torch.Generator(device).manual_seed(models.SEED)
-            shape = (*x.shape[:-1], models.size_of(case.model).vocab)
+            shape = (*x.shape[:-1], case.size.vocab)
             dy = torch.randn(shape, generator=generator, device=device, dtype=dtype)
             self.reference = models.Reference(short, case.dtype, _logits, x.detach(), dy)
         del model, short
@@ -226,7 +206,7 @@ def _train_contender(
     """Fill in the rows, which are without gradient checkpointing before those with it."""
     device = base.tokens.device.type
     model = models.build_causal_lm(case.model, case.dtype, device)
-    adapted = contender.build(model, models.size_of(case.model).linears, case.rank)
+    adapted = contender.build(model, case.size.linears, case.rank)
     if not contender.adapted:
         # Else there would be no backward at all.
         model.enable_input_require_grads()
@@ -409,7 +389,7 @@ def estimate(case: TrainingCase, keys: Iterable[str], device: str) -> float:
     """Return roughly how many seconds train takes, for budgets and progress bars."""
     if case.needs_gpu and device != "cuda":
         return 0.1
-    weights = models.size_of(case.model).parameters()
+    weights = case.size.parameters()
     # Forward and dx; with checkpointing the forward again; one step more to count what is kept. The search
     # for a batch of eight or so tries twenty sequences.
     a_token = sum(6 if checkpointing else 4 for checkpointing in case.checkpointing) * weights

@@ -11,15 +11,15 @@ A change is beyond the spread if the intervals p20–p80 do not overlap.
 from __future__ import annotations
 
 import math
-import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from ..run.environment import ROOT
+from ..run.shell import git
 from ..run.store import RESULTS, parse
 from .reading import Record, device_of, full_title, label_of, newest, ratio, size, status, titles_of, usable
 
@@ -83,18 +83,15 @@ def load_old(source: str, root: Path = RESULTS) -> list[Record]:
     if source.endswith(".jsonl"):
         raise ValueError(f"{source}: there is no such file")
     top = root if root.is_dir() else ROOT
-    if (
-        source.startswith("-")
-        or _git(top, "rev-parse", "--verify", "--quiet", f"{source}^{{commit}}") is None
-    ):
+    if source.startswith("-") or git(top, "rev-parse", "--verify", "--quiet", f"{source}^{{commit}}") is None:
         raise ValueError(
             f"{source!r} is neither a result file nor a revision that git knows here (such as HEAD~1, a "
             "branch or a commit)"
         )
-    paths = (_git(top, "ls-tree", "-r", "--name-only", "-z", source, "--", ".") or "").split("\0")
+    paths = (git(top, "ls-tree", "-r", "--name-only", "-z", source, "--", ".") or "").split("\0")
     found: list[Record] = []
     for path in sorted(path for path in paths if path.endswith(".jsonl")):
-        records, _ = parse(_git(top, "show", f"{source}:./{path}") or "", top / path)
+        records, _ = parse(git(top, "show", f"{source}:./{path}") or "", top / path)
         found += records
     if not found:
         raise ValueError(f"revision {source!r} has no result files (*.jsonl) below {top.name}/")
@@ -222,10 +219,7 @@ def _weight(change: Change) -> tuple:
 def _missing(values: dict[Name, Change], old: bool) -> tuple[Change, ...]:
     """Rows that one side lacks. A row that is there and lost its numbers is a changed status instead."""
     rows = [change for name, change in values.items() if name.what == "status"]
-    return tuple(
-        Change(row.name, row.label, row.title, row.new if old else None, None if old else row.new)
-        for row in sorted(rows, key=_weight)
-    )
+    return tuple(replace(row, old=row.new, new=None) if old else row for row in sorted(rows, key=_weight))
 
 
 def _differences(new: Iterable[Record], old: Iterable[Record]) -> list[str]:
@@ -280,12 +274,3 @@ def _text(change: Change, value: dict | int | str | None) -> str:
         digits = digits + 1 if value["median"] < 10 else digits
         return "{median:.{d}f} ({p20:.{d}f}–{p80:.{d}f})".format(d=digits, **value)
     return size(value) if isinstance(value, int) else str(value)
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    """Return what git prints, or None if it fails or is not there."""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True)
-    except OSError:
-        return None
-    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None

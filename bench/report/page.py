@@ -18,9 +18,9 @@ from ..measure.models import TITLES as MODEL_TITLES
 from ..run.environment import ROOT
 from ..run.shell import write_whole
 from ..run.store import load
-from .points import PLOTS, draw
 from .reading import (
     MEASURED,
+    PLOTS,
     Record,
     Sources,
     arranged,
@@ -52,6 +52,14 @@ Written by `python -m bench report` from the files below `bench/results/`. No nu
 - What could not run is listed as not run, with the reason.
 - If something was measured several times, the newest run counts.
 - The floor is the least time that the FLOPs and bytes of LoRA-FA allow at the rates measured in the run."""
+
+
+def draw(*arguments) -> dict[str, Path]:
+    """Draw a device's plots (plots.draw)."""
+    # matplotlib takes a while to import, and only the page needs it.
+    from . import plots
+
+    return plots.draw(*arguments)
 
 
 def write(root: Path, page: Path, plots_dir: Path) -> list[str]:

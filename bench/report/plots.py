@@ -1,20 +1,23 @@
-"""The pictures of the performance page: PNG files, drawn from points that the report has already judged.
+"""The pictures of the performance page: PNG files, drawn from sound rows only.
 
-    overhead   time over that of the frozen nn.Linear, by shape
-    roofline   achieved TFLOP/s over arithmetic intensity, under the measured ceilings
-    blocks     memory that a Transformer block keeps for backward
-    training   loss curves, step time and memory
+    overhead     time over that of the frozen nn.Linear, by shape
+    roofline     achieved TFLOP/s over arithmetic intensity, under the measured ceilings
+    block-time   time over that of the frozen block, by piece of a layer
+    blocks       memory that a Transformer block keeps for backward
+    training     loss curves, step time and memory
 
-A function without data writes nothing.
+    draw(device, records, sources, folder)    a device's plots
+
+A row that is not "ok" has no point. A function without data writes nothing.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -24,6 +27,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from ..measure.cases import DTYPES
+from ..measure.contenders import FROZEN, LORAFA
+from ..measure.contenders import TITLES as LAYER_TITLES
+from ..measure.models import PIECES
+from ..measure.models import TITLES as MODEL_TITLES
+from . import reading
+from .reading import PEAKS, TARGET_ROWS, Record, Row, arranged, full_title, label_of, ordered, status, usable
+
+PLOTTED_SHAPES, PLOTTED_FACETS = 14, 3
 # Okabe and Ito's palette, told apart with any colour vision; the marker says it a second time.
 STYLES: dict[str, tuple[str, str]] = {
     "frozen": ("#000000", "s"),
@@ -50,74 +62,193 @@ NAME_WIDTH = 30
 INK, FAINT = "#222222", "#6b7280"
 
 
-@dataclass(frozen=True)
-class Overhead:
-    """One contender's time over that of the frozen nn.Linear, forward + backward. facet: the panel."""
+class Point(NamedTuple):
+    """One dot. facet: its panel; place: its row, or in the roofline the direction; value: median, p20 and p80
+    of a ratio or of TFLOP/s; intensity: FLOPs a byte, in the roofline.
+    """
 
     facet: str
-    shape: str
+    place: str
     contender: str
     title: str
-    median: float
-    p20: float
-    p80: float
+    value: dict[str, float]
+    intensity: float = 0.0
 
 
-@dataclass(frozen=True)
-class Achieved:
-    """One direction of one layer: FLOPs a byte and TFLOP/s (p20 and p80 of the rate)."""
+def draw(device: str, records: list[Record], sources: reading.Sources, folder: Path) -> dict[str, Path]:
+    """Draw the device's plots and return the paths of those that had data."""
+    shown = sorted((r for r in records if r["kind"] in reading.MEASURED), key=reading.case_order)
+    paths = {name: folder / f"{name}-{device}.png" for name in reading.PLOTS}
+    for path in paths.values():
+        path.unlink(missing_ok=True)
 
-    dtype: str
-    contender: str
-    title: str
-    part: str
-    intensity: float
-    tflops: float
-    p20: float
-    p80: float
+    def subtitle(kind: str, remark: str = "") -> str:
+        used = [r for r in shown if r["kind"] == kind]
+        marks = {mark for r in used for mark in sources.marks(r)}
+        words = {
+            "†": "† some not committed",
+            "‡": "‡ some with uncommitted changes",
+            "§": "§ some of no commit",
+        }
+        dates = sorted({r["date"][:10] for r in used})
+        days = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
+        title = reading.device_title(device, records)[0]
+        admitted = [text for mark, text in words.items() if mark in marks]
+        return "; ".join(word for word in (title, days, remark, *admitted) if word)
+
+    points, remark = overhead_points(shown)
+    overhead(points, paths["overhead"], subtitle("time", remark))
+    rates = best_rates([r for r in records if r["kind"] == "ceilings"])
+    roofline(roofline_points(shown), *rates, paths["roofline"], subtitle("time"))
+    overhead(block_time_points(shown), paths["block-time"], subtitle("time"), "the frozen block")
+    blocks(block_bars(shown), paths["blocks"], subtitle("memory"))
+    runs, remark = training_runs(shown)
+    training(runs, paths["training"], subtitle("training", remark))
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """The best measured rates: products in TFLOP/s by dtype, copies in GB/s (bytes read and written)."""
-
-    tflops: dict[str, float] = field(default_factory=dict)
-    gb_per_s: float | None = None
+# What is drawn
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What one contender keeps for the backward of one block: units of one hidden state, and bytes."""
+def overhead_points(records: Sequence[Record]) -> tuple[list[Point], str]:
+    """Return the points of the overhead plot, and which rows it is about if not all.
 
-    contender: str
-    title: str
-    checkpointing: bool
-    units: float
-    saved_bytes: int
+    With too many shapes for a picture those at one M are kept: the target's, else the one with most cases.
+    """
+    times = [r for r in records if r["kind"] == "time" and r["mode"] == "eager" and shape_of(r["case"])]
+    remark = ""
+    if len({shape_of(r["case"]) for r in times}) > PLOTTED_SHAPES:
+        counts = {M: sum(r["case"]["M"] == M for r in times) for M in {r["case"]["M"] for r in times}}
+        M = TARGET_ROWS if TARGET_ROWS in counts else max(counts, key=lambda M: (counts[M], M))
+        times = [r for r in times if r["case"]["M"] == M]
+        remark = f"M = {M}, the other rows are in the table"
+    facets = [facet_of(r["case"]) for r in times]
+    often = sorted(dict.fromkeys(facets), key=lambda facet: -facets.count(facet))[:PLOTTED_FACETS]
+    if len(set(facets)) > len(often):
+        remark = "; ".join(text for text in (remark, "more in the table") if text)
+    times = [r for r in times if facet_of(r["case"]) in often]
+    return ratio_points(times, LAYER_TITLES, facet_of, shape_of), remark
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One training run. step_ms: median, p20, p80. memory_bytes: peak allocated, else kept for backward."""
+def block_time_points(records: Sequence[Record]) -> list[Point]:
+    """Return the points of the blocks' plot, a panel for each piece of a layer."""
+    return ratio_points(
+        [r for r in records if r["kind"] == "time" and r["mode"] == "block"],
+        MODEL_TITLES,
+        lambda case: PIECES.get(case.get("piece"), ""),
+        lambda case: f"{case.get('model')}\n{case.get('batch')}×{case.get('sequence')} {case.get('dtype')}",
+    )
 
-    contender: str
-    title: str
-    checkpointing: bool
-    losses: tuple[float, ...]
-    step_ms: tuple[float, float, float]
-    memory_bytes: int | None
-    peak: bool
+
+def ratio_points(
+    records: Sequence[Record], titles: dict[str, str], facet: Callable[[dict], str], place: Callable
+) -> list[Point]:
+    """Return forward + backward over what is frozen, contenders in the order of their titles, whoever happens
+    to be in the first case.
+    """
+    points = [
+        Point(facet(record["case"]), place(record["case"]), key, titles.get(key, key), value)
+        for record in records
+        for key in dict.fromkeys(row["contender"] for row in record["rows"])
+        if (value := reading.ratio(record, key, "both"))
+    ]
+    order = ordered((point.contender for point in points), titles)
+    return sorted(points, key=lambda point: order.index(point.contender))
+
+
+def shape_of(case: dict) -> str:
+    if not case.get("K"):
+        return ""
+    return f"{case['model']} {case['projection']}\n{case['M']}×{case['K']}×{case['N']}"
+
+
+def facet_of(case: dict) -> str:
+    adapter = f", B {case['adapter']}" if case["adapter"] != case["dtype"] else ""
+    dropout = f", dropout {case['dropout']:g}" if case["dropout"] else ""
+    return f"R = {case['R']}, {case['dtype']}{adapter}{dropout}"
+
+
+def roofline_points(records: Sequence[Record]) -> list[Point]:
+    """Return what the frozen linear and lorafa_kernels achieve, forward and backward by themselves."""
+    points = []
+    for record in records:
+        if record["kind"] != "time" or record["mode"] != "eager" or not record.get("flops"):
+            continue
+        for key in (FROZEN, LORAFA):
+            for part in ("forward", "backward"):
+                if time := reading.time_of(record, key, part):
+                    flops, moved = work_of(record, key, part)
+                    # flops / ms = 1e9 TFLOP/s; the slow end of the time is the low end of the rate.
+                    slower = {"median": "median", "p20": "p80", "p80": "p20"}
+                    rate = {name: flops / time[other] * 1e-9 for name, other in slower.items()}
+                    dtype, title = record["case"]["dtype"], LAYER_TITLES[key]
+                    points.append(Point(dtype, part, key, title, rate, flops / moved))
+    return points
+
+
+def work_of(record: Record, contender: str, part: str) -> tuple[int, int]:
+    """Return FLOPs and least bytes of a direction: the record's are LoRA-FA's, the frozen linear has less."""
+    if contender != FROZEN:
+        return record["flops"][part], record["least_bytes"][part]
+    case = record["case"]
+    M, K, N = case["M"], case["K"], case["N"]
+    bias = N if case["bias"] and part == "forward" else 0
+    return 2 * M * K * N, (N * K + M * K + M * N + bias) * DTYPES[case["dtype"]].itemsize
+
+
+def best_rates(records: Sequence[Record]) -> tuple[dict[str, float], float | None]:
+    """Return the best measured medians: of each dtype's product in TFLOP/s, and of the copy in GB/s."""
+    products: dict[str, float] = {}
+    copies = []
+    for row in (row for record in records for row in record["rows"]):
+        found = usable(row["tflops"] if row["what"] == "product" else row["gb_per_s"])
+        if found and row["what"] == "product":
+            products[row["dtype"]] = max(found["median"], products.get(row["dtype"], 0))
+        elif found:
+            copies.append(found["median"])
+    return products, max(copies, default=None)
+
+
+def block_bars(records: Sequence[Record]) -> dict[str, list[Row]]:
+    """Return the rows of each block, by its label."""
+    return {
+        label_of(record["case"]): [
+            row
+            for row in arranged(record["rows"], MODEL_TITLES)
+            if status(row) == "ok" and row.get("units") is not None
+        ]
+        for record in records
+        if record["kind"] == "memory" and record["scope"] == "block"
+    }
+
+
+def training_runs(records: Sequence[Record]) -> tuple[list[Row], str]:
+    """Return the rows of the largest model that was trained, and its name."""
+    candidates = []
+    for record in records:
+        # At batches of their own the losses are of other tokens.
+        if record["kind"] == "training" and not record["case"].get("largest"):
+            rows = arranged(record["rows"], MODEL_TITLES)
+            runs = [row for row in rows if status(row) == "ok" and usable(row.get("step_ms"))]
+            if runs:
+                slowest = max(run["step_ms"]["median"] for run in runs)
+                candidates.append((slowest, label_of(record["case"]), runs))
+    _, label, runs = max(candidates, key=lambda candidate: candidate[:2], default=(0, "", []))
+    return runs, label
+
+
+# The drawing
 
 
 def overhead(
-    points: Sequence[Overhead], path: Path, subtitle: str, baseline: str = "the frozen nn.Linear"
+    points: Sequence[Point], path: Path, subtitle: str, baseline: str = "the frozen nn.Linear"
 ) -> None:
     """A panel for each facet, a row for each shape, a dot with p20–p80 for each contender."""
     if not points:
         return
     facets = list(dict.fromkeys(point.facet for point in points))
-    shapes = list(dict.fromkeys(point.shape for point in points))
-    contenders = list(dict.fromkeys((point.contender, point.title) for point in points))
+    shapes = list(dict.fromkeys(point.place for point in points))
+    contenders = {point.contender: point.title for point in points}
     pitch = 0.8 / max(1, len(contenders) - 1)
     height = max(2.0, len(shapes) * max(0.5, 0.1 * len(contenders)))
     figure, grid = plt.subplots(
@@ -128,8 +259,8 @@ def overhead(
         squeeze=False,
         layout="constrained",
     )
-    top = max(point.p80 for point in points)
-    bottom = min(point.p20 for point in points)
+    top = max(point.value["p80"] for point in points)
+    bottom = min(point.value["p20"] for point in points)
     for axes, facet in zip(grid[0], facets, strict=True):
         axes.axvline(1, color=INK, linewidth=1)
         for row in range(0, len(shapes), 2):
@@ -137,12 +268,12 @@ def overhead(
         for point in points:
             if point.facet != facet:
                 continue
-            index = [contender for contender, _ in contenders].index(point.contender)
+            offset = list(contenders).index(point.contender) * pitch - 0.4 if len(contenders) > 1 else 0
             colour, marker = STYLES.get(point.contender, OTHER)
             axes.errorbar(
-                point.median,
-                shapes.index(point.shape) + (index * pitch - 0.4 if len(contenders) > 1 else 0),
-                xerr=_both_sides(point.median, point.p20, point.p80),
+                point.value["median"],
+                shapes.index(point.place) + offset,
+                xerr=_both_sides(point.value),
                 fmt=marker,
                 color=colour,
                 markersize=5.5,
@@ -153,23 +284,25 @@ def overhead(
         axes.set_title(facet, fontsize=11)
     grid[0][0].set_yticks(range(len(shapes)), shapes)
     grid[0][0].set_ylim(len(shapes) - 0.5, -0.5)
-    handles = [_dot(contender, title) for contender, title in contenders]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    _finish(figure, f"Overhead of adapters over {baseline}", subtitle, path)
+    handles = [_dot(*STYLES.get(key, OTHER), title) for key, title in contenders.items()]
+    _finish(figure, f"Overhead of adapters over {baseline}", subtitle, path, handles, 3)
 
 
-def roofline(points: Sequence[Achieved], ceilings: Ceilings, path: Path, subtitle: str) -> None:
-    """A panel for each dtype: achieved rate over arithmetic intensity, both axes logarithmic."""
-    dtypes = [dtype for dtype in dict.fromkeys(point.dtype for point in points) if dtype in ceilings.tflops]
-    if not dtypes or not ceilings.gb_per_s:
+def roofline(
+    points: Sequence[Point], products: dict[str, float], copied: float | None, path: Path, subtitle: str
+) -> None:
+    """A panel for each dtype: achieved rate over arithmetic intensity, both axes logarithmic. products: the
+    ceilings in TFLOP/s by dtype; copied: GB/s.
+    """
+    dtypes = [dtype for dtype in dict.fromkeys(point.facet for point in points) if dtype in products]
+    if not dtypes or not copied:
         return
     figure, grid = plt.subplots(
         1, len(dtypes), figsize=(max(7.5, 5.2 * len(dtypes)), 5.4), squeeze=False, layout="constrained"
     )
-    contenders = list(dict.fromkeys((point.contender, point.title) for point in points))
     for axes, dtype in zip(grid[0], dtypes, strict=True):
-        own = [point for point in points if point.dtype == dtype]
-        product, copy = ceilings.tflops[dtype], ceilings.gb_per_s / 1e3
+        own = [point for point in points if point.facet == dtype]
+        product, copy = products[dtype], copied / 1e3
         ridge = product / copy
         low = min(ridge / 4, *(point.intensity for point in own)) / 1.6
         high = max(ridge * 4, *(point.intensity for point in own)) * 1.6
@@ -177,15 +310,14 @@ def roofline(points: Sequence[Achieved], ceilings: Ceilings, path: Path, subtitl
         words = {"textcoords": "offset points", "fontsize": 9}
         axes.annotate(f"product: {_rate(product)} TFLOP/s", (high, product), (-4, 16), ha="right", **words)
         middle = math.sqrt(low * ridge)
-        text = f"copy: {_rate(ceilings.gb_per_s)} GB/s"
+        text = f"copy: {_rate(copied)} GB/s"
         axes.annotate(text, (middle, middle * copy), (10, -12), ha="left", **words)
         for point in own:
-            colour, _ = STYLES.get(point.contender, OTHER)
-            forward = point.part == "forward"
+            colour, forward = _colour(point.contender), point.place == "forward"
             axes.errorbar(
                 point.intensity,
-                point.tflops,
-                yerr=_both_sides(point.tflops, point.p20, point.p80),
+                point.value["median"],
+                yerr=_both_sides(point.value),
                 fmt=">" if forward else "<",
                 color=colour,
                 markerfacecolor=colour if forward else "white",
@@ -195,8 +327,8 @@ def roofline(points: Sequence[Achieved], ceilings: Ceilings, path: Path, subtitl
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(low, high)
-        bottom = min(low * copy, *(point.p20 for point in own))
-        axes.set_ylim(bottom / 1.5, max(product, *(point.p80 for point in own)) * 2)
+        bottom = min(low * copy, *(point.value["p20"] for point in own))
+        axes.set_ylim(bottom / 1.5, max(product, *(point.value["p80"] for point in own)) * 2)
         for axis, (first, last) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if last / first < 200 else (1,)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -205,21 +337,18 @@ def roofline(points: Sequence[Achieved], ceilings: Ceilings, path: Path, subtitl
         axes.set_title(dtype, fontsize=11)
         _plain(axes)
     grid[0][0].set_ylabel("achieved TFLOP/s")
-    handles = [Patch(color=STYLES.get(key, OTHER)[0], label=title) for key, title in contenders]
-    handles += [
-        Line2D([], [], linestyle="", marker=">", color=FAINT, label="forward"),
-        Line2D([], [], linestyle="", marker="<", color=FAINT, markerfacecolor="white", label="backward"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    _finish(figure, "Roofline: one layer under the measured ceilings", subtitle, path)
+    contenders = {point.contender: point.title for point in points}
+    handles = [Patch(color=_colour(key), label=title) for key, title in contenders.items()]
+    handles += [_dot(FAINT, ">", "forward"), _dot(FAINT, "<", "backward", markerfacecolor="white")]
+    _finish(figure, "Roofline: one layer under the measured ceilings", subtitle, path, handles, 4)
 
 
-def blocks(panels: dict[str, Sequence[Kept]], path: Path, subtitle: str) -> None:
+def blocks(panels: dict[str, Sequence[Row]], path: Path, subtitle: str) -> None:
     """A panel for each block: bars in units of one hidden state, checkpointing hatched below."""
     panels = {title: bars for title, bars in panels.items() if bars}
     if not panels:
         return
-    counts = [len({bar.contender for bar in bars}) for bars in panels.values()]
+    counts = [len({bar["contender"] for bar in bars}) for bars in panels.values()]
     figure, grid = plt.subplots(
         len(panels),
         1,
@@ -229,19 +358,19 @@ def blocks(panels: dict[str, Sequence[Kept]], path: Path, subtitle: str) -> None
         layout="constrained",
     )
     for axes, (title, bars) in zip(grid[:, 0], panels.items(), strict=True):
-        values = [bar.units for bar in bars]
-        _pairs(axes, bars, values, [f"{bar.units:.3g}  ({_bytes(bar.saved_bytes)})" for bar in bars])
+        texts = [f"{bar['units']:.3g}  ({_bytes(bar['saved_bytes'])})" for bar in bars]
+        _pairs(axes, bars, [bar["units"] for bar in bars], texts)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("kept for backward, in units of one hidden state (parameters do not count)")
-    _hatch_legend(figure, any(bar.checkpointing for bars in panels.values() for bar in bars))
-    _finish(figure, "Memory of one Transformer block", subtitle, path)
+    handles = _hatches([bar for bars in panels.values() for bar in bars])
+    _finish(figure, "Memory of one Transformer block", subtitle, path, handles, 2)
 
 
-def training(runs: Sequence[Trained], path: Path, subtitle: str) -> None:
+def training(runs: Sequence[Row], path: Path, subtitle: str) -> None:
     """Above the loss curves and their distances from lorafa_kernels', below time and memory of a step."""
     if not runs:
         return
-    count = len({run.contender for run in runs})
+    count = len({run["contender"] for run in runs})
     heights = (3.6, 1 + 0.52 * count)
     figure = plt.figure(figsize=(11.5, sum(heights) + 1.9), layout="constrained")
     spec = figure.add_gridspec(2, 2, height_ratios=heights)
@@ -249,19 +378,23 @@ def training(runs: Sequence[Trained], path: Path, subtitle: str) -> None:
     sizes = figure.add_subplot(spec[1, 1], sharey=times)
 
     # The later a curve, the thinner: equal ones show as layers of one line.
-    plain = [run for run in runs if not run.checkpointing] or list(runs)
-    for index, run in enumerate(plain):
-        width = 1.2 + 4.8 * (len(plain) - index - 1) / max(1, len(plain) - 1)
-        curves.plot(range(1, len(run.losses) + 1), run.losses, color=_colour(run), linewidth=width)
+    plain = [run for run in runs if not run.get("checkpointing")]
+    for index, run in enumerate(plain or runs):
+        last = len(plain or runs) - 1
+        width = 1.2 + 4.8 * (last - index) / max(1, last)
+        losses = _losses(run)
+        colour = _colour(run["contender"])
+        curves.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=width)
     curves.set_title("Loss (earlier in the list: wider)", fontsize=11)
     curves.set_ylabel("cross-entropy, nats")
-    ours = next((run for run in runs if run.contender == "lorafa" and not run.checkpointing), None)
+    ours = next((run for run in plain if run["contender"] == LORAFA), None)
     for run in runs:
-        if ours is None or run is ours or run.contender not in SAME_MATHEMATICS:
+        if ours is None or run is ours or run["contender"] not in SAME_MATHEMATICS:
             continue
-        gaps = [1e3 * (theirs - loss) for theirs, loss in zip(run.losses, ours.losses, strict=False)]
-        style = "--" if run.checkpointing else "-"
-        distances.plot(range(1, len(gaps) + 1), gaps, style, color=_colour(run), label=_name(run))
+        gaps = [1e3 * (theirs - loss) for theirs, loss in zip(_losses(run), _losses(ours), strict=False)]
+        style = "--" if run.get("checkpointing") else "-"
+        name = full_title(run, MODEL_TITLES)
+        distances.plot(range(1, len(gaps) + 1), gaps, style, color=_colour(run["contender"]), label=name)
     distances.axhline(0, color=INK, linewidth=0.8)
     distances.set_title("Loss of LoRA-FA by others, minus lorafa_kernels'", fontsize=11)
     distances.set_ylabel("0.001 nats")
@@ -275,75 +408,78 @@ def training(runs: Sequence[Trained], path: Path, subtitle: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)
 
-    medians = [run.step_ms[0] for run in runs]
-    _pairs(times, runs, medians, [f"{value:,.4g}" for value in medians], [run.step_ms[1:] for run in runs])
+    steps = [run["step_ms"] for run in runs]
+    medians = [step["median"] for step in steps]
+    _pairs(times, runs, medians, [f"{value:,.4g}" for value in medians], steps)
     times.set_xlabel("time of a step, ms (bars: p20–p80)")
-    kept = [run.memory_bytes or 0 for run in runs]
-    _pairs(sizes, runs, [size / 2**20 for size in kept], [_bytes(size) if size else "–" for size in kept])
+    # Where there is no peak: what is kept for backward.
+    peaks = [run.get(PEAKS[0]) for run in runs]
+    kept = [run.get("saved_bytes") if peak is None else peak for run, peak in zip(runs, peaks, strict=True)]
+    texts = [_bytes(size) if size else "–" for size in kept]
+    _pairs(sizes, runs, [(size or 0) / 2**20 for size in kept], texts)
     sizes.tick_params(axis="y", labelleft=False)
-    peak = all(run.peak for run in runs)
-    sizes.set_xlabel("peak memory allocated, MiB" if peak else "kept for the backward of a step, MiB")
-    _hatch_legend(figure, any(run.checkpointing for run in runs))
-    _finish(figure, "Training", subtitle, path)
+    at_peak = None not in peaks
+    sizes.set_xlabel("peak memory allocated, MiB" if at_peak else "kept for the backward of a step, MiB")
+    _finish(figure, "Training", subtitle, path, _hatches(runs), 2)
+
+
+def _losses(run: Row) -> list[float]:
+    return [math.nan if loss is None else loss for loss in run.get("losses") or ()]
 
 
 def _pairs(
     axes,
-    bars: Sequence[Kept] | Sequence[Trained],
+    bars: Sequence[Row],
     values: Sequence[float],
     texts: Sequence[str],
-    spreads: Sequence[Sequence[float]] | None = None,
+    spreads: Sequence[dict[str, float]] | None = None,
 ) -> None:
     """A row for each contender, in it a bar without checkpointing and, hatched, one with it."""
-    rows = list(dict.fromkeys(bar.contender for bar in bars))
-    titles = {bar.contender: bar.title for bar in bars}
-    both = len({bar.checkpointing for bar in bars}) > 1
+    rows = list(dict.fromkeys(bar["contender"] for bar in bars))
+    both = len({bool(bar.get("checkpointing")) for bar in bars}) > 1
     height = 0.4 if both else 0.68
     for index, (bar, value, text) in enumerate(zip(bars, values, texts, strict=True)):
-        y = rows.index(bar.contender) + (height * (bar.checkpointing - 0.5) if both else 0)
-        hatch = {"hatch": "////", "edgecolor": "white"} if bar.checkpointing else {}
-        axes.barh(y, value, height=height * 0.94, color=_colour(bar), linewidth=0, **hatch)
+        hatched = bool(bar.get("checkpointing"))
+        y = rows.index(bar["contender"]) + (height * (hatched - 0.5) if both else 0)
+        hatch = {"hatch": "////", "edgecolor": "white"} if hatched else {}
+        axes.barh(y, value, height=height * 0.94, color=_colour(bar["contender"]), linewidth=0, **hatch)
         end = value
         if spreads:
-            low, end = spreads[index]
-            axes.errorbar(value, y, xerr=_both_sides(value, low, end), color=INK, elinewidth=1.2, capsize=2)
+            end = spreads[index]["p80"]
+            axes.errorbar(value, y, xerr=_both_sides(spreads[index]), color=INK, elinewidth=1.2, capsize=2)
         axes.annotate(text, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axes.set_yticks(range(len(rows)), [textwrap.fill(titles[key], NAME_WIDTH) for key in rows], fontsize=9)
+    names = [textwrap.fill(MODEL_TITLES.get(key, key), NAME_WIDTH) for key in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * max(*values, 1e-9))
     _plain(axes, "x")
 
 
-def _hatch_legend(figure, checkpointing: bool) -> None:
-    if checkpointing:
-        handles = [
-            Patch(facecolor="#aaaaaa", label="without checkpointing"),
-            Patch(
-                facecolor="#aaaaaa", edgecolor="white", hatch="////", linewidth=0, label="with checkpointing"
-            ),
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+def _hatches(bars: Sequence[Row]) -> list[Patch]:
+    """The legend of bars of which some are hatched, or nothing."""
+    if not any(bar.get("checkpointing") for bar in bars):
+        return []
+    hatch = {"edgecolor": "white", "hatch": "////", "linewidth": 0}
+    return [
+        Patch(facecolor="#aaaaaa", label="without checkpointing"),
+        Patch(facecolor="#aaaaaa", label="with checkpointing", **hatch),
+    ]
 
 
-def _colour(of: Kept | Trained) -> str:
-    return STYLES.get(of.contender, OTHER)[0]
+def _colour(contender: str) -> str:
+    return STYLES.get(contender, OTHER)[0]
 
 
-def _name(run: Trained) -> str:
-    return f"{run.title}{', checkpointing' if run.checkpointing else ''}"
-
-
-def _dot(contender: str, title: str) -> Line2D:
-    colour, marker = STYLES.get(contender, OTHER)
-    return Line2D([], [], linestyle="", marker=marker, color=colour, label=title)
+def _dot(colour: str, marker: str, title: str, **rest) -> Line2D:
+    return Line2D([], [], linestyle="", marker=marker, color=colour, label=title, **rest)
 
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _both_sides(middle: float, low: float, high: float) -> list[list[float]]:
-    return [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+def _both_sides(value: dict[str, float]) -> list[list[float]]:
+    return [[max(0.0, value["median"] - value["p20"])], [max(0.0, value["p80"] - value["median"])]]
 
 
 def _ratio_axis(axes, low: float, high: float) -> None:
@@ -372,7 +508,10 @@ def _bytes(size: int) -> str:
     return f"{size / 2**20:,.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**30:,.3g} GiB"
 
 
-def _finish(figure, title: str, subtitle: str, path: Path) -> None:
+def _finish(figure, title: str, subtitle: str, path: Path, handles: Sequence, columns: int) -> None:
+    if handles:
+        where = "outside lower center"
+        figure.legend(handles=handles, loc=where, ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(f"{title}\n{subtitle}", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the version of matplotlib, so that equal data give equal bytes.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ..measure.contenders import TITLES as LAYER_TITLES
 from ..measure.kernels import TITLES as KERNEL_TITLES
 from ..measure.models import TITLES as MODEL_TITLES
 from ..run.environment import ROOT, device_slug
+from ..run.shell import git
 from ..run.store import MEASURED as MEASURED
 from ..run.stub import is_stub, refuse_stub
 from ..run.tree import fitting_commit, has_git
@@ -48,6 +48,7 @@ SCOPES = {
 # Kinds of lines that are no measurement.
 FRAMES = ("run", "begin", "sitting", "end", "stage", "check", "test")
 TARGET_ROWS = 8192
+PLOTS = ("overhead", "roofline", "block-time", "blocks", "training")
 PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
 
 
@@ -412,12 +413,7 @@ def origin(record: Record, path: str) -> str:
 
 def committed_lines(file: Path) -> set[str] | None:
     """Return the lines of the file's committed version, or None where git cannot tell."""
-    where = ["git", "-C", str(file.parent)]
-    try:
-        inside = subprocess.run([*where, "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True)
-        shown = subprocess.run([*where, "show", f"HEAD:./{file.name}"], capture_output=True)
-    except OSError:
+    if git(file.parent, "rev-parse", "--verify", "--quiet", "HEAD") is None:
         return None
-    if inside.returncode:
-        return None
-    return {line.strip() for line in shown.stdout.decode("utf-8", "replace").splitlines()}
+    shown = git(file.parent, "show", f"HEAD:./{file.name}") or ""
+    return {line.strip() for line in shown.splitlines()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import importlib
 import importlib.metadata
@@ -11,46 +10,41 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
-import torch
-
-from .shell import write_whole
+from .shell import now, output, write_whole
 from .stub import START, stub_name
 from .tree import tree_hash
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "triton", "peft", "transformers", "lorafa_kernels")
 # Parts of bench/ that change no measurement.
 PRESENTATION = ("__main__.py", "tables.py", "launch_gate.py", "report/", "gate/", "gpu/")
 PRESENTATION += ("run/shell.py", "run/stub.py", "run/tree.py")
 
 
-def environment(threads: int | None = None) -> dict:
+def environment(with_torch: bool = True) -> dict:
     """Return machine, date (UTC), versions, commit and the hash of the files (tree.py), as JSON types; what
     cannot be found out is None. A run through the stub driver has the mark "stub", and its device's name.
 
-    Call it before measuring: it notes how busy the machine is with other work. threads: those that will be
-    used, if not as many as PyTorch uses now.
+    Call it before measuring: it notes how busy the machine is with other work. with_torch: else nothing of
+    it is imported, and what only it knows is None.
     """
-    gpu = _gpu()
+    gpu = _stub_gpu() or (_gpu() if with_torch else _gpu_of_smi())
     stub = stub_name() is not None or (gpu is not None and gpu["name"].startswith(START))
     return {
         **({"stub": True} if stub else {}),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": threads or torch.get_num_threads(),
+            "threads": _threads() if with_torch else None,
             "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
             "gpu": gpu,
         },
         "versions": {
             "python": platform.python_version(),
-            **{
-                name: _version(name) for name in ("torch", "triton", "peft", "transformers", "lorafa_kernels")
-            },
+            **{name: _version(name, with_torch) for name in PACKAGES},
         },
         **_commit(),
         "tree": tree_hash(ROOT),
@@ -70,10 +64,30 @@ def _cpu_model() -> str | None:
     return platform.processor() or platform.machine() or None
 
 
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _stub_gpu() -> dict | None:
+    # Nothing of a GPU that may be there as well.
+    about = {"capability": None, "smi_name": None, **dict.fromkeys(_GPU_STATE.values())}
+    return {"name": name, **about} if (name := stub_name()) else None
+
+
+def _smi(what: str) -> str | None:
+    return _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", "--id=0")
+
+
+def _gpu_of_smi() -> dict:
+    name = _smi("name")
+    return {"name": name or "an unnamed GPU", "capability": None, "smi_name": name, **gpu_state()}
+
+
 def _gpu() -> dict | None:
-    if name := stub_name():
-        # Nothing of a GPU that may be there as well.
-        return {"name": name, "capability": None, "smi_name": None, **dict.fromkeys(_GPU_STATE.values())}
+    import torch
+
     if not torch.cuda.is_available():
         return None
     limits = torch.cuda.get_device_properties(0)
@@ -83,7 +97,7 @@ def _gpu() -> dict | None:
         "multiprocessors": limits.multi_processor_count,
         "memory_gib": round(limits.total_memory / 2**30, 1),
         "runtime": torch.version.cuda or torch.version.hip,
-        "smi_name": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"),
+        "smi_name": _smi("name"),
         **gpu_state(),
     }
 
@@ -101,9 +115,7 @@ _GPU_STATE = {
 
 def gpu_state() -> dict:
     """Return driver, clocks (MHz), power limit (W) and temperature (°C) now, as nvidia-smi says them."""
-    query = f"--query-gpu={','.join(_GPU_STATE)}"
-    line = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0")
-    values = (line or "").split(", ")
+    values = (_smi(",".join(_GPU_STATE)) or "").split(", ")
     if len(values) != len(_GPU_STATE):
         values = [None] * len(_GPU_STATE)
     return dict(zip(_GPU_STATE.values(), values, strict=True))
@@ -133,10 +145,10 @@ def identity(about: dict) -> str:
     return digest.hexdigest()[:12]
 
 
-def _version(name: str) -> str | None:
+def _version(name: str, by_import: bool) -> str | None:
     # The package itself first: a checkout need not be installed, and Triton comes under several names.
     with contextlib.suppress(ImportError):
-        if name in ("lorafa_kernels", "triton", "torch"):
+        if by_import and name in ("lorafa_kernels", "triton", "torch"):
             return importlib.import_module(name).__version__
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
@@ -153,9 +165,5 @@ def _commit() -> dict:
 
 
 def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=20)
-        return done.stdout.strip()
-    return None
+    printed = output(*command, cwd=ROOT)
+    return None if printed is None else printed.strip()

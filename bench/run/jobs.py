@@ -6,45 +6,28 @@ import importlib.util
 import math
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from ..measure import blocks, ceilings, kernels, layers, memory, models, training
 from ..measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
 from ..measure.cases import layers as distinct_layers
 from ..measure.contenders import CONTENDERS
-from .environment import ROOT
+from .environment import ROOT, gpu_state
 from .runner import Job
 
-KINDS = (
-    "ceilings",
-    "time",
-    "wall",
-    "graph",
-    "host",
-    "kernel",
-    "block-time",
-    "memory",
-    "block",
-    "family",
-    "training",
-)
+KINDS = ("ceilings", "time", "wall", "graph", "host", "kernel")
+KINDS += ("block-time", "memory", "block", "family", "training")
 # On a CPU a call is done when it returns: "wall" would measure the same again.
 QUICK_KINDS = ("ceilings", "time", "graph", "host", "block-time", "memory", "block", "training")
 # Rounds of interleaved samples, by device, and the sittings that they are spread over: a CPU that is shared
 # changes its pace within a minute, a GPU that is held does not.
 ROUNDS = {"cuda": 15, "cpu": 20}
 SITTINGS = {"cuda": 1, "cpu": 5}
-BLOCKS = {
-    "cpu": (memory.BLOCK_CPU, memory.BLOCK_CPU_GQA),
-    "cuda": (memory.BLOCK_LLAMA_8B, memory.BLOCK_LLAMA_1B),
-}
-TRAININGS = {
-    "cpu": (training.TRAINING_TINY, training.TRAINING_8B_LARGEST),
-    "cuda": (training.TRAINING_1B, training.TRAINING_8B_LARGEST, training.TRAINING_8B),
-}
 # Compiling takes longer than all that a quick look measures.
-COMPILED = "compiled-lorafa"
+COMPILED, NOT_ON_A_CPU = "compiled-lorafa", "compiling takes long on a CPU"
+ONCE = {COMPILED: "left out of all cases but the first: compiling takes long"}
 LEFT_OUT = "left out of this case, to save time"
 TESTS_SECONDS = 100.0
 
@@ -69,100 +52,97 @@ class Setting:
 
 def ceilings_job(setting: Setting) -> Job:
     def run(tick) -> dict:
-        setting.ceilings = ceilings.measure(setting.device)
+        setting.ceilings = ceilings.measure(setting.device, gpu_state)
         return setting.ceilings
 
     return Job("ceilings", "ceilings", ceilings.ESTIMATE[setting.device], run, always=True)
 
 
-def time_job(
-    case: Case, setting: Setting, mode: str = "eager", left_out: dict[str, str] | None = None
+def timed_job(
+    mode: str,
+    case: Case | models.BlockCase,
+    measure: Callable[..., dict],
+    seconds: float,
+    keys: tuple[str, ...],
+    rounds: int,
+    sittings: int = 1,
+    left_out: dict[str, str] | None = None,
 ) -> Job:
-    """left_out: contenders that are named as not run, with the reason."""
-    left_out = left_out or {}
-    keys = tuple(key for key in setting.contenders if key not in left_out)
+    """A job of kind "time". rounds: of each sitting; left_out: contenders that are named as not run, with the
+    reason.
+    """
 
-    # Without a GPU nothing is captured: once is enough to say so.
-    sittings = 1 if mode == "graph" else setting.sittings
-    rounds = setting.rounds if mode == "graph" else setting.rounds_each
+    def run(tick, sitting: int | None = None) -> dict:
+        how = {} if sitting is None else {"sitting": sitting}
+        return with_left_out(measure(tick=tick, **how), left_out or {})
 
-    def run(tick, sitting: int = 0) -> dict:
-        payload = layers.time_case(
-            case,
-            keys,
-            setting.device,
-            mode=mode,
-            rounds=rounds,
-            ceilings=ceilings.rates(setting.ceilings, case.dtype),
-            tick=tick,
-            sitting=sitting,
-        )
-        return _with_left_out(payload, left_out)
-
-    seconds = layers.estimate(case, keys, setting.device, mode, rounds)
-    describe = {"case": case.as_record(), "mode": mode, "rounds": rounds * sittings}
-    key = f"{mode} {case.label}"
-    return Job(key, "time", seconds, run, describe, keys, rounds * sittings, sittings=sittings)
+    rounds *= sittings
+    describe = {"case": case.as_record(), "mode": mode, "rounds": rounds}
+    key = f"{'block-time' if mode == 'block' else mode} {case.label}"
+    return Job(key, "time", seconds, run, describe, keys, rounds, sittings=sittings)
 
 
-def _with_left_out(payload: dict, left_out: dict[str, str]) -> dict:
-    parts = list(dict.fromkeys(row["part"] for row in payload["rows"]))
+def with_left_out(payload: dict, left_out: dict[str, str]) -> dict:
+    """Add rows for those who were left out, one for each part where rows have parts."""
+    of_time = {"errors": {}, "ms": None, "ratios": {}}
+    parts = dict.fromkeys(row.get("part") for row in payload["rows"])
     payload["rows"] += [
-        {"contender": key, "part": part, "status": "not run", "reason": reason, "left_out": True}
-        | {"errors": {}, "ms": None, "ratios": {}}
+        {"contender": key, "status": "not run", "reason": reason, "left_out": True}
+        | ({} if part is None else {"part": part, **of_time})
         for key, reason in left_out.items()
         for part in parts
     ]
     return payload
 
 
+def time_job(
+    case: Case, setting: Setting, mode: str = "eager", left_out: dict[str, str] | None = None
+) -> Job:
+    keys = without(setting.contenders, left_out)
+    # Without a GPU nothing is captured: once is enough to say so.
+    sittings, rounds = (1, setting.rounds) if mode == "graph" else (setting.sittings, setting.rounds_each)
+
+    def measure(**how) -> dict:
+        rates = ceilings.rates(setting.ceilings, case.dtype)
+        return layers.time_case(case, keys, setting.device, mode=mode, rounds=rounds, ceilings=rates, **how)
+
+    seconds = layers.estimate(case, keys, setting.device, mode, rounds)
+    return timed_job(mode, case, measure, seconds, keys, rounds, sittings, left_out)
+
+
 def kernel_job(case: Case, setting: Setting) -> Job:
-    def run(tick) -> dict:
+    def measure(tick) -> dict:
         rates = ceilings.rates(setting.ceilings, case.dtype)
         return kernels.time_kernels(case, setting.device, rounds=setting.rounds, ceilings=rates, tick=tick)
 
-    describe = {"case": case.as_record(), "mode": "kernel", "rounds": setting.rounds}
     seconds = kernels.estimate(case, setting.rounds) if setting.device == "cuda" else 0.1
-    key = f"kernel {case.label}"
-    return Job(key, "time", seconds, run, describe, kernels.KERNELS, setting.rounds)
+    return timed_job("kernel", case, measure, seconds, kernels.KERNELS, setting.rounds)
 
 
-def block_time_job(case: blocks.BlockTime, setting: Setting, left_out: dict[str, str]) -> Job:
-    """left_out: contenders that are named as not run, with the reason."""
-    keys = tuple(key for key in models.TIME_KEYS if key not in left_out)
+def block_time_job(case: models.BlockCase, setting: Setting, left_out: dict[str, str]) -> Job:
+    keys, rounds = without(models.TIME_KEYS, left_out), setting.rounds_each
+    measure = partial(blocks.time_block, case, keys, setting.device, rounds=rounds)
+    seconds = blocks.estimate(case, keys, setting.device, rounds)
+    return timed_job("block", case, measure, seconds, keys, rounds, setting.sittings, left_out)
 
-    def run(tick, sitting: int = 0) -> dict:
-        payload = blocks.time_block(
-            case, keys, setting.device, rounds=setting.rounds_each, tick=tick, sitting=sitting
-        )
-        return _with_left_out(payload, left_out)
 
-    rounds = setting.rounds_each * setting.sittings
-    seconds = blocks.estimate(case, keys, setting.device, setting.rounds_each)
-    describe = {"case": case.as_record(), "mode": "block", "rounds": rounds}
-    key = f"block-time {case.label}"
-    return Job(key, "time", seconds, run, describe, keys, rounds, sittings=setting.sittings)
+def without(keys: Iterable[str], left_out: dict[str, str] | None) -> tuple[str, ...]:
+    return tuple(key for key in keys if key not in (left_out or ()))
 
 
 def memory_job(case: Case, setting: Setting) -> Job:
-    keys = tuple(key for key in setting.contenders if setting.device == "cuda" or key != COMPILED)
-    left_out = {COMPILED: "compiling takes long on a CPU"} if COMPILED not in keys else {}
+    left_out = {COMPILED: NOT_ON_A_CPU} if setting.device == "cpu" and COMPILED in setting.contenders else {}
+    keys = without(setting.contenders, left_out)
 
     def run(tick) -> dict:
-        payload = memory.layer_memory(case, keys, setting.device)
-        payload["rows"] += [
-            {"contender": key, "status": "not run", "reason": reason, "left_out": True}
-            for key, reason in left_out.items()
-            if key in setting.contenders
-        ]
-        return payload
+        return with_left_out(memory.layer_memory(case, keys, setting.device), left_out)
 
     describe = {"scope": "layer", "case": case.as_record()}
     seconds = memory.estimate(case, keys, setting.device)
     return Job(f"memory {case.label}", "memory", seconds, run, describe, keys)
 
 
-def block_job(block: memory.BlockCase, setting: Setting) -> Job:
+def block_job(block: models.BlockCase, setting: Setting) -> Job:
     keys = models.BLOCK_KEYS if block.scope == "block" else models.FAMILY_KEYS
 
     def run(tick) -> dict:
@@ -214,55 +194,37 @@ def jobs_of(
     """Return the jobs of these kinds for these cases. compiled: whether torch.compile takes part in every
     case, or in the first only.
     """
-    wanted, kinds = list(wanted), set(kinds)
-    found = [ceilings_job(setting)] if "ceilings" in kinds else []
-    once = {COMPILED: "left out of all cases but the first: compiling takes long"}
-    if "time" in kinds:
-        found += [
-            time_job(case, setting, left_out=None if compiled or number == 0 else once)
+    wanted = list(wanted)
+    # On a CPU one case is enough to say that there are none.
+    on_a_gpu = wanted if setting.device == "cuda" else wanted[:1]
+    look = setting.device == "cpu" and not compiled
+    made = {
+        "ceilings": lambda: [ceilings_job(setting)],
+        "time": lambda: [
+            time_job(case, setting, left_out=None if compiled or number == 0 else ONCE)
             for number, case in enumerate(wanted)
-        ]
-    if "wall" in kinds:
-        found += [time_job(case, setting, "wall") for case in wanted]
-    if "host" in kinds:
-        quick = None if compiled else once
-        found += [time_job(case, setting, "host", quick) for case in HOST_CASES]
-    if "graph" in kinds:
-        # On a CPU one case is enough to say that there are none.
-        of_graphs = wanted if setting.device == "cuda" else wanted[:1]
-        found += [time_job(case, setting, "graph") for case in of_graphs]
-    if "kernel" in kinds:
-        of_kernels = wanted if setting.device == "cuda" else wanted[:1]
-        found += [kernel_job(case, setting) for case in of_kernels]
-    if "block-time" in kinds:
-        found += block_time_jobs(
-            setting, "quick" if setting.device == "cpu" and not compiled else setting.device
-        )
-    if "memory" in kinds:
-        found += [memory_job(case, setting) for case in wanted]
-    if "block" in kinds:
-        found += [block_job(block, setting) for block in BLOCKS[setting.device]]
-    if "family" in kinds:
-        found += [block_job(block, setting) for block in memory.FAMILIES.values()]
-    if "training" in kinds:
-        found += [training_job(case, setting) for case in TRAININGS[setting.device]]
-    return found
+        ],
+        "wall": lambda: [time_job(case, setting, "wall") for case in wanted],
+        "host": lambda: [time_job(case, setting, "host", None if compiled else ONCE) for case in HOST_CASES],
+        "graph": lambda: [time_job(case, setting, "graph") for case in on_a_gpu],
+        "kernel": lambda: [kernel_job(case, setting) for case in on_a_gpu],
+        "block-time": lambda: block_time_jobs(setting, "quick" if look else setting.device),
+        "memory": lambda: [memory_job(case, setting) for case in wanted],
+        "block": lambda: [block_job(block, setting) for block in memory.BLOCKS[setting.device]],
+        "family": lambda: [block_job(block, setting) for block in memory.FAMILIES.values()],
+        "training": lambda: [training_job(case, setting) for case in training.TRAININGS[setting.device]],
+    }
+    return [job for kind, make in made.items() if kind in set(kinds) for job in make()]
 
 
 def block_time_jobs(setting: Setting, which: str) -> list[Job]:
     """Return the jobs of blocks.CASES[which]. torch.compile takes part on a GPU, and on a CPU in the first
     case but not in a quick look.
     """
-    once = {COMPILED: "left out of all cases but the first: compiling takes long"}
-    never = {COMPILED: "compiling takes long on a CPU"}
-    return [
-        block_time_job(
-            case,
-            setting,
-            {} if setting.device == "cuda" else never if which == "quick" else {} if number == 0 else once,
-        )
-        for number, case in enumerate(blocks.CASES[which])
-    ]
+    first, *rest = blocks.CASES[which]
+    once = ONCE if setting.device == "cpu" else {}
+    found = [block_time_job(first, setting, {COMPILED: NOT_ON_A_CPU} if which == "quick" else {})]
+    return found + [block_time_job(case, setting, once) for case in rest]
 
 
 def suite(setting: Setting, tests: bool = True) -> list[Job]:
@@ -278,12 +240,8 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     telling = [case for case in first_hour_grid() if case.M == 8192 and case.R in (16, 64)]
     rest = [case for case in first_hour_grid() if case not in telling]
     llama = find_layers(["Llama-3-8B"])
-    lean = tuple(
-        key
-        for key in setting.contenders
-        if key in ("frozen", "lorafa", "triton", "library", "eager-lorafa", "addmm")
-    )
-    peers = {key: LEFT_OUT for key in setting.contenders if key not in lean}
+    lean = ("frozen", "lorafa", "triton", "library", "eager-lorafa", "addmm")
+    peers = dict.fromkeys(without(setting.contenders, dict.fromkeys(lean)), LEFT_OUT)
     compiled = {COMPILED: LEFT_OUT} if COMPILED in setting.contenders else {}
     few = cases(llama, (8192,), (16,))
     products = cases(distinct_layers(("Llama-3-8B", "Llama-3.2-1B")), (8192,), (16,))
@@ -295,12 +253,12 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     found += [kernel_job(case, setting) for case in ranks if case not in products]
     found += [time_job(case, setting, "host", compiled) for case in HOST_CASES]
     found += block_time_jobs(setting, "cuda")
-    found += [block_job(block, setting) for block in BLOCKS["cuda"]]
-    found += [training_job(case, setting) for case in TRAININGS["cuda"][:2]]
+    found += [block_job(block, setting) for block in memory.BLOCKS["cuda"]]
+    found += [training_job(case, setting) for case in training.TRAININGS["cuda"][:2]]
     found += [time_job(case, setting, left_out=peers) for case in with_dropout(few, 0.1)]
     found += [time_job(case, setting, left_out=peers) for case in rest]
     found += [time_job(case, setting, "wall", peers) for case in rest if case.M <= 512]
-    found += [training_job(case, setting) for case in TRAININGS["cuda"][2:]]
+    found += [training_job(case, setting) for case in training.TRAININGS["cuda"][2:]]
     found += [memory_job(case, setting) for case in few]
     # Last: a capture that fails can leave the process unable to go on.
     found += [time_job(case, setting, "graph", compiled) for case in cases(llama, (1, 512), (16,))]

@@ -133,7 +133,7 @@ def run(
     order = turns([replace(job, sittings=book[job.key].lacking) for job in todo])
     store = Store(path, past.run, stub=bool(about.get("stub")))
     # Also when it goes on: the machine may be busier now.
-    store.append("run", command=command, grid=grid, identity=own, environment=about)
+    store.write("run", command=command, grid=grid, identity=own, environment=about)
     records, left, stopped = [], [job.key for job in todo], "complete"
     spent = expected = 0.0
     end = None if budget is None else started + budget
@@ -156,7 +156,7 @@ def run(
                     if end is not None and time.monotonic() > end:
                         raise BudgetSpent
 
-                store.append("begin", key=job.key)
+                store.write("begin", key=job.key)
                 try:
                     with alarm(end):
                         payload = sittings.sit(tick)
@@ -172,7 +172,7 @@ def run(
                     if not payload.get("retry"):
                         left.remove(job.key)
                 else:
-                    store.append("sitting", key=job.key, seconds=round(seconds, 2), **bare(payload))
+                    store.write("sitting", key=job.key, seconds=round(seconds, 2), **bare(payload))
                 spent, expected = spent + seconds, expected + job.seconds
                 shown.done(job)
                 if stopped != "complete":
@@ -182,7 +182,7 @@ def run(
     records += [sittings.write(store) for sittings in book.values() if sittings.unwritten]
     if left and stopped == "complete":
         stopped = "budget"
-    store.append("end", done=len(records), left=left, stopped=stopped)
+    store.write("end", done=len(records), left=left, stopped=stopped)
     return Outcome(records, left, stopped)
 
 
@@ -217,7 +217,7 @@ class _Sittings:
     def write(self, store: Store) -> dict:
         """Append the record of all its sittings so far, and return it."""
         self.unwritten = False
-        return store.append(self.job.kind, key=self.job.key, seconds=round(self.seconds, 2), **self.payload)
+        return store.write(self.job.kind, key=self.job.key, seconds=round(self.seconds, 2), **self.payload)
 
 
 def _failed(job: Job, error: Exception, status: str) -> dict:

@@ -8,11 +8,14 @@ import datetime
 import errno
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from .stub import stub_name
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 # Errors of the system that a wrong path on the command line makes.
@@ -97,6 +100,36 @@ def append_line(path: Path, record: dict) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Lines:
+    """What has the `file` of a run's JSON lines, and the `run`."""
+
+    file: Path
+    run: str
+    # Of the stub driver, whose lines must say so (stub.py).
+    stub: bool | None = None
+
+    def write(self, kind: str, **payload) -> dict:
+        """Append a line with its run and the date (UTC), and return it; on disk before this returns."""
+        stub = self.stub if self.stub is not None else stub_name() is not None
+        marks = {"stub": True} if stub else {}
+        record = {"kind": kind, **payload, **marks, "run": self.run, "date": now()}
+        append_line(self.file, record)
+        return record
+
+
+def output(*command: str, cwd: Path | None = None, errors: str = "replace") -> str | None:
+    """Return what a command prints, or None if it fails, takes too long, or is not there."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=60)
+        return done.stdout.decode("utf-8", errors)
+    return None
+
+
+def git(folder: Path, *command: str, errors: str = "replace") -> str | None:
+    """Return what git prints of the repository that `folder` is in, as output does."""
+    return output("git", "-C", str(folder), *command, errors=errors)
 
 
 def now() -> str:

@@ -4,15 +4,14 @@ the spread of rounds that follow each other does not show it.
     turns(jobs)                     the order in which jobs have their sittings
     merged(earlier, later)          one record's payload of two: the samples of both
     bare(payload)                   what a sitting needs to leave until the last is done
-    ratios(key, samples, against)   a contender's times over those of others, round by round
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from ..measure.timing import summary
+from ..measure.timing import ratios, summary
 
 if TYPE_CHECKING:
     from .runner import Job
@@ -73,15 +72,6 @@ def bare(payload: Payload) -> Payload:
         for row in payload["rows"]
     ]
     return {**payload, "rows": rows}
-
-
-def ratios(key: str, samples: dict[str, list[float]], against: Iterable[str]) -> dict[str, dict]:
-    """Return the summary of the samples of `key` over those of each baseline that has some."""
-    return {
-        baseline: summary([a / b for a, b in zip(samples[key], samples[baseline], strict=True)])
-        for baseline in against
-        if baseline in samples and baseline != key
-    }
 
 
 def _name(row: dict) -> Name:

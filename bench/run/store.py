@@ -15,28 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .environment import ROOT
-from .shell import append_line, now
+from .shell import Lines
 from .sittings import merged
 
 RESULTS = ROOT / "bench" / "results"
 MEASURED = ("time", "memory", "training")
 
 
-class Store:
+class Store(Lines):
     """Appends the records of one run to a file; each line is written whole, in one call, and synced. stub:
     every line says that it was made through the stub driver.
     """
 
     def __init__(self, path: Path, run: str | None = None, stub: bool = False):
-        self.path = path
-        self.marks = {"stub": True} if stub else {}
+        self.file, self.stub = path, stub
         self.run = run or uuid.uuid4().hex[:12]
-
-    def append(self, kind: str, **payload) -> dict:
-        """Append a record, with its run and the date (UTC). Raises ValueError for NaN, which JSON lacks."""
-        record = {"kind": kind, **payload, **self.marks, "run": self.run, "date": now()}
-        append_line(self.path, record)
-        return record
 
 
 def parse(text: str, name: Path | str) -> tuple[list[dict], list[str]]:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+
+from .shell import git
 
 FOLDERS = ("lorafa_kernels", "bench", "tests", "csrc_reference", "examples")
 FILES = ("Makefile", "pyproject.toml", "constraints.txt", "csrc_reference/Makefile")
@@ -70,7 +71,10 @@ def blob_of(content: bytes) -> str:
 @functools.lru_cache(maxsize=4096)
 def commit_hash(commit: str, root: Path) -> str | None:
     """Return the hash of a commit of the repository at `root`, or None where git does not know it."""
-    listed = _git(root, "ls-tree", "-r", "-z", "--full-tree", commit)
+    # A name of a commit from a result file, which git must not take for an option.
+    if commit.startswith("-"):
+        return None
+    listed = git(root, "ls-tree", "-r", "-z", "--full-tree", commit, errors="surrogateescape")
     if listed is None:
         return None
     found = []
@@ -87,25 +91,14 @@ def fitting_commit(tree: str, commit: str | None, root: Path) -> str | None:
     """
     if commit and commit_hash(commit, root) == tree:
         return commit
-    known = (_git(root, "rev-list", "--all", f"--max-count={MOST_COMMITS}") or "").split()
+    known = (git(root, "rev-list", "--all", f"--max-count={MOST_COMMITS}") or "").split()
     return next((one for one in known if commit_hash(one, root) == tree), None)
 
 
 @functools.lru_cache(maxsize=64)
 def has_git(root: Path) -> bool:
     """Whether `root` is the top of a git repository with a commit."""
-    top = _git(root, "rev-parse", "--show-toplevel")
+    top = git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top.strip()).resolve() != root.resolve():
         return False
-    return _git(root, "rev-parse", "--verify", "--quiet", "HEAD") is not None
-
-
-def _git(root: Path, *command: str) -> str | None:
-    """Return what git prints, or None if it fails or is not there."""
-    if command[0] == "ls-tree" and command[-1].startswith("-"):
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True)
-    except OSError:
-        return None
-    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
+    return git(root, "rev-parse", "--verify", "--quiet", "HEAD") is not None

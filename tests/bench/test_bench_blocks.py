@@ -15,11 +15,11 @@ import torch
 from test_bench_memory import adapt_raising, adapt_with_scaling
 
 from bench.measure import blocks, models, timing
-from bench.measure.blocks import PIECES, BlockTime
+from bench.measure.models import PIECES, BlockCase
 
 pytest.importorskip("transformers")
 
-CASE = BlockTime("Llama block, MHA 256", "mlp", 2, 8, 4, "fp32")
+CASE = BlockCase("Llama block, MHA 256", 2, 8, 4, "fp32", piece="mlp", scope="time")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = tuple(key for key in models.TIME_KEYS if key != "compiled-lorafa")
 
@@ -66,8 +66,8 @@ def test_lorafa_is_one_node_for_a_piece():
 
     for piece, kind in (("qkv", LoRAFALinearGroup), ("mlp", LoRAFASwiGLU), ("layer", models.Block)):
         case = replace(CASE, piece=piece)
-        plain = models.adapt_eager(blocks.build(case, "cpu"), case.linears, case.rank)
-        module = blocks.adapt_modules(blocks.build(case, "cpu"), case.linears, case.rank)
+        plain = models.adapt_eager(models.build(case, "cpu"), case.linears, case.rank)
+        module = blocks.adapt_modules(models.build(case, "cpu"), case.linears, case.rank)
         assert type(module) is kind
         assert set(models.adapters(module)) == set(models.adapters(plain)) != set()
 
@@ -75,14 +75,14 @@ def test_lorafa_is_one_node_for_a_piece():
 def test_outputs_and_their_gradients_stay_apart():
     """What is timed is a step on q, k and v, and not on one tensor made of them."""
     case = replace(CASE, piece="qkv")
-    module = blocks.adapt_modules(blocks.build(case, "cpu"), case.linears, case.rank)
+    module = blocks.adapt_modules(models.build(case, "cpu"), case.linears, case.rank)
     models.fill_adapters(module, case.dtype, zero_B=False)
     x = torch.randn(2, 8, 256, requires_grad=True)
     dy = torch.randn(2, 8, 3 * 256)
     wanted = (x, *(p for p in module.parameters() if p.requires_grad))
     steps = blocks.steps_of(module, wanted, dy)
     assert [y.shape for y in steps["forward"]()] == [(2, 8, 256)] * 3
-    want = torch.autograd.grad(blocks.joined(module, x), wanted, dy)
+    want = torch.autograd.grad(models.joined(module, x), wanted, dy)
     assert all(torch.equal(a, b) for a, b in zip(steps["both"](), want, strict=True))
 
 
@@ -170,7 +170,7 @@ def test_everyone_runs_on_a_gpu(piece):
 def test_flops_are_those_of_the_layers():
     for piece in PIECES:
         case = replace(CASE, piece=piece)
-        module = blocks.build(case, "cpu")
+        module = models.build(case, "cpu")
         weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
         assert case.flops() == 2 * 2 * case.batch * case.sequence * weights
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from bench.measure import contenders, memory, models
 from bench.measure.cases import Case
-from bench.measure.memory import NUMBERS, BlockCase
+from bench.measure.memory import NUMBERS
+from bench.measure.models import BlockCase
 
 pytest.importorskip("transformers")
 
@@ -20,7 +21,7 @@ M, K = 24, 40
 N = M * K * 4
 LAYER = Case("test", "layer", 32, 40, 48, 8, dtype="fp32", adapter="fp32")
 # Proportions of Llama-2-7B with R/hidden of 1/64: the setting in which the project's units were measured.
-BLOCK = BlockCase("test", "Llama block, MHA 256", 4, 16, rank=4, compiled=False)
+BLOCK = BlockCase("Llama block, MHA 256", 4, 16, rank=4, compiled=False)
 
 
 @pytest.fixture
@@ -212,9 +213,9 @@ UNLIKE = ("BERT", "RoBERTa", "T5", "Qwen3", "Gemma2", "Gemma3", "Phi-3", "Llama 
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.key, marks=[] if case.key == "BERT block" else [pytest.mark.slow])
-        for case in memory.FAMILIES.values()
-        if case.key.removesuffix(" block") in UNLIKE
+        pytest.param(case, id=key, marks=[] if key == "BERT block" else [pytest.mark.slow])
+        for key, case in memory.FAMILIES.items()
+        if key.removesuffix(" block") in UNLIKE
     ],
 )
 def test_every_family_passes_its_check(case):
@@ -227,7 +228,7 @@ def test_every_family_passes_its_check(case):
     for row in rows.values():
         own = row["parts"]["input"] + row["parts"]["rest"]
         assert sum(row["by_node"].values()) == own == row["saved_bytes"] - row["parts"]["shared"]
-    layers = len(models.adapters(models.adapt_eager(memory._build(few, "cpu"), linears_of(few), 4)))
+    layers = len(models.adapters(models.adapt_eager(models.build(few, "cpu"), few.linears, 4)))
     z = layers * 2 * 32 * 4 * 2
     assert rows["eager-lorafa"]["saved_bytes"] == rows["frozen"]["saved_bytes"] + z
     assert (
@@ -240,7 +241,7 @@ def test_every_family_passes_its_check(case):
 def test_what_a_llama_layer_keeps_by_name():
     """Every tensor of apply_lorafa's layer with its defaults, in Llama-2-7B's proportions."""
     case = replace(BLOCK, sequence=32)
-    block = memory._build(case, "cpu")
+    block = models.build(case, "cpu")
     models.adapt_lorafa(block, models.LLAMA_LINEARS, case.rank)
     models.fill_adapters(block, case.dtype, zero_B=False)
     x = torch.randn(4, 32, 256, dtype=torch.bfloat16, requires_grad=True)
@@ -292,20 +293,16 @@ def nodes_of(y):
         waiting += [below for below, _ in node.next_functions]
 
 
-def linears_of(case):
-    return models.size_of(case.model).linears
-
-
 def test_a_block_is_called_as_its_model_calls_it():
     case = memory.FAMILIES["Llama block, GQA 8:2 512, padding"]
     case = replace(case, sequence=8)
-    block = memory._build(case, "cpu")
+    block = models.build(case, "cpu")
     mask, *positions = (tensor for tensor in block.shared if tensor.dtype in (torch.bool, torch.bfloat16))
     assert mask.shape == (2, 1, 8, 8) and mask.dtype == torch.bool
     assert not mask[0, 0, :, -2:].any() and mask[1, 0].tril().equal(mask[1, 0]) and mask[1, 0, -1].all()
     assert [part.shape[-2:] for part in positions] == [(8, 64)] * 2
     # The second of two layers: a T5's first one makes the position bias that the others are given.
-    t5 = memory._build(replace(memory.FAMILIES["T5 block"], sequence=8), "cpu")
+    t5 = models.build(replace(memory.FAMILIES["T5 block"], sequence=8), "cpu")
     assert any(part.shape == (1, 6, 8, 8) for part in t5.shared)
     assert not any("relative_attention_bias" in name for name, _ in t5.named_parameters())
 
@@ -324,8 +321,8 @@ def test_bytes_by_node_of_a_known_graph(x):
 
 def test_hooks_see_all_that_a_block_keeps():
     """What forward leaves allocated is its result and the saved bytes: nothing is kept past the hooks."""
-    reference = memory.block_reference(BLOCK, "cpu")
-    block = models.build_block(BLOCK.model, BLOCK.sequence, BLOCK.dtype, "cpu")
+    reference = models.reference(BLOCK, "cpu")
+    block = models.build(BLOCK, "cpu")
     models.adapt_lorafa(block, models.LLAMA_LINEARS, BLOCK.rank)
     models.fill_adapters(block, BLOCK.dtype, zero_B=False)
     x = reference.x.requires_grad_()
@@ -390,7 +387,7 @@ def test_missing_peft_stays_in_the_table(monkeypatch):
 
 @pytest.mark.numerics
 def test_encoder_block():
-    case = BlockCase("test", "MiniLM", 2, 8, rank=4, dtype="fp32", compiled=False)
+    case = BlockCase("MiniLM", 2, 8, rank=4, dtype="fp32", compiled=False)
     rows = by_row(memory.block_memory(case, ("frozen", "lorafa"), "cpu"))
     assert [row["status"] for row in rows.values()] == ["ok"] * 4
     kept = {key: row["saved_bytes"] for (key, checkpointing), row in rows.items() if not checkpointing}
@@ -409,10 +406,10 @@ def test_unknown_names_list_the_known_ones():
 
 def test_too_small_outputs_are_refused():
     with pytest.raises(ValueError, match=r"256 elements or more, fewer: dB layer.self_attn.k_proj"):
-        memory.block_reference(BlockCase("test", "Llama block, GQA 512", 1, 4, rank=1), "cpu")
+        models.reference(BlockCase("Llama block, GQA 512", 1, 4, rank=1), "cpu")
 
 
-@pytest.mark.parametrize("case", [LAYER, *memory.BLOCKS.values()], ids=lambda case: case.label)
+@pytest.mark.parametrize("case", [LAYER, *sum(memory.BLOCKS.values(), ())], ids=lambda case: case.label)
 def test_estimates(case):
     for device in ("cpu", "cuda"):
         one = memory.estimate(case, ("lorafa",), device)
@@ -438,9 +435,9 @@ def test_wrong_gradient_of_one_layer_is_found(which):
         wrong.lora_B.register_hook(lambda grad: 1.05 * grad)
         return model
 
-    reference = memory.block_reference(memory.BLOCK_CPU, "cpu")
-    size = models.size_of(memory.BLOCK_CPU.model)
-    block = adapt(models.build_block(memory.BLOCK_CPU.model, 128, "bf16", "cpu", batch=2), size.linears, 8)
+    reference = models.reference(memory.BLOCKS["cpu"][0], "cpu")
+    size = models.size_of(memory.BLOCKS["cpu"][0].model)
+    block = adapt(models.build(memory.BLOCKS["cpu"][0], "cpu"), size.linears, 8)
     models.fill_adapters(block, "bf16", zero_B=False)
     errors = reference.errors(models.Contender("planted", "planted", adapt), block)
     assert [name for name, error in errors.items() if not error["kept"]] == ["dB"]

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from bench.measure import contenders, models
-from bench.measure.blocks import BlockTime
 from bench.measure.cases import Case, cases, find_layers, target_grid
-from bench.report import compare, console, plots, points, reading
+from bench.measure.models import BlockCase
+from bench.report import compare, console, plots, reading
 from bench.report import page as report
 from bench.report.predictions import predictions
 from bench.run.store import load, parse
@@ -123,7 +123,7 @@ def layer_memory(case: Case, gpu: bool) -> dict:
 
 def block_time(gpu: bool) -> dict:
     """Contenders of a block, each slower than the frozen one by its own factor."""
-    case = BlockTime("Llama-3.2-1B", "mlp", 4, 2048)
+    case = BlockCase("Llama-3.2-1B", 4, 2048, piece="mlp", scope="time")
     factors = {"frozen": 1.0, "lorafa": 1.211, "lorafa-layers": 1.322, "peft-lora": 1.433}
     rows = []
     for part, share in (("forward", 0.4), ("both", 1.0)):
@@ -329,7 +329,9 @@ def test_blocks_are_compared_with_the_frozen_one_and_with_us(root, no_plots):
     assert f"{1.211 / 1.322:.3f} (" in rows[1]
     assert "Not run: eager LoRA-FA with Liger's SwiGLU" in section
     records = [reading.described(record) for record in loaded(root) if record["kind"] not in ("run", "end")]
-    found = {(point.facet, point.contender): point.median for point in points.block_time_points(records)}
+    found = {
+        (point.facet, point.contender): point.value["median"] for point in plots.block_time_points(records)
+    }
     assert found == {("MLP", "lorafa"): 1.211, ("MLP", "lorafa-layers"): 1.322, ("MLP", "peft-lora"): 1.433}
 
 
@@ -341,7 +343,7 @@ def test_a_failed_block_has_no_number(root, no_plots):
     write_run(root, records=change([block_time(False)], "frozen", **FAILED), run="r2", date="2026-11-25")
     section = page_of(root).split("### Blocks of")[1].split("\n### ")[0]
     assert "1.211 (" not in section and "baseline failed" in section
-    assert points.block_time_points(list(reading.newest(loaded(root)).values())) == []
+    assert plots.block_time_points(list(reading.newest(loaded(root)).values())) == []
 
 
 def test_training_at_the_largest_batch_says_which(root, no_plots):
@@ -353,7 +355,7 @@ def test_training_at_the_largest_batch_says_which(root, no_plots):
     section = page_of(root).split("### Training")[1].split("\n### ")[0]
     assert "|  | batch | step, ms" in section and "| lorafa_kernels | 5 | " in section
     assert "Losses of" not in section
-    assert points.training_runs(list(reading.newest(loaded(root)).values())) == ([], "")
+    assert plots.training_runs(list(reading.newest(loaded(root)).values())) == ([], "")
 
 
 def test_without_results_of_a_gpu_the_page_says_so(root, no_plots):
@@ -370,7 +372,7 @@ def test_all_plots_are_drawn_and_shown(root):
     write_run(root, records=few)
     page = page_of(root)
     drawn = {path.name: path.read_bytes() for path in (root.parent / "docs" / "plots").iterdir()}
-    assert sorted(drawn) == [f"{name}-cpu.png" for name in sorted(points.PLOTS)]
+    assert sorted(drawn) == [f"{name}-cpu.png" for name in sorted(reading.PLOTS)]
     for name, content in drawn.items():
         assert content.startswith(b"\x89PNG") and f"](plots/{name})" in page
 
@@ -382,7 +384,7 @@ def test_equal_results_give_equal_pages_and_plots(root, tmp_path, monkeypatch):
     before = page_of(root)
     assert page_of(root) == before
     for name in ("one.png", "two.png"):
-        bars = [plots.Kept("lorafa", "lorafa_kernels", False, 2.0, 2**20)]
+        bars = [{"contender": "lorafa", "checkpointing": False, "units": 2.0, "saved_bytes": 2**20}]
         plots.blocks({"block": bars}, tmp_path / name, "CPU")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
@@ -432,9 +434,11 @@ def test_a_failed_contender_has_no_number_anywhere(root, no_plots, how):
         "outside the error budget: dB" if how == "status" else "dB: error not finite, allowed 0.00100"
     ) in page
     records = [record for record in reading.newest(loaded(root)).values()]
-    assert "peft-lora" not in {point.contender for point in points.overhead_points(records)[0]}
-    assert "peft-lora" not in {bar.contender for bars in points.block_bars(records).values() for bar in bars}
-    assert "peft-lora" not in {run.contender for run in points.training_runs(records)[0]}
+    assert "peft-lora" not in {point.contender for point in plots.overhead_points(records)[0]}
+    assert "peft-lora" not in {
+        bar["contender"] for bars in plots.block_bars(records).values() for bar in bars
+    }
+    assert "peft-lora" not in {run["contender"] for run in plots.training_runs(records)[0]}
 
 
 def test_the_same_contender_is_there_when_it_passes(root, no_plots):
@@ -445,8 +449,8 @@ def test_the_same_contender_is_there_when_it_passes(root, no_plots):
     assert number in page and number in report.readme_table(loaded(root))
     assert f"{(RATIOS['lorafa']) / RATIOS['peft-lora']:.2f}" in page
     records = [reading.described(record) for record in loaded(root) if record["kind"] not in ("run", "end")]
-    assert "peft-lora" in {point.contender for point in points.overhead_points(records)[0]}
-    assert "peft-lora" in {run.contender for run in points.training_runs(records)[0]}
+    assert "peft-lora" in {point.contender for point in plots.overhead_points(records)[0]}
+    assert "peft-lora" in {run["contender"] for run in plots.training_runs(records)[0]}
 
 
 def test_a_failed_baseline_takes_all_ratios_to_it_along(root, no_plots):
@@ -458,8 +462,8 @@ def test_a_failed_baseline_takes_all_ratios_to_it_along(root, no_plots):
     # Against the others there still is one.
     assert f"{RATIOS['lorafa'] / RATIOS['eager-lora']:.3f}"[:4] in page
     records = [reading.described(record) for record in loaded(root) if record["kind"] not in ("run", "end")]
-    assert points.overhead_points(records)[0] == []
-    assert {point.contender for point in points.roofline_points(records)} == {"lorafa"}
+    assert plots.overhead_points(records)[0] == []
+    assert {point.contender for point in plots.roofline_points(records)} == {"lorafa"}
 
 
 def test_a_failed_cell_is_in_no_geometric_mean(root, no_plots):

@@ -76,7 +76,7 @@ def test_without_results_nothing_is_touched(page, tmp_path, capsys, lines, said)
 
 
 def drawn_quickly(device, records, sources, folder) -> dict[str, Path]:
-    """Stand for points.draw, which takes seconds."""
+    """Stand for plots.draw, which takes seconds."""
     path = folder / f"overhead-{device}.png"
     path.write_bytes(b"new plot")
     return {"overhead": path}

@@ -248,8 +248,8 @@ def test_lines_of_a_run_that_nothing_describes_are_skipped(tmp_path):
 def test_line_is_appended_whole_after_a_cut_one(tmp_path):
     path = tmp_path / "g.jsonl"
     path.write_text('{"kind":"ti')
-    Store(path, "r").append("run", environment=ABOUT)
+    Store(path, "r").write("run", environment=ABOUT)
     assert path.read_text().startswith('{"kind":"ti\n{"kind":"run"')
     with pytest.raises(ValueError, match="JSON"):
-        Store(path, "r").append("time", ms=float("nan"))
+        Store(path, "r").write("time", ms=float("nan"))
     assert len(path.read_text().splitlines()) == 2

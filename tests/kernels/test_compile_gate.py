@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 from bench.gate.compile import (
     ARCHS,
     WAITS_FIRST,
-    Case,
+    LauncherCall,
     failures,
     gated_cases,
     group_cases,
@@ -212,9 +212,9 @@ MEASURE = """
 cache, work, *folders = sys.argv[1:]
 
 def failures():
-    from bench.gate.compile import Case, measure, start_worker
+    from bench.gate.compile import LauncherCall, measure, start_worker
     start_worker(work)
-    case = Case("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
+    case = LauncherCall("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
     return measure(case, 0, pathlib.Path(cache))["failures"]
 
 print(json.dumps([str(apart(folder, failures)) for folder in folders]))
@@ -254,7 +254,7 @@ folder, cache, work = map(pathlib.Path, sys.argv[1:])
 def compiled():
     from bench.gate import compile as gate
     gate.start_worker(str(work))
-    case = gate.Case("sm_80", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
+    case = gate.LauncherCall("sm_80", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
     with mock.patch.object(gate, "compiled_code", wraps=gate.compiled_code) as compiling:
         row = gate.measure(case, 0, cache)
     del row["seconds"]
@@ -328,11 +328,13 @@ def test_committed_result_covers_the_heuristics(version):
     assert wanted == compiled
 
 
-CASE = Case("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
-SHRINK = Case("sm_90", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
-AMPERE = Case("sm_80", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
-FP32 = Case("sm_90", "expand", "fp32", "fp32", "y", "even", 8192, 16, bias=True, pdl=False)
-TF32 = Case("sm_90", "expand", "fp32", "fp32", "y", "even", 8192, 16, bias=True, asked_tf32=True, pdl=False)
+CASE = LauncherCall("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
+SHRINK = LauncherCall("sm_90", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
+AMPERE = LauncherCall("sm_80", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
+FP32 = LauncherCall("sm_90", "expand", "fp32", "fp32", "y", "even", 8192, 16, bias=True, pdl=False)
+TF32 = LauncherCall(
+    "sm_90", "expand", "fp32", "fp32", "y", "even", 8192, 16, bias=True, asked_tf32=True, pdl=False
+)
 ROW = {
     "kernel": "expand_tma_kernel",
     "last": True,

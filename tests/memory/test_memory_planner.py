@@ -61,7 +61,7 @@ BLOCKS = ("Llama block, MHA 256", "Llama block, GQA 8:2 512", "Mistral block", "
     ],
 )
 def test_a_layer_keeps_what_is_planned(name, method, dtype):
-    block = models.build_block(name, SEQUENCE, dtype, "cpu", batch=BATCH)
+    block = models.build(models.BlockCase(name, BATCH, SEQUENCE, dtype=dtype), "cpu")
     adapted(block, CONTENDERS[method])
     x = torch.randn(
         BATCH, SEQUENCE, models.size_of(name).hidden, dtype=models.DTYPES[dtype], requires_grad=True
