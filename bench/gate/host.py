@@ -1,6 +1,6 @@
 """Host time: what a process spends between a Python call and the driver, without a GPU.
 
-    python -m bench.host_time --out bench/results/host-time.json
+    python -m bench.host_time --out bench/results/host-time.json [--before FILE]
 
 Every operation is called beside a stub driver (tests/stub_gpu), which accepts launches and computes nothing,
 and so is an empty kernel of 20 arguments, through Triton's own `kernel[grid](…)`: an operation's time is
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..run.environment import ROOT, environment
+from ..run.environment import ROOT, environment, write_json
 
 EMPTY = "an empty kernel of 20 arguments"
 # Small matrices cost the allocator little; many rows of them have the plan of large ones.
@@ -105,6 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host_time", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--rounds", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument(
+        "--before", type=Path, help="a result of an earlier commit, to be kept beside this one"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     stub = importlib.import_module("tests.stub_gpu")
@@ -131,8 +134,13 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, row in rows.items():
         print(f"{name:40s} {row['median_us']:8.1f} us {row['empty_launches']:7.2f} empty launches")
+    if options.before:
+        before = json.loads(options.before.read_text(encoding="utf-8"))
+        # What that one was compared with goes on to be compared with.
+        before = before.get("before", before)
+        result["before"] = {key: before[key] for key in ("date", "commit", "rows")}
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.out, result)
     return 0
 
 

@@ -8,6 +8,7 @@ What a device's part of the page says is in sections.py.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -33,12 +34,15 @@ from .reading import (
     newest,
     number,
     origin,
+    provenance,
     size,
     status,
     time_cell,
 )
 from .sections import columns, device_section, rounds_text
 
+# What `make host-time` writes.
+HOST_TIME = "host-time.json"
 NOT_MEASURED_ON_A_GPU = "Speed on a GPU is not measured yet: there is no result file of one."
 INTRODUCTION = """# Performance
 
@@ -111,11 +115,37 @@ def _page(
             for name, path in pictures.items()
         }
         sections.append(device_section(device, by_device[device], sources, links, ends))
+    if (root / HOST_TIME).is_file():
+        sections.append(host_section(json.loads((root / HOST_TIME).read_text(encoding="utf-8"))))
     if warnings:
         sections.append(
             "## Skipped\n\n" + "\n".join(f"- {_without_folders(text, root)}" for text in warnings)
         )
     return "\n\n".join([INTRODUCTION, *sections]) + "\n", drawn
+
+
+def host_section(result: dict) -> str:
+    """Return the section about the time on the host, from what `python -m bench.host_time` wrote."""
+    before = result.get("before", {"rows": {}, "commit": None})
+    rows = []
+    for name, row in result["rows"].items():
+        old = before["rows"].get(name)
+        cells = [f"{old['empty_launches']:.1f}", f"{row['empty_launches'] / old['empty_launches']:.0%}"]
+        rows.append(
+            [name, f"{row['median_us']:.0f}", f"{row['empty_launches']:.1f}", *(cells if old else ["–", "–"])]
+        )
+    source = provenance(
+        f"bench/results/{HOST_TIME}", result["machine"], result["date"], result["versions"], result["commit"]
+    )
+    earlier = f" Before: commit {before['commit'][:12]}." if before["commit"] else ""
+    header = ["", "CPU time, µs", "in empty launches", "before", "of that"]
+    return (
+        "## Host time\n\n"
+        "What a process spends between a Python call and the driver, in thread CPU time, beside a stub "
+        "driver that accepts launches and computes nothing: no GPU was present. An empty launch is a kernel of "
+        "20 arguments that does nothing, through Triton's own `kernel[grid](…)`, in the same run.\n\n"
+        f"{markdown(header, rows)}\n\n{source}{earlier}"
+    )
 
 
 def readme_table(records: Sequence[Record]) -> str:
