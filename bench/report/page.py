@@ -142,8 +142,8 @@ def host_section(result: dict) -> str:
     return (
         "## Host time\n\n"
         "What a process spends between a Python call and the driver, in thread CPU time, beside a stub "
-        "driver that accepts launches and computes nothing: no GPU was present. An empty launch is a kernel of "
-        "20 arguments that does nothing, through Triton's own `kernel[grid](…)`, in the same run.\n\n"
+        "driver that accepts launches and computes nothing: no GPU was present. An empty launch is a kernel "
+        "of 20 arguments that does nothing, through Triton's own `kernel[grid](…)`, in the same run.\n\n"
         f"{markdown(header, rows)}\n\n{source}{earlier}"
     )
 

@@ -37,9 +37,9 @@ from .tile import (
     input_precision,
     keep_scale,
     keep_tile,
-    load,
     low_rank_step,
     offsets,
+    product,
     store,
     tile_start,
 )
@@ -88,12 +88,6 @@ def _expand_kernel(
     start_m, start_n = tile_start(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     index_m = start_m + tl.arange(0, BLOCK_M)
     index_n = start_n + tl.arange(0, BLOCK_N)
-    index_k = tl.arange(0, BLOCK_K)
-    in_m = (index_m < M)[:, None]
-    in_n = (index_n < N)[None, :]
-
-    P_ptrs = P_ptr + offsets(index_m, stride_P_m)[:, None] + offsets(index_k, stride_P_k)[None, :]
-    Q_ptrs = Q_ptr + offsets(index_k, stride_Q_k)[:, None] + offsets(index_n, stride_Q_n)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if DROPOUT:
         if WAIT:
@@ -122,17 +116,25 @@ def _expand_kernel(
             EMULATE_BF16=EMULATE_BF16,
         )
         acc = drop(acc, keep_tile(tl.load(seed_ptr), threshold, index_m, start_n, N, BLOCK_N)) * scale
-    for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            P = load(P_ptrs, in_m, EMULATE_BF16)
-            Q = load(Q_ptrs, in_n, EMULATE_BF16)
-        else:
-            in_k = index_k < K - start
-            P = load(P_ptrs, in_m & in_k[None, :], EMULATE_BF16)
-            Q = load(Q_ptrs, in_k[:, None] & in_n, EMULATE_BF16)
-        acc = tl.dot(P, Q, acc, input_precision=INPUT_PRECISION)
-        P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
-        Q_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_Q_k)
+    acc = product(
+        acc,
+        P_ptr,
+        Q_ptr,
+        index_m,
+        index_n,
+        M,
+        N,
+        K,
+        stride_P_m,
+        stride_P_k,
+        stride_Q_k,
+        stride_Q_n,
+        DTYPE,
+        BLOCK_K,
+        EVEN_K,
+        INPUT_PRECISION,
+        EMULATE_BF16,
+    )
 
     # After the main loop where that is possible: before it, the compiler no longer overlaps the products of
     # the loop.
@@ -167,7 +169,7 @@ def _expand_kernel(
         bias = tl.load(bias_ptr + index_n, mask=index_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     C_ptrs = C_ptr + offsets(index_m, stride_C_m)[:, None] + index_n[None, :]
-    store(C_ptrs, acc, in_m & in_n, EMULATE_BF16)
+    store(C_ptrs, acc, (index_m < M)[:, None] & (index_n < N)[None, :], EMULATE_BF16)
 
 
 _LAUNCHES = Launches()

@@ -44,6 +44,7 @@ from .tile import (
     halves,
     keep_tile,
     low_rank_step,
+    product_tma,
     round_as,
     tile_start,
 )
@@ -94,13 +95,7 @@ def _expand_tma_kernel(
         start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for start in range(0, K, BLOCK_K):
-            P = P_desc.load([start_m, start])
-            Q = Q_desc.load([start_n, start]).T if TRANSPOSED else Q_desc.load([start, start_n])
-            if EMULATE_BF16:
-                P = P.to(tl.float32)
-                Q = Q.to(tl.float32)
-            acc = tl.dot(P, Q, acc)
+        acc = product_tma(acc, P_desc, Q_desc, start_m, start_n, K, BLOCK_K, TRANSPOSED, EMULATE_BF16)
 
         if WAIT:
             gdc_wait()

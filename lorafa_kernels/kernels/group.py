@@ -48,6 +48,7 @@ from .tile import (
     load,
     low_rank_step,
     offsets,
+    product,
     round_as,
     store,
     sum_parts,
@@ -177,8 +178,6 @@ def _total_kernel(
     start_m, start_n = tile_start(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     index_m = start_m + tl.arange(0, BLOCK_M)
     index_n = start_n + tl.arange(0, BLOCK_N)
-    in_m = (index_m < M)[:, None]
-    in_n = (index_n < N)[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if DROPOUT:
@@ -209,24 +208,25 @@ def _total_kernel(
             seed = tl.load(seeds_ptr + seed_offsets[j])
             acc += drop(term, keep_tile(seed, thresholds[j], index_m, start_n, N, BLOCK_N)) * scales[j]
     for i in tl.static_range(len(P_ptrs)):
-        index_k = tl.arange(0, BLOCK_K)
-        P_tile = (
-            P_ptrs[i] + offsets(index_m, strides_P_m[i])[:, None] + offsets(index_k, strides_P_k[i])[None, :]
+        acc = product(
+            acc,
+            P_ptrs[i],
+            Q_ptrs[i],
+            index_m,
+            index_n,
+            M,
+            N,
+            widths[i],
+            strides_P_m[i],
+            strides_P_k[i],
+            strides_Q_k[i],
+            strides_Q_n[i],
+            DTYPE,
+            BLOCK_K,
+            EVEN_K,
+            INPUT_PRECISION,
+            EMULATE_BF16,
         )
-        Q_tile = (
-            Q_ptrs[i] + offsets(index_k, strides_Q_k[i])[:, None] + offsets(index_n, strides_Q_n[i])[None, :]
-        )
-        for start in range(0, widths[i], BLOCK_K):
-            if EVEN_K:
-                P = load(P_tile, in_m, EMULATE_BF16)
-                Q = load(Q_tile, in_n, EMULATE_BF16)
-            else:
-                in_k = index_k < widths[i] - start
-                P = load(P_tile, in_m & in_k[None, :], EMULATE_BF16)
-                Q = load(Q_tile, in_k[:, None] & in_n, EMULATE_BF16)
-            acc = tl.dot(P, round_as(Q, DTYPE, EMULATE_BF16), acc, input_precision=INPUT_PRECISION)
-            P_tile += offsets(tl.full((), BLOCK_K, tl.int64), strides_P_k[i])
-            Q_tile += offsets(tl.full((), BLOCK_K, tl.int64), strides_Q_k[i])
     # As in expand.py: after the main loops where that is possible.
     if not DROPOUT:
         for j in tl.static_range(len(L_ptrs)):
@@ -255,7 +255,7 @@ def _total_kernel(
             )
 
     C_tile = C_ptr + offsets(index_m, N)[:, None] + index_n[None, :]
-    store(C_tile, acc * scaling, in_m & in_n, EMULATE_BF16)
+    store(C_tile, acc * scaling, (index_m < M)[:, None] & (index_n < N)[None, :], EMULATE_BF16)
 
 
 @dataclass(frozen=True)

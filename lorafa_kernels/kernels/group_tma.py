@@ -28,6 +28,7 @@ from .tile import (
     halves,
     keep_tile,
     low_rank_step,
+    product_tma,
     round_as,
     tile_start,
 )
@@ -93,13 +94,9 @@ def _total_tma_kernel(
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for i in tl.static_range(MEMBERS):
-            for start in range(0, widths[i], BLOCK_K):
-                P = P_descs[i].load([start_m, start])
-                Q = Q_descs[i].load([start, start_n])
-                if EMULATE_BF16:
-                    P = P.to(tl.float32)
-                    Q = Q.to(tl.float32)
-                acc = tl.dot(P, Q, acc)
+            acc = product_tma(
+                acc, P_descs[i], Q_descs[i], start_m, start_n, widths[i], BLOCK_K, False, EMULATE_BF16
+            )
 
         if not DROPOUT:
             for j in tl.static_range(ADAPTERS):

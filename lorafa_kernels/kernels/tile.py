@@ -124,6 +124,69 @@ def tile_start(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 
 
 @triton.jit
+def product(
+    acc,
+    P_ptr,
+    Q_ptr,
+    index_m,
+    index_n,
+    M,
+    N,
+    K,
+    stride_P_m,
+    stride_P_k,
+    stride_Q_k,
+    stride_Q_n,
+    DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    """acc + P · Q for one tile, P (M, K) and Q (K, N) by pointers. EVEN_K: K is whole blocks."""
+    index_k = tl.arange(0, BLOCK_K)
+    in_m = (index_m < M)[:, None]
+    in_n = (index_n < N)[None, :]
+    P_ptrs = P_ptr + offsets(index_m, stride_P_m)[:, None] + offsets(index_k, stride_P_k)[None, :]
+    Q_ptrs = Q_ptr + offsets(index_k, stride_Q_k)[:, None] + offsets(index_n, stride_Q_n)[None, :]
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            P = load(P_ptrs, in_m, EMULATE_BF16)
+            Q = load(Q_ptrs, in_n, EMULATE_BF16)
+        else:
+            in_k = index_k < K - start
+            P = load(P_ptrs, in_m & in_k[None, :], EMULATE_BF16)
+            Q = load(Q_ptrs, in_k[:, None] & in_n, EMULATE_BF16)
+        acc = tl.dot(P, round_as(Q, DTYPE, EMULATE_BF16), acc, input_precision=INPUT_PRECISION)
+        P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
+        Q_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_Q_k)
+    return acc
+
+
+@triton.jit
+def product_tma(
+    acc,
+    P_desc,
+    Q_desc,
+    start_m,
+    start_n,
+    K,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    """acc + P · Q for one tile, P (M, K) and Q (K, N) by descriptors. TRANSPOSED: Q is stored (N, K)."""
+    for start in range(0, K, BLOCK_K):
+        P = P_desc.load([start_m, start])
+        Q = Q_desc.load([start_n, start]).T if TRANSPOSED else Q_desc.load([start, start_n])
+        if EMULATE_BF16:
+            P = P.to(tl.float32)
+            Q = Q.to(tl.float32)
+        acc = tl.dot(P, Q, acc)
+    return acc
+
+
+@triton.jit
 def low_rank_step(
     acc,
     L,  # (M, R) and F (R, N): descriptors with TMA, else pointers
