@@ -157,8 +157,8 @@ def test_fp32_products_are_tf32_only_on_request(quick):
 # What is undone, by which change of the sources, and what the gate says of it.
 MUTATIONS = {
     "one stage for K": (
-        "for start in range(0, K, BLOCK_K):",
-        "for start in tl.range(0, K, BLOCK_K, num_stages=1):",
+        "for start in range(0, K, BLOCK_K):\n        P = P_desc",
+        "for start in tl.range(0, K, BLOCK_K, num_stages=1):\n        P = P_desc",
         "in flight",
     ),
     "a product before the loop": (
@@ -230,7 +230,8 @@ def test_a_lost_property_fails_the_gate(tmp_path, cache):
         folder = folders[mutation] = tmp_path / mutation.replace(" ", "-")
         for package in ("lorafa_kernels", "bench"):
             shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-        files = [folder / "lorafa_kernels" / name for name in ("kernels/expand_tma.py", "plan/defaults.py")]
+        names = "kernels/expand_tma.py", "kernels/tile.py", "plan/defaults.py"
+        files = [folder / "lorafa_kernels" / name for name in names]
         changed = [file for file in files if before in file.read_text()]
         assert len(changed) == 1, mutation
         changed[0].write_text(changed[0].read_text().replace(before, after))
