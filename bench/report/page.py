@@ -38,6 +38,7 @@ from .reading import (
     size,
     status,
     time_cell,
+    wrapped,
 )
 from .sections import columns, device_section, rounds_text
 
@@ -121,7 +122,7 @@ def _page(
         sections.append(
             "## Skipped\n\n" + "\n".join(f"- {_without_folders(text, root)}" for text in warnings)
         )
-    return "\n\n".join([INTRODUCTION, *sections]) + "\n", drawn
+    return wrapped("\n\n".join([INTRODUCTION, *sections])) + "\n", drawn
 
 
 def host_section(result: dict) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from ..run.tree import fitting_commit, has_git
 
 Record = dict
 Row = dict
+# Columns of a page, as in every page of docs/.
+WIDTH = 110
 
 MODES = {
     "eager": "one layer",
@@ -205,6 +208,21 @@ def label_of(case: dict) -> str:
 
 def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def wrapped(text: str) -> str:
+    """Return Markdown with its paragraphs and items broken into lines of WIDTH; tables and links to pictures
+    stay as they are.
+    """
+    found = []
+    for line in text.split("\n"):
+        if len(line) > WIDTH and not line.startswith(("|", "#", "!")):
+            indent = "  " if line.startswith("- ") else ""
+            line = textwrap.fill(
+                line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+        found.append(line)
+    return "\n".join(found)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

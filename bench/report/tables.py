@@ -20,7 +20,7 @@ from ..run.shell import Parser, run_command, write_whole
 from ..run.stub import refuse_stub
 from .families import kept_table, memory_table
 from .page import readme_table
-from .reading import markdown, provenance
+from .reading import markdown, provenance, wrapped
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
@@ -135,7 +135,7 @@ TABLES = {
 def fill(text: str, name: str, table: str) -> str:
     """Return `text` with the table `name` replaced. Raises ValueError where its comments are missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    filled, count = pattern.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+    filled, count = pattern.subn(lambda match: f"{match[1]}{wrapped(table)}\n{match[2]}", text)
     if count != 1:
         raise ValueError(f"expected the comments of table {name!r} once, found them {count} times")
     return filled

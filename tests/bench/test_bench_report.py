@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -262,7 +263,8 @@ def write_run(
 def page_of(root: Path) -> str:
     page = root.parent / "docs" / "performance.md"
     report.write(root, page, page.parent / "plots")
-    return page.read_text(encoding="utf-8")
+    # A line a paragraph and item, however they are broken.
+    return re.sub(r"(?<=[^\n|])\n(?:  )?(?![\n|#!-])", " ", page.read_text(encoding="utf-8"))
 
 
 def change(records: list[dict], contender: str, **values) -> list[dict]:
