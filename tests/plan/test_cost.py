@@ -55,7 +55,7 @@ CASES = [
 @pytest.mark.parametrize(("op", "name", "options", "N", "R", "least", "most"), CASES)
 def test_estimates_of_the_designs(op, name, options, N, R, least, most):
     problem = Problem(op, torch.bfloat16, 8192, N, 4096, R)
-    cost = predict(recipe(name, R, **options), problem, HOPPER, CEILINGS, main_loop=1.0)
+    cost = predict(recipe(name, R, **options), problem, HOPPER, CEILINGS, main_loop={"tma": 1.0})
     extra = cost.device_us - frozen(problem, HOPPER, CEILINGS).device_us
     assert least <= extra <= most
 
