@@ -241,13 +241,10 @@ class _Model:
             # With PDL the launch overlaps the last kernel before it, whose work is mostly hidden: not where a
             # mask takes the registers that it needs.
             variant = configs["expand"].variant
-            product = self.expand(configs["expand"], main_loop)
             if before and variant == "tma" and recipe.kernels.pdl and self.limits.dependent_launch:
                 masked = drops(self.problem, "expand", configs["expand"])
-                device -= GAP_US + (
-                    0.0 if masked else min(product, self.hidden(before[-1], names[-2], configs))
-                )
-            device += product
+                device -= GAP_US + (0.0 if masked else self.hidden(before[-1], names[-2], configs))
+            device += self.expand(configs["expand"], main_loop)
         return Cost(device, OPERATOR_US + self.launches_us(configs, names))
 
     def before_expand(self, configs: Mapping[str, KernelConfig], names: tuple[str, ...]) -> list[float]:
