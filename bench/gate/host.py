@@ -4,8 +4,9 @@
 
 Every operation is called beside a stub driver (tests/stub_gpu), which accepts launches and computes nothing,
 and so is an empty kernel of 20 arguments, through Triton's own `kernel[grid](…)`: an operation's time is
-given in such launches too, a ratio within one run. Thread CPU time of one thread, in rounds that take turns;
-what the driver and the device need is in none of it. The time of Python on one processor: on another one the
+given in such launches too, a ratio within one run. The model of the cost (plan/cost.py) has its host times
+from the launches and operations by themselves. Thread CPU time of one thread, in rounds that take turns; what
+the driver and the device need is in none of it. The time of Python on one processor: on another one the
 microseconds differ, the ratios less.
 """
 
@@ -29,6 +30,8 @@ EMPTY = "an empty kernel of 20 arguments"
 K = N = 512
 RANK = 16
 FEW, MANY = 1, 256
+# So many rows that no contraction is cut: shrink is one launch.
+WHOLE = 1024
 CALLS = 20
 
 
@@ -60,6 +63,7 @@ def subjects() -> dict[str, Callable[[], object]]:
             outputs, (x, *trained), dys, retain_graph=True
         )
 
+    found |= pieces(weight, lora_A, lora_B.detach())
     for M in (FEW, MANY):
         x = zeros(M, K, dtype=bf16, requires_grad=True)
         layer = lambda x: lorafa_linear(x, weight, lora_A, lora_B, impl="triton")  # noqa: E731
@@ -75,6 +79,32 @@ def subjects() -> dict[str, Callable[[], object]]:
     for call in found.values():
         call()
     return found
+
+
+def pieces(weight, lora_A, lora_B) -> dict[str, Callable[[], object]]:
+    """Return a layer's launches, each with the tensor that it fills, and its operations without autograd."""
+    import torch
+
+    from lorafa_kernels.kernels.expand import expand
+    from lorafa_kernels.kernels.shrink import shrink
+    from lorafa_kernels.linear import ops
+    from lorafa_kernels.plan.choice import choose_plan
+
+    x, z = (torch.zeros(WHOLE, size, dtype=weight.dtype) for size in (K, RANK))
+    dy = torch.zeros(WHOLE, N, dtype=weight.dtype)
+    plan = choose_plan("triton", "forward", x.device, x.dtype, WHOLE, N, K, RANK, False).kernels
+    down, base, up = lora_A.t(), weight.t(), lora_B.t()
+    both = {"config": plan.expand, "unaligned": plan.expand_unaligned}
+    return {
+        "shrink, one launch": lambda: shrink(x, down, 1.0, config=plan.shrink),
+        "expand by descriptors, one launch": lambda: expand(x, base, z, up, **both),
+        "forward of a layer, the operation, two launches": lambda: ops.forward(
+            x, weight, lora_A, lora_B, None, 1.0, "triton"
+        ),
+        "backward of a layer, the operation, three launches": lambda: ops.backward(
+            dy, z, weight, lora_A, lora_B, 1.0, "triton"
+        ),
+    }
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
@@ -133,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     for name, row in rows.items():
-        print(f"{name:40s} {row['median_us']:8.1f} us {row['empty_launches']:7.2f} empty launches")
+        print(f"{name:52s} {row['median_us']:8.1f} us {row['empty_launches']:7.2f} empty launches")
     if options.before:
         before = json.loads(options.before.read_text(encoding="utf-8"))
         # What that one was compared with goes on to be compared with.

@@ -36,7 +36,7 @@ from ..nn.explain import DEFAULT_M, describe_limits, describe_plan, explain
 from ..norm import FORMS
 from ..plan.choice import choose, planned_device, triton_obstacle
 from ..plan.pin import PLAN_VARIABLE
-from ..plan.tables import CACHE_VARIABLE, cache_path, shipped_table, user_table
+from ..plan.tables import CACHE_VARIABLE, cache_path, measured_main_loop, shipped_table, user_table
 from .blocks import BLOCKS, block_results, draw_block, norm_results, plain_block, plain_norm
 from .budget import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 
@@ -390,6 +390,11 @@ def _describe_tables(device: torch.device) -> list[str]:
     for name, table in (("user cache", user_table(planned)), ("shipped table", shipped_table(planned))):
         entries = "none" if table is None else f"{len(table.entries)} entries, Triton {table.triton}"
         lines.append(f"{name}: {entries}")
+    shares = [
+        f"{share:.2f} of the library's rate ({variant}, {words})"
+        for variant, (share, words) in measured_main_loop(planned).items()
+    ]
+    lines.append(f"expand's main loop: {', '.join(shares) or 'assumed, tune measures it'}")
     path = cache_path(planned)
     lines[0] += f" ({path if path else f'no home folder, and no {CACHE_VARIABLE}'})"
     return lines

@@ -206,6 +206,9 @@ def describe_plan(op: str, planned: Planned) -> list[str]:
     if plan.predicted:
         times = "; ".join(f"{name} {us:.1f} us" for name, us in plan.predicted)
         lines.append(f"predicted: {times}")
+    if plan.main_loop:
+        share, words = plan.main_loop
+        lines.append(f"expand's main loop: at {share:.2f} of the library's rate ({words})")
     lines += [f"{name} blocks: {_describe_config(config)}" for name, config in planned.configs.items()]
     return lines
 

@@ -10,7 +10,11 @@ device can do.
 
 Pure functions of shapes, configurations and a table of published device figures, for choosing a plan where
 nothing was measured, and to be held against measurements. Everything is an estimate, in microseconds. The
-host's time for the launches counts where it exceeds the device's: with few rows the launches are the cost.
+host's time for the operation counts where it exceeds the device's: with few rows the launches are the cost.
+The Python of a layer and of autograd is the same for every plan and left out.
+
+One number decides most and is measured first on a device: the rate of expand over that of the library's
+product (MAIN_LOOP_SHARE has it where nothing was measured).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from ..philox import CHUNK, COLUMNS_PER_CALL
 from .config import DeviceLimits, KernelConfig, row_chunks, split_size
@@ -42,18 +47,26 @@ SKINNY_SHARE = 0.75
 ACCUMULATE_SHARE = 0.35
 # Share of the partial sums' bytes that come from memory when they are read back, not from L2 (estimate).
 READ_BACK_SHARE = 0.25
-# How many times its equal part of the copy rate one multiprocessor draws when the others are idle (estimate).
-LONE_BLOCK_RATE = 3.0
-# Rate of expand's main loop over that of the library's product, by variant (estimate).
-MAIN_LOOP_SHARE = {"tma": 0.97, "portable": 0.95, "recompute": 0.9}
+# How many times its equal part of the copy rate one multiprocessor draws when the others are idle (estimate:
+# 16 KB in flight at a latency of 0.65 µs are 25 GB/s, an equal part is 23 on an H100).
+LONE_BLOCK_RATE = 1.0
+# Rate of expand's main loop over that of the library's product, by variant. tma (published: Triton's Gluon
+# tutorial 07, products not overlapped from tile to tile reach 609 to 630 TFLOP/s beside cuBLAS's 646, H100).
+# portable, recompute (estimate).
+MAIN_LOOP_SHARE = {"tma": 0.96, "portable": 0.95, "recompute": 0.9}
 # The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
 PORTABLE_SHARE_ON_HOPPER = 0.85
-# Host microseconds of a Triton launch: 5.7 without an argument, 13 with 19 (published: Triton's issues).
-TRITON_LAUNCH_US = 12.0
+# Host microseconds of a repeated Triton launch and the tensor that it fills, by pointers and with descriptors
+# (measured: python -m bench.host_time, beside a stub driver; fitted to its launches and operations).
+TRITON_LAUNCH_US = 13.0
+DESCRIPTOR_LAUNCH_US = 15.0
+# Host microseconds that the driver takes for a launch, which a stub driver does not (estimate).
+DRIVER_US = 2.5
 # Host microseconds of a library product (estimate).
 LIBRARY_CALL_US = 5.0
-# Host microseconds of an operator around Triton kernels (estimate).
-OPERATOR_US = 8.0
+# Host microseconds of an operation around its launches: the choice of the implementation and of the plan
+# (measured: python -m bench.host_time, beside a stub driver; fitted as the launches).
+OPERATOR_US = 15.0
 # Instructions of Philox for an element where one call serves four (counted: ten rounds of philox.py).
 PHILOX_INSTRUCTIONS = 24
 # Calls of torch that philox.py makes for a chunk (counted).
@@ -63,6 +76,10 @@ PHILOX_CALLS = 115
 PHILOX_BYTES = 2000
 # Rows and columns of a library product's block, by which it fills the device or not (estimate).
 ROW_BLOCK = 64
+
+
+# No share was measured.
+ASSUMED: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -157,16 +174,30 @@ def predict(
     problem: Problem,
     limits: DeviceLimits,
     reached: Ceilings,
-    main_loop: float | None = None,
+    main_loop: Mapping[str, float] = ASSUMED,
 ) -> Cost:
     """Predict the time of `recipe` for `problem`.
 
-    main_loop: rate of expand's main loop over the library's product, instead of the one assumed.
+    main_loop: by variant of expand, the rate of its main loop over that of the library's 16-bit product as it
+    was measured; for others the one assumed.
     """
     model = _Model(problem, limits, reached)
     if recipe.name == "library":
         return model.library(recipe)
     return model.fused(recipe, main_loop)
+
+
+def main_loop_share(
+    variant: str, itemsize: int, limits: DeviceLimits, measured: Mapping[str, float] = ASSUMED
+) -> float:
+    """Return the rate of expand's main loop over that of the library's product: `measured` by variant for
+    16-bit operands, else the one assumed.
+    """
+    if itemsize <= 2 and variant in measured:
+        return measured[variant]
+    if variant != "tma" and limits.family in ("hopper", "blackwell") and itemsize <= 2:
+        return PORTABLE_SHARE_ON_HOPPER
+    return MAIN_LOOP_SHARE[variant]
 
 
 def frozen(problem: Problem, limits: DeviceLimits, reached: Ceilings) -> Cost:
@@ -204,7 +235,7 @@ class _Model:
         self.reached = reached
         self.itemsize = problem.dtype.itemsize
 
-    def fused(self, recipe: Recipe, main_loop: float | None) -> Cost:
+    def fused(self, recipe: Recipe, main_loop: Mapping[str, float]) -> Cost:
         configs = kernel_configs(recipe, self.problem, self.limits)
         names = launches(recipe, self.problem, self.limits)
         before = self.before_expand(configs, names)
@@ -215,7 +246,9 @@ class _Model:
             variant = configs["expand"].variant
             if before and variant == "tma" and recipe.kernels.pdl and self.limits.dependent_launch:
                 masked = drops(self.problem, "expand", configs["expand"])
-                device -= GAP_US + (0.0 if masked else (1 - NOT_HIDDEN) * before[-1])
+                device -= GAP_US + (
+                    0.0 if masked else self.hidden(before[-1], names[names.index("expand") - 1], configs)
+                )
             device += self.expand(configs["expand"], main_loop)
         if runs_beside(recipe, self.problem.op):
             # Beside expand where the device can, else behind it.
@@ -223,7 +256,7 @@ class _Model:
             shows = SHOWS_BESIDE if self.limits.dependent_launch else 1.0
             device += shows * parts[0]
             device += GAP_US + parts[1] if "grad_sum" in names else 0.0
-        return Cost(device, OPERATOR_US + TRITON_LAUNCH_US * len(names))
+        return Cost(device, OPERATOR_US + self.launches_us(configs, names))
 
     def before_expand(self, configs: Mapping[str, KernelConfig], names: tuple[str, ...]) -> list[float]:
         """The kernels in `names` that come before expand. Without the gaps."""
@@ -236,19 +269,27 @@ class _Model:
             found += parts if "shrink_sum" in names else parts[:1]
         return found
 
+    def hidden(self, us: float, name: str, configs: Mapping[str, KernelConfig]) -> float:
+        """What does not show of `us`, the time of the kernel `name` whose work expand overlaps.
+
+        A shrink of few blocks takes long because it waits for memory, and leaves the rate to the product.
+        """
+        drawn = self.drawn(self.shrink_blocks(configs["shrink"])) if name == "shrink" else 1.0
+        return (1 - NOT_HIDDEN * drawn) * us
+
     def library(self, recipe: Recipe) -> Cost:
         p = self.problem
         rows_in = self.library_skinny(p.width)
         if p.op == "backward_lora_B":
-            return Cost(rows_in, LIBRARY_CALL_US)
+            return Cost(rows_in, OPERATOR_US + LIBRARY_CALL_US)
         low_rank = GAP_US + self.bytes_us(p.M * p.out_width + (p.M + p.out_width) * p.R)
         accumulate = self.product() + ACCUMULATE_SHARE * self.bytes_us(p.M * p.out_width)
-        device, host = rows_in + low_rank + accumulate, 3 * LIBRARY_CALL_US
+        device, host = rows_in + low_rank + accumulate, OPERATOR_US + 3 * LIBRARY_CALL_US
         if p.op == "backward" and recipe.kernels.one_pass:
-            config = kernel_configs(recipe, p, self.limits)["grad"]
-            parts = self.grad(config, makes_dz=True)
+            configs = kernel_configs(recipe, p, self.limits)
+            parts = self.grad(configs["grad"], makes_dz=True)
             device += sum(parts) + GAP_US * len(parts) - rows_in
-            host += OPERATOR_US + 2 * TRITON_LAUNCH_US - LIBRARY_CALL_US
+            host += self.launches_us(configs, launches(recipe, p, self.limits)) - LIBRARY_CALL_US
         elif p.op == "backward":
             device += rows_in
             host += LIBRARY_CALL_US
@@ -273,7 +314,7 @@ class _Model:
         arithmetic = flops / (self.reached.flops_per_us(self.itemsize) * self.fill(blocks))
         return GAP_US + max(arithmetic, self.bytes_us(self.product_elements()))
 
-    def expand(self, config: KernelConfig, main_loop: float | None) -> float:
+    def expand(self, config: KernelConfig, main_loop: Mapping[str, float]) -> float:
         """The fused product: its rank-R step, and z made again in every column of blocks if recomputed."""
         p = self.problem
         blocks_m, blocks_n = _ceil(p.M, config.BLOCK_M), _ceil(p.out_width, config.BLOCK_N)
@@ -283,13 +324,13 @@ class _Model:
         if config.variant == "recompute":
             flops += 2 * blocks_m * config.BLOCK_M * blocks_n * p.width * R
             elements += p.width * p.R
-        share = self.main_loop(config.variant) if main_loop is None else main_loop
+        share = main_loop_share(config.variant, self.itemsize, self.limits, main_loop)
         fill = self.fill(blocks_m * blocks_n)
         if p.M >= config.BLOCK_M * 8:
             # Many rows: a rest of the last block is not what decides.
             flops = flops * p.M / (blocks_m * config.BLOCK_M)
         arithmetic = flops / (self.reached.flops_per_us(self.itemsize) * share * fill)
-        drawn = min(1.0, LONE_BLOCK_RATE * fill)
+        drawn = self.drawn(blocks_m * blocks_n)
         times = blocks_n if config.variant == "recompute" and p.op == "forward" else 1
         mask = times * self.philox_us() if drops(p, "expand", config) else 0.0
         return GAP_US + max(arithmetic, self.bytes_us(elements) / drawn) + mask
@@ -298,14 +339,18 @@ class _Model:
         """One pass over x or dy, and the sum of its parts. Without the gaps."""
         p = self.problem
         splits = _ceil(p.width, split_size(config, p.width))
-        blocks = _ceil(p.M, config.BLOCK_M) * _ceil(p.R, config.BLOCK_R) * splits
-        drawn = min(1.0, LONE_BLOCK_RATE * self.fill(blocks))
+        drawn = self.drawn(self.shrink_blocks(config))
         elements = p.M * p.width + p.width * p.R + p.M * p.R
         arithmetic = 2 * p.M * p.width * p.R / self.reached.flops_per_us(self.itemsize)
         mask = self.philox_us() if drops(p, "shrink", config) else 0.0
         pass_us = max(arithmetic, self.bytes_us(elements) / drawn) + mask
         written = 4 * splits * p.M * p.R / self.reached.bytes_per_us if splits > 1 else 0.0
         return [pass_us + written, READ_BACK_SHARE * written]
+
+    def shrink_blocks(self, config: KernelConfig) -> int:
+        p = self.problem
+        splits = _ceil(p.width, split_size(config, p.width))
+        return _ceil(p.M, config.BLOCK_M) * _ceil(p.R, config.BLOCK_R) * splits
 
     def grad(self, config: KernelConfig, makes_dz: bool) -> list[float]:
         """The pass over dy and the sum of its parts. Without the gaps."""
@@ -314,7 +359,7 @@ class _Model:
         chunks = row_chunks(config, self.limits, p.M, max(1, p.N))
         parts = 4 * ((chunks * p.N * p.R if chunks > 1 else 0) + (strips * p.M * p.R if makes_dz else 0))
         rank_blocks = _ceil(p.R, config.BLOCK_R)
-        drawn = min(1.0, LONE_BLOCK_RATE * self.fill(strips * chunks * rank_blocks))
+        drawn = self.drawn(strips * chunks * rank_blocks)
         elements = p.M * p.N * rank_blocks + p.M * p.R + p.N * p.R
         arithmetic = (4 if makes_dz else 2) * p.M * p.N * p.R / self.reached.flops_per_us(self.itemsize)
         pass_us = max(arithmetic, self.bytes_us(elements) / drawn)
@@ -339,10 +384,15 @@ class _Model:
         """The share of the multiprocessors that have a block; a last, partial round is not counted."""
         return min(1.0, max(1, blocks) / self.limits.num_sms)
 
-    def main_loop(self, variant: str) -> float:
-        if variant != "tma" and self.limits.family in ("hopper", "blackwell") and self.itemsize <= 2:
-            return PORTABLE_SHARE_ON_HOPPER
-        return MAIN_LOOP_SHARE[variant]
+    def drawn(self, blocks: int) -> float:
+        """The share of the copy rate that so many blocks draw."""
+        return min(1.0, LONE_BLOCK_RATE * self.fill(blocks))
+
+    def launches_us(self, configs: Mapping[str, KernelConfig], names: tuple[str, ...]) -> float:
+        """The host's time for launching the kernels in `names`."""
+        by_descriptors = sum(name in names and config.variant == "tma" for name, config in configs.items())
+        by_pointers = len(names) - by_descriptors
+        return TRITON_LAUNCH_US * by_pointers + DESCRIPTOR_LAUNCH_US * by_descriptors + DRIVER_US * len(names)
 
     def philox_us(self) -> float:
         """keep once, in a kernel."""

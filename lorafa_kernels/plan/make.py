@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .config import KernelPlan
-from .cost import ceilings, predict
+from .cost import ceilings, main_loop_share, predict
 from .kernels import KernelConfigs, all_configs
 from .pin import Pin
 from .recipe import NAMES, Device, Problem, Recipe, describe, heuristic_config, obstacle
-from .tables import Measured, Table, key_of, shipped_table, user_table
+from .tables import Measured, Table, key_of, measured_main_loop, shipped_table, user_table
 
 SOURCES = ("pinned", "user cache", "table", "heuristic")
 
@@ -26,7 +26,8 @@ class Plan:
 
     kernels: the configuration of every kernel that it may launch. predicted: what the model of the cost says
     of this recipe and of those it was preferred to, by their descriptions, in microseconds; this one first.
-    Empty under Triton's interpreter.
+    Empty under Triton's interpreter. main_loop: what they take for the rate of expand's main loop over that
+    of the library's product, and where that is from; None where nothing is predicted or no expand could run.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Plan:
     reason: str
     kernels: KernelConfigs
     predicted: tuple[tuple[str, float], ...] = ()
+    main_loop: tuple[float, str] | None = None
 
     @property
     def name(self) -> str:
@@ -136,7 +138,8 @@ def _heuristic(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan
         return _plan(found[0], "heuristic", reason, problem, device)
     able = [recipe for recipe in found if obstacle(recipe, problem, device.limits) is None]
     # A device with too little shared memory for any kernel is not one that a heuristic should refuse.
-    times = {recipe: predict(recipe, problem, device.limits, reached).us for recipe in able or found}
+    shares = measured_shares(device)
+    times = {recipe: predict(recipe, problem, device.limits, reached, shares).us for recipe in able or found}
     ranked = sorted(times, key=times.__getitem__)
     predicted = tuple((describe(recipe, problem.op), times[recipe]) for recipe in ranked)
     reason = f"least predicted time, {reached.source}"
@@ -152,7 +155,23 @@ def _plan(
     predicted: tuple[tuple[str, float], ...] = (),
 ) -> Plan:
     kernels = all_configs(recipe.kernels, problem, device.limits)
-    return Plan(problem.op, recipe, source, reason, kernels, predicted)
+    main_loop = None
+    if predicted and problem.op != "backward_lora_B":
+        main_loop = _main_loop(kernels.expand.variant, problem, device)
+    return Plan(problem.op, recipe, source, reason, kernels, predicted, main_loop)
+
+
+def measured_shares(device: Device) -> dict[str, float]:
+    """Return what predict() takes as `main_loop` for a device."""
+    return {variant: share for variant, (share, _) in measured_main_loop(device).items()}
+
+
+def _main_loop(variant: str, problem: Problem, device: Device) -> tuple[float, str]:
+    itemsize, measured = problem.dtype.itemsize, measured_main_loop(device)
+    share = main_loop_share(variant, itemsize, device.limits, measured_shares(device))
+    # Nothing but 16-bit operands was measured.
+    words = measured[variant][1] if itemsize <= 2 and variant in measured else "assumed"
+    return share, words
 
 
 def _predictions(
@@ -161,8 +180,9 @@ def _predictions(
     reached = ceilings(device.name, device.limits)
     if reached is None:
         return ()
+    shares = measured_shares(device)
     return tuple(
-        (describe(one, problem.op), predict(one, problem, device.limits, reached).us)
+        (describe(one, problem.op), predict(one, problem, device.limits, reached, shares).us)
         for one in (recipe, *others)
     )
 

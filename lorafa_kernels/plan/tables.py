@@ -3,7 +3,8 @@
 A table is a JSON file for one device:
 
     {"format": 1, "device": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0", "lorafa_kernels": "0.1.0",
-     "commit": "…" or null, "date": "…", "entries": [ENTRY, …]}
+     "commit": "…" or null, "date": "…", "measured": {"main_loop_share": {"tma": 0.93}},
+     "entries": [ENTRY, …]}
 
     ENTRY  {"op": "forward", "dtype": "bfloat16", "K": 4096, "N": 14336, "rank": 16, "rows": 8192,
             "dropout": false, "plans": [PLAN, …]}
@@ -12,10 +13,13 @@ A table is a JSON file for one device:
 
 One entry for a problem's bucket: rank is the rank rounded up to a power of two, at least 16; rows is M
 rounded to the nearest power of two. It holds the fastest plan of each name, with the medians that were
-measured; what decides is the larger of both times. Shipped tables lie in measured/, named after the device;
-the user's in ~/.cache/lorafa_kernels (XDG_CACHE_HOME instead of ~/.cache where it is set), or where
-LORAFA_KERNELS_CACHE says, named after device and Triton's version. A user without a home has none. A file
-that is damaged or not for this device and Triton is ignored, with a warning that names it.
+measured; what decides is the larger of both times. main_loop_share, which need not be there, is for the model
+of the cost: by variant of expand, the rate of its main loop over that of the library's product.
+
+Shipped tables lie in measured/, named after the device; the user's in ~/.cache/lorafa_kernels (XDG_CACHE_HOME
+instead of ~/.cache where it is set), or where LORAFA_KERNELS_CACHE says, named after device and Triton's
+version. A user without a home has none. A file that is damaged or not for this device and Triton is ignored,
+with a warning that names it; where only its field measured is damaged, that field is.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import one_writer, read_json, replace_file, shown
+from .config import VARIANTS
+from .cost import ASSUMED
 from .recipe import OPERATIONS, Device, Problem, Recipe, obstacle, recipe_from_json, recipe_to_json
 
 FORMAT = 1
@@ -44,6 +50,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Larger sizes, and times in microseconds (11 days), are no measurements.
 MOST_SIZE = 1 << 40
 MOST_US = 1e12
+# No kernel is that much faster than the library's product: such a share is a fault of the measurement.
+MOST_SHARE = 2.0
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """What a file holds. `about` has its other fields: versions, commit, date."""
+    """What a file holds.
+
+    about: its other fields: versions, commit, date. main_loop: the measured shares by variant of expand.
+    ignored: what is wrong with the file's field `measured`, which then counts as missing.
+    """
 
     device: str
     triton: str
     entries: tuple[Entry, ...]
     about: tuple[tuple[str, str | None], ...] = ()
+    main_loop: tuple[tuple[str, float], ...] = ()
+    ignored: str | None = None
 
     @functools.cached_property
     def by_key(self) -> dict[Key, Entry]:
@@ -144,6 +158,20 @@ def shipped_table(device: Device) -> Table | None:
     return _table(shipped_path(device), device.name, None)
 
 
+def measured_main_loop(device: Device) -> dict[str, tuple[float, str]]:
+    """Return by variant of expand the measured rate of its main loop over that of the library's product, and
+    where it is from in words: the user's table, else the shipped one.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    for words, table in (
+        ("measured on a device of this name", shipped_table(device)),
+        ("measured on this device", user_table(device)),
+    ):
+        if table is not None:
+            found.update((variant, (share, words)) for variant, share in table.main_loop)
+    return found
+
+
 def forget() -> None:
     """Read files again when they are needed next."""
     _table.cache_clear()
@@ -163,6 +191,8 @@ def _table(path: Path, device: str, triton: str | None) -> Table | None:
     except (OSError, ValueError) as error:
         warnings.warn(f"{path} is ignored: {error}", stacklevel=2)
         return None
+    if table.ignored:
+        warnings.warn(f"the field measured of {path} is ignored: {table.ignored}", stacklevel=2)
     return table
 
 
@@ -181,7 +211,7 @@ def read_table(path: Path, stub: bool = False) -> Table:
         raise ValueError("its fields device and triton must both be text")
     if not stub and (found.get("stub") or device.startswith(STUB)):
         raise ValueError("it was made with a stub driver, which computes nothing: its times mean nothing")
-    rest = {name: value for name, value in found.items() if name not in ("format", "entries")}
+    rest = {name: value for name, value in found.items() if name not in ("format", "entries", "measured")}
     about = tuple(
         (name, value if value is None or isinstance(value, str) else shown(value))
         for name, value in sorted(rest.items())
@@ -193,13 +223,22 @@ def read_table(path: Path, stub: bool = False) -> Table:
         except ValueError as error:
             raise ValueError(f"entry {index}: {error}") from error
         read[entry.key] = entry
-    return Table(device, triton, tuple(read.values()), about)
+    try:
+        shares, ignored = _shares_from_json(found.get("measured", {})), None
+    except ValueError as error:
+        shares, ignored = {}, str(error)
+    return Table(device, triton, tuple(read.values()), about, tuple(shares.items()), ignored)
 
 
 def update_table(
-    path: Path, device: Device, entries: Iterable[Entry], about: Mapping[str, str | None]
+    path: Path,
+    device: Device,
+    entries: Iterable[Entry],
+    about: Mapping[str, str | None],
+    main_loop: Mapping[str, float] = ASSUMED,
 ) -> None:
-    """Write `entries` into the table at `path`, beside those of other keys that are there already.
+    """Write `entries`, and the shares of `main_loop` by variant of expand, into the table at `path`, beside
+    those of other keys and variants that are there already.
 
     All of it is written, or, after an error or Ctrl-C, the previous file is untouched. Several processes and
     threads can do so at once. A damaged or foreign file is replaced. Raises OSError where it cannot be
@@ -208,13 +247,15 @@ def update_table(
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_writer(path):
         kept: dict[Key, Entry] = {}
+        shares: dict[str, float] = {}
         try:
             old = read_table(path, stub=device.name.startswith(STUB))
             if (old.device, old.triton) == (device.name, device.triton):
-                kept = dict(old.by_key)
+                kept, shares = dict(old.by_key), dict(old.main_loop)
         except (OSError, ValueError):
             pass
         kept.update((entry.key, entry) for entry in entries)
+        shares.update(main_loop)
         found = {
             "format": FORMAT,
             "device": device.name,
@@ -222,6 +263,7 @@ def update_table(
             **about,
             **({"stub": True} if device.name.startswith(STUB) else {}),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **({"measured": {"main_loop_share": _rounded(shares)}} if shares else {}),
             "entries": [_entry_to_json(kept[key]) for key in sorted(kept, key=repr)],
         }
         replace_file(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
@@ -231,6 +273,30 @@ def update_table(
 def fits(entry: Entry, problem: Problem, device: Device) -> bool:
     """Whether every plan of an entry can run for `problem` on the device."""
     return all(obstacle(one.recipe, problem, device.limits) is None for one in entry.plans)
+
+
+def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
+    return {variant: float(f"{shares[variant]:.4g}") for variant in sorted(shares)}
+
+
+def _shares_from_json(value: object) -> dict[str, float]:
+    """Read the field `measured`. What it names beside the shares, and variants of other versions, is no
+    error.
+    """
+    shares = value.get("main_loop_share", {}) if isinstance(value, dict) else None
+    if not isinstance(shares, dict):
+        raise ValueError(f"it must be an object of objects, got {shown(value)}")
+    found = {}
+    for variant in VARIANTS:
+        if variant in shares:
+            share = shares[variant]
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= MOST_SHARE:
+                raise ValueError(
+                    f"main_loop_share of {variant} must be a number above 0, at most {MOST_SHARE:g}, not "
+                    f"{shown(share)}"
+                )
+            found[variant] = float(share)
+    return found
 
 
 def _entry_from_json(value: object) -> Entry:

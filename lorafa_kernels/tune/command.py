@@ -12,11 +12,12 @@ import torch
 
 from .. import __version__
 from ..command_line import FAILED, MOST_SIZE_TEXT, USAGE_ERROR, brief, count, one_line
-from ..plan.choice import planned_device, triton_obstacle
+from ..plan.choice import forget_plans, planned_device, triton_obstacle
 from ..plan.recipe import Device, Problem, describe
-from ..plan.tables import CACHE_VARIABLE, SHIPPED, STUB, cache_path
+from ..plan.tables import CACHE_VARIABLE, SHIPPED, STUB, cache_path, update_table
 from .models import MODELS, distinct_shapes
 from .search import OUTPUTS, EventTimer, Result, Timer, tune
+from .share import MainLoop, measure_main_loop
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = (512, 2048, 8192)
@@ -30,9 +31,11 @@ def add_command(subparsers) -> None:
         help="find the fastest kernels and block sizes for this GPU by timing them",
         description="Time the ways to compute a layer's forward and backward on this GPU (this library's "
         "kernels or PyTorch's matrix products, with different block sizes) and keep the fastest in the "
-        "user's cache. Later runs with impl='auto' (the default) or impl='triton' use them. Every candidate "
-        "is checked against fp64 before it is timed. Ctrl-C keeps what was found so far. Exit code: 0 on "
-        "success, 1 if the measuring fails, 2 if there is no GPU to tune for or no file to write.",
+        "user's cache; before that, how fast the kernel of the large product is beside PyTorch's, by which "
+        "plans of other sizes are chosen. Later runs with impl='auto' (the default) or impl='triton' use "
+        "them. Every candidate is checked against fp64 before it is timed. Ctrl-C keeps what was found so "
+        "far. Exit code: 0 on success, 1 if the measuring fails, 2 if there is no GPU to tune for or no file "
+        "to write.",
     )
     parser.add_argument(
         "--model",
@@ -136,13 +139,16 @@ def beside_tables(out: Path | None, device: Device) -> bool:
 def search(
     problems: list[Problem], device: torch.device, timer: Timer, path: Path, budget_s: float = math.inf
 ) -> int:
-    """Tune `problems` with a progress bar, print a table of the fastest plans, return the exit code."""
+    """Measure the rate of expand, tune `problems` with a progress bar, print a table of the fastest plans,
+    return the exit code.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
     about = {"torch": torch.__version__, "lorafa_kernels": __version__, "commit": None}
     found: list[Result] = []
+    main_loop: MainLoop | None = None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console) as bar:
@@ -152,7 +158,22 @@ def search(
                 problem = problems[min(len(found), len(problems) - 1)]
                 bar.update(task, description=f"{_title(problem)}: {text}")
 
-            results = tune(problems, device, timer, path, about=about, budget_s=budget_s, progress=progress)
+            # First: predictions of plans that no search has reached yet follow it.
+            main_loop = measure_main_loop(device, timer, progress)
+            if main_loop.shares:
+                update_table(path, planned_device(device), (), about, main_loop.shares)
+                forget_plans()
+            console.print(str(main_loop), markup=False, highlight=False, soft_wrap=True)
+            results = tune(
+                problems,
+                device,
+                timer,
+                path,
+                about=about,
+                budget_s=budget_s,
+                progress=progress,
+                main_loop=main_loop.shares,
+            )
             for result in results:
                 found.append(result)
                 bar.advance(task)
@@ -165,6 +186,8 @@ def search(
         if found:
             _print_table(console, found)
             console.print(f"fastest plans written to {path}", soft_wrap=True)
+        elif main_loop and main_loop.shares:
+            console.print(f"expand's rate written to {path}", soft_wrap=True)
     return 0
 
 

@@ -31,7 +31,7 @@ from ..linear import ops
 from ..operands import draw_seed
 from ..plan.choice import forget_plans, planned_device
 from ..plan.config import KernelConfig
-from ..plan.cost import ceilings, predict
+from ..plan.cost import ASSUMED, ceilings, predict
 from ..plan.make import candidates
 from ..plan.pin import make_pin, pin_plan
 from ..plan.recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
@@ -148,11 +148,13 @@ def tune(
     about: Mapping[str, str | None],
     budget_s: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
+    main_loop: Mapping[str, float] = ASSUMED,
 ) -> Iterator[Result]:
     """Find the fastest plans of each problem, write them into the table at `path`, and yield what was found.
 
     The rest of the budget is shared evenly among the remaining problems. The plans with default
-    configurations are always timed, even past the budget. Raises RuntimeError if no plan can run for a
+    configurations are always timed, even past the budget. main_loop: what predictions take for expand's rate,
+    as in plan/cost.py. Raises RuntimeError if no plan can run for a
     problem, OSError if the table cannot be written.
     """
     target = planned_device(device)
@@ -160,7 +162,7 @@ def tune(
     for index, problem in enumerate(problems):
         left = end - time.monotonic()
         deadline = time.monotonic() + left / (len(problems) - index)
-        result = Search(problem, device, target, timer, progress).run(deadline)
+        result = Search(problem, device, target, timer, progress, main_loop).run(deadline)
         update_table(path, target, [Entry(key_of(problem), tuple(result.best.values()))], about)
         forget_plans()
         yield result
@@ -176,8 +178,10 @@ class Search:
         target: Device,
         timer: Timer,
         progress: Callable[[str], None],
+        main_loop: Mapping[str, float],
     ) -> None:
         self.problem = problem
+        self.main_loop = main_loop
         self.target = target
         self.timer = timer
         self.progress = progress
@@ -206,7 +210,7 @@ class Search:
         reached = ceilings(self.target.name, limits)
         frozen = statistics.median(self.timer(self.frozen).device_us for _ in range(ROUNDS))
         winner = min(found, key=lambda one: found[one].us)
-        predicted = predict(winner, p, limits, reached).us if reached else None
+        predicted = predict(winner, p, limits, reached, self.main_loop).us if reached else None
         refused = [(describe(r, p.op), why) for r, why in self.checked.items() if why]
         best_times = {recipe.name: measured for recipe, measured in found.items()}
         return Result(p, best_times, frozen, predicted, self.tried, refused, finished)
@@ -216,7 +220,7 @@ class Search:
         while True:
             if time.monotonic() >= deadline:
                 return recipe, False
-            others = neighbours(recipe, kernel, self.problem, self.target)
+            others = neighbours(recipe, kernel, self.problem, self.target, self.main_loop)
             found = self.measure([recipe, *others], ROUNDS, deadline)
             fastest = min(found, key=lambda one: found[one].us, default=recipe)
             if recipe not in found or found[fastest].us > (1 - GAIN) * found[recipe].us:
@@ -235,7 +239,7 @@ class Search:
                 break
             self.progress(f"{describe(recipe, self.problem.op)}, {self.tried} timed")
             if recipe not in self.checked:
-                self.checked[recipe] = self.refusal(recipe)
+                self.checked[recipe] = refusal(lambda recipe=recipe: self.check(recipe))
                 self.tried += self.checked[recipe] is None
             if self.checked[recipe] is None:
                 able.append(recipe)
@@ -257,15 +261,16 @@ class Search:
             for recipe, found in samples.items()
         }
 
-    def refusal(self, recipe: Recipe) -> str | None:
-        """Say why a recipe is refused, or None."""
-        try:
-            return self.check(recipe)
-        except Exception as error:
-            if "CUDA error" in str(error):
-                raise  # The CUDA context is broken: every later call would fail, too.
-            lines = str(error).strip().splitlines()
-            return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+def refusal(check: Callable[[], str | None]) -> str | None:
+    """Say what check() says, or what it raises."""
+    try:
+        return check()
+    except Exception as error:
+        if "CUDA error" in str(error):
+            raise  # The CUDA context is broken: every later call would fail, too.
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 class Check:
@@ -308,7 +313,13 @@ class Check:
         return None
 
 
-def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) -> list[Recipe]:
+def neighbours(
+    recipe: Recipe,
+    kernel: str,
+    problem: Problem,
+    device: Device,
+    main_loop: Mapping[str, float] = ASSUMED,
+) -> list[Recipe]:
     """Return the recipes that differ from `recipe` in one size of one kernel's configuration, and the one
     whose expand does not use TMA.
 
@@ -336,8 +347,8 @@ def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) ->
     reached = ceilings(device.name, limits)
     if reached is None:
         return found
-    most = PRUNE * predict(recipe, problem, limits, reached).device_us
-    return [one for one in found if predict(one, problem, limits, reached).device_us <= most]
+    most = PRUNE * predict(recipe, problem, limits, reached, main_loop).device_us
+    return [one for one in found if predict(one, problem, limits, reached, main_loop).device_us <= most]
 
 
 def _accumulators(kernel: str, config: KernelConfig) -> int:

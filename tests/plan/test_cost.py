@@ -10,7 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
-from lorafa_kernels.plan.cost import PHILOX_INSTRUCTIONS, Ceilings, ceilings, frozen, predict, predict_step
+from lorafa_kernels.plan.cost import (
+    DESCRIPTOR_LAUNCH_US,
+    DRIVER_US,
+    GAP_US,
+    LIBRARY_CALL_US,
+    MAIN_LOOP_SHARE,
+    OPERATOR_US,
+    PHILOX_INSTRUCTIONS,
+    TRITON_LAUNCH_US,
+    Ceilings,
+    ceilings,
+    frozen,
+    main_loop_share,
+    predict,
+    predict_step,
+)
 from lorafa_kernels.plan.make import candidates, make_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Device, Problem, Recipe, heuristic_config, kernel_configs
 
@@ -55,7 +70,7 @@ CASES = [
 @pytest.mark.parametrize(("op", "name", "options", "N", "R", "least", "most"), CASES)
 def test_estimates_of_the_designs(op, name, options, N, R, least, most):
     problem = Problem(op, torch.bfloat16, 8192, N, 4096, R)
-    cost = predict(recipe(name, R, **options), problem, HOPPER, CEILINGS, main_loop=1.0)
+    cost = predict(recipe(name, R, **options), problem, HOPPER, CEILINGS, main_loop={"tma": 1.0})
     extra = cost.device_us - frozen(problem, HOPPER, CEILINGS).device_us
     assert least <= extra <= most
 
@@ -173,6 +188,80 @@ def test_few_rows_cost_what_their_launches_cost():
     problem = Problem("forward", torch.bfloat16, 1, 2048, 2048, 16)
     costs = {name: predict(Recipe(name), problem, HOPPER, CEILINGS) for name in ("fused", "library")}
     assert all(cost.us == cost.host_us for cost in costs.values())
+    assert costs["fused"].host_us == OPERATOR_US + TRITON_LAUNCH_US + DRIVER_US
+    assert costs["library"].host_us == OPERATOR_US + 3 * LIBRARY_CALL_US
+
+
+@pytest.mark.parametrize(
+    ("op", "by_pointers", "by_descriptors"),
+    [("forward", 1, 1), ("backward", 1, 2), ("backward_lora_B", 1, 1)],
+)
+def test_launches_with_descriptors_are_counted_as_such(op, by_pointers, by_descriptors):
+    """shrink and the sum of grad's parts take pointers, expand and grad on Hopper descriptors."""
+    problem = Problem(op, torch.bfloat16, 8192, 4096, 4096, 16)
+    host = OPERATOR_US + DRIVER_US * (by_pointers + by_descriptors)
+    host += TRITON_LAUNCH_US * by_pointers + DESCRIPTOR_LAUNCH_US * by_descriptors
+    assert predict(Recipe("fused"), problem, HOPPER, CEILINGS).host_us == pytest.approx(host)
+    ampere = KNOWN_DEVICES["sm_80"]
+    pointers = (TRITON_LAUNCH_US + DRIVER_US) * (by_pointers + by_descriptors)
+    reached = ceilings("NVIDIA A100-SXM4-80GB", ampere)
+    assert predict(Recipe("fused"), problem, ampere, reached).host_us == OPERATOR_US + pointers
+
+
+H100 = Device("NVIDIA H100 80GB HBM3", HOPPER, "3.7.1")
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("M", "name"), [pytest.param(256, "library", id="some-rows"), pytest.param(8192, "fused", id="many-rows")]
+)
+def test_fewer_launches_win_with_some_rows_and_no_pass_over_the_output_with_many(M, name, op):
+    plan = make_plan(Problem(op, torch.bfloat16, M, 4096, 4096, 16), H100)
+    assert plan.name == name
+
+
+def test_with_one_row_one_launch_costs_no_more_than_three_products():
+    plan = make_plan(Problem("forward", torch.bfloat16, 1, 4096, 4096, 16), H100)
+    times = dict(plan.predicted)
+    assert times["fused, one launch for z and y"] == pytest.approx(times["library"], rel=0.1)
+    assert times["fused, PDL"] > 1.5 * plan.predicted_us
+
+
+def test_a_shrink_of_few_blocks_draws_its_blocks_part_of_the_copy_rate():
+    """32 blocks on 132 multiprocessors: the pass takes four times what the bytes alone would."""
+    problem = Problem("forward", torch.bfloat16, 2048, 4096, 4096, 16)
+    serial = recipe("fused", 16, pdl=False)
+    cost = predict(serial, problem, HOPPER, CEILINGS, main_loop={"tma": 1.0})
+    pass_us = cost.device_us - frozen(problem, HOPPER, CEILINGS).device_us - GAP_US
+    bytes_us = 2 * problem.M * problem.K / CEILINGS.bytes_per_us
+    assert pass_us >= 132 / 32 * bytes_us
+    # It waits rather than works: beside expand nearly all of it is hidden.
+    overlapped = predict(recipe("fused", 16, pdl=True), problem, HOPPER, CEILINGS, main_loop={"tma": 1.0})
+    assert overlapped.device_us - frozen(problem, HOPPER, CEILINGS).device_us < pass_us / 4
+
+
+# The measured rate of expand
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_a_slower_main_loop_takes_longer_and_the_library_s_plan_does_not_change(op):
+    problem = Problem(op, torch.bfloat16, 8192, 4096, 4096, 16)
+    fused = [
+        predict(Recipe("fused"), problem, HOPPER, CEILINGS, {"tma": share}).device_us
+        for share in (0.7, 0.97, 1.05)
+    ]
+    assert fused == sorted(fused, reverse=True) and fused[0] > 1.3 * fused[1]
+    library = {predict(Recipe("library"), problem, HOPPER, CEILINGS, s).us for s in ({"tma": 0.7}, {})}
+    assert len(library) == 1
+
+
+def test_a_measured_share_is_for_its_variant_and_for_16_bits():
+    def found(variant: str, itemsize: int) -> float:
+        return main_loop_share(variant, itemsize, KNOWN_DEVICES["sm_80"], {"portable": 0.7})
+
+    assert found("portable", 2) == 0.7
+    assert found("portable", 4) == MAIN_LOOP_SHARE["portable"]
+    assert found("recompute", 2) == MAIN_LOOP_SHARE["recompute"]
 
 
 def test_a_step_is_its_parts():

@@ -19,9 +19,10 @@ from lorafa_kernels.plan.make import candidates, make_plan
 from lorafa_kernels.plan.pin import pinned
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe, heuristic_config, kernel_configs
 from lorafa_kernels.plan.tables import key_of, read_table
-from lorafa_kernels.tune import command, search
+from lorafa_kernels.tune import command, search, share
 from lorafa_kernels.tune.models import MODELS, distinct_shapes
 from lorafa_kernels.tune.search import EventTimer, Sample, neighbours, tune
+from lorafa_kernels.tune.share import measure_main_loop
 
 ABOUT = {"torch": torch.__version__}
 HOPPER = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.6.0")
@@ -31,6 +32,8 @@ FORWARD, BACKWARD = (Problem(op, torch.float32, 160, 32, 32, 8) for op in ("forw
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv(lookup.CACHE_VARIABLE, str(tmp_path))
+    # Of the real size, the check in Triton's interpreter takes minutes.
+    monkeypatch.setattr(share, "SIZE", 64)
     choice.forget_plans()
     yield
     choice.forget_plans()
@@ -186,6 +189,151 @@ def test_the_command_prints_what_it_found(triton_device, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "library" in out and "3.0" in out and "4.0" in out and "+200.0 %" in out
     assert "--budget ended the search early for 1 of 1" in out.replace("\n", " ")
+
+
+# The rate of expand
+
+
+class Alternating:
+    """A timer that runs nothing: expand and the library's product take turns, expand first."""
+
+    def __init__(self, expand_us: list[float], library_us: list[float]) -> None:
+        self.times = {"expand": expand_us, "library": library_us}
+        self.calls = 0
+
+    def __call__(self, step) -> Sample:
+        which, number = ("expand", "library")[self.calls % 2], self.calls // 2
+        self.calls += 1
+        found = self.times[which]
+        return Sample(found[number % len(found)], 0.0)
+
+
+def test_the_share_is_of_rates_by_medians_of_rounds_in_turns(triton_device):
+    # Odd samples out, in both, which no median sees; and the rank-R step is work that expand does besides.
+    timer = Alternating([200.0, 200.0, 9000.0], [180.0, 1.0, 180.0])
+    found = measure_main_loop(torch.device(triton_device), timer)
+    assert (found.expand_us, found.library_us, found.refused) == (200.0, 180.0, None)
+    assert found.share == pytest.approx(0.9 * (64 + 16) / 64)
+    variant = "tma" if triton_device == "cuda" and torch.cuda.get_device_capability()[0] == 9 else "portable"
+    assert found.shares == {variant: found.share}
+    assert timer.calls == 2 * (search.WARM_UPS + search.FINAL_ROUNDS)
+
+
+def test_what_is_timed_is_expand_and_the_library_s_product(triton_device, monkeypatch):
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
+    right, ran = linear.expand, []
+    monkeypatch.setattr(linear, "expand", lambda P, *rest, **o: ran.append(P.shape) or right(P, *rest, **o))
+    results = []
+
+    def timer(step) -> Sample:
+        results.append(step())
+        return Sample(1.0, 1.0)
+
+    measure_main_loop(torch.device(triton_device), timer)
+    rounds = search.WARM_UPS + search.FINAL_ROUNDS
+    # And once in the check.
+    assert ran == [(64, 64)] * (1 + rounds)
+    assert {tuple(result.shape) for result in results} == {(64, 64)} and len(results) == 2 * rounds
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0), (1.0, 9.0), (math.nan, 1.0)], ids=str)
+def test_times_that_cannot_be_right_give_no_share(triton_device, times):
+    found = measure_main_loop(torch.device(triton_device), Alternating([times[0]], [times[1]]))
+    assert found.share is None and found.shares == {} and "cannot be right" in str(found)
+
+
+def test_tune_measures_the_rate_first_and_keeps_it_when_it_is_interrupted(triton_device, tmp_path, capsys):
+    pytest.importorskip("rich")
+    path, seen = tmp_path / "t.json", []
+
+    def timer(step) -> Sample:
+        if pinned() is not None:
+            seen.append(read_table(path))
+            raise KeyboardInterrupt
+        return alternating(step)
+
+    alternating = Alternating([100.0], [75.0])
+    with pytest.raises(KeyboardInterrupt):
+        command.search([FORWARD], torch.device(triton_device), timer, path, 1e-9)
+    share_now = pytest.approx(0.75 * 80 / 64, abs=1e-4)
+    (before_any_plan,) = seen
+    for table in (before_any_plan, read_table(path)):
+        assert [found for _, found in table.main_loop] == [share_now] and not table.entries
+    out = capsys.readouterr().out
+    assert "expand runs at 0.94 of the library's product at 64^3" in out
+    assert "interrupted after 0 of 1" in out and f"written to {path}" in out.replace("\n", "")
+
+
+def test_plans_follow_the_rate_as_soon_as_it_is_measured(triton_device, monkeypatch):
+    """Of other sizes than those that are tuned, in the same process."""
+    pytest.importorskip("rich")
+    other, seen = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16), []
+
+    def observing(*args, main_loop, **options):
+        plan = make_plan(other, HOPPER)
+        seen.append((plan.name, plan.main_loop, main_loop))
+        return iter(())
+
+    monkeypatch.setattr(command, "measure_main_loop", lambda *_: share.MainLoop("tma", 0.7))
+    monkeypatch.setattr(command, "planned_device", lambda device: HOPPER)
+    monkeypatch.setattr(command, "tune", observing)
+    assert make_plan(other, HOPPER).name == "fused"
+    assert command.search([FORWARD], torch.device(triton_device), None, lookup.cache_path(HOPPER)) == 0
+    assert seen == [("library", (0.7, "measured on this device"), {"tma": 0.7})]
+
+
+def test_the_search_predicts_with_the_rate_that_was_measured(triton_device, monkeypatch, tmp_path):
+    shares, right = [], search.predict
+
+    def recording(recipe, problem, limits, reached, main_loop):
+        shares.append(dict(main_loop))
+        return right(recipe, problem, limits, reached, main_loop)
+
+    monkeypatch.setattr(search, "predict", recording)
+    monkeypatch.setattr(search, "ceilings", lambda name, limits: ceilings(HOPPER.name, HOPPER.limits))
+    tuned(FORWARD, triton_device, tmp_path / "t.json", lambda recipe: 1.0, main_loop={"portable": 0.7})
+    # Of the winner, and of the neighbours in the climb.
+    assert len(shares) > 10 and all(found == {"portable": 0.7} for found in shares)
+
+
+def test_an_expand_that_is_wrong_has_no_rate_and_the_search_goes_on(
+    triton_device, monkeypatch, tmp_path, capsys
+):
+    pytest.importorskip("rich")
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
+    right = linear.forward
+
+    def wrong(*args, plan, **options):
+        y, z = right(*args, plan=plan, **options)
+        return y * 1.02, z
+
+    monkeypatch.setattr(linear, "forward", wrong)
+    path = tmp_path / "t.json"
+    timer = Scripted(FORWARD, lambda recipe: 1.0)
+    assert command.search([FORWARD], torch.device(triton_device), timer, path, 1e-9) == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "expand's rate over the library's product is not known: y has a relative error of" in out
+    table = read_table(path)
+    assert table.main_loop == () and list(table.by_key) == [key_of(FORWARD)]
+
+
+def test_a_broken_device_ends_the_measuring_of_the_rate(triton_device, monkeypatch):
+    linear = importlib.import_module("lorafa_kernels.linear.fused")
+
+    def broken(*args, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(linear, "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure_main_loop(torch.device(triton_device), Alternating([1.0], [1.0]))
+
+
+@pytest.mark.gpu
+def test_the_rate_on_the_gpu(monkeypatch):
+    monkeypatch.undo()
+    device = torch.device("cuda")
+    found = measure_main_loop(device, EventTimer(device))
+    assert found.refused is None and 0 < found.share <= lookup.MOST_SHARE
 
 
 @pytest.mark.gpu
