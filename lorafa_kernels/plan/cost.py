@@ -42,7 +42,7 @@ READ_BACK_SHARE = 0.25
 # How many times its equal part of the copy rate one multiprocessor draws when the others are idle (estimate).
 LONE_BLOCK_RATE = 3.0
 # Rate of expand's main loop over that of the library's product, by variant (estimate).
-MAIN_LOOP_SHARE = {"tma": 0.97, "portable": 0.95, "recompute": 0.9}
+MAIN_LOOP_SHARE = {"tma": 0.97, "portable": 0.95, "recompute": 0.9, "ws": 0.97}
 # The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
 PORTABLE_SHARE_ON_HOPPER = 0.85
 # Host microseconds of a Triton launch: 5.7 without an argument, 13 with 19 (published: Triton's issues).
@@ -208,11 +208,11 @@ class _Model:
         device = sum(before) + GAP_US * len(before)
         if "expand" in configs:
             # With PDL the launch overlaps the last kernel before it, whose work is mostly hidden: not where a
-            # mask takes the registers that it needs.
+            # mask, or the specialised warps, take the registers that it needs.
             variant = configs["expand"].variant
-            if before and variant == "tma" and recipe.kernels.pdl and self.limits.dependent_launch:
-                masked = drops(self.problem, "expand", configs["expand"])
-                device -= GAP_US + (0.0 if masked else (1 - NOT_HIDDEN) * before[-1])
+            if before and variant in ("tma", "ws") and recipe.kernels.pdl and self.limits.dependent_launch:
+                alone = variant == "ws" or drops(self.problem, "expand", configs["expand"])
+                device -= GAP_US + (0.0 if alone else (1 - NOT_HIDDEN) * before[-1])
             device += self.expand(configs["expand"], main_loop)
         return Cost(device, OPERATOR_US + TRITON_LAUNCH_US * len(names))
 
@@ -331,7 +331,8 @@ class _Model:
         return min(1.0, max(1, blocks) / self.limits.num_sms)
 
     def main_loop(self, variant: str) -> float:
-        if variant != "tma" and self.limits.family in ("hopper", "blackwell") and self.itemsize <= 2:
+        from_shared = self.limits.family in ("hopper", "blackwell") and self.itemsize <= 2
+        if from_shared and variant not in ("tma", "ws"):
             return PORTABLE_SHARE_ON_HOPPER
         return MAIN_LOOP_SHARE[variant]
 

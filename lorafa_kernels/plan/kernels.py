@@ -86,7 +86,7 @@ def _group_configs(
     dropout = problem.dropout
     shrink, members = shrink_group_config(*shapes, max(1, problem.makers), dropout)
     # With the masks of several members, and where nobody chose another, it takes other blocks than a layer.
-    of_layer = dropout or expand.variant == "recompute" or expand == after
+    of_layer = dropout or expand.variant in ("recompute", "ws") or expand == after
     return GroupConfigs(
         shrink=shrink,
         members=members,

@@ -23,6 +23,7 @@ from .config import (
     split_size,
     wrong_field,
 )
+from .specialised import missing_for_ws
 
 OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")
 NAMES = ("fused", "library")
@@ -98,6 +99,8 @@ def describe(recipe: Recipe, op: str) -> str:
     words, kernels = [recipe.name], recipe.kernels
     if recipe.name == "fused" and kernels.expand and kernels.expand.variant == "recompute":
         return "fused, one launch for z and y" if op == "forward" else "fused, one launch for dz and dx"
+    if recipe.name == "fused" and kernels.expand and kernels.expand.variant == "ws":
+        words.append("specialised warps")
     if op == "backward":
         one, many = "one pass over dy", "two passes over dy" if recipe.name == "fused" else "three products"
         words.append(one if kernels.one_pass else many)
@@ -165,9 +168,14 @@ def grad_makes_dz(problem: Problem, configs: Mapping[str, KernelConfig]) -> bool
     return problem.op == "backward" and "shrink" not in configs and not recompute
 
 
-def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> str | None:
-    """Say what keeps a recipe's kernels from running on a device, or None if nothing does."""
+def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits, triton: str | None = None) -> str | None:
+    """Say what keeps a recipe's kernels from running on a device, or None if nothing does.
+
+    triton: the version there, where it is known.
+    """
     for kernel, config in kernel_configs(recipe, problem, limits).items():
+        if config.variant == "ws" and (missing := _missing_for_ws(problem, config, limits, triton)):
+            return f"{kernel} in its variant 'ws' {missing}"
         itemsize = problem.dtype.itemsize
         needed = shared_memory(kernel, config, itemsize, limits, drops(problem, kernel, config))
         if needed > limits.shared_memory:
@@ -180,6 +188,18 @@ def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> str | No
         # The interpreter emulates TMA; devices have it from the same architecture on as dependent launch.
         if config.variant == "tma" and not limits.dependent_launch and limits.family != "interpreter":
             return f"{kernel} in its variant 'tma' needs a GPU of sm_90 or newer, not {limits.arch}"
+    return None
+
+
+def _missing_for_ws(
+    problem: Problem, config: KernelConfig, limits: DeviceLimits, triton: str | None
+) -> str | None:
+    if missing := missing_for_ws(limits, triton):
+        return missing
+    if problem.R > config.BLOCK_R:
+        return f"has BLOCK_R = {config.BLOCK_R} for R = {problem.R}"
+    if drops(problem, "expand", config):
+        return "makes no mask, which dx has with dropout"
     return None
 
 

@@ -1,8 +1,9 @@
 """Measuring plans: which recipe and which blocks are fastest for a problem on this device.
 
-For each problem: all plans with the heuristics' configurations; then, from the fastest of each name, one
-kernel after the other, configurations that differ in one size, step by step while that pays; the best of each
-name again, in more rounds. Before it is timed a recipe is checked against fp64, within the accuracy that is
+For each problem: all plans with the heuristics' configurations, and on sm_90 those whose expand has
+specialised warps, which no heuristic picks; then, from the fastest of each name, one kernel after the other,
+configurations that differ in one size, step by step while that pays; the best of each name again, in more
+rounds. Before it is timed a recipe is checked against fp64, within the accuracy that is
 promised; one that fails, or cannot run, is left out. Times are medians of rounds in which all contenders take
 turns.
 
@@ -27,11 +28,12 @@ from ..checks.budget import allowed_error, draw_operands, lorafa_results, plain_
 from ..linear import ops
 from ..operands import draw_seed
 from ..plan.choice import forget_plans, planned_device
-from ..plan.config import KernelConfig
+from ..plan.config import KernelConfig, wrong_field
 from ..plan.cost import ceilings, predict
 from ..plan.make import candidates
 from ..plan.pin import make_pin, pin_plan
 from ..plan.recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
+from ..plan.specialised import ws_configs
 from ..plan.tables import Entry, Measured, key_of, update_table
 
 # Sizes that a search may take, in order; it moves to the next one up or down.
@@ -185,7 +187,7 @@ class Search:
     def run(self, deadline: float) -> Result:
         """Search until the deadline (time.monotonic)."""
         p, limits = self.problem, self.target.limits
-        first = self.measure(candidates(p, self.target), ROUNDS)
+        first = self.measure([*candidates(p, self.target), *specialised(p, self.target)], ROUNDS)
         if not first:
             reasons = "; ".join(f"{describe(r, p.op)}: {why}" for r, why in self.checked.items())
             raise RuntimeError(f"no plan can run for {p}: {reasons}")
@@ -303,6 +305,24 @@ class Check:
         return None
 
 
+def specialised(problem: Problem, device: Device) -> list[Recipe]:
+    """Return recipes for `problem` whose expand is of variant "ws", in a few block shapes each; none where
+    that does not run. A pure function.
+    """
+    if not problem.aligned:
+        return []
+    found = []
+    for base in candidates(problem, device, ("fused",)):
+        expand = base.kernels.expand
+        if not base.kernels.pdl or (expand and expand.variant == "recompute"):
+            continue
+        for config in ws_configs(device.limits, problem.dtype.itemsize, problem.R):
+            other = replace(base, kernels=replace(base.kernels, expand=config))
+            if not obstacle(other, problem, device.limits, device.triton):
+                found.append(other)
+    return found
+
+
 def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) -> list[Recipe]:
     """Return the recipes that differ from `recipe` in one size of one kernel's configuration, or in that
     expand does without TMA.
@@ -313,7 +333,7 @@ def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) ->
     limits = device.limits
     base = getattr(recipe.kernels, kernel) or heuristic_config(kernel, problem, limits)
     axes = dict(STEPS[kernel])
-    if base.variant == "tma":
+    if base.variant in ("tma", "ws"):
         axes.update(TMA_STEPS)
     configs = []
     for name, values in axes.items():
@@ -326,7 +346,9 @@ def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) ->
     found = []
     for config in configs:
         other = replace(recipe, kernels=replace(recipe.kernels, **{kernel: config}))
-        if _accumulators(kernel, config) <= MOST_ACCUMULATORS and not obstacle(other, problem, limits):
+        if wrong_field(kernel, config) or _accumulators(kernel, config) > MOST_ACCUMULATORS:
+            continue
+        if not obstacle(other, problem, limits):
             found.append(other)
     reached = ceilings(device.name, limits)
     if reached is None:
