@@ -55,6 +55,7 @@ from lorafa_kernels.plan.config import (
     OVERLAP_REGISTERS,
     OVERLAP_SHARED_MEMORY,
     SPLIT_ROWS,
+    WS_SUMS,
     KernelConfig,
     all_default_configs,
     default_config,
@@ -96,7 +97,8 @@ SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel", "shrink_group_sum_kernel"
 GATED_RESULTS = ("h", "dg, du", "dg", "du")
 WAITS_FIRST = "waits before its first product"
 WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
-MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated", "expand_ws")
+MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
+SPECIALISED = ("expand_ws", "expand_ws_z")
 KERNELS = (*OPS, "group", "gated")
 # By its name alone: no heuristic picks it.
 ASKED_FOR = ("ws",)
@@ -181,7 +183,7 @@ class Case:
     def overlaps(self) -> bool:
         """Whether its kernels run beside others: expand, and what writes z or dz before it."""
         writes_low_rank = self.layout not in ("y", "dx", "dB")
-        takes_part = writes_low_rank or self.config.variant != "recompute"
+        takes_part = writes_low_rank or not self.config.makes_low_rank
         return (
             self.op not in GROUP_LAYOUTS
             and self.pdl
@@ -204,8 +206,8 @@ class Recorder:
 
 def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
-    modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
-    shrink, expand, _, recompute, grad, group, _, gated, _ = modules
+    modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in (*MODULES, *SPECIALISED)]
+    shrink, expand, _, recompute, grad, group, _, gated, *_ = modules
     calls: list = []
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
@@ -225,7 +227,7 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
         "dz, dB": lambda: grad.grad(dy, z, lora_B, 2.0, factor_dtype, **pdl),
         "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype, **config),
     }
-    if case.config.variant == "recompute":
+    if case.config.makes_low_rank:
         dx = {"want_L": False, "drop_P": False}
         config |= drop
         calls_of = {
@@ -455,7 +457,7 @@ def failures(case: Case, row: dict) -> list[str]:
     in_loops = row["pendings"][: 2 * case.members : 2]
     if by_tma and in_loops != [1] * case.members:
         found.append("no product of the K loop is left in flight")
-    return found + (specialised.failures(row) if case.config.variant == "ws" else [])
+    return found + (specialised.failures(row) if case.config.variant in WS_SUMS else [])
 
 
 def overlap_failures(case: Case, row: dict) -> list[str]:
@@ -602,14 +604,14 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Case]:
 
 
 def ws_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
-    """expand with specialised warps, which sm_90 has: the blocks that a search begins with at ranks that fill
-    a rank block and that do not, in both orders, with lora_A and lora_B in fp32 and in 16 bits, with bias and
-    without, and in ragged sizes. quick: the first of those blocks.
+    """expand with specialised warps, which sm_90 has: the blocks that a search of either variant begins with
+    at ranks that fill a rank block and that do not, in both orders, with lora_A and lora_B in fp32 and in 16
+    bits, with bias and without, and in ragged sizes. quick: the first of those blocks.
     """
     limits = KNOWN_DEVICES["sm_90"]
     ranks = (16, 64, 128) if quick else (1, 4, 16, 24, 32, 64, 100, 128)
-    for R in ranks if "sm_90" in archs else ():
-        for config in ws_configs(limits, 2, R)[: 1 if quick else None]:
+    for variant, R in itertools.product(WS_SUMS, ranks) if "sm_90" in archs else ():
+        for config in ws_configs(limits, 2, R, variant)[: 1 if quick else None]:
             for layout, factor_dtype in itertools.product(LAYOUTS["expand"], ("fp32", "bf16")):
                 case = Case("sm_90", "expand", "bf16", factor_dtype, layout, "even", 8192, R, given=config)
                 yield replace(case, bias=layout == "y")
@@ -617,8 +619,9 @@ def ws_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:
                     continue
                 yield replace(case, sizes="ragged", bias=layout == "y")
                 if factor_dtype == "fp32" and R == 16:
-                    yield replace(case, pdl=False)
                     yield replace(case, dtype="fp16")
+                    if variant == "ws":
+                        yield replace(case, pdl=False)
 
 
 def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Case]:

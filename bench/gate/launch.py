@@ -56,9 +56,11 @@ PLANS = {
 }
 # A rank block for every rank that it serves, and several tiles of so few rows.
 WS = KernelConfig(128, 128, 64, 128, 8, 8, 3, "ws", EPILOGUE_SUBTILE=2)
+WS_Z = KernelConfig(128, 128, 64, 128, 8, 8, 2, "ws_z", EPILOGUE_SUBTILE=2)
 WS_PLANS = {
     "ws, one pass, PDL": Recipe("fused", KernelPlan(expand=WS, one_pass=True, pdl=True)),
     "ws, two passes": Recipe("fused", KernelPlan(expand=WS, one_pass=False, pdl=False)),
+    "ws_z": Recipe("fused", KernelPlan(expand=WS_Z, one_pass=False, pdl=False)),
 }
 # K and N of a layer, and how its operands lie: rows at multiples of 16 bytes that fill whole blocks, that do
 # not, rows at no multiple of 16 bytes, memory that begins at none, and nothing.
@@ -133,9 +135,9 @@ MLPS = {
     "adapted": ("all", "but the last"),
     "activation": tuple(ACTIVATIONS),
 }
-# Of 16-bit operands that TMA can address the kernel is launched, of others the one that it gives way to.
+# Of operands that TMA can address the kernels are launched, of others those that they give way to.
 WS_LAYERS = {
-    "dtype": ("bf16", "fp16", "fp32"),
+    "dtype": ("bf16", "fp16"),
     "factor_dtype": ("fp32", "own"),
     "R": (1, 4, 16, 24, 128),
     "M": (MANY_ROWS, 16),
@@ -150,6 +152,10 @@ WS_CORE = (
     Case(plan="ws, one pass, PDL", R=3, M=16, needs="dx"),
     Case(plan="ws, two passes", sizes="offset"),
     Case("group", plan="ws, one pass, PDL", members=3),
+    Case(plan="ws_z"),
+    Case(plan="ws_z", R=100, sizes="ragged", factor_dtype="own", bias=False, dtype="fp16", needs="dx"),
+    Case(plan="ws_z", sizes="offset"),
+    Case("group", plan="ws_z", members=2),
     # Dropout on x alone: of dx it has none to make.
     Case(plan="ws, one pass, PDL", dropout=True, needs="dB"),
 )
@@ -320,19 +326,10 @@ def judge(case: Case, arch: str) -> dict:
 
 def kernels() -> set[str]:
     """The names of the library's kernels, as launches have them."""
-    modules = (
-        "shrink",
-        "expand",
-        "expand_tma",
-        "recompute",
-        "grad",
-        "group",
-        "group_tma",
-        "gated",
-        "expand_ws",
-    )
+    modules = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
+    specialised = ("expand_ws", "expand_ws_z")
     found = set()
-    for name in modules:
+    for name in (*modules, *specialised):
         for key in vars(importlib.import_module(f"lorafa_kernels.kernels.{name}")):
             if key.endswith("_kernel"):
                 found.add(key.strip("_"))

@@ -1,9 +1,9 @@
-"""What the compile gate asks of a Gluon kernel whose warps are specialised (kernels/expand_ws.py).
+"""What the compile gate asks of Gluon kernels whose warps are specialised: expand_ws.py, expand_ws_z.py.
 
-Its loops are written by hand, and so are the registers of each kind of warp, the barriers in shared memory
-and the wait for the kernel before. No interpreter runs it, so what can be read off its code is: that the
+Their loops are written by hand, and so are the registers of each kind of warp, the barriers in shared memory
+and the wait for the kernel before. No interpreter runs them, so what can be read off their code is: that the
 registers are dealt out, that a product stays in flight, that no warp gives a buffer on before all threads of
-its kind are through, and that z or dz is waited for before it is read.
+its kind are through, that z or dz is waited for before it is read, and how flags are raised and read.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import tempfile
 
 import triton
 
-# How many products may be in flight at each wait: behind the first of a tile, in the K loop, behind the
-# rank-R step, and behind the tile.
-WAITS = [1, 1, 1, 0]
+# How many products may be in flight at each wait, in the order of the code. expand_ws: behind the first of a
+# tile, in the K loop, behind the rank-R step, and behind the tile. expand_ws_z: in the K loop, in that of the
+# first column, which has two products a step, behind that, then as before.
+WAITS = {"expand_ws_kernel": [1, 1, 1, 0], "expand_ws_z_kernel": [1, 2, 0, 1, 0]}
 CONSUMERS = 256  # threads
 SM_REGISTERS = 65536
 WAIT = "griddepcontrol.wait"
@@ -27,7 +28,8 @@ GIVEN, TAKEN = (
 )
 # What a thread does between the barriers of its kind of warp.
 EVENTS = re.compile(
-    r"bar\.sync|fence\.proxy\.async|mbarrier\.arrive\.shared|mbarrier\.try_wait"
+    r"bar(?:\.warp)?\.sync|fence\.proxy\.async|mbarrier\.arrive\.shared|mbarrier\.try_wait"
+    r"|gpu\.release|gpu\.acquire|st\.global"
     # Which kind of warp is to run what is stored at a fixed place.
     r"|st\.shared\S*\s+\[\s*%|stmatrix|ld\.shared|wgmma\.mma_async|wgmma\.wait_group"
 )
@@ -42,6 +44,7 @@ def code(compiled) -> dict:
         "waits": [int(n, 16) for n in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", sass)],
         "local_memory": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "unguarded": unguarded(ptx),
+        "flags": [len(re.findall(rf"\.gpu\.{order}\.", ptx)) for order in ("release", "acquire")],
         # misplaced_wait of the gate knows kernels whose warps all do the same.
         "misplaced_wait": misplaced_wait(compiled.asm["ttgir"]),
     }
@@ -72,10 +75,14 @@ def unguarded(ptx: str) -> list[str]:
         elif event == "fence.proxy.async":
             stored = False
         elif event == "mbarrier.arrive.shared":
-            if before != "bar.sync":
+            if before not in ("bar.sync", "bar.warp.sync"):
                 found.append(f"a warp arrives after {before or 'nothing'}, not after a barrier of its kind")
-            if stored:
+            # What one warp hands out, the tensor cores do not read.
+            if stored and before == "bar.sync":
                 found.append("stores into shared memory are passed on without a fence")
+            stored = False
+        elif event == "gpu.release" and before != "bar.sync":
+            found.append(f"a flag is raised after {before or 'nothing'}, not after a barrier of its kind")
         before = event
     return found
 
@@ -120,8 +127,10 @@ def failures(row: dict) -> list[str]:
         # Who asks for more than the block has waits for ever.
         if consumers * CONSUMERS + others * (threads - CONSUMERS) > registers * threads:
             found.append(f"{consumers} and {others} registers are dealt out, of {registers} a thread")
-    if row["waits"] != WAITS:
-        found.append(f"products are waited for as {row['waits']}, expected {WAITS}")
+    if row["waits"] != WAITS[row["kernel"]]:
+        found.append(f"products are waited for as {row['waits']}, expected {WAITS[row['kernel']]}")
+    if row["flags"] != ([1, 1] if row["kernel"] == "expand_ws_z_kernel" else [0, 0]):
+        found.append(f"flags are raised and read at {row['flags']} places")
     if row["local_memory"]:
         found.append(f"{row['local_memory']} instructions on local memory")
     if registers * threads > SM_REGISTERS:

@@ -212,7 +212,7 @@ def expand(
         if transposed is not None and config.variant == "ws":
             if dropout_p:
                 raise ValueError("expand in its variant 'ws' makes no mask: dropout needs another variant")
-            expand_ws = warp_specialised(limits)
+            expand_ws = warp_specialised("expand_ws", limits)
             expand_ws(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms)
             return C
         if transposed is not None:
@@ -263,15 +263,16 @@ def expand(
 
 
 @functools.cache
-def warp_specialised(limits: DeviceLimits) -> Callable[..., None]:
-    """Return expand_ws. Raises RuntimeError that says what this device or this Triton lacks for it.
+def warp_specialised(name: str, limits: DeviceLimits) -> Callable:
+    """Return expand_ws, or expand_ws_z, by its name. Raises RuntimeError that says what this device or this
+    Triton lacks for it.
 
     Imported here: Gluon is experimental, and a Triton without it must not cost the other kernels.
     """
     lacks = missing_for_ws(limits, triton.__version__)
     if lacks is None:
         try:
-            return importlib.import_module(".expand_ws", __package__).expand_ws
+            return getattr(importlib.import_module(f".{name}", __package__), name)
         except ImportError as error:
             lacks = f"does not find its names in Gluon of Triton {triton.__version__}: {error}"
-    raise RuntimeError(f"expand in its variant 'ws' {lacks}")
+    raise RuntimeError(f"{name} {lacks}")

@@ -96,7 +96,7 @@ def _producer(
 
 
 @gluon.jit
-def _fill(
+def fill(
     parts,
     pointer,
     first_row,
@@ -109,7 +109,7 @@ def _fill(
 ):
     """Copy a block of a matrix (rows, columns) into shared memory, rounded to its dtype; zero beyond.
 
-    parts: (number, rows, columns) of the block, down its rows, then on to the next columns (_parts).
+    parts: (number, rows, columns) of the block, down its rows, then on to the next columns (part_shape).
     """
     ROWS: gl.constexpr = parts.shape[1]
     COLUMNS: gl.constexpr = parts.shape[2]
@@ -159,11 +159,11 @@ def _loader(
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N), gl.num_programs(0)):
         start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         mbarrier.wait(empty, phase ^ 1)
-        _fill(L_parts, L_ptr, start_m, 0, M, R, stride_L_m, stride_L_r, BLOCK_M)
+        fill(L_parts, L_ptr, start_m, 0, M, R, stride_L_m, stride_L_r, BLOCK_M)
         if TRANSPOSED:
-            _fill(F_parts, F_ptr, start_n, 0, N, R, stride_F_n, stride_F_r, BLOCK_N)
+            fill(F_parts, F_ptr, start_n, 0, N, R, stride_F_n, stride_F_r, BLOCK_N)
         else:
-            _fill(F_parts, F_ptr, 0, start_n, R, N, stride_F_r, stride_F_n, BLOCK_R)
+            fill(F_parts, F_ptr, 0, start_n, R, N, stride_F_r, stride_F_n, BLOCK_R)
         if HAS_BIAS:
             index_n = start_n + gl.arange(
                 0, BLOCK_N, layout=gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
@@ -232,9 +232,9 @@ def _consumer(
         # Parts of the tile leave one after the other through one buffer.
         parts = (acc,)
         if BLOCK_N >= 2 * COLUMNS:
-            parts = _halves(acc)
+            parts = halves(acc)
         if BLOCK_N == 4 * COLUMNS:
-            parts = _halves(parts[0]) + _halves(parts[1])
+            parts = halves(parts[0]) + halves(parts[1])
         for part in gl.static_range(BLOCK_N // COLUMNS):
             C = gl.convert_layout(parts[part], part_layout, assert_trivial=True)
             if HAS_BIAS:
@@ -251,7 +251,7 @@ def _consumer(
 
 
 @gluon.jit
-def _halves(tile):
+def halves(tile):
     """The left and the right half of a tile's columns."""
     return tile.reshape((tile.shape[0], 2, tile.shape[1] // 2)).permute((0, 2, 1)).split()
 
@@ -373,7 +373,7 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_DTYPES[dtype])
 
 
-def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def describe_block(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Return what a kernel takes blocks of `rows` × `columns` of an addressable matrix by."""
     block = [rows, columns]
     layout = _layout(rows, columns, tensor.dtype)
@@ -407,12 +407,12 @@ def expand_ws(
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     launch = {"launch_pdl": True} if wait else {}
     _expand_ws_kernel[(min(tiles, num_sms),)](
-        P_desc=_describe(P, BLOCK_M, BLOCK_K),
-        Q_desc=_describe(Q.t(), BLOCK_N, BLOCK_K) if transposed else _describe(Q, BLOCK_K, BLOCK_N),
+        P_desc=describe_block(P, BLOCK_M, BLOCK_K),
+        Q_desc=describe_block(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe_block(Q, BLOCK_K, BLOCK_N),
         L_ptr=L,
         F_ptr=F,
         bias_ptr=bias,
-        C_desc=_describe(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
+        C_desc=describe_block(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
         M=M,
         N=N,
         K=K,

@@ -42,7 +42,7 @@ READ_BACK_SHARE = 0.25
 # How many times its equal part of the copy rate one multiprocessor draws when the others are idle (estimate).
 LONE_BLOCK_RATE = 3.0
 # Rate of expand's main loop over that of the library's product, by variant (estimate).
-MAIN_LOOP_SHARE = {"tma": 0.97, "portable": 0.95, "recompute": 0.9, "ws": 0.97}
+MAIN_LOOP_SHARE = {"tma": 0.97, "portable": 0.95, "recompute": 0.9, "ws": 0.97, "ws_z": 0.97}
 # The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
 PORTABLE_SHARE_ON_HOPPER = 0.85
 # Host microseconds of a Triton launch: 5.7 without an argument, 13 with 19 (published: Triton's issues).
@@ -274,6 +274,12 @@ class _Model:
         if config.variant == "recompute":
             flops += 2 * blocks_m * config.BLOCK_M * blocks_n * p.width * R
             elements += p.width * p.R
+        flags = 0.0
+        if config.variant == "ws_z":
+            # The first column of blocks makes z, beside flags that a kernel of the library zeroes.
+            flops += 2 * blocks_m * config.BLOCK_M * p.width * R
+            elements += p.width * p.R
+            flags = GAP_US
         share = self.main_loop(config.variant) if main_loop is None else main_loop
         fill = self.fill(blocks_m * blocks_n)
         if p.M >= config.BLOCK_M * 8:
@@ -283,7 +289,7 @@ class _Model:
         drawn = min(1.0, LONE_BLOCK_RATE * fill)
         times = blocks_n if config.variant == "recompute" and p.op == "forward" else 1
         mask = times * self.philox_us() if drops(p, "expand", config) else 0.0
-        return GAP_US + max(arithmetic, self.bytes_us(elements) / drawn) + mask
+        return GAP_US + flags + max(arithmetic, self.bytes_us(elements) / drawn) + mask
 
     def shrink(self, config: KernelConfig) -> list[float]:
         """One pass over x or dy, and the sum of its parts. Without the gaps."""
@@ -332,7 +338,7 @@ class _Model:
 
     def main_loop(self, variant: str) -> float:
         from_shared = self.limits.family in ("hopper", "blackwell") and self.itemsize <= 2
-        if from_shared and variant not in ("tma", "ws"):
+        if from_shared and variant not in ("tma", "ws", "ws_z"):
             return PORTABLE_SHARE_ON_HOPPER
         return MAIN_LOOP_SHARE[variant]
 

@@ -97,10 +97,12 @@ class Recipe:
 def describe(recipe: Recipe, op: str) -> str:
     """Return a recipe in a few words, such as "fused, one pass over dy, PDL"."""
     words, kernels = [recipe.name], recipe.kernels
-    if recipe.name == "fused" and kernels.expand and kernels.expand.variant == "recompute":
-        return "fused, one launch for z and y" if op == "forward" else "fused, one launch for dz and dx"
-    if recipe.name == "fused" and kernels.expand and kernels.expand.variant == "ws":
+    expand = kernels.expand if recipe.name == "fused" else None
+    if expand and expand.variant in ("ws", "ws_z"):
         words.append("specialised warps")
+    if expand and expand.makes_low_rank:
+        words.append("one launch for z and y" if op == "forward" else "one launch for dz and dx")
+        return ", ".join(words)
     if op == "backward":
         one, many = "one pass over dy", "two passes over dy" if recipe.name == "fused" else "three products"
         words.append(one if kernels.one_pass else many)
@@ -137,7 +139,7 @@ def kernel_configs(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> di
     if recipe.name == "library":
         return {"grad": config("grad")} if problem.op == "backward" and given.one_pass else {}
     configs = {kernel: config(kernel) for kernel in _MAY_USE[problem.op]}
-    recompute = "expand" in configs and configs["expand"].variant == "recompute"
+    recompute = "expand" in configs and configs["expand"].makes_low_rank
     if recompute or (problem.op == "backward" and given.one_pass):
         del configs["shrink"]
     return configs
@@ -158,13 +160,13 @@ def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[st
         if split_size(shrink, problem.width) < problem.width:
             found.append("shrink_sum")
     if expand := configs.get("expand"):
-        found.append("recompute" if expand.variant == "recompute" else "expand")
+        found.append("recompute" if expand.makes_low_rank else "expand")
     return tuple(found)
 
 
 def grad_makes_dz(problem: Problem, configs: Mapping[str, KernelConfig]) -> bool:
     """Whether the grad kernel of these configurations makes dz too: neither shrink nor expand does."""
-    recompute = "expand" in configs and configs["expand"].variant == "recompute"
+    recompute = "expand" in configs and configs["expand"].makes_low_rank
     return problem.op == "backward" and "shrink" not in configs and not recompute
 
 
@@ -174,8 +176,9 @@ def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits, triton: str
     triton: the version there, where it is known.
     """
     for kernel, config in kernel_configs(recipe, problem, limits).items():
-        if config.variant == "ws" and (missing := _missing_for_ws(problem, config, limits, triton)):
-            return f"{kernel} in its variant 'ws' {missing}"
+        of_ws = config.variant in ("ws", "ws_z")
+        if of_ws and (missing := _missing_for_ws(problem, config, limits, triton)):
+            return f"{kernel} in its variant {config.variant!r} {missing}"
         itemsize = problem.dtype.itemsize
         needed = shared_memory(kernel, config, itemsize, limits, drops(problem, kernel, config))
         if needed > limits.shared_memory:
@@ -196,10 +199,12 @@ def _missing_for_ws(
 ) -> str | None:
     if missing := missing_for_ws(limits, triton):
         return missing
+    if problem.dtype.itemsize != 2:
+        return f"takes 16-bit operands, not {problem.dtype}"
     if problem.R > config.BLOCK_R:
         return f"has BLOCK_R = {config.BLOCK_R} for R = {problem.R}"
     if drops(problem, "expand", config):
-        return "makes no mask, which dx has with dropout"
+        return f"makes no mask, which {problem.op} has with dropout"
     return None
 
 

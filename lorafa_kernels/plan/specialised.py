@@ -1,13 +1,15 @@
-"""The variant "ws" of expand (kernels/expand_ws.py): where it runs, and with which blocks to try it.
+"""The variants "ws" and "ws_z" of expand (kernels/expand_ws.py, expand_ws_z.py): where they run, and with
+which blocks to try them.
 
-No heuristic picks it. It runs where it is pinned, or where `tune` checked it against fp64 and timed it.
+No heuristic picks one. They run where they are pinned, or where `tune` checked them against fp64 and timed
+them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import WS_SIZES, DeviceLimits, KernelConfig, shared_memory
+from .config import WS_SIZES, DeviceLimits, KernelConfig, shared_memory, wrong_field
 
 # Of Triton, as major.minor: in these Gluon has the names that the kernel is written with.
 GLUON_VERSIONS = ("3.6", "3.7")
@@ -17,7 +19,7 @@ _TRIED = ((128, 256, 3), (256, 128, 3), (128, 128, 4))
 
 
 def missing_for_ws(limits: DeviceLimits, triton: str | None) -> str | None:
-    """Say what a device, or this version of Triton, lacks for the variant "ws", or None if nothing.
+    """Say what a device, or this version of Triton, lacks for these variants, or None if nothing.
 
     triton: None where the version is not known. Completes a sentence about the kernel.
     """
@@ -30,22 +32,24 @@ def missing_for_ws(limits: DeviceLimits, triton: str | None) -> str | None:
     return None
 
 
-def ws_configs(limits: DeviceLimits, operand_bytes: int, R: int) -> tuple[KernelConfig, ...]:
-    """Return the configurations of the variant "ws" with which a search begins, the one for most tiles first;
-    none for a device, operands or a rank that it does not serve. A pure function.
+def ws_configs(
+    limits: DeviceLimits, operand_bytes: int, R: int, variant: str = "ws"
+) -> tuple[KernelConfig, ...]:
+    """Return the configurations of a variant with which a search begins, the largest blocks first; none for a
+    device, operands or a rank that it does not serve. A pure function.
     """
     if missing_for_ws(limits, None) or operand_bytes != 2 or R > MOST_RANK:
         return ()
     BLOCK_R = min(size for size in WS_SIZES["BLOCK_R"] if size >= R)
     found = []
     for BLOCK_M, BLOCK_N, num_stages in _TRIED:
-        config = KernelConfig(BLOCK_M, BLOCK_N, 64, BLOCK_R, 8, 8, num_stages, "ws", EPILOGUE_SUBTILE=2)
+        config = KernelConfig(BLOCK_M, BLOCK_N, 64, BLOCK_R, 8, 8, num_stages, variant, EPILOGUE_SUBTILE=2)
         # Parts of 64 columns leave through less shared memory; then a stage less.
         if _too_large(config, limits, operand_bytes):
             config = replace(config, EPILOGUE_SUBTILE=BLOCK_N // 64)
         while config.num_stages > 2 and _too_large(config, limits, operand_bytes):
             config = replace(config, num_stages=config.num_stages - 1)
-        if not _too_large(config, limits, operand_bytes):
+        if not _too_large(config, limits, operand_bytes) and not wrong_field("expand", config):
             found.append(config)
     return tuple(found)
 

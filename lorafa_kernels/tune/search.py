@@ -28,7 +28,7 @@ from ..checks.budget import allowed_error, draw_operands, lorafa_results, plain_
 from ..linear import ops
 from ..operands import draw_seed
 from ..plan.choice import forget_plans, planned_device
-from ..plan.config import KernelConfig, wrong_field
+from ..plan.config import WS_SUMS, KernelConfig, KernelPlan, wrong_field
 from ..plan.cost import ceilings, predict
 from ..plan.make import candidates
 from ..plan.pin import make_pin, pin_plan
@@ -306,21 +306,21 @@ class Check:
 
 
 def specialised(problem: Problem, device: Device) -> list[Recipe]:
-    """Return recipes for `problem` whose expand is of variant "ws", in a few block shapes each; none where
-    that does not run. A pure function.
+    """Return recipes for `problem` whose expand is of variant "ws" or "ws_z", in a few block shapes each;
+    none where those do not run. A pure function.
     """
-    if not problem.aligned:
+    if not problem.aligned or problem.op == "backward_lora_B":
         return []
-    found = []
+    blocks = {
+        variant: ws_configs(device.limits, problem.dtype.itemsize, problem.R, variant) for variant in WS_SUMS
+    }
+    alone = KernelPlan(one_pass=False, pdl=False)
+    found = [Recipe("fused", replace(alone, expand=config)) for config in blocks["ws_z"]]
     for base in candidates(problem, device, ("fused",)):
         expand = base.kernels.expand
-        if not base.kernels.pdl or (expand and expand.variant == "recompute"):
-            continue
-        for config in ws_configs(device.limits, problem.dtype.itemsize, problem.R):
-            other = replace(base, kernels=replace(base.kernels, expand=config))
-            if not obstacle(other, problem, device.limits, device.triton):
-                found.append(other)
-    return found
+        if base.kernels.pdl and not (expand and expand.makes_low_rank):
+            found += [replace(base, kernels=replace(base.kernels, expand=config)) for config in blocks["ws"]]
+    return [one for one in found if not obstacle(one, problem, device.limits, device.triton)]
 
 
 def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) -> list[Recipe]:
@@ -333,7 +333,7 @@ def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) ->
     limits = device.limits
     base = getattr(recipe.kernels, kernel) or heuristic_config(kernel, problem, limits)
     axes = dict(STEPS[kernel])
-    if base.variant in ("tma", "ws"):
+    if base.variant in ("tma", *WS_SUMS):
         axes.update(TMA_STEPS)
     configs = []
     for name, values in axes.items():
@@ -346,7 +346,10 @@ def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) ->
     found = []
     for config in configs:
         other = replace(recipe, kernels=replace(recipe.kernels, **{kernel: config}))
-        if wrong_field(kernel, config) or _accumulators(kernel, config) > MOST_ACCUMULATORS:
+        # Those of specialised warps have a limit of their own.
+        if wrong_field(kernel, config):
+            continue
+        if config.variant not in WS_SUMS and _accumulators(kernel, config) > MOST_ACCUMULATORS:
             continue
         if not obstacle(other, problem, limits):
             found.append(other)

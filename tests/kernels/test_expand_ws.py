@@ -6,6 +6,7 @@ tests/linear/test_specialised_numerics.py does, on a GPU.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -70,17 +71,20 @@ def compiled(request, tmp_path_factory) -> list[dict]:
 @needs_gluon
 def test_compiles_as_it_is_meant_to(compiled):
     """The figures that the rules hold, once more as numbers."""
-    assert {(row["layout"], row["factor_dtype"], row["R"]) for row in compiled} == {
-        (layout, factor, R) for layout in ("y", "dx") for factor in ("fp32", "bf16") for R in (16, 64, 128)
-    }
+    names = ("kernel", "layout", "factor_dtype", "R")
+    axes = ("expand_ws_kernel", "expand_ws_z_kernel"), ("y", "dx"), ("fp32", "bf16"), (16, 64, 128)
+    assert {tuple(row[name] for name in names) for row in compiled} == set(itertools.product(*axes))
     for row in compiled:
-        assert row["kernel"] == "expand_ws_kernel" and row["failures"] == []
+        assert row["failures"] == []
         assert row["spills"] == row["local_memory"] == 0 and not row["serialized"]
         assert row["threads"] == 384 and row["registers"] == 168
         assert row["dealt"] == {"consumers": 200, "others": 104}
-        assert row["waits"] == row["pendings"] == [1, 1, 1, 0]
         assert row["shared_memory"] <= row["estimate"] <= 227 * 1024
-        assert row["dependent_launch"] == ["wait"] and row["launched_dependent"]
+        makes_z = row["kernel"] == "expand_ws_z_kernel"
+        assert row["waits"] == ([1, 2, 0, 1, 0] if makes_z else [1, 1, 1, 0])
+        assert row["flags"] == ([1, 1] if makes_z else [0, 0])
+        assert row["dependent_launch"] == ([] if makes_z else ["wait"])
+        assert row["launched_dependent"] == (not makes_z)
         assert row["instructions"].keys() == {"wgmma"}
 
 
@@ -94,27 +98,42 @@ MUTATIONS = {
         "            acc = warpgroup_mma_wait(0, deps=(acc,))\n            mbarrier",
         "products are waited for as [1, 0, 1, 0]",
     ),
-    "no fence": (
-        "        fence_async_shared()\n        mbarrier.arrive(ready)",
-        "        mbarrier.arrive(ready)",
-        "fence",
-    ),
+    "no fence": ("fence_async_shared()\n        mbarrier.arrive(ready)", "mbarrier.arrive(ready)", "fence"),
     "no wait for z": ("    if WAIT:\n        gdc_wait()\n", "", "griddepcontrol"),
     "a wait in the loop": (
-        "        start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)\n"
-        "        mbarrier.wait(empty, phase ^ 1)\n",
-        "        start_m, start_n = tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)\n"
-        "        mbarrier.wait(empty, phase ^ 1)\n        gdc_wait()\n",
+        "    if WAIT:\n        gdc_wait()\n    phase = 0\n",
+        "    phase = 0\n",
         "within its loop",
     ),
     "no launch_pdl": ('{"launch_pdl": True} if wait else {}', "{}", "launch_pdl"),
     "a stage more": ("STAGES=config.num_stages", "STAGES=config.num_stages + 1", "shared memory"),
 }
+# The same of the kernel that makes z.
+MUTATIONS_Z = {
+    "no registers dealt out": ("        [LOADER_REGISTERS, LOADER_REGISTERS],\n", "", "no setmaxnreg"),
+    "a wait for each product": (
+        "acc, low_rank = warpgroup_mma_wait(2, deps=(acc, low_rank))",
+        "acc, low_rank = warpgroup_mma_wait(0, deps=(acc, low_rank))",
+        "products are waited for as [1, 0, 0, 1, 0]",
+    ),
+    "a flag before the rows": ("            thread_barrier()\n", "", "a flag is raised after st.global"),
+    "a flag that orders nothing": (
+        '1, sem="release")',
+        '1, sem="relaxed")',
+        "flags are raised and read at [0, 1]",
+    ),
+    "no look at the flag": (
+        '        while gl.atomic_add(flag, 0, sem="acquire") == 0:\n            pass\n',
+        "",
+        "flags are raised and read at [1, 0]",
+    ),
+    "no fence": ("fence_async_shared()\n        mbarrier.arrive(ready)", "mbarrier.arrive(ready)", "fence"),
+}
 MUTATED = """
 import json, pathlib, sys, tempfile
 from bench.gate.compile import measure, start_worker, ws_cases
 start_worker(tempfile.mkdtemp())
-case = next(ws_cases(("sm_90",), quick=True))
+case = next(case for case in ws_cases(("sm_90",), quick=True) if case.given.variant == sys.argv[1])
 print(json.dumps(measure(case, 0)["failures"]))
 """
 
@@ -122,19 +141,25 @@ print(json.dumps(measure(case, 0)["failures"]))
 @pytest.mark.gate
 @pytest.mark.slow
 @needs_gluon
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_lost_property_fails_the_gate(tmp_path, mutation):
-    before, after, named = MUTATIONS[mutation]
+@pytest.mark.parametrize(
+    ("variant", "mutation"),
+    [*(("ws", name) for name in MUTATIONS), *(("ws_z", name) for name in MUTATIONS_Z)],
+)
+def test_a_lost_property_fails_the_gate(tmp_path, variant, mutation):
+    before, after, named = (MUTATIONS if variant == "ws" else MUTATIONS_Z)[mutation]
     for package in ("lorafa_kernels", "bench"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
-    file = tmp_path / "lorafa_kernels" / "kernels" / "expand_ws.py"
+    file = tmp_path / "lorafa_kernels" / "kernels" / f"expand_{variant}.py"
     source = file.read_text()
     assert source.count(before) == 1, mutation
+    source = source.replace(before, after)
     if mutation == "a wait in the loop":
-        source = source.replace("    if WAIT:\n        gdc_wait()\n", "")
-    file.write_text(source.replace(before, after))
-    done = run_python(tmp_path, "-c", MUTATED)
+        tile = "        mbarrier.wait(empty, phase ^ 1)\n"
+        assert source.count(tile) == 1
+        source = source.replace(tile, tile + "        gdc_wait()\n")
+    file.write_text(source)
+    done = run_python(tmp_path, "-c", MUTATED, variant)
     assert done.returncode == 0, done.stderr
     assert named in done.stdout.splitlines()[-1], done.stdout
 
@@ -159,11 +184,22 @@ ROW = {
     "waits": [1, 1, 1, 0],
     "local_memory": 0,
     "unguarded": [],
+    "flags": [0, 0],
+}
+MAKES_Z = replace(CASE, given=ws_configs(HOPPER, 2, 16, "ws_z")[0])
+ROW_Z = {
+    **ROW,
+    "kernel": "expand_ws_z_kernel",
+    "waits": [1, 2, 0, 1, 0],
+    "flags": [1, 1],
+    "dependent_launch": [],
+    "launched_dependent": False,
 }
 
 
 def test_rules_accept_clean_code():
     assert failures(CASE, ROW) == []
+    assert failures(MAKES_Z, ROW_Z) == []
 
 
 @pytest.mark.parametrize(
@@ -177,6 +213,7 @@ def test_rules_accept_clean_code():
         pytest.param({"local_memory": 4}, "4 instructions on local memory", id="local-memory"),
         pytest.param({"registers": 176}, "67584 registers", id="registers"),
         pytest.param({"unguarded": ["a warp arrives after st"]}, "arrives after st", id="unguarded"),
+        pytest.param({"flags": [1, 0]}, "raised and read at [1, 0]", id="flags"),
         pytest.param({"spills": 8}, "spills 8", id="spills"),
         pytest.param({"shared_memory": 233_000, "estimate": 233_000}, "of 232448", id="shared-memory"),
         pytest.param({"misplaced_wait": ["waits too late"]}, "too late", id="misplaced-wait"),
@@ -190,6 +227,8 @@ def test_rules_name_what_is_broken(broken, named):
 
 ARRIVE = "\t@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
 STORE = "\tst.shared.v4.b16 [ %r122 + 0 ], { %rs1, %rs2, %rs3, %rs4 };"
+RAISE = "\t@%p83 atom.global.gpu.release.exch.b32 %r386, [ %rd105 + 0 ], %r387;"
+ROWS = "\t@%p82 st.global.b32 [ %rd101 + 0 ], { %r382 };"
 FENCE, BARRIER = "\tfence.proxy.async.shared::cta;", "\tbar.sync \t3, 64;"
 PRODUCT = "\twgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%r131},"
 
@@ -204,6 +243,9 @@ PRODUCT = "\twgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%r131},"
         pytest.param([BARRIER, STORE, FENCE, ARRIVE], ["arrives after fence"], id="no-barrier"),
         pytest.param([BARRIER, PRODUCT, ARRIVE], ["arrives after wgmma"], id="product-in-between"),
         pytest.param(["\t@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 9;"], [], id="producer"),
+        pytest.param([STORE, "\tbar.warp.sync \t-1;", ARRIVE], [], id="hands-out-a-tile"),
+        pytest.param([ROWS, BARRIER, RAISE], [], id="flag"),
+        pytest.param([BARRIER, ROWS, RAISE], ["flag is raised after st.global"], id="flag-too-early"),
     ],
 )
 def test_what_may_come_before_an_arrival(lines, named):
@@ -283,14 +325,20 @@ def test_is_launched_without_fault(launched):
     grad = ["grad_kernel", "grad_sum_kernel"]
     assert first["launches"] == ["shrink_kernel", "expand_ws_kernel", *grad, "expand_ws_kernel"]
     assert first["dependent"] == [1, 4]
+    makes_z = rows["layer plan=ws_z"]
+    assert makes_z["launches"] == ["expand_ws_z_kernel", *grad, "expand_ws_z_kernel"]
+    assert makes_z["dependent"] == []
 
 
 @pytest.mark.gate
 @needs_stub
 @needs_gluon
 def test_gives_way_where_tma_cannot_address_the_operands(launched):
-    (row,) = (row for row in launched if "sizes=offset" in row["case"])
-    assert "expand_kernel" in row["launches"] and "expand_ws_kernel" not in row["launches"]
+    rows = [row for row in launched if "sizes=offset" in row["case"]]
+    assert len(rows) == 2
+    for row in rows:
+        assert "expand_kernel" in row["launches"] and "shrink_kernel" in row["launches"]
+        assert not [kernel for kernel in row["launches"] if "_ws_" in kernel]
 
 
 # The launcher
@@ -321,7 +369,7 @@ def test_says_what_it_lacks(monkeypatch, limits, version, said):
     assert said in missing_for_ws(limits, version)
     monkeypatch.setattr(launcher, "device_limits", lambda device: limits)
     monkeypatch.setattr(triton, "__version__", version)
-    with pytest.raises(RuntimeError, match=f"variant 'ws' .*{said}"):
+    with pytest.raises(RuntimeError, match=f"expand_ws .*{said}"):
         expand(*operands(), config=WS, unaligned=PORTABLE)
 
 
@@ -423,6 +471,23 @@ def places(rows: int, columns: int) -> list[tuple[int, int]]:
     for row, column in builder.to_linear_layout(layout._to_ir(builder), [rows, columns]).offset_bases:
         found += [(r ^ row, c ^ column) for r, c in found]
     return found
+
+
+@needs_gluon
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("R, K", [(1, 40), (3, 40), (8, 36), (24, 44)])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_the_factor_of_z_gets_rows_for_tma(stored, R, K, dtype):
+    """Any strides and any K: rows at multiples of 16 bytes, a copy where they are not."""
+    from lorafa_kernels.kernels.expand_ws_z import rows_for_tma
+    from lorafa_kernels.kernels.tile import addressable
+
+    factor = torch.randn(R, K).to(dtype) if stored == "rows" else torch.randn(K, R).to(dtype).t()
+    rows = rows_for_tma(factor.t(), torch.bfloat16)
+    assert addressable(rows) and torch.equal(rows, factor.bfloat16())
+    assert (rows.data_ptr() == factor.data_ptr()) == (
+        dtype == torch.bfloat16 and stored == "rows" and K % 8 == 0
+    )
 
 
 def test_a_case_names_its_own_blocks():

@@ -1,4 +1,5 @@
-"""expand with specialised warps computes y and dx within the error budget, and the same bits each time.
+"""expand with specialised warps, without z and with it, computes y and dx within the error budget, and the
+same bits each time.
 
 On sm_90 alone, with Triton 3.6 or 3.7: nothing interprets Gluon.
 """
@@ -25,15 +26,19 @@ from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, KernelPlan
 from lorafa_kernels.plan.specialised import missing_for_ws, ws_configs
 
 launcher = pytest.importorskip("lorafa_kernels.kernels.expand")
+recompute = pytest.importorskip("lorafa_kernels.kernels.recompute")
 pytestmark = pytest.mark.numerics
 HOPPER = KNOWN_DEVICES["sm_90"]
 DTYPES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")]
+VARIANTS = ("ws", "ws_z")
+variants = pytest.mark.parametrize("variant", VARIANTS)
 # Small blocks with two stages, so that the ring comes round often; and the least tile.
-SMALL = KernelConfig(128, 64, 32, 128, 2, 8, 2, "ws", EPILOGUE_SUBTILE=4)
-TRIED = [
-    pytest.param(config, id="x".join(map(str, (config.BLOCK_M, config.BLOCK_N, R))))
+SMALL = {name: KernelConfig(128, 64, 32, 128, 2, 8, 2, name, EPILOGUE_SUBTILE=4) for name in VARIANTS}
+CONFIGS = [pytest.param(config, id=f"{name}-small") for name, config in SMALL.items()] + [
+    pytest.param(config, id="-".join(map(str, (name, config.BLOCK_M, config.BLOCK_N, R))))
+    for name in VARIANTS
     for R in (16, 64, 128)
-    for config in ws_configs(HOPPER, 2, R)
+    for config in ws_configs(HOPPER, 2, R, name)
 ]
 
 
@@ -48,19 +53,20 @@ def hopper(request) -> str:
 
 @pytest.fixture
 def runs(monkeypatch) -> list[tuple[int, int]]:
-    """The shape of each result that the kernel made."""
+    """The shape of each result that one of the two kernels made."""
     found, find = [], launcher.warp_specialised
 
-    def watched(limits):
-        kernel = find(limits)
+    def watched(name, limits):
+        kernel = find(name, limits)
 
-        def run(P, Q, L, F, bias, C, *rest):
-            found.append(tuple(C.shape))
-            kernel(P, Q, L, F, bias, C, *rest)
+        def run(P, Q, *rest):
+            found.append((P.shape[0], Q.shape[1]))
+            return kernel(P, Q, *rest)
 
         return run
 
-    monkeypatch.setattr(launcher, "warp_specialised", watched)
+    for module in (launcher, recompute):
+        monkeypatch.setattr(module, "warp_specialised", watched)
     return found
 
 
@@ -68,11 +74,13 @@ def pin_blocks(monkeypatch, config: KernelConfig, one_pass: bool = True, pdl: bo
     pin(monkeypatch, KernelPlan(expand=config, one_pass=one_pass, pdl=pdl))
 
 
+@variants
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("R", range(1, 129))
-def test_accuracy_at_every_rank(monkeypatch, hopper, runs, dtype, R):
+def test_accuracy_at_every_rank(monkeypatch, hopper, runs, dtype, R, variant):
     """A ragged last tile in every direction; lora_B in fp32 and in 16 bits."""
-    config = ws_configs(HOPPER, 2, R)[R % 3]
+    configs = ws_configs(HOPPER, 2, R, variant)
+    config = configs[R % len(configs)]
     for factor_dtype in (dtype, torch.float32):
         pin_blocks(monkeypatch, config, one_pass=R % 2 == 0)
         budget = Budget()
@@ -99,10 +107,10 @@ SHAPES = [
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("config", [pytest.param(SMALL, id="small"), *TRIED])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_accuracy_of_every_shape(monkeypatch, hopper, runs, config, shape, dtype, bias):
     if shape["R"] > config.BLOCK_R:
-        config = replace(config, BLOCK_R=128, num_stages=2, EPILOGUE_SUBTILE=config.BLOCK_N // 64)
+        config = ws_configs(HOPPER, 2, shape["R"], config.variant)[-1]
     pin_blocks(monkeypatch, config)
     budget = Budget()
     for seed in range(-(-SMALL_OUTPUT // (min(shape["K"], shape["N"]) * min(shape["M"], shape["R"])))):
@@ -120,7 +128,7 @@ def test_every_arrangement_gives_the_same_y(monkeypatch, hopper, one_pass, pdl):
     inputs = draw_operands(700, 264, 392, 24, torch.bfloat16, hopper, factor_dtype=torch.float32)
     found = []
     for arrangement in ((True, True), (one_pass, pdl)):
-        pin_blocks(monkeypatch, replace(SMALL, BLOCK_R=32), *arrangement)
+        pin_blocks(monkeypatch, replace(SMALL["ws"], BLOCK_R=32), *arrangement)
         found.append(lorafa_results(inputs, "triton"))
     assert_same(found[1]["y"], found[0]["y"])
     budget = Budget()
@@ -145,10 +153,11 @@ def padded(tensor: torch.Tensor) -> torch.Tensor:
     return wide[:, 8 : 8 + tensor.shape[1]]
 
 
+@variants
 @pytest.mark.parametrize("factors", [transposed, stepped, padded])
-def test_strides_change_no_bit(monkeypatch, hopper, runs, factors):
+def test_strides_change_no_bit(monkeypatch, hopper, runs, factors, variant):
     """lora_A and lora_B may lie in any way; x, dy and the weight where TMA can address them."""
-    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 24)[0])
+    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 24, variant)[0])
     inputs = draw_operands(300, 136, 264, 24, torch.bfloat16, hopper)
     want = lorafa_results(inputs, "triton")
     wide = ("x", "weight", "dy")
@@ -166,9 +175,10 @@ def test_strides_change_no_bit(monkeypatch, hopper, runs, factors):
         assert_same(got[name], want[name])
 
 
+@variants
 @pytest.mark.parametrize("operand", ["x", "weight"])
-def test_operands_that_tma_cannot_address_take_the_other_kernel(monkeypatch, hopper, runs, operand):
-    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16)[0])
+def test_operands_that_tma_cannot_address_take_other_kernels(monkeypatch, hopper, runs, operand, variant):
+    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16, variant)[0])
     inputs = draw_operands(150, 72, 200, 16, torch.bfloat16, hopper)
     setattr(inputs, operand, stepped(getattr(inputs, operand)))
     budget = Budget()
@@ -177,7 +187,7 @@ def test_operands_that_tma_cannot_address_take_the_other_kernel(monkeypatch, hop
     assert runs == ([] if operand == "weight" else [(150, 72)])
 
 
-@pytest.mark.parametrize("config", [pytest.param(SMALL, id="small"), *TRIED[:3]])
+@pytest.mark.parametrize("config", [case for case in CONFIGS if case.values[0].BLOCK_R in (16, 128)])
 def test_the_same_bits_two_hundred_times(monkeypatch, hopper, config):
     """While other kernels run, and with z of the call before still in memory."""
     R = min(24, config.BLOCK_R)
@@ -190,8 +200,10 @@ def test_the_same_bits_two_hundred_times(monkeypatch, hopper, config):
         assert_same(lorafa_results(inputs, "triton"), first)
 
 
-def test_streams_do_not_disturb_each_other(monkeypatch, hopper):
-    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16)[0])
+@variants
+def test_streams_do_not_disturb_each_other(monkeypatch, hopper, variant):
+    """Nor wait for each other for ever: several launches that wait for flags share the multiprocessors."""
+    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16, variant)[0])
     drawn = [draw_operands(1024, 264, 776, 16, torch.bfloat16, hopper, seed=seed) for seed in range(3)]
     want = [lorafa_results(inputs, "triton") for inputs in drawn]
     streams = [torch.cuda.Stream() for _ in drawn]
@@ -205,10 +217,11 @@ def test_streams_do_not_disturb_each_other(monkeypatch, hopper):
         assert_same(got, want)
 
 
+@variants
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_values_propagate(monkeypatch, hopper, bad):
+def test_non_finite_values_propagate(monkeypatch, hopper, bad, variant):
     """To the row that they are in, and to no other."""
-    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16)[0])
+    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16, variant)[0])
     inputs = draw_operands(200, 72, 264, 12, torch.bfloat16, hopper)
     inputs.x[4, 3] = inputs.dy[9, 5] = bad
     got = lorafa_results(inputs, "triton")
@@ -217,11 +230,12 @@ def test_non_finite_values_propagate(monkeypatch, hopper, bad):
         assert not finite[row].any() and finite.sum() == (200 - 1) * finite.shape[1], name
 
 
-def test_reads_and_writes_nothing_beside_its_operands(monkeypatch, hopper, runs):
+@variants
+def test_reads_and_writes_nothing_beside_its_operands(monkeypatch, hopper, runs, variant):
     beds = Beds()
     monkeypatch.setattr(torch, "empty", beds.make)
     for R in (3, 8, 100):
-        pin_blocks(monkeypatch, ws_configs(HOPPER, 2, R)[0])
+        pin_blocks(monkeypatch, ws_configs(HOPPER, 2, R, variant)[0])
         i = draw_operands(133, 72, 264, R, torch.bfloat16, hopper, factor_dtype=torch.float32)
         x, weight, A, B, bias, dy = map(beds.lay, (i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.dy))
         _, z = ops.forward(x, weight, A, B, bias, 0.7, "triton", 0.0, None)
@@ -251,9 +265,10 @@ def test_dropout_of_x_in_forward(monkeypatch, hopper, runs):
     budget.check()
 
 
-def test_members_of_a_group(monkeypatch, hopper, runs):
+@variants
+def test_members_of_a_group(monkeypatch, hopper, runs, variant):
     """Each y by the kernel, as by itself."""
-    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16)[0])
+    pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 16, variant)[0])
     drawn = [draw_operands(300, 136, N, 16, torch.bfloat16, hopper, seed=N) for N in (264, 128, 128)]
     x = drawn[0].x
     members = [LinearOperands(i.weight, i.bias, i.lora_A, i.lora_B, i.scaling, 0.0) for i in drawn]

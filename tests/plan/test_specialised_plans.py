@@ -42,8 +42,9 @@ from lorafa_kernels.plan.specialised import MOST_RANK, ws_configs
 HOPPER = KNOWN_DEVICES["sm_90"]
 H200 = Device("NVIDIA H200", HOPPER, "3.7.1")
 FORWARD, BACKWARD = (Problem(op, torch.bfloat16, 8192, 4096, 4096, 16) for op in ("forward", "backward"))
-WS = ws_configs(HOPPER, 2, 16)[0]
+WS, WS_Z = (ws_configs(HOPPER, 2, 16, variant)[0] for variant in ("ws", "ws_z"))
 RECIPE = Recipe("fused", KernelPlan(expand=WS))
+RECIPE_Z = Recipe("fused", KernelPlan(expand=WS_Z, one_pass=False))
 
 
 @pytest.mark.parametrize("arch", KNOWN_DEVICES)
@@ -52,16 +53,22 @@ def test_no_heuristic_picks_one(arch):
     for op in OPS:
         for size in (2, 4):
             for dropout in (False, True):
-                assert not [c for c in all_default_configs(op, limits, size, dropout) if c.variant == "ws"]
+                configs = all_default_configs(op, limits, size, dropout)
+                assert not [config for config in configs if config.variant in ("ws", "ws_z")]
     for problem in (FORWARD, BACKWARD):
         device = Device("?", limits, "3.7.1")
         assert "ws" not in str([*candidates(problem, device), make_plan(problem, device).kernels])
 
 
-@given(st.integers(1, 300), st.integers(90, 228), st.sampled_from(sorted(KNOWN_DEVICES)))
-def test_blocks_to_try_fit_the_device_and_the_rank(R, kilobytes, arch):
+@given(
+    st.integers(1, 300),
+    st.integers(90, 228),
+    st.sampled_from(sorted(KNOWN_DEVICES)),
+    st.sampled_from(("ws", "ws_z")),
+)
+def test_blocks_to_try_fit_the_device_and_the_rank(R, kilobytes, arch, variant):
     limits = replace(KNOWN_DEVICES[arch], shared_memory=kilobytes * 1024)
-    found = ws_configs(limits, 2, R)
+    found = ws_configs(limits, 2, R, variant)
     if R > MOST_RANK or arch != "sm_90":
         assert found == ()
     for config in found:
@@ -75,6 +82,7 @@ def test_blocks_to_try_fit_the_device_and_the_rank(R, kilobytes, arch):
 def test_an_h100_has_three_to_try_at_every_rank(R):
     found = ws_configs(HOPPER, 2, R)
     assert len(found) == 3 and found[0].BLOCK_M * found[0].BLOCK_N == 128 * 256
+    assert len(ws_configs(HOPPER, 2, R, "ws_z")) == (3 if R <= 16 else 2 if R <= 32 else 1)
     assert ws_configs(HOPPER, 4, R) == ()
 
 
@@ -101,9 +109,16 @@ def test_sizes_that_it_is_not_written_for(changes, field):
         make_pin({"forward": Recipe("fused", KernelPlan(expand=config))})
 
 
+def test_sums_of_z_count_beside_those_of_the_tile():
+    assert wrong_field("expand", WS_Z) is None
+    assert wrong_field("expand", replace(WS, BLOCK_R=64)) is None
+    assert wrong_field("expand", replace(WS_Z, BLOCK_R=64)) == "BLOCK_N"
+
+
 @pytest.mark.parametrize("op", ["shrink", "grad"])
-def test_other_kernels_have_no_such_variant(op):
-    assert wrong_field(op, WS) == "variant"
+@pytest.mark.parametrize("config", [WS, WS_Z], ids=["ws", "ws_z"])
+def test_other_kernels_have_no_such_variant(op, config):
+    assert wrong_field(op, config) == "variant"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +130,7 @@ def test_other_kernels_have_no_such_variant(op):
         pytest.param(HOPPER, replace(FORWARD, dropout=True), "3.7.1", None, id="dropout-of-x"),
         pytest.param(HOPPER, replace(BACKWARD, dropout=True), "3.7.1", "makes no mask", id="dropout-of-dx"),
         pytest.param(HOPPER, replace(FORWARD, R=17), "3.7.1", "BLOCK_R = 16 for R = 17", id="rank"),
+        pytest.param(HOPPER, replace(FORWARD, dtype=torch.float32), "3.7.1", "16-bit operands", id="fp32"),
         pytest.param(HOPPER, FORWARD, "3.8.0", "not 3.8.0", id="version"),
         pytest.param(KNOWN_DEVICES["sm_100"], FORWARD, "3.7.1", "not of sm_100", id="sm_100"),
         pytest.param(KNOWN_DEVICES["sm_80"], FORWARD, "3.7.1", "not of sm_80", id="sm_80"),
@@ -124,8 +140,14 @@ def test_other_kernels_have_no_such_variant(op):
     ],
 )
 def test_what_keeps_it_from_running(limits, problem, triton, said):
-    found = obstacle(RECIPE, problem, limits, triton)
-    assert found is None if said is None else said in found
+    for recipe in (RECIPE,) if problem.dropout else (RECIPE, RECIPE_Z):
+        found = obstacle(recipe, problem, limits, triton)
+        assert found is None if said is None else said in found
+
+
+@pytest.mark.parametrize("problem", [FORWARD, BACKWARD], ids=["forward", "backward"])
+def test_one_that_makes_z_makes_no_mask_either(problem):
+    assert "makes no mask" in obstacle(RECIPE_Z, replace(problem, dropout=True), HOPPER)
 
 
 @pytest.mark.parametrize("arch, triton", [("sm_80", "3.7.1"), ("sm_90", "3.9.0")])
@@ -151,6 +173,9 @@ def test_a_pin_that_runs_is_explained(fake_gpu, monkeypatch):
     assert told.plans["forward"].configs["expand"] == WS
     assert describe(RECIPE, "forward") == "fused, specialised warps, PDL"
     assert launches(RECIPE, FORWARD, HOPPER) == ("shrink", "expand")
+    assert describe(RECIPE_Z, "forward") == "fused, specialised warps, one launch for z and y"
+    assert launches(RECIPE_Z, FORWARD, HOPPER) == ("recompute",)
+    assert launches(RECIPE_Z, BACKWARD, HOPPER) == ("grad", "grad_sum", "recompute")
 
 
 def test_a_file_can_name_one():
@@ -171,11 +196,16 @@ def test_its_time_is_predicted_like_that_of_tma_with_less_overlap():
             for recipe in (tma, RECIPE)
         ]
         assert alone[0] == alone[1]
+        assert 0 < predict(RECIPE_Z, problem, HOPPER, reached).device_us < 2 * times[0]
 
 
 def test_a_group_adds_up_dx_with_its_own_kernel():
     """The kernel of several members has no such variant."""
     problem = replace(BACKWARD, widths=(2048, 1024, 1024), makers=3)
+    default = all_configs(KernelPlan(), problem, HOPPER)
     found = all_configs(RECIPE.kernels, problem, HOPPER)
-    assert found.expand == found.expand_after == WS
-    assert found.group.expand_total == all_configs(KernelPlan(), problem, HOPPER).group.expand_total
+    assert found.expand == found.expand_after == WS and not found.recomputes
+    assert found.group.expand_total == default.group.expand_total
+    found = all_configs(RECIPE_Z.kernels, problem, HOPPER)
+    assert found.recomputes and found.expand_after == default.expand_after
+    assert found.group.expand_total == default.group.expand_total

@@ -20,6 +20,7 @@ from lorafa_kernels.tune import search
 from lorafa_kernels.tune.search import neighbours, specialised, tune
 
 launcher = pytest.importorskip("lorafa_kernels.kernels.expand")
+recompute = pytest.importorskip("lorafa_kernels.kernels.recompute")
 HOPPER = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.7.1")
 FORWARD, BACKWARD = (Problem(op, torch.bfloat16, 8192, 4096, 4096, 16) for op in ("forward", "backward"))
 
@@ -29,9 +30,11 @@ FORWARD, BACKWARD = (Problem(op, torch.bfloat16, 8192, 4096, 4096, 16) for op in
 def test_offers_a_few_blocks_on_hopper(problem, count, R):
     problem = replace(problem, R=R)
     found = specialised(problem, HOPPER)
-    assert len(set(found)) == len(found) == count
+    assert len(set(found)) == len(found)
+    variants = [recipe.kernels.expand.variant for recipe in found]
+    assert variants.count("ws") == count and variants.count("ws_z") == (3 if R <= 16 else 1)
     for recipe in found:
-        assert recipe.kernels.expand.variant == "ws" and recipe.kernels.pdl
+        assert recipe.kernels.pdl == (recipe.kernels.expand.variant == "ws")
         assert obstacle(recipe, problem, HOPPER.limits, HOPPER.triton) is None
 
 
@@ -41,7 +44,6 @@ def test_offers_a_few_blocks_on_hopper(problem, count, R):
         pytest.param(replace(FORWARD, dtype=torch.float32), HOPPER, id="fp32"),
         pytest.param(replace(FORWARD, R=129), HOPPER, id="rank"),
         pytest.param(replace(FORWARD, N=4097), HOPPER, id="unaligned"),
-        pytest.param(replace(BACKWARD, dropout=True), HOPPER, id="mask"),
         pytest.param(replace(FORWARD, op="backward_lora_B", K=0), HOPPER, id="no-expand"),
         pytest.param(FORWARD, replace(HOPPER, triton="3.8.0"), id="triton"),
         pytest.param(FORWARD, replace(HOPPER, limits=KNOWN_DEVICES["sm_100"]), id="sm_100"),
@@ -51,18 +53,27 @@ def test_offers_none_where_it_does_not_run(problem, device):
     assert specialised(problem, device) == []
 
 
-def test_few_rows_have_it_beside_one_launch():
-    found = specialised(replace(FORWARD, M=64), HOPPER)
+def test_dropout_leaves_what_makes_no_mask():
+    """z of forward is shrink's, and so is its mask; that of dx would be expand's."""
+    assert specialised(replace(BACKWARD, dropout=True), HOPPER) == []
+    found = specialised(replace(FORWARD, dropout=True), HOPPER)
     assert len(found) == 3 and {recipe.kernels.expand.variant for recipe in found} == {"ws"}
 
 
-def test_its_neighbours_can_be_launched():
-    base = Recipe("fused", KernelPlan(expand=ws_configs(HOPPER.limits, 2, 16)[0]))
+def test_few_rows_have_it_beside_one_launch():
+    found = specialised(replace(FORWARD, M=64), HOPPER)
+    assert len(found) == 6
+    assert {recipe.kernels.expand.variant for recipe in found} == {"ws", "ws_z"}
+
+
+@pytest.mark.parametrize("variant", ["ws", "ws_z"])
+def test_its_neighbours_can_be_launched(variant):
+    base = Recipe("fused", KernelPlan(expand=ws_configs(HOPPER.limits, 2, 16, variant)[0], one_pass=False))
     found = neighbours(base, "expand", FORWARD, HOPPER)
     assert len(found) >= 4
     for recipe in found:
         assert search.wrong_field("expand", recipe.kernels.expand) is None
-        assert recipe.kernels.expand.variant == "ws"
+        assert recipe.kernels.expand.variant == variant
 
 
 # A search on this machine, with a stand-in for the kernel
@@ -73,7 +84,9 @@ SMALL = Problem("forward", torch.bfloat16, 160, 64, 64, 8)
 
 @pytest.fixture
 def here(monkeypatch, tmp_path, triton_device):
-    """A function (kernel) that searches SMALL as if this device ran the kernel: `kernel` in its place."""
+    """A function (kernel, variant) that searches SMALL as if this device ran a kernel of that variant:
+    `kernel` in its place.
+    """
     if triton_device != "cpu":
         pytest.skip("a GPU has the kernel itself, or none")
     monkeypatch.setenv(lookup.CACHE_VARIABLE, str(tmp_path))
@@ -81,16 +94,17 @@ def here(monkeypatch, tmp_path, triton_device):
     device = torch.device("cpu")
     target = choice.planned_device(device)
     monkeypatch.setattr("lorafa_kernels.plan.recipe.missing_for_ws", lambda limits, triton: None)
-    configs = ws_configs(KNOWN_DEVICES["sm_90"], 2, SMALL.R)
-    offered = [Recipe("fused", KernelPlan(expand=config)) for config in configs]
-    monkeypatch.setattr(search, "specialised", lambda problem, device: offered)
 
-    def run(kernel):
-        monkeypatch.setattr(launcher, "warp_specialised", lambda limits: kernel)
+    def run(kernel, variant):
+        configs = ws_configs(KNOWN_DEVICES["sm_90"], 2, SMALL.R, variant)
+        plans = [KernelPlan(expand=config, one_pass=variant == "ws") for config in configs]
+        monkeypatch.setattr(search, "specialised", lambda *_: [Recipe("fused", plan) for plan in plans])
+        for module in (launcher, recompute):
+            monkeypatch.setattr(module, "warp_specialised", lambda name, limits: kernel)
 
         def cost(recipe):
             expand = recipe.kernels.expand
-            return 1.0 if expand and expand.variant == "ws" else 5.0
+            return 1.0 if expand and expand.variant == variant else 5.0
 
         path = lookup.cache_path(target)
         (result,) = tune([SMALL], device, Scripted(SMALL, cost), path, about={}, budget_s=1e-9)
@@ -106,10 +120,20 @@ def product(P, Q, L, F, bias, C, config, transposed, wait, num_sms):
     C.copy_(P.double() @ Q.double() + L.double() @ F.to(P.dtype).double() + (0 if bias is None else bias))
 
 
-def test_a_right_one_is_timed_and_chosen(here):
-    result, plan = here(product)
-    assert result.winner.recipe.kernels.expand.variant == "ws"
-    assert (plan.source, plan.kernels.expand.variant) == ("user cache", "ws")
+def both(P, Q, D, F, bias, scaling, config, transposed, num_sms):
+    """The same of the kernel that makes z."""
+    assert config.variant == "ws_z" and transposed
+    L = (scaling * (P.double() @ D.to(P.dtype).double())).to(P.dtype)
+    C = torch.empty(P.shape[0], Q.shape[1], dtype=P.dtype)
+    C.copy_(P.double() @ Q.double() + L.double() @ F.to(P.dtype).double() + (0 if bias is None else bias))
+    return C, L
+
+
+@pytest.mark.parametrize("kernel, variant", [(product, "ws"), (both, "ws_z")], ids=["ws", "ws_z"])
+def test_a_right_one_is_timed_and_chosen(here, kernel, variant):
+    result, plan = here(kernel, variant)
+    assert result.winner.recipe.kernels.expand.variant == variant
+    assert (plan.source, plan.kernels.expand.variant) == ("user cache", variant)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +150,7 @@ def test_a_wrong_one_is_refused_before_it_is_timed(here, wrong):
         product(P, Q, L, F, bias, C, *rest)
         wrong(C, L)
 
-    result, plan = here(kernel)
+    result, plan = here(kernel, "ws")
     assert plan.kernels.expand.variant != "ws"
     refused = [why for text, why in result.refused if "specialised warps" in text]
     assert len(refused) == 3 and all(why.startswith("y has an error of") for why in refused)
@@ -136,8 +160,21 @@ def test_one_without_the_rank_term_is_refused(here):
     def kernel(P, Q, L, F, bias, C, *rest):
         product(P, Q, torch.zeros_like(L), F, bias, C, *rest)
 
-    result, _ = here(kernel)
+    result, _ = here(kernel, "ws")
     assert len([why for text, why in result.refused if "specialised warps" in text]) == 3
+
+
+def test_one_that_reads_z_before_it_is_written_is_refused(here):
+    """The first row of tiles has z, the second what lay in memory."""
+
+    def kernel(P, Q, D, F, bias, scaling, *rest):
+        C, L = both(P, Q, D, F, bias, scaling, *rest)
+        C[128:] -= (L[128:].double() @ F.to(P.dtype).double()).to(C.dtype)
+        return C, L
+
+    result, _ = here(kernel, "ws_z")
+    refused = [why for text, why in result.refused if "one launch for z and y" in text]
+    assert len(refused) == 3 and all(why.startswith("y has an error of") for why in refused)
 
 
 @pytest.mark.gpu
