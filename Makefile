@@ -100,7 +100,9 @@ test-dist: dist
 gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --kernel shrink expand grad gated --out bench/results/compile-gate.json
 	$(BIN)/python -m bench.gate --kernel group --out bench/results/compile-gate-groups.json
+	$(BIN)/python -m bench.gate --kernel ws --arch sm_90 --out bench/results/compile-gate-ws.json
 	$(BIN)/python -m bench.launch_gate --out bench/results/launch-gate.json
+	$(BIN)/python -m bench.launch_gate --ws --out bench/results/launch-gate-ws.json
 
 $(VENV36)/.gate: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV36)
@@ -110,7 +112,9 @@ $(VENV36)/.gate: pyproject.toml constraints.txt
 
 gate-3.6: $(VENV36)/.gate
 	$(VENV36)/bin/python -m bench.gate --arch sm_90 --out bench/results/compile-gate-triton-3.6.json
+	$(VENV36)/bin/python -m bench.gate --kernel ws --arch sm_90 --out bench/results/compile-gate-ws-triton-3.6.json
 	$(VENV36)/bin/python -m bench.launch_gate --arch sm_90 --out bench/results/launch-gate-triton-3.6.json
+	$(VENV36)/bin/python -m bench.launch_gate --ws --out bench/results/launch-gate-ws-triton-3.6.json
 
 # Not in .venv: whatever torch and Triton the machine with the GPU has. docs/benchmarks.md has the stages.
 gpu:

@@ -9,7 +9,7 @@ needs more shared memory than the device has or `shared_memory` estimates, leave
 without the instructions for it, has them without, or has them in a place where they come too early, too late
 or not for every block; and on sm_90 a kernel whose products ptxas takes one after the other, an expand that
 waits for each of its products, and a kernel that leaves too little of a multiprocessor to the one that it is
-to overlap.
+to overlap. specialised.py has the rules for an expand with specialised warps, which no heuristic picks.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
@@ -51,6 +52,7 @@ from lorafa_kernels.plan.config import (
     KNOWN_DEVICES,
     MIN_BLOCK,
     OPS,
+    WS_SUMS,
     KernelConfig,
     makes_mask,
     rows_aligned,
@@ -67,10 +69,12 @@ from lorafa_kernels.plan.defaults import (
     shrink_group_config,
     shrink_total_config,
 )
+from lorafa_kernels.plan.specialised import ws_configs
 
 from ..measure.cases import DTYPES
 from ..run.environment import environment
 from ..run.shell import write_rows, write_whole
+from . import specialised
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # With the instructions of sm_80.
@@ -97,7 +101,10 @@ GATED_RESULTS = ("h", "dg, du", "dg", "du")
 WAITS_FIRST = "waits before its first product"
 WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
 MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
+SPECIALISED = ("expand_ws", "expand_ws_z")
 KERNELS = (*OPS, "group", "gated")
+# By its name alone: no heuristic picks it.
+ASKED_FOR = ("ws",)
 # Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
 SM_SHARED_MEMORY = 228 * 1024
 SM_REGISTERS = 65536
@@ -126,9 +133,12 @@ class LauncherCall:
     dropout: bool = False
     members: int = 1  # of a group
     beside: bool = False  # dB's kernel runs beside expand, which lets it start early
+    given: KernelConfig | None = None  # instead of the heuristics'
 
     @property
     def config(self) -> KernelConfig:
+        if self.given:
+            return self.given
         operand_bytes = DTYPES[self.dtype].itemsize
         aligned = rows_aligned(operand_bytes, *SIZES[self.sizes])
         limits = KNOWN_DEVICES[self.arch]
@@ -179,7 +189,7 @@ class LauncherCall:
     def overlaps(self) -> bool:
         """Whether its kernels run beside others: expand, and what writes z or dz before it."""
         writes_low_rank = self.layout not in ("y", "dx", "dB")
-        takes_part = writes_low_rank or self.config.variant != "recompute"
+        takes_part = writes_low_rank or not self.config.makes_low_rank
         return (
             self.op not in GROUP_LAYOUTS
             and self.pdl
@@ -202,8 +212,8 @@ class Recorder:
 
 def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
-    modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
-    shrink, expand, _, recompute, grad, group, _, gated = modules
+    modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in (*MODULES, *SPECIALISED)]
+    shrink, expand, _, recompute, grad, group, _, gated, *_ = modules
     launch = importlib.import_module("lorafa_kernels.kernels.launch")
     calls: list = []
     K, N = SIZES[case.sizes]
@@ -224,7 +234,7 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
         "dz, dB": lambda: grad.grad(dy, z, lora_B, 2.0, factor_dtype, **pdl),
         "dB": lambda: grad.grad(dy, z, None, 1.0, factor_dtype, beside=case.beside, **config),
     }
-    if case.config.variant == "recompute":
+    if case.config.makes_low_rank:
         dx = {"want_L": False, "drop_P": False}
         config |= drop
         calls_of = {
@@ -282,7 +292,8 @@ def source(arch: str, kernel: triton.JITFunction, args: tuple, kwargs: dict) -> 
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*args, **kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    return ASTSource(kernel, signature, constexprs, attrs), options.__dict__
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    return make(kernel, signature, constexprs, attrs), options.__dict__
 
 
 def resources(arch: str, compiled) -> dict:
@@ -319,7 +330,7 @@ def measure(
     src, options = source(case.arch, kernel, args, kwargs)
     row = {
         "kernel": kernel.__name__.strip("_"),
-        **{key: value for key, value in asdict(case).items() if key != "recompute"},
+        **{key: value for key, value in asdict(case).items() if key not in ("recompute", "given")},
         "last": launch == len(recorded) - 1,
         "config": asdict(case.config),
     }
@@ -364,6 +375,7 @@ def compiled_code(arch: str, src: ASTSource, options: dict) -> dict:
         "launched_dependent": bool(getattr(compiled.metadata, "launch_pdl", False)),
         "misplaced_wait": misplaced_wait(ttgir),
         "serialized": serialized(log.getvalue()),
+        **(specialised.code(compiled) if "ttg.warp_specialize" in ttgir else {}),
     }
 
 
@@ -371,15 +383,16 @@ def key_of(arch: str, src: ASTSource, options: dict) -> str:
     """A name for everything that decides what compiled_code returns: the kernel's source with that of what it
     calls, signature, constants and alignment (all in src.hash()), options, Triton, ptxas, and this file.
     """
-    tools = triton.__version__, triton.knobs.nvidia.ptxas.version, hash_of_this_file()
+    tools = triton.__version__, triton.knobs.nvidia.ptxas.version, hash_of_these_files()
     return hashlib.sha256(
         repr((arch, src.hash(), sorted(options.items(), key=str), tools)).encode()
     ).hexdigest()
 
 
 @functools.cache
-def hash_of_this_file() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def hash_of_these_files() -> str:
+    files = Path(__file__), Path(specialised.__file__)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def read_cached(cache: Path, key: str) -> dict | None:
@@ -456,7 +469,7 @@ def failures(case: LauncherCall, row: dict) -> list[str]:
     in_loops = row["pendings"][: 2 * case.members : 2]
     if by_tma and in_loops != [1] * case.members:
         found.append("no product of the K loop is left in flight")
-    return found
+    return found + (specialised.failures(row) if case.config.variant in WS_SUMS else [])
 
 
 def overlap_failures(case: LauncherCall, row: dict) -> list[str]:
@@ -627,6 +640,29 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Launch
             yield from (few, replace(few, pdl=False), fp32, replace(fp32, asked_tf32=True))
 
 
+def ws_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
+    """expand with specialised warps, which sm_90 has: the blocks that a search of either variant begins with
+    at ranks that fill a rank block and that do not, in both orders, with lora_A and lora_B in fp32 and in 16
+    bits, with bias and without, and in ragged sizes. quick: the first of those blocks.
+    """
+    limits = KNOWN_DEVICES["sm_90"]
+    ranks = (16, 64, 128) if quick else (1, 4, 16, 24, 32, 64, 100, 128)
+    for variant, R in itertools.product(WS_SUMS, ranks) if "sm_90" in archs else ():
+        for config in ws_configs(limits, 2, R, variant)[: 1 if quick else None]:
+            for layout, factor_dtype in itertools.product(LAYOUTS["expand"], ("fp32", "bf16")):
+                case = LauncherCall(
+                    "sm_90", "expand", "bf16", factor_dtype, layout, "even", 8192, R, given=config
+                )
+                yield replace(case, bias=layout == "y")
+                if quick:
+                    continue
+                yield replace(case, sizes="ragged", bias=layout == "y")
+                if factor_dtype == "fp32" and R == 16:
+                    yield replace(case, dtype="fp16")
+                    if variant == "ws":
+                        yield replace(case, pdl=False)
+
+
 def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
     """The kernels of the gated activation: every activation and result, and both gradients and h also in
     fp32, in rows that are not contiguous, and in fp16. Architectures with the instructions of sm_80: bf16.
@@ -715,7 +751,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--arch", nargs="+", choices=sorted(KNOWN_DEVICES), default=ARCHS)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernel", nargs="+", choices=(*KERNELS, *ASKED_FOR), default=KERNELS)
     parser.add_argument(
         "--quick", action="store_true", help="only the defaults for many rows at R = 16 and 64"
     )
@@ -734,6 +770,8 @@ def main(argv: list[str] | None = None) -> int:
         cases = itertools.chain(cases, group_cases(archs, options.quick))
     if {"expand", "grad"} <= set(options.kernel):
         cases = itertools.chain(cases, beside_cases(archs, options.quick))
+    if "ws" in options.kernel:
+        cases = itertools.chain(cases, ws_cases(archs, options.quick))
     if "gated" in options.kernel:
         cases = itertools.chain(cases, gated_cases(archs, options.quick))
     try:

@@ -9,7 +9,8 @@ kernel as a dependent of another where its plan does not say so, or not where it
 kernel of the library was not launched at all.
 
 Cases are chosen pairwise: any two values of two options meet in one case at least. --core takes those few
-that launch each kernel of Hopper, without most masks.
+that launch each kernel of Hopper, without most masks. --ws takes the cases of an expand with specialised
+warps instead, which runs on sm_90 where a plan names it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
 from lorafa_kernels.mlp.activation import ACTIVATIONS
 from lorafa_kernels.mlp.api import lorafa_gated_mlp
-from lorafa_kernels.plan.config import KernelPlan
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
 from lorafa_kernels.plan.defaults import SPLIT_ROWS
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
@@ -54,6 +55,14 @@ PLANS = {
     "fused, dB beside dx": Recipe("fused", KernelPlan(one_pass=False, pdl=True, beside=True)),
     "library, one pass": Recipe("library", KernelPlan(one_pass=True)),
     "library": Recipe("library", KernelPlan(one_pass=False)),
+}
+# A rank block for every rank that it serves, and several tiles of so few rows.
+WS = KernelConfig(128, 128, 64, 128, 8, 8, 3, "ws", EPILOGUE_SUBTILE=2)
+WS_Z = KernelConfig(128, 128, 64, 128, 8, 8, 2, "ws_z", EPILOGUE_SUBTILE=2)
+WS_PLANS = {
+    "ws, one pass, PDL": Recipe("fused", KernelPlan(expand=WS, one_pass=True, pdl=True)),
+    "ws, two passes": Recipe("fused", KernelPlan(expand=WS, one_pass=False, pdl=False)),
+    "ws_z": Recipe("fused", KernelPlan(expand=WS_Z, one_pass=False, pdl=False)),
 }
 # K and N of a layer, and how its operands lie: rows at multiples of 16 bytes that fill whole blocks, that do
 # not, rows at no multiple of 16 bytes, memory that begins at none, and nothing.
@@ -128,6 +137,30 @@ MLPS = {
     "adapted": ("all", "but the last"),
     "activation": tuple(ACTIVATIONS),
 }
+# Of operands that TMA can address the kernels are launched, of others those that they give way to.
+WS_LAYERS = {
+    "dtype": ("bf16", "fp16"),
+    "factor_dtype": ("fp32", "own"),
+    "R": (1, 4, 16, 24, 128),
+    "M": (MANY_ROWS, 16),
+    "sizes": ("even", "ragged", "odd", "offset"),
+    "bias": (True, False),
+    "needs": ("dx, dB", "dx", "dB"),
+    "plan": tuple(WS_PLANS),
+}
+WS_CORE = (
+    Scenario(plan="ws, one pass, PDL"),
+    Scenario(plan="ws, two passes", R=100, sizes="ragged", factor_dtype="own", bias=False, dtype="fp16"),
+    Scenario(plan="ws, one pass, PDL", R=3, M=16, needs="dx"),
+    Scenario(plan="ws, two passes", sizes="offset"),
+    Scenario("group", plan="ws, one pass, PDL", members=3),
+    Scenario(plan="ws_z"),
+    Scenario(plan="ws_z", R=100, sizes="ragged", factor_dtype="own", bias=False, dtype="fp16", needs="dx"),
+    Scenario(plan="ws_z", sizes="offset"),
+    Scenario("group", plan="ws_z", members=2),
+    # Dropout on x alone: of dx it has none to make.
+    Scenario(plan="ws, one pass, PDL", dropout=True, needs="dB"),
+)
 # Beside Hopper, which has kernels of its own.
 FEWER = {"R": (1, 8, 64, 256), "M": (MANY_ROWS, 16), "sizes": ("even", "odd"), "members": (2, 5)}
 CORE = (
@@ -171,6 +204,11 @@ def all_cases(arch: str) -> list[Scenario]:
     return list(dict.fromkeys((*CORE, *itertools.chain(*map(pairwise, grids)))))
 
 
+def ws_cases() -> list[Scenario]:
+    """The cases of --ws, each once."""
+    return list(dict.fromkeys((*WS_CORE, *pairwise(WS_LAYERS))))
+
+
 def operands(
     case: Scenario, N: int, K: int, dtype: torch.dtype, adapted: bool, lora_A=None
 ) -> LinearOperands:
@@ -198,7 +236,7 @@ def step(case: Scenario) -> None:
     """Run the forward and backward of a case."""
     dtype = DTYPES[case.dtype]
     K, N = SIZES[case.sizes]
-    recipe = PLANS[case.plan]
+    recipe = (PLANS | WS_PLANS)[case.plan]
     if case.what == "llama":
         with pin_plan(dict.fromkeys(OPERATIONS, recipe)):
             return llama_step()
@@ -272,7 +310,7 @@ def judge(case: Scenario, arch: str) -> dict:
     found += [f"{fault}, the second time" for fault in stub.faults(again)]
     if not raised and list(map(_asked, again)) != list(map(_asked, launched)):
         found.append(f"launches {', '.join(launch.kernel for launch in again)} the second time")
-    recipe = PLANS[case.plan]
+    recipe = (PLANS | WS_PLANS)[case.plan]
     # z of a layer without columns is filled with zeros: there is nothing to overlap.
     overlaps = recipe.kernels.pdl and arch != "sm_80" and 0 not in SIZES[case.sizes]
     for index, launch in enumerate(launched):
@@ -310,20 +348,24 @@ def _asked(launch) -> tuple:
 def kernels() -> set[str]:
     """The names of the library's kernels, as launches have them."""
     modules = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
+    specialised = ("expand_ws", "expand_ws_z")
     found = set()
-    for name in modules:
+    for name in (*modules, *specialised):
         for key in vars(importlib.import_module(f"lorafa_kernels.kernels.{name}")):
             if key.endswith("_kernel"):
                 found.add(key.strip("_"))
     return found
 
 
-def not_launched(rows: list[dict], archs: tuple[str, ...]) -> list[str]:
-    """Name the kernels that no case launched, by architecture; TMA is asked for on sm_90 alone."""
+def not_launched(rows: list[dict], archs: tuple[str, ...], ws: bool = False) -> list[str]:
+    """Name the kernels that no case launched, by architecture; TMA is asked for on sm_90 alone. ws: of --ws,
+    which has a kernel that other cases do not launch.
+    """
     missing = []
     for arch in archs:
         launched = {kernel for row in rows if row["arch"] == arch for kernel in row["launches"]}
         wanted = {kernel for kernel in kernels() if arch == "sm_90" or "tma" not in kernel}
+        wanted = {kernel for kernel in wanted if ("_ws_" in kernel) == ws}
         missing += [f"{arch}: {kernel} was not launched" for kernel in sorted(wanted - launched)]
     return missing
 
@@ -336,11 +378,12 @@ def run_cases(cases: list[Scenario], arch: str, out: Path) -> None:
             print(json.dumps(judge(case, arch)), file=file, flush=True)
 
 
-def run_worker(arch: str, core: bool, part: int, parts: int, folder: Path) -> list[dict]:
+def run_worker(arch: str, core: bool, ws: bool, part: int, parts: int, folder: Path) -> list[dict]:
     """Run every parts-th case for an architecture in a process of its own, and return the rows."""
     out = folder / f"{arch}-{part}.jsonl"
     stub = (sys.executable, "-m", "tests.stub_gpu", "--arch", arch, "-m", "bench.launch_gate")
-    command = [*stub, "--out", str(out), "--part", str(part), str(parts), *(["--core"] if core else [])]
+    command = [*stub, "--out", str(out), "--part", str(part), str(parts)]
+    command += ["--core"] * core + ["--ws"] * ws
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     unset = ("TRITON_INTERPRET", "LORAFA_KERNELS_PLAN")
     kept = {key: value for key, value in os.environ.items() if key not in unset} | {"PYTHONPATH": path}
@@ -348,12 +391,14 @@ def run_worker(arch: str, core: bool, part: int, parts: int, folder: Path) -> li
     kept["LORAFA_KERNELS_CACHE"] = str(folder / "no-cache")
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    if len(rows) < len(part_of(arch, core, part, parts)):
+    if len(rows) < len(part_of(arch, core, ws, part, parts)):
         raise RuntimeError(f"the process for {arch} ended early:\n{done.stdout}{done.stderr}")
     return rows
 
 
-def part_of(arch: str, core: bool, part: int, parts: int) -> list[Scenario]:
+def part_of(arch: str, core: bool, ws: bool, part: int, parts: int) -> list[Scenario]:
+    if ws:
+        return (list(WS_CORE) if core else ws_cases())[part::parts]
     return (list(CORE) if core else all_cases(arch))[part::parts]
 
 
@@ -362,31 +407,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--core", action="store_true", help="only a few cases, which launch most kernels")
+    parser.add_argument("--ws", action="store_true", help="the cases of specialised warps alone, on sm_90")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.part:
         arch = os.environ["LORAFA_STUB_GPU"]
-        run_cases(part_of(arch, options.core, *options.part), arch, options.out)
+        run_cases(part_of(arch, options.core, options.ws, *options.part), arch, options.out)
         return 0
     if lacks := importlib.import_module("tests.stub_gpu").missing():
         parser.error(lacks)
     begin = time.perf_counter()
     now = environment()
-    archs, workers = tuple(options.arch), options.workers
+    archs, workers = ("sm_90",) if options.ws else tuple(options.arch), options.workers
     parts = 1 if options.core else workers
     with tempfile.TemporaryDirectory(prefix="launch-gate-") as folder, ThreadPoolExecutor(workers) as pool:
         jobs = [
-            pool.submit(run_worker, arch, options.core, part, parts, Path(folder))
+            pool.submit(run_worker, arch, options.core, options.ws, part, parts, Path(folder))
             for arch in archs
             for part in range(parts)
         ]
         rows = [row for job in jobs for row in job.result()]
     failed = [row for row in rows if row["faults"]]
-    missing = not_launched(rows, archs) if not options.core or archs == ("sm_90",) else []
+    missing = not_launched(rows, archs, options.ws) if not options.core or archs == ("sm_90",) else []
     result = {
         "what": "kernels launched into a stub driver for GPUs that were not present: nothing was computed",
-        "command": "python -m bench.launch_gate",
+        "command": "python -m bench.launch_gate" + " --ws" * options.ws,
         "core": options.core,
         **{key: now[key] for key in ("date", "commit", "dirty")},
         "versions": {name: now["versions"][name] for name in ("triton", "torch", "transformers")},

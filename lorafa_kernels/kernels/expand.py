@@ -10,19 +10,24 @@ One kernel for both, through strides. Reads P once per column of blocks and Q on
 2·M·N·(K + R) FLOPs. Bound by arithmetic. With dropout the rank-R step comes first, is multiplied with
 keep/(1 − p) in fp32, keep made in registers, and the large product is added to it.
 
-The launcher takes the kernel of expand_tma.py where the configuration asks for it and TMA can address the
-operands, else a second configuration. Programmatic dependent launch (WAIT, TRIGGER) is explained there, and
-holds here word for word.
+The launcher takes the kernel of expand_tma.py or expand_ws.py where the configuration asks for it and TMA can
+address the operands, else a second configuration. Programmatic dependent launch (WAIT, TRIGGER) is explained
+in expand_tma.py, and holds here word for word.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import KernelConfig
+from ..plan.config import DeviceLimits, KernelConfig
+from ..plan.specialised import missing_for_ws
 from .expand_tma import expand_tma_launch, storage_order
 from .launch import Launch, Launches, aligned, blocks_of
 from .tile import (
@@ -198,6 +203,9 @@ def expand(
     `pdl`: start while the kernel that writes L still runs, where the device can; that kernel must be the
     last one launched, and must not have been launched this way itself. `trigger`: let the next kernel start
     early, where the device can.
+
+    Of variant "ws": ValueError with dropout and for R > BLOCK_R, RuntimeError that says what is missing where
+    it does not run.
     """
     M, K = P.shape
     N = Q.shape[1]
@@ -209,6 +217,17 @@ def expand(
         bias = bias.contiguous()
     seed, threshold = dropout_arguments(dropout_p, seed)
     scale = keep_scale(dropout_p)
+    if config.variant == "ws":
+        transposed = storage_order(P, Q)
+        if transposed is not None:
+            if dropout_p:
+                raise ValueError("expand in its variant 'ws' makes no mask: dropout needs another variant")
+            limits = device_limits(P.device)
+            expand_ws = warp_specialised("expand_ws", limits)
+            wait = pdl and dependent_launch(limits)
+            expand_ws(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms)
+            return C
+        config = by_pointers(unaligned)
     precision = input_precision(P.dtype)
     strides = P.stride(), Q.stride(), L.stride(), F.stride()
     dtypes = P.dtype, F.dtype, None if bias is None else bias.dtype
@@ -281,3 +300,19 @@ def _launch(
             **({"launch_pdl": True} if wait else {}),
         ),
     )
+
+
+@functools.cache
+def warp_specialised(name: str, limits: DeviceLimits) -> Callable:
+    """Return expand_ws, or expand_ws_z, by its name. Raises RuntimeError that says what this device or this
+    Triton lacks for it.
+
+    Imported here: Gluon is experimental, and a Triton without it must not cost the other kernels.
+    """
+    lacks = missing_for_ws(limits, triton.__version__)
+    if lacks is None:
+        try:
+            return getattr(importlib.import_module(f".{name}", __package__), name)
+        except ImportError as error:
+            lacks = f"does not find its names in Gluon of Triton {triton.__version__}: {error}"
+    raise RuntimeError(f"{name} {lacks}")

@@ -13,6 +13,8 @@ Every block makes the rows of L that it needs, beside its tile of C and from the
 column of blocks writes L. Reads P and D once per column of blocks (from L2, but for the first), Q once per
 row of blocks, F once per block; writes C and L once. 2·M·N·(K + R) + 2·M·K·R·⌈N/BLOCK_N⌉ FLOPs. Bound by
 reading Q, so with few rows the repeated products hide behind it, and a launch would not. R ≤ BLOCK_R.
+
+For many rows the launcher takes the kernel of expand_ws_z.py where the configuration asks for it.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig
+from .expand import warp_specialised
+from .expand_tma import storage_order
 from .launch import Launch, Launches, blocks_of
 from .tile import (
+    device_limits,
     drop,
     dropout_arguments,
     emulate_bf16,
@@ -155,12 +160,22 @@ def recompute(
     strides. bias (N,), or None. Where dropout_p is above 0, the mask of `seed` is for P, (M, K), or for
     L · F, (M, N), if not drop_P. 1/(1 − dropout_p) multiplies L · F here; for P it is for the caller to have
     in `scaling`.
+
+    Of variant "ws_z": operands that it serves, 16-bit ones that TMA can address; else, and with dropout,
+    ValueError, and RuntimeError that says what is missing where it does not run.
     """
     M, K = P.shape
     N = Q.shape[1]
     R = D.shape[1]
     if R > config.BLOCK_R:
         raise ValueError(f"recompute needs R <= BLOCK_R, got R = {R} and BLOCK_R = {config.BLOCK_R}")
+    if config.variant == "ws_z":
+        if dropout_p or not serves(config, P, Q):
+            raise ValueError("recompute in its variant 'ws_z' takes operands for TMA, and makes no mask")
+        limits = device_limits(P.device)
+        expand_ws_z = warp_specialised("expand_ws_z", limits)
+        C, L = expand_ws_z(P, Q, D, F, bias, scaling, config, storage_order(P, Q), limits.num_sms)
+        return C, L if want_L else None
     C = torch.empty((M, N), dtype=P.dtype, device=P.device)
     L = torch.empty((M, R), dtype=P.dtype, device=P.device) if want_L else None
     if M == 0:
@@ -239,3 +254,8 @@ def _launch(
             num_stages=config.num_stages,
         ),
     )
+
+
+def serves(config: KernelConfig, P: Tensor, Q: Tensor) -> bool:
+    """Whether recompute takes P and Q in this configuration: "ws_z" those that TMA can address."""
+    return config.variant != "ws_z" or storage_order(P, Q) is not None

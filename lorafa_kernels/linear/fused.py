@@ -2,8 +2,8 @@
 reference.py.
 
 Each takes `plan`, the configurations that plan/kernels.py fills in. Where its expand makes z or dz itself
-("recompute"), no shrink is called in forward and backward_input, and in backward one launch makes dx with dz
-and another dB, whatever one_pass says.
+("recompute", and "ws_z" of operands that TMA can address), no shrink is called in forward and backward_input,
+and in backward one launch makes dx with dz and another dB, whatever one_pass says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.expand import expand
 from ..kernels.grad import grad
-from ..kernels.recompute import recompute
+from ..kernels.recompute import recompute, serves
 from ..kernels.shrink import shrink
 from ..plan.config import KernelConfig
 from ..plan.kernels import KernelConfigs
@@ -34,7 +34,7 @@ def forward(
     """Compute y (M, N) and z (M, R): one launch for few rows, else two."""
     scaling = scaling / (1 - dropout_p)
     dropout = {"dropout_p": dropout_p, "seed": seed}
-    if plan.recomputes:
+    if plan.recomputes and serves(plan.expand, x, weight.t()):
         factors = lora_A.t(), lora_B.t()
         return recompute(x, weight.t(), *factors, bias, scaling, config=plan.expand, **dropout)
     pdl = plan.pdl and _launches(x)
@@ -103,7 +103,7 @@ def _input_gradient(
     plan: KernelConfigs,
     dropout: dict,
 ) -> Tensor:
-    if plan.recomputes:
+    if plan.recomputes and serves(plan.expand, dy, weight):
         operands = dy, weight, lora_B, lora_A, None, scaling
         return recompute(*operands, config=plan.expand, want_L=False, drop_P=False, **dropout)[0]
     pdl = plan.pdl and _launches(dy)

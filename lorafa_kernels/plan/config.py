@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 OPS = ("shrink", "expand", "grad")
-VARIANTS = ("portable", "tma", "recompute")
+VARIANTS = ("portable", "tma", "recompute", "ws", "ws_z")
 # Least block: tl.dot asks for 16 rows and columns, the tensor cores contract 16 16-bit elements (published:
 # Triton's documentation, PTX ISA).
 MIN_BLOCK = 16
@@ -21,6 +21,18 @@ MOST_TMA_BLOCK = 256
 MOST_WARPS = 32
 MOST_STAGES = 16
 MOST_PARTS = 1024
+# What the kernels of expand_ws.py and expand_ws_z.py are written for, beside at least two stages, and fp32
+# sums of a tile, of a tile with its rows of z, that fill so many registers of their 256 threads at most
+# (measured: the compile gate's spills, compile-gate-ws.json).
+WS_SIZES = {
+    "BLOCK_M": (128, 256),
+    "BLOCK_N": (64, 128, 256),
+    "BLOCK_K": (32, 64, 128),
+    "BLOCK_R": (16, 32, 64, 128),
+    "num_warps": (8,),
+    "ctas_per_sm": (1,),
+}
+WS_SUMS = {"ws": 128, "ws_z": 144}
 # Row blocks up to which grad is one chunk and dB needs no partial sums (estimate).
 DIRECT_BLOCKS = 4
 
@@ -34,7 +46,9 @@ class KernelConfig:
     together for reuse in L2. Unused sizes are 0.
 
     variant: "portable"; "tma", for Hopper: the persistent kernel of expand, and grad with its loads by TMA;
-    "recompute", expand alone: for few rows, it makes z or dz itself, in one launch, and shrink is not called.
+    "recompute", expand alone: for few rows, it makes z or dz itself, in one launch, and shrink is not called;
+    "ws" and "ws_z", expand on sm_90 alone: a warp for each kind of work (expand_ws.py), num_warps of them for
+    products; "ws_z" makes z or dz itself, too (expand_ws_z.py).
     EPILOGUE_SUBTILE, expand by TMA: into how many parts (1, 2 or 4) a tile of the result is cut on its way
     out. ctas_per_sm, tma alone: blocks per multiprocessor in the grid. SPLIT_K, shrink alone: the most parts
     that the contraction is cut into.
@@ -51,6 +65,11 @@ class KernelConfig:
     SPLIT_K: int = 1
     EPILOGUE_SUBTILE: int = 1
     ctas_per_sm: int = 1
+
+    @property
+    def makes_low_rank(self) -> bool:
+        """Whether it is of an expand that makes z or dz itself: no shrink is called."""
+        return self.variant in ("recompute", "ws_z")
 
 
 @dataclass(frozen=True)
@@ -136,7 +155,7 @@ def wrong_field(op: str, config: KernelConfig) -> str | None:
     def power_of_2(name: str, most: int) -> bool:
         return counts(name, most) and getattr(config, name).bit_count() == 1
 
-    most_block = MOST_TMA_BLOCK if config.variant == "tma" else MOST_BLOCK
+    most_block = MOST_TMA_BLOCK if config.variant in ("tma", *WS_SUMS) else MOST_BLOCK
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"):
         value = getattr(config, name)
         unused = name not in _BLOCKS[op] and value == 0 and not isinstance(value, bool)
@@ -152,7 +171,20 @@ def wrong_field(op: str, config: KernelConfig) -> str | None:
     ):
         if not counts(name, most):
             return name
-    return None if power_of_2("EPILOGUE_SUBTILE", 4) else "EPILOGUE_SUBTILE"
+    if not power_of_2("EPILOGUE_SUBTILE", 4):
+        return "EPILOGUE_SUBTILE"
+    return _wrong_for_ws(config) if config.variant in WS_SUMS else None
+
+
+def _wrong_for_ws(config: KernelConfig) -> str | None:
+    for name, sizes in WS_SIZES.items():
+        if getattr(config, name) not in sizes:
+            return name
+    columns = config.BLOCK_N + (config.BLOCK_R if config.variant == "ws_z" else 0)
+    if config.BLOCK_M * columns > WS_SUMS[config.variant] * 32 * config.num_warps:
+        return "BLOCK_N"
+    # A slot of the ring is given back while the next product runs from another one.
+    return "num_stages" if config.num_stages < 2 else None
 
 
 def rows_aligned(operand_bytes: int, *sizes: int) -> bool:
@@ -165,7 +197,7 @@ def makes_mask(op: str, forward: bool, config: KernelConfig) -> bool:
     backward expand, in both an expand that makes z or dz itself.
     """
     if op == "expand":
-        return config.variant == "recompute" or not forward
+        return config.makes_low_rank or not forward
     return op == "shrink" and forward
 
 
@@ -215,6 +247,11 @@ def shared_memory(
         return stages * K * (M * operand_bytes + R * 4) + rounded_factor + masked_rows + barriers
     if config.variant == "recompute":
         return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + masked_rows + barriers
+    if config.variant in WS_SUMS:
+        # Ring, rank-R operands, a part of the result, bias in fp32, and barriers.
+        rank_rows = R if config.variant == "ws_z" else 0
+        ring = config.num_stages * K * (M + N + rank_rows) + R * (M + N)
+        return (ring + M * N // config.EPILOGUE_SUBTILE) * operand_bytes + 4 * N + 1024
     if op == "expand" and config.variant == "tma":
         # The result's buffer lives through the loop over tiles; the rank-R step has two stages of its own.
         loop = config.num_stages * K * (M + N) * operand_bytes

@@ -52,8 +52,8 @@ READ_BACK_SHARE = 0.25
 LONE_BLOCK_RATE = 1.0
 # Rate of expand's main loop over that of the library's product, by variant. tma (published: Triton's Gluon
 # tutorial 07, products not overlapped from tile to tile reach 609 to 630 TFLOP/s beside cuBLAS's 646, H100).
-# portable, recompute (estimate).
-MAIN_LOOP_SHARE = {"tma": 0.96, "portable": 0.95, "recompute": 0.9}
+# portable, recompute, ws, ws_z (estimate).
+MAIN_LOOP_SHARE = {"tma": 0.96, "portable": 0.95, "recompute": 0.9, "ws": 0.96, "ws_z": 0.96}
 # The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
 PORTABLE_SHARE_ON_HOPPER = 0.85
 # Host microseconds of a repeated Triton launch and the tensor that it fills, by pointers and with descriptors
@@ -242,13 +242,12 @@ class _Model:
         device = sum(before) + GAP_US * len(before)
         if "expand" in configs:
             # With PDL the launch overlaps the last kernel before it, whose work is mostly hidden: not where a
-            # mask takes the registers that it needs.
+            # mask, or the specialised warps, take the registers that it needs.
             variant = configs["expand"].variant
-            if before and variant == "tma" and recipe.kernels.pdl and self.limits.dependent_launch:
-                masked = drops(self.problem, "expand", configs["expand"])
-                device -= GAP_US + (
-                    0.0 if masked else self.hidden(before[-1], names[names.index("expand") - 1], configs)
-                )
+            if before and variant in ("tma", "ws") and recipe.kernels.pdl and self.limits.dependent_launch:
+                alone = variant == "ws" or drops(self.problem, "expand", configs["expand"])
+                last = names[names.index("expand") - 1]
+                device -= GAP_US + (0.0 if alone else self.hidden(before[-1], last, configs))
             device += self.expand(configs["expand"], main_loop)
         if runs_beside(recipe, self.problem.op):
             # Beside expand where the device can, else behind it.
@@ -324,6 +323,12 @@ class _Model:
         if config.variant == "recompute":
             flops += 2 * blocks_m * config.BLOCK_M * blocks_n * p.width * R
             elements += p.width * p.R
+        flags = 0.0
+        if config.variant == "ws_z":
+            # The first column of blocks makes z, beside flags that a kernel of the library zeroes.
+            flops += 2 * blocks_m * config.BLOCK_M * p.width * R
+            elements += p.width * p.R
+            flags = GAP_US
         share = main_loop_share(config.variant, self.itemsize, self.limits, main_loop)
         fill = self.fill(blocks_m * blocks_n)
         if p.M >= config.BLOCK_M * 8:
@@ -333,7 +338,7 @@ class _Model:
         drawn = self.drawn(blocks_m * blocks_n)
         times = blocks_n if config.variant == "recompute" and p.op == "forward" else 1
         mask = times * self.philox_us() if drops(p, "expand", config) else 0.0
-        return GAP_US + max(arithmetic, self.bytes_us(elements) / drawn) + mask
+        return GAP_US + flags + max(arithmetic, self.bytes_us(elements) / drawn) + mask
 
     def shrink(self, config: KernelConfig) -> list[float]:
         """One pass over x or dy, and the sum of its parts. Without the gaps."""

@@ -30,9 +30,10 @@ class GroupConfigs:
 class KernelConfigs:
     """Configurations of the kernels of one operation, and in which way they are called.
 
-    shrink: of z in forward, of dz in backward. expand: of y or dx; of variant "recompute" it makes z or dz
-    itself. expand_after: that of an expand to which shrink or grad hands z or dz. expand_unaligned: the same
-    of operands that TMA cannot address. one_pass, pdl, beside: as in KernelPlan. group: None for a layer.
+    shrink: of z in forward, of dz in backward. expand: of y or dx; of variant "recompute" or "ws_z" it
+    makes z or dz itself. expand_after: that of an expand to which shrink or grad hands z or dz.
+    expand_unaligned: the same of operands that TMA cannot address. one_pass, pdl, beside: as in KernelPlan.
+    group: None for a layer.
     """
 
     shrink: KernelConfig
@@ -48,7 +49,7 @@ class KernelConfigs:
     @property
     def recomputes(self) -> bool:
         """Whether z or dz is made beside y or dx, in one launch."""
-        return self.expand.variant == "recompute"
+        return self.expand.makes_low_rank
 
 
 def all_configs(plan: KernelPlan, problem: Problem, limits: DeviceLimits) -> KernelConfigs:
@@ -62,7 +63,7 @@ def all_configs(plan: KernelPlan, problem: Problem, limits: DeviceLimits) -> Ker
     return KernelConfigs(
         shrink=plan.shrink or heuristic_config("shrink", problem, limits),
         expand=expand,
-        expand_after=after if expand.variant == "recompute" else expand,
+        expand_after=after if expand.makes_low_rank else expand,
         expand_unaligned=default_config(
             "expand", limits, size, problem.M, problem.R, aligned=False, recompute=False, dropout=drops
         ),
@@ -70,7 +71,7 @@ def all_configs(plan: KernelPlan, problem: Problem, limits: DeviceLimits) -> Ker
         one_pass=plan.one_pass,
         pdl=plan.pdl,
         beside=runs_beside(Recipe("fused", plan), problem.op)
-        and expand.variant != "recompute"
+        and not expand.makes_low_rank
         and not problem.widths,
         group=_group_configs(expand, after, problem, limits) if problem.widths else None,
     )
@@ -83,7 +84,7 @@ def _group_configs(
     dropout = problem.dropout
     shrink, members = shrink_group_config(*shapes, max(1, problem.makers), dropout)
     # With the masks of several members, and where nobody chose another, it takes other blocks than a layer.
-    of_layer = dropout or expand.variant == "recompute" or expand == after
+    of_layer = dropout or expand.makes_low_rank or expand.variant == "ws" or expand == after
     return GroupConfigs(
         shrink=shrink,
         members=members,

@@ -98,7 +98,7 @@ def _pinned(problem: Problem, device: Device, pin: Pin) -> Plan:
         plan = _measured(problem, device, names) or _heuristic(problem, device, names)
         reason = f"{pin.name!r} by {pin.origin}; its details from: {plan.source} ({plan.reason})"
         return replace(plan, source="pinned", reason=reason)
-    if missing := obstacle(recipe, problem, device.limits):
+    if missing := obstacle(recipe, problem, device.limits, device.triton):
         raise RuntimeError(f"the plan pinned by {pin.origin} cannot run on {device.name}: {missing}")
     return _plan(
         recipe, "pinned", f"by {pin.origin}", problem, device, _predictions(recipe, (), problem, device)
@@ -119,7 +119,7 @@ def _fastest(
     plans: tuple[Measured, ...], problem: Problem, device: Device, names: tuple[str, ...]
 ) -> Plan | None:
     able = [one for one in plans if one.recipe.name in names]
-    able = [one for one in able if obstacle(one.recipe, problem, device.limits) is None]
+    able = [one for one in able if obstacle(one.recipe, problem, device.limits, device.triton) is None]
     if not able:
         return None
     able.sort(key=lambda one: one.us)

@@ -23,6 +23,7 @@ from .config import (
     wrong_field,
 )
 from .defaults import beside_config, default_config
+from .specialised import missing_for_ws
 
 OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")
 NAMES = ("fused", "library")
@@ -98,8 +99,12 @@ def describe(recipe: Recipe, op: str) -> str:
     words, kernels = [recipe.name], recipe.kernels
     if runs_beside(recipe, op):
         return "fused, dB beside dx"
-    if recipe.name == "fused" and kernels.expand and kernels.expand.variant == "recompute":
-        return "fused, one launch for z and y" if op == "forward" else "fused, one launch for dz and dx"
+    expand = kernels.expand if recipe.name == "fused" else None
+    if expand and expand.variant in ("ws", "ws_z"):
+        words.append("specialised warps")
+    if expand and expand.makes_low_rank:
+        words.append("one launch for z and y" if op == "forward" else "one launch for dz and dx")
+        return ", ".join(words)
     if op == "backward":
         one, many = "one pass over dy", "two passes over dy" if recipe.name == "fused" else "three products"
         words.append(one if kernels.one_pass else many)
@@ -111,7 +116,7 @@ def describe(recipe: Recipe, op: str) -> str:
 def runs_beside(recipe: Recipe, op: str) -> bool:
     """Whether dB's kernel is launched last, beside expand."""
     kernels = recipe.kernels
-    recompute = kernels.expand is not None and kernels.expand.variant == "recompute"
+    recompute = kernels.expand is not None and kernels.expand.makes_low_rank
     plain = op == "backward" and recipe.name == "fused" and not recompute
     return plain and kernels.beside and kernels.pdl and not kernels.one_pass
 
@@ -151,7 +156,7 @@ def kernel_configs(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> di
     if recipe.name == "library":
         return {"grad": config("grad")} if problem.op == "backward" and given.one_pass else {}
     configs = {kernel: config(kernel) for kernel in _MAY_USE[problem.op]}
-    recompute = "expand" in configs and configs["expand"].variant == "recompute"
+    recompute = "expand" in configs and configs["expand"].makes_low_rank
     if recompute or (problem.op == "backward" and given.one_pass):
         del configs["shrink"]
     return configs
@@ -167,26 +172,32 @@ def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[st
         gradients.append("grad")
         if grad_makes_dz(problem, configs) or row_chunks(grad, limits, problem.M, max(1, problem.N)) > 1:
             gradients.append("grad_sum")
-    last = runs_beside(recipe, problem.op) and configs["expand"].variant != "recompute"
+    last = runs_beside(recipe, problem.op) and not configs["expand"].makes_low_rank
     found = [] if last else list(gradients)
     if shrink := configs.get("shrink"):
         found.append("shrink")
         if split_size(shrink, problem.width) < problem.width:
             found.append("shrink_sum")
     if expand := configs.get("expand"):
-        found.append("recompute" if expand.variant == "recompute" else "expand")
+        found.append("recompute" if expand.makes_low_rank else "expand")
     return tuple(found + gradients if last else found)
 
 
 def grad_makes_dz(problem: Problem, configs: Mapping[str, KernelConfig]) -> bool:
     """Whether the grad kernel of these configurations makes dz too: neither shrink nor expand does."""
-    recompute = "expand" in configs and configs["expand"].variant == "recompute"
+    recompute = "expand" in configs and configs["expand"].makes_low_rank
     return problem.op == "backward" and "shrink" not in configs and not recompute
 
 
-def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> str | None:
-    """Say what keeps a recipe's kernels from running on a device, or None if nothing does."""
+def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits, triton: str | None = None) -> str | None:
+    """Say what keeps a recipe's kernels from running on a device, or None if nothing does.
+
+    triton: the version there, where it is known.
+    """
     for kernel, config in kernel_configs(recipe, problem, limits).items():
+        of_ws = config.variant in ("ws", "ws_z")
+        if of_ws and (missing := _missing_for_ws(problem, config, limits, triton)):
+            return f"{kernel} in its variant {config.variant!r} {missing}"
         itemsize = problem.dtype.itemsize
         needed = shared_memory(kernel, config, itemsize, limits, drops(problem, kernel, config))
         if needed > limits.shared_memory:
@@ -199,6 +210,20 @@ def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> str | No
         # The interpreter emulates TMA; devices have it from the same architecture on as dependent launch.
         if config.variant == "tma" and not limits.dependent_launch and limits.family != "interpreter":
             return f"{kernel} in its variant 'tma' needs a GPU of sm_90 or newer, not {limits.arch}"
+    return None
+
+
+def _missing_for_ws(
+    problem: Problem, config: KernelConfig, limits: DeviceLimits, triton: str | None
+) -> str | None:
+    if missing := missing_for_ws(limits, triton):
+        return missing
+    if problem.dtype.itemsize != 2:
+        return f"takes 16-bit operands, not {problem.dtype}"
+    if problem.R > config.BLOCK_R:
+        return f"has BLOCK_R = {config.BLOCK_R} for R = {problem.R}"
+    if drops(problem, "expand", config):
+        return f"makes no mask, which {problem.op} has with dropout"
     return None
 
 

@@ -30,11 +30,12 @@ from ..checks.budget import allowed_error, draw_operands, lorafa_results, plain_
 from ..linear import ops
 from ..operands import draw_seed
 from ..plan.choice import forget_plans, planned_device
-from ..plan.config import KernelConfig
+from ..plan.config import WS_SUMS, KernelConfig, KernelPlan, wrong_field
 from ..plan.cost import ASSUMED, ceilings, predict
 from ..plan.make import candidates
 from ..plan.pin import make_pin, pin_plan
 from ..plan.recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
+from ..plan.specialised import ws_configs
 from ..plan.tables import Entry, Measured, key_of, update_table
 
 # The values that the search tries for each size: from the current one, the next lower and the next higher.
@@ -193,7 +194,7 @@ class Search:
     def run(self, deadline: float) -> Result:
         """Search until it ends or the deadline (of time.monotonic) is reached."""
         p, limits = self.problem, self.target.limits
-        first = self.measure(candidates(p, self.target), ROUNDS)
+        first = self.measure([*candidates(p, self.target), *specialised(p, self.target)], ROUNDS)
         if not first:
             reasons = "; ".join(f"{describe(r, p.op)}: {why}" for r, why in self.checked.items())
             sizes = f"{p.op} M={p.M} N={p.N} K={p.K} R={p.R}, {str(p.dtype).removeprefix('torch.')}"
@@ -313,6 +314,24 @@ class Check:
         return None
 
 
+def specialised(problem: Problem, device: Device) -> list[Recipe]:
+    """Return recipes for `problem` whose expand is of variant "ws" or "ws_z", in a few block shapes each;
+    none where those do not run. A pure function.
+    """
+    if not problem.aligned or problem.op == "backward_lora_B":
+        return []
+    blocks = {
+        variant: ws_configs(device.limits, problem.dtype.itemsize, problem.R, variant) for variant in WS_SUMS
+    }
+    alone = KernelPlan(one_pass=False, pdl=False)
+    found = [Recipe("fused", replace(alone, expand=config)) for config in blocks["ws_z"]]
+    for base in candidates(problem, device, ("fused",)):
+        expand = base.kernels.expand
+        if base.kernels.pdl and not base.kernels.beside and not (expand and expand.makes_low_rank):
+            found += [replace(base, kernels=replace(base.kernels, expand=config)) for config in blocks["ws"]]
+    return [one for one in found if not obstacle(one, problem, device.limits, device.triton)]
+
+
 def neighbours(
     recipe: Recipe,
     kernel: str,
@@ -320,8 +339,8 @@ def neighbours(
     device: Device,
     main_loop: Mapping[str, float] = ASSUMED,
 ) -> list[Recipe]:
-    """Return the recipes that differ from `recipe` in one size of one kernel's configuration, and the one
-    whose expand does not use TMA.
+    """Return the recipes that differ from `recipe` in one size of one kernel's configuration, or in that
+    expand does without TMA.
 
     Left out are those that need too much shared memory or too many registers, and those with a predicted time
     of more than PRUNE times that of `recipe`. A pure function.
@@ -329,7 +348,7 @@ def neighbours(
     limits = device.limits
     base = getattr(recipe.kernels, kernel) or heuristic_config(kernel, problem, limits)
     axes = dict(STEPS[kernel])
-    if base.variant == "tma":
+    if base.variant in ("tma", *WS_SUMS):
         axes.update(TMA_STEPS)
     configs = []
     for name, values in axes.items():
@@ -342,7 +361,12 @@ def neighbours(
     found = []
     for config in configs:
         other = replace(recipe, kernels=replace(recipe.kernels, **{kernel: config}))
-        if _accumulators(kernel, config) <= MOST_ACCUMULATORS and not obstacle(other, problem, limits):
+        # Those of specialised warps have a limit of their own.
+        if wrong_field(kernel, config):
+            continue
+        if config.variant not in WS_SUMS and _accumulators(kernel, config) > MOST_ACCUMULATORS:
+            continue
+        if not obstacle(other, problem, limits):
             found.append(other)
     reached = ceilings(device.name, limits)
     if reached is None:
