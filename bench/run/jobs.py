@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..measure import blocks, ceilings, kernels, layers, memory, models, training
+from ..measure import blocks, ceilings, kernels, layers, main_loop, memory, models, training
 from ..measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
 from ..measure.cases import layers as distinct_layers
 from ..measure.contenders import CONTENDERS
@@ -17,6 +17,7 @@ from .environment import ROOT
 from .runner import Job
 
 KINDS = (
+    "main-loop",
     "ceilings",
     "time",
     "wall",
@@ -73,6 +74,13 @@ def ceilings_job(setting: Setting) -> Job:
         return setting.ceilings
 
     return Job("ceilings", "ceilings", ceilings.ESTIMATE[setting.device], run, always=True)
+
+
+def main_loop_job(setting: Setting) -> Job:
+    def run(tick) -> dict:
+        return main_loop.measure(setting.device)
+
+    return Job("main-loop", "main-loop", main_loop.ESTIMATE, run, contenders=(kernels.TRITON,))
 
 
 def time_job(
@@ -215,7 +223,8 @@ def jobs_of(
     case, or in the first only.
     """
     wanted, kinds = list(wanted), set(kinds)
-    found = [ceilings_job(setting)] if "ceilings" in kinds else []
+    found = [main_loop_job(setting)] if "main-loop" in kinds else []
+    found += [ceilings_job(setting)] if "ceilings" in kinds else []
     once = {COMPILED: "left out of all cases but the first: compiling takes long"}
     if "time" in kinds:
         found += [
@@ -268,10 +277,10 @@ def block_time_jobs(setting: Setting, which: str) -> list[Job]:
 def suite(setting: Setting, tests: bool = True) -> list[Job]:
     """Return what a first hour on a GPU needs, most telling first.
 
-    Ceilings; the tests; the large product against the device's library; whole layers at M = 8192 against the
-    arrangements of PyTorch; the pass over dy by rank; the host's time; blocks, their time and memory;
-    training, then at the largest batch that fits; then dropout, other sizes, memory per layer, and CUDA
-    graphs.
+    The rate of expand over the library's product; ceilings; the tests; the large product against the device's
+    library; whole layers at M = 8192 against the arrangements of PyTorch; the pass over dy by rank; the
+    host's time; blocks, their time and memory; training, then at the largest batch that fits; then dropout,
+    other sizes, memory per layer, and CUDA graphs.
     """
     if setting.device != "cuda":
         return jobs_of(grid("quick"), (*QUICK_KINDS, "kernel"), setting, compiled=False)
@@ -288,7 +297,7 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     few = cases(llama, (8192,), (16,))
     products = cases(distinct_layers(("Llama-3-8B", "Llama-3.2-1B")), (8192,), (16,))
     ranks = cases(find_layers(["Llama-3-8B/gate"]), (8192,), (16, 64, 128))
-    found = [ceilings_job(setting)]
+    found = [main_loop_job(setting), ceilings_job(setting)]
     found += [tests_job()] if tests else []
     found += [kernel_job(case, setting) for case in products]
     found += [time_job(case, setting, left_out=None if case in few else peers) for case in telling]
