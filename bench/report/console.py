@@ -22,6 +22,7 @@ from .reading import (
     case_order,
     described,
     label_of,
+    main_loop_lines,
     ordered,
     rate_cell,
     ratio,
@@ -42,6 +43,9 @@ TRAINING_COLUMNS = ("batch", "step, ms (p20–p80)", "tokens/s", "kept for backw
 def show(records: Sequence[Record], console: Console) -> None:
     """Print the tables of a run: red where a check failed, yellow where something did not run."""
     shown = sorted((described(r) for r in records if r["kind"] in MEASURED), key=case_order)
+    for record in (r for r in records if r["kind"] == "main-loop"):
+        for line in main_loop_lines(record):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for record in (r for r in records if r["kind"] == "ceilings"):
         show_ceilings(record, console)
     for mode, title in MODES.items():

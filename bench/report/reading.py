@@ -257,6 +257,16 @@ def rate_cell(row: Row) -> str:
     return spread(found) if found else "–"
 
 
+def main_loop_lines(record: Record) -> list[str]:
+    """Say at which rate expand runs, a line for each sound row with the card's name."""
+    return [
+        f"{record['card']}: expand ({row['variant']}) runs at {row['share']:.2f} of the library's product, "
+        f"{'×'.join(map(str, record['size']))}, R = {record['rank']}, bf16"
+        for row in record["rows"]
+        if status(row) == "ok" and row.get("share")
+    ]
+
+
 def _loss_cell(row: Row) -> str:
     losses = row.get("losses")
     return f"{number(losses[0], 4)} → {number(losses[-1], 4)}" if losses else "–"

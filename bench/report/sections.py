@@ -72,6 +72,7 @@ def device_section(
     title, remark = reading.device_title(device, records)
     body = joined(
         ceilings_text([r for r in others if r["kind"] == "ceilings"], sources),
+        main_loop_text([r for r in others if r["kind"] == "main-loop"], sources),
         tests_text([r for r in others if r["kind"] == "tests"], sources),
         target_text(layers) if device != "cpu" else "",
         layer_text(layers, sources, links.get("overhead")),
@@ -346,6 +347,16 @@ def ceilings_text(records: list[Record], sources: Sources) -> str:
         return "### Ceilings\n\nNot measured."
     found = markdown(["through PyTorch, random data", "median (p20–p80)"], rows)
     return f"### Ceilings, measured in the run\n\n{found}"
+
+
+def main_loop_text(records: list[Record], sources: Sources) -> str:
+    """The number of the model of the cost that decides most."""
+    lines = [
+        f"- {line} {sources.marks(record)}".rstrip()
+        for record in records
+        for line in reading.main_loop_lines(record)
+    ]
+    return "### The rate of expand beside the library's product\n\n" + "\n".join(lines) if lines else ""
 
 
 # The target

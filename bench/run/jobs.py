@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from ..measure import blocks, ceilings, kernels, layers, memory, models, training
+from ..measure import blocks, ceilings, kernels, layers, main_loop, memory, models, training
 from ..measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
 from ..measure.cases import layers as distinct_layers
 from ..measure.contenders import CONTENDERS
 from .environment import ROOT, gpu_state
 from .runner import Job
 
-KINDS = ("ceilings", "time", "wall", "graph", "host", "kernel")
+KINDS = ("main-loop", "ceilings", "time", "wall", "graph", "host", "kernel")
 KINDS += ("block-time", "memory", "block", "family", "training")
 # On a CPU a call is done when it returns: "wall" would measure the same again.
 QUICK_KINDS = ("ceilings", "time", "graph", "host", "block-time", "memory", "block", "training")
@@ -56,6 +56,13 @@ def ceilings_job(setting: Setting) -> Job:
         return setting.ceilings
 
     return Job("ceilings", "ceilings", ceilings.ESTIMATE[setting.device], run, always=True)
+
+
+def main_loop_job(setting: Setting) -> Job:
+    def run(tick) -> dict:
+        return main_loop.measure(setting.device)
+
+    return Job("main-loop", "main-loop", main_loop.ESTIMATE, run, contenders=(kernels.TRITON,))
 
 
 def timed_job(
@@ -199,6 +206,7 @@ def jobs_of(
     on_a_gpu = wanted if setting.device == "cuda" else wanted[:1]
     look = setting.device == "cpu" and not compiled
     made = {
+        "main-loop": lambda: [main_loop_job(setting)],
         "ceilings": lambda: [ceilings_job(setting)],
         "time": lambda: [
             time_job(case, setting, left_out=None if compiled or number == 0 else ONCE)
@@ -230,10 +238,10 @@ def block_time_jobs(setting: Setting, which: str) -> list[Job]:
 def suite(setting: Setting, tests: bool = True) -> list[Job]:
     """Return what a first hour on a GPU needs, most telling first.
 
-    Ceilings; the tests; the large product against the device's library; whole layers at M = 8192 against the
-    arrangements of PyTorch; the pass over dy by rank; the host's time; blocks, their time and memory;
-    training, then at the largest batch that fits; then dropout, other sizes, memory per layer, and CUDA
-    graphs.
+    The rate of expand over the library's product; ceilings; the tests; the large product against the device's
+    library; whole layers at M = 8192 against the arrangements of PyTorch; the pass over dy by rank; the
+    host's time; blocks, their time and memory; training, then at the largest batch that fits; then dropout,
+    other sizes, memory per layer, and CUDA graphs.
     """
     if setting.device != "cuda":
         return jobs_of(grid("quick"), (*QUICK_KINDS, "kernel"), setting, compiled=False)
@@ -246,7 +254,7 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     few = cases(llama, (8192,), (16,))
     products = cases(distinct_layers(("Llama-3-8B", "Llama-3.2-1B")), (8192,), (16,))
     ranks = cases(find_layers(["Llama-3-8B/gate"]), (8192,), (16, 64, 128))
-    found = [ceilings_job(setting)]
+    found = [main_loop_job(setting), ceilings_job(setting)]
     found += [tests_job()] if tests else []
     found += [kernel_job(case, setting) for case in products]
     found += [time_job(case, setting, left_out=None if case in few else peers) for case in telling]

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench.measure import timing
+from bench.measure import main_loop, timing
 from bench.measure.cases import HOST_CASES, grid
 from bench.measure.contenders import CONTENDERS
 from bench.run import jobs
 from bench.run import store as results
 from bench.run.jobs import COMPILED, KINDS, Setting
+from lorafa_kernels.tune import share
+from lorafa_kernels.tune.search import Sample
 
 TINY = ["--layers", "MiniLM/query", "--rows", "16", "--ranks", "4", "--dtype", "fp32", "--rounds", "2"]
 ONCE = ["--sittings", "1"]
@@ -130,6 +132,35 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     assert [record["case"]["M"] for record in records if record["kind"] == "time"] == [16, 32]
 
 
+def test_the_rate_of_expand_needs_a_gpu(tmp_path, capsys):
+    assert run(tmp_path, "--kinds", "main-loop") == 0
+    (record,) = (one for one in results.load(tmp_path)[0] if one["kind"] == "main-loop")
+    (row,) = record["rows"]
+    assert (row["status"], row["share"]) == ("not run", None) and "on a GPU" in row["reason"]
+
+
+def test_the_rate_of_expand_is_measured_as_tune_does(monkeypatch):
+    """By bench's clock, which gives seconds."""
+    found = share.MainLoop("tma", 0.931254, 200.0, 185.5)
+
+    def measured(device, timer):
+        assert device.type == "cuda" and timer(None) == Sample(250.0, 0.0)
+        return found
+
+    monkeypatch.setattr(share, "measure_main_loop", measured)
+    monkeypatch.setattr(main_loop, "EventTimer", lambda: lambda step: 250e-6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    job = jobs.main_loop_job(Setting("cuda"))
+    payload = job.run(lambda fraction: None)
+    (row,) = payload.pop("rows")
+    assert payload == {"card": "NVIDIA H200", "size": [4096] * 3, "rank": 16}
+    assert (row["contender"], row["status"], row["variant"]) == (*job.contenders, "ok", "tma")
+    assert (row["share"], row["expand_us"], row["library_us"]) == (0.93125, 200.0, 185.5)
+    found = share.MainLoop("tma", refused="y is wrong")
+    (row,) = job.run(lambda fraction: None)["rows"]
+    assert (row["status"], row["reason"], row["share"]) == ("failed", "y is wrong", None)
+
+
 def test_list_names_everything(capsys):
     assert command.main(["list"]) == 0
     shown = capsys.readouterr().out
@@ -141,7 +172,7 @@ def test_quick_names_everyone_and_compiles_once():
     found = jobs.jobs_of(grid("quick"), KINDS, setting, compiled=False)
     assert len({job.key for job in found}) == len(found)
     kinds = [job.kind for job in found]
-    assert kinds[0] == "ceilings"
+    assert kinds[:2] == ["main-loop", "ceilings"]
     assert {"time", "memory", "training"} <= set(kinds)
     timed = [job for job in found if job.key.startswith("eager")]
     assert len(timed) == len(grid("quick"))
@@ -161,7 +192,7 @@ def test_suite_goes_in_the_order_of_what_tells_most():
     found = jobs.suite(Setting("cuda"))
     keys = [job.key for job in found]
     assert len(set(keys)) == len(keys)
-    assert keys[:2] == ["ceilings", "tests"]
+    assert keys[:3] == ["main-loop", "ceilings", "tests"]
 
     def first(start: str) -> int:
         return next(number for number, key in enumerate(keys) if key.startswith(start))

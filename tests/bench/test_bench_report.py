@@ -211,6 +211,19 @@ def ceilings_record(gpu: bool) -> dict:
     return {"kind": "ceilings", "key": "ceilings", "rows": [*products, copy]}
 
 
+def main_loop_record(share: float | None = 0.93125, card: str = H200["name"]) -> dict:
+    row = {"contender": "triton", "variant": "tma", "share": share, "expand_us": 200.0, "library_us": 186.0}
+    row |= {"status": "ok" if share else "failed", "reason": None if share else "y has a relative error of 1"}
+    return {
+        "kind": "main-loop",
+        "key": "main-loop",
+        "card": card,
+        "size": [4096] * 3,
+        "rank": 16,
+        "rows": [row],
+    }
+
+
 def run_record(run: str, gpu: bool, date: str, dirty: bool | None = False, commit: str = "c" * 40) -> dict:
     machine = {"cpu": "AMD EPYC", "cores": 2, "threads": 2, "load_average": 0.1, "gpu": H200 if gpu else None}
     versions = {"python": "3.12.1", "torch": "2.11.0", "peft": None, "lorafa_kernels": "0.1"}
@@ -552,6 +565,22 @@ def test_a_measurement_that_raised_as_a_whole_is_named(root, no_plots):
     assert "training huge" in failed and "ValueError: no." in failed and "ValueError: never" in failed
 
 
+def test_the_rate_of_expand_is_told_with_its_card(root, no_plots):
+    write_run(root, gpu=True, records=[*measurements(True), main_loop_record()])
+    line = "NVIDIA H200: expand (tma) runs at 0.93 of the library's product, 4096×4096×4096, R = 16, bf16"
+    assert f"### The rate of expand beside the library's product\n\n- {line}" in page_of(root)
+    shown = io.StringIO()
+    console.show([main_loop_record()], Console(file=shown, width=60))
+    assert line in shown.getvalue()
+
+
+def test_a_refused_rate_of_expand_is_among_what_failed(root, no_plots):
+    write_run(root, gpu=True, records=[*measurements(True), main_loop_record(share=None)])
+    page = page_of(root)
+    assert "### The rate of expand" not in page
+    assert "main-loop: y has a relative error of 1." in page.split("### Failed")[1]
+
+
 def test_a_damaged_line_is_skipped_and_named(root, no_plots):
     path = write_run(root)
     lines = path.read_text().splitlines()
@@ -666,7 +695,7 @@ def test_predictions_stand_beside_measurements_on_a_gpu_alone(root, no_plots):
     for record in records:
         found = predictions({**record, "_run": about})
         case = record["case"]
-        assert 1 < found["both"] < (1.2 if min(case["K"], case["N"]) >= 2048 else 2), record["key"]
+        assert 1 < found["both"] < (1.25 if min(case["K"], case["N"]) >= 2048 else 2), record["key"]
         low, high = sorted((found["forward"], found["backward"]))
         assert low <= found["both"] <= high
         assert f"| {reading.number(found['both'])} |" in page

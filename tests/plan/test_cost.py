@@ -201,7 +201,8 @@ def test_launches_with_descriptors_are_counted_as_such(op, by_pointers, by_descr
     problem = Problem(op, torch.bfloat16, 8192, 4096, 4096, 16)
     host = OPERATOR_US + DRIVER_US * (by_pointers + by_descriptors)
     host += TRITON_LAUNCH_US * by_pointers + DESCRIPTOR_LAUNCH_US * by_descriptors
-    assert predict(Recipe("fused"), problem, HOPPER, CEILINGS).host_us == pytest.approx(host)
+    found = predict(Recipe("fused"), problem, HOPPER, CEILINGS).host_us
+    assert round(found, 6) == round(host, 6)
     ampere = KNOWN_DEVICES["sm_80"]
     pointers = (TRITON_LAUNCH_US + DRIVER_US) * (by_pointers + by_descriptors)
     reached = ceilings("NVIDIA A100-SXM4-80GB", ampere)
@@ -223,7 +224,8 @@ def test_fewer_launches_win_with_some_rows_and_no_pass_over_the_output_with_many
 def test_with_one_row_one_launch_costs_no_more_than_three_products():
     plan = make_plan(Problem("forward", torch.bfloat16, 1, 4096, 4096, 16), H100)
     times = dict(plan.predicted)
-    assert times["fused, one launch for z and y"] == pytest.approx(times["library"], rel=0.1)
+    one_launch, products = times["fused, one launch for z and y"], times["library"]
+    assert 0.9 < one_launch / products < 1.1
     assert times["fused, PDL"] > 1.5 * plan.predicted_us
 
 

@@ -213,7 +213,7 @@ def test_the_share_is_of_rates_by_medians_of_rounds_in_turns(triton_device):
     timer = Alternating([200.0, 200.0, 9000.0], [180.0, 1.0, 180.0])
     found = measure_main_loop(torch.device(triton_device), timer)
     assert (found.expand_us, found.library_us, found.refused) == (200.0, 180.0, None)
-    assert found.share == pytest.approx(0.9 * (64 + 16) / 64)
+    assert round(found.share, 6) == round(0.9 * (64 + 16) / 64, 6)
     variant = "tma" if triton_device == "cuda" and torch.cuda.get_device_capability()[0] == 9 else "portable"
     assert found.shares == {variant: found.share}
     assert timer.calls == 2 * (search.WARM_UPS + search.FINAL_ROUNDS)
@@ -255,10 +255,10 @@ def test_tune_measures_the_rate_first_and_keeps_it_when_it_is_interrupted(triton
     alternating = Alternating([100.0], [75.0])
     with pytest.raises(KeyboardInterrupt):
         command.search([FORWARD], torch.device(triton_device), timer, path, 1e-9)
-    share_now = pytest.approx(0.75 * 80 / 64, abs=1e-4)
+    share_now = round(0.75 * 80 / 64, 4)
     (before_any_plan,) = seen
     for table in (before_any_plan, read_table(path)):
-        assert [found for _, found in table.main_loop] == [share_now] and not table.entries
+        assert [round(found, 4) for _, found in table.main_loop] == [share_now] and not table.entries
     out = capsys.readouterr().out
     assert "expand runs at 0.94 of the library's product at 64^3" in out
     assert "interrupted after 0 of 1" in out and f"written to {path}" in out.replace("\n", "")
