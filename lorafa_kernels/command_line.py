@@ -14,15 +14,16 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 # As a shell reports a process that SIGPIPE ended.
 PIPE_CLOSED = 141
-# Larger sizes are typing errors, and what is computed of them is too large for a float.
-MOST_SIZE = 1 << 40
+# Larger sizes are typing errors, and products of them overflow a float.
+MOST_SIZE = 2**40
+MOST_SIZE_TEXT = "2**40"
 
 
 class Parser(argparse.ArgumentParser):
     """Answers a wrong call with one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: {one_line(message)} (--help says what is possible)\n")
+        self.exit(USAGE_ERROR, f"{self.prog}: {one_line(message)} (see --help)\n")
 
 
 def exit_code(name: str, run: Callable[[], int]) -> int:
@@ -65,10 +66,10 @@ def one_line(text: object) -> str:
 
 
 def count(text: str) -> int:
-    """Read a number from 1 to MOST_SIZE: a `type` for argparse."""
-    # Longer digits than Python converts, and superscripts, are digits, too.
+    """Read a whole number from 1 to MOST_SIZE: a `type` for argparse."""
+    # isdigit also accepts superscripts, and more digits than Python converts.
     if not (text.isascii() and text.isdigit() and len(text) <= 20 and 1 <= int(text) <= MOST_SIZE):
-        raise argparse.ArgumentTypeError(f"{brief(text)} is not a number from 1 to {MOST_SIZE}")
+        raise argparse.ArgumentTypeError(f"{brief(text)} is not a whole number from 1 to {MOST_SIZE_TEXT}")
     return int(text)
 
 

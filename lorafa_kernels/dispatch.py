@@ -112,7 +112,7 @@ class Implementations:
         plan = decision.plan
         if plan is None:
             if decision.impl == "triton":
-                raise RuntimeError("the kernels have no plan for sizes that are not known")
+                raise RuntimeError("no plan: the sizes are symbolic, and a plan needs numbers")
             return getattr(self.library if decision.impl == "torch" else self.reference, function)
         if plan.name == "fused":
             return partial(getattr(_import(self.fused), function), plan=plan.kernels)

@@ -65,7 +65,7 @@ def replace_file(path: Path, text: str) -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode) and not path.is_symlink():
-            raise OSError(f"{path} is not a regular file")
+            raise OSError(f"{path} is not a regular file, it cannot be replaced")
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{ASIDE}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
@@ -99,8 +99,8 @@ def one_writer(path: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
                         left.unlink()
         else:
             warnings.warn(
-                f"{path.parent} has been locked by another process for {patience_s:g} s: going on without "
-                "its lock",
+                f"{path.parent} has been locked by another process for {patience_s:g} s: writing without the "
+                "lock, so entries that the other process writes now may be lost",
                 stacklevel=4,
             )
         yield

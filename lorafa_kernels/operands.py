@@ -152,7 +152,7 @@ def real_number(name: str, value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be a finite number, got one beyond every float") from None
+        raise ValueError(f"{name} must be a finite number, got one too large for a float") from None
 
 
 def draw_seed(device: torch.device, count: int = 1) -> Tensor:

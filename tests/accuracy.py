@@ -109,6 +109,15 @@ class Budget:
             assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
+def whole(*tensors: Tensor) -> None:
+    """Make these tensors small whole numbers, in place: sums of their products are exact in every order. MKL
+    may give a product other last bits while several threads ask for one.
+    """
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.mul_(8).round_().clamp_(-3, 3)
+
+
 def check_budget(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor | np.ndarray], plain: Mapping[str, Tensor]
 ) -> None:

@@ -170,6 +170,8 @@ def test_reference_and_kernels_never_meet():
             assert found == {"philox"}
         if name in ("philox", "plan.config", "tune.models"):
             assert not found
+        if name == "plan.defaults":
+            assert found == {"plan.config"}
 
 
 def test_public_names():

@@ -52,17 +52,19 @@ from lorafa_kernels.plan.config import (
     KNOWN_DEVICES,
     MIN_BLOCK,
     OPS,
-    OVERLAP_REGISTERS,
-    OVERLAP_SHARED_MEMORY,
-    SPLIT_ROWS,
     WS_SUMS,
     KernelConfig,
-    all_default_configs,
-    default_config,
-    expand_total_config,
     makes_mask,
     rows_aligned,
     shared_memory,
+)
+from lorafa_kernels.plan.defaults import (
+    OVERLAP_REGISTERS,
+    OVERLAP_SHARED_MEMORY,
+    SPLIT_ROWS,
+    all_default_configs,
+    default_config,
+    expand_total_config,
     shrink_group_config,
     shrink_total_config,
 )
@@ -208,6 +210,7 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
     modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in (*MODULES, *SPECIALISED)]
     shrink, expand, _, recompute, grad, group, _, gated, *_ = modules
+    launch = importlib.import_module("lorafa_kernels.kernels.launch")
     calls: list = []
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
@@ -267,6 +270,9 @@ def record(case: Case) -> list[tuple[triton.JITFunction, tuple, dict]]:
             if hasattr(module, "device_limits"):
                 patches["device_limits"] = lambda device: KNOWN_DEVICES[case.arch]
             stack.enter_context(mock.patch.multiple(module, **patches))
+        # What was kept launches other kernels, for another device.
+        launch.forget_launches()
+        stack.callback(launch.forget_launches)
         calls_of[case.layout]()
     return calls
 

@@ -37,7 +37,8 @@ from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
 from lorafa_kernels.mlp.activation import ACTIVATIONS
 from lorafa_kernels.mlp.api import lorafa_gated_mlp
-from lorafa_kernels.plan.config import SPLIT_ROWS, KernelConfig, KernelPlan
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.defaults import SPLIT_ROWS
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
@@ -298,6 +299,13 @@ def judge(case: Case, arch: str) -> dict:
         except Exception as error:
             raised = [f"raises {type(error).__name__}: {error}".splitlines()[0]]
     found += stub.faults(launched)
+    # Once more, by the kernels that were kept.
+    with stub.recording() as again:
+        if not raised:
+            step(case)
+    found += [f"{fault}, the second time" for fault in stub.faults(again)]
+    if not raised and list(map(_asked, again)) != list(map(_asked, launched)):
+        found.append(f"launches {', '.join(launch.kernel for launch in again)} the second time")
     recipe = (PLANS | WS_PLANS)[case.plan]
     # z of a layer without columns is filled with zeros: there is nothing to overlap.
     overlaps = recipe.kernels.pdl and arch != "sm_80" and 0 not in SIZES[case.sizes]
@@ -319,9 +327,15 @@ def judge(case: Case, arch: str) -> dict:
         "maps": [len(launch.maps) for launch in launched],
         "arguments": [launch.arguments for launch in launched],
         "shared_memory": [launch.shared_memory for launch in launched],
+        "repeated": sum(launch.repeated for launch in again),
         "faults": raised + found,
         "seconds": round(time.perf_counter() - begin, 2),
     }
+
+
+def _asked(launch) -> tuple:
+    """What a call asks for, whatever the tensors' addresses."""
+    return launch.kernel, launch.grid, launch.dependent, launch.constants
 
 
 def kernels() -> set[str]:

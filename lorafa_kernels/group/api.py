@@ -96,17 +96,29 @@ def _checked(
 
 def _check_alike(weight: Tensor, first: Tensor) -> None:
     if weight.shape[1] != first.shape[1]:
-        raise ValueError(f"it takes {weight.shape[1]} columns of x, member 0 {first.shape[1]}")
+        raise ValueError(
+            f"weight has {weight.shape[1]} columns (in_features), that of member 0 has {first.shape[1]}: "
+            "members share one x"
+        )
     if weight.dtype != first.dtype:
-        raise ValueError(f"its weight has dtype {weight.dtype}, that of member 0 {first.dtype}")
+        raise ValueError(
+            f"weight has dtype {weight.dtype}, that of member 0 has {first.dtype}: both must be the same"
+        )
     if weight.device != first.device:
-        raise ValueError(f"its weight is on {weight.device}, that of member 0 on {first.device}")
+        raise ValueError(
+            f"weight is on {weight.device}, that of member 0 is on {first.device}: both must be the same"
+        )
 
 
 def _check_shared(member: LinearOperands, first: LinearOperands) -> None:
     if member.lora_A is not first.lora_A:
-        raise ValueError("share_A=True, but its lora_A is not the object that the other members have")
+        raise ValueError(
+            "share_A=True needs the same lora_A tensor object in all members, this one has another"
+        )
     for name in ("scaling", "dropout_p"):
         value, expected = getattr(member, name), getattr(first, name)
         if value != expected:
-            raise ValueError(f"share_A=True, but its {name} is {value}, that of another member {expected}")
+            raise ValueError(
+                f"share_A=True needs the same {name} in all members: {name} is {value}, that of another "
+                f"member is {expected}"
+            )

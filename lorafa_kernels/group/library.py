@@ -6,11 +6,10 @@
                dB_i = dy_iᵀ z_i
                dx   = dz [lora_A_1; lora_A_2; …], then dx += dy_i weight_i in place, for each i
 
-Shapes and arguments as in reference.py. As in linear/library.py the rank-R products come first,
-because they only write the output; of fp32 and fp64 on a CPU the product with the longest contraction does
-(sums_in_place). The stacked lora_A (ΣR, K) is the only temporary; with dropout, which takes a product for
-each member, the low-rank terms of dx come last, as there for some rows at a time (philox.CHUNK). dx is
-rounded once for each product.
+Shapes and arguments as in reference.py. The order is that of linear/library.py: the rank-R products first;
+for fp32 and fp64 on a CPU the product with the longest contraction first (sums_in_place). The stacked lora_A
+(ΣR, K) is the only temporary. Dropout takes one product per member, and the low-rank terms of dx come last,
+a chunk of rows at a time (philox.CHUNK). dx is rounded once per product.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def check_kinds(x: Tensor, member: LinearOperands) -> None:
         raise TypeError(f"expected LinearOperands, got {type(member).__name__}")
     weight, bias, lora_A, lora_B, *_ = member
     if (lora_A is None) != (lora_B is None):
-        raise ValueError("it has one of lora_A and lora_B without the other")
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"{missing} is None: pass both lora_A and lora_B, or neither (a plain layer)")
     check_tensors(x, weight, weight if lora_A is None else lora_A, weight if lora_B is None else lora_B, bias)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
@@ -74,7 +75,7 @@ def checked_member(x: Tensor, member: LinearOperands) -> tuple[Tensor, LinearOpe
     if s is not scaling or p is not dropout_p:
         member = member._replace(scaling=s, dropout_p=p)
     check_shapes(x, weight, lora_A, lora_B, bias)
-    # weight stands for what a plain frozen layer lacks: it passes where it has passed itself.
+    # A plain layer has no lora_A and lora_B: weight takes their place, and passes once more.
     if lora_A is None:
         lora_A = lora_B = weight
     check_frozen(weight, lora_A, bias)

@@ -5,17 +5,16 @@ group_forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds,
 group_backward(dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs,
                impl) -> (dx, dBs)
 
-Lists have one entry a member; shapes, dtypes and what may be None as in reference.py. weights and biases may
-be of another dtype than x (under autocast): they are cast to it here, in temporaries that die with the call.
-seeds is None where there is no dropout.
+Lists have one entry per member (one linear layer); shapes, dtypes and what may be None as in reference.py.
+weights and biases may have another dtype than x (under autocast): they are cast here, into temporaries that
+end with the call. seeds is None without dropout.
 
-The plan, fused kernels or library products, is the one that a single layer would have whose width is that of
-all members together: what decides between the two, the passes over wide rows and the launches for few rows,
-grows alike in both.
+The plan is that of a single layer as wide as all members together. The passes over wide rows and the launches
+for few rows, which decide between fused kernels and library products, grow in the same way in both.
 
-The node keeps, through save_for_backward alone: one z (M, ΣR) if a lora_B needs a gradient, with share_A
-(M, R); the weight, lora_A and lora_B objects themselves if x needs one, and the seeds of the dropout masks.
-Not x, and no output.
+The node keeps, through save_for_backward only: one z (M, ΣR), with share_A (M, R), if a lora_B needs a
+gradient; the weight, lora_A and lora_B objects themselves, and the seeds of dropout, if x needs one. It keeps
+neither x nor an output.
 """
 
 from __future__ import annotations
@@ -125,8 +124,8 @@ def _direct(
     biases: Sequence[Tensor | None] = (),
     dropout: bool = False,
 ) -> Callable[..., Any] | None:
-    """Return the function to call as it is, or None where the operator must be called. op: one of
-    plan.recipe.OPERATIONS. dropout: whether there is one.
+    """Return the implementation to call directly; None where the operator is needed, as for a cast.
+    op: one of plan.recipe.OPERATIONS. dropout: whether there is one.
     """
     if not open_to_direct_calls(x.device.type):
         return None

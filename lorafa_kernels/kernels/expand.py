@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..plan.config import DeviceLimits, KernelConfig
 from ..plan.specialised import missing_for_ws
-from .expand_tma import expand_tma, storage_order
+from .expand_tma import expand_tma_launch, storage_order
+from .launch import Launch, Launches, aligned, blocks_of
 from .tile import (
     by_pointers,
     dependent_launch,
@@ -170,6 +171,9 @@ def _expand_kernel(
     store(C_ptrs, acc, in_m & in_n, EMULATE_BF16)
 
 
+_LAUNCHES = Launches()
+
+
 def expand(
     P: Tensor,
     Q: Tensor,
@@ -203,63 +207,86 @@ def expand(
         return C
     if bias is not None:
         bias = bias.contiguous()
-    limits = device_limits(P.device)
-    wait = pdl and dependent_launch(limits)
-    seed, threshold = dropout_arguments(dropout_p, seed)
-    scale = keep_scale(dropout_p)
-    if config.variant in ("tma", "ws"):
+    if config.variant == "ws":
         transposed = storage_order(P, Q)
-        if transposed is not None and config.variant == "ws":
+        if transposed is not None:
             if dropout_p:
                 raise ValueError("expand in its variant 'ws' makes no mask: dropout needs another variant")
-            expand_ws = warp_specialised("expand_ws", limits)
-            expand_ws(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms)
-            return C
-        if transposed is not None:
-            expand_tma(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms, seed, threshold, scale)
+            limits = device_limits(P.device)
+            how = config, transposed, pdl and dependent_launch(limits), limits.num_sms
+            warp_specialised("expand_ws", limits)(P, Q, L, F, bias, C, *how)
             return C
         config = by_pointers(unaligned)
-    launch = {"launch_pdl": True} if wait else {}
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
-    _expand_kernel[grid](
-        P_ptr=P,
-        Q_ptr=Q,
-        L_ptr=L,
-        F_ptr=F,
-        bias_ptr=bias,
-        C_ptr=C,
-        seed_ptr=seed,
-        threshold=threshold,
-        scale=scale,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_P_m=P.stride(0),
-        stride_P_k=P.stride(1),
-        stride_Q_k=Q.stride(0),
-        stride_Q_n=Q.stride(1),
-        stride_L_m=L.stride(0),
-        stride_L_r=L.stride(1),
-        stride_F_r=F.stride(0),
-        stride_F_n=F.stride(1),
-        stride_C_m=C.stride(0),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=config.BLOCK_R,
-        GROUP_M=config.GROUP_M,
-        EVEN_K=K % config.BLOCK_K == 0,
-        HAS_BIAS=bias is not None,
-        DROPOUT=dropout_p > 0,
-        WAIT=wait,
-        INPUT_PRECISION=input_precision(P.dtype),
-        EMULATE_BF16=emulate_bf16(P, F),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch,
+    seed, threshold = dropout_arguments(dropout_p, seed)
+    scale = keep_scale(dropout_p)
+    precision = input_precision(P.dtype)
+    strides = P.stride(), Q.stride(), L.stride(), F.stride()
+    dtypes = P.dtype, F.dtype, None if bias is None else bias.dtype
+    key = M, N, K, R, strides, dtypes, P.device, aligned(P, Q, L, F), seed is None, pdl, precision, config
+    launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launch(P, Q, L, F, bias, C, seed is None, pdl, precision, config, unaligned)
     )
+    launch(P, Q, L, F, bias, C, seed, threshold, scale)
     return C
+
+
+def _launch(
+    P: Tensor,
+    Q: Tensor,
+    L: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    C: Tensor,
+    keeps_all: bool,
+    pdl: bool,
+    precision: str,
+    config: KernelConfig,
+    unaligned: KernelConfig | None,
+) -> Launch:
+    """Return the launch for operands that are like these; keeps_all: there is no dropout."""
+    (M, K), N, R = P.shape, Q.shape[1], L.shape[1]
+    limits = device_limits(P.device)
+    wait = pdl and dependent_launch(limits)
+    if config.variant == "tma":
+        transposed = storage_order(P, Q)
+        if transposed is not None:
+            how = config, transposed, wait, limits.num_sms
+            return expand_tma_launch(P, Q, L, F, bias, C, keeps_all, *how)
+        config = by_pointers(unaligned)
+    return Launch(
+        _expand_kernel,
+        (blocks_of(M, config.BLOCK_M) * blocks_of(N, config.BLOCK_N),),
+        ("P_ptr", "Q_ptr", "L_ptr", "F_ptr", "bias_ptr", "C_ptr", "seed_ptr", "threshold", "scale"),
+        dict(
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            stride_P_m=P.stride(0),
+            stride_P_k=P.stride(1),
+            stride_Q_k=Q.stride(0),
+            stride_Q_n=Q.stride(1),
+            stride_L_m=L.stride(0),
+            stride_L_r=L.stride(1),
+            stride_F_r=F.stride(0),
+            stride_F_n=F.stride(1),
+            stride_C_m=C.stride(0),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            GROUP_M=config.GROUP_M,
+            EVEN_K=K % config.BLOCK_K == 0,
+            HAS_BIAS=bias is not None,
+            DROPOUT=not keeps_all,
+            WAIT=wait,
+            INPUT_PRECISION=precision,
+            EMULATE_BF16=emulate_bf16(P, F),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **({"launch_pdl": True} if wait else {}),
+        ),
+    )
 
 
 @functools.cache

@@ -14,15 +14,15 @@ TMA too; loops over tiles and over K are not flattened into one. With dropout ke
 product: the rank-R step then has an accumulator of its own, for one part of the tile's columns at a time
 (EPILOGUE_SUBTILE), which is masked and added to that part on its way out.
 
-Programmatic dependent launch (WAIT). The kernel before this one is the one that writes L: it says early that
-its dependent may start, and every block here waits (griddepcontrol.wait) until that kernel has ended and its
-writes are visible. Before the wait a block only reads P, Q and the seed, which kernels wrote that ended
-before the one that writes L was started, since that one is never launched this way itself. The first write
-to C comes after the wait too, so C may lie in memory that the kernel before still reads or writes when this
-one starts (the partial sums that L was added up from, say): the allocator hands memory out again as soon as
-the host lets go of it. A block without a tile waits as well, so that this kernel cannot end before the one it
-depends on. Should another thread put a kernel between the two on this stream, that one becomes the kernel
-waited for, and it started after L was written, or waited for that itself.
+Programmatic dependent launch (WAIT). The kernel before this one writes L and lets this one start early, and
+every block here waits (griddepcontrol.wait) until that kernel has ended and its writes are visible. Before
+the wait a block reads only P, Q and the seed: their writers had ended when the writer of L started, since the
+writer of L is never launched this way. After the wait comes the first write to C: C may lie in memory that
+the kernel before still reads or writes, such as the partial sums of L, because the allocator reuses memory as
+soon as the host has freed it. A block without a tile waits, too, so that this kernel cannot end before the
+one it depends on. If another thread launches a kernel between the two on this stream, the wait is for that
+kernel, and L is complete then as well: that kernel started after L was written, or has itself waited for the
+end of the kernel that writes L.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig
+from .launch import Block, Launch, blocks_of
 from .tile import (
     addressable,
-    describe,
     drop,
     emulate_bf16,
     gdc_wait,
@@ -180,73 +180,65 @@ def storage_order(P: Tensor, Q: Tensor) -> bool | None:
     return False if addressable(Q) else None
 
 
-def expand_tma(
+def expand_tma_launch(
     P: Tensor,
     Q: Tensor,
     L: Tensor,
     F: Tensor,
     bias: Tensor | None,
     C: Tensor,
+    keeps_all: bool,
     config: KernelConfig,
     transposed: bool,
     wait: bool,
     num_sms: int,
-    seed: Tensor | None,
-    threshold: int | None,
-    scale: float | None,
-) -> None:
-    """Write round(P · Q + keep/(1 − p) ⊙ (L · F) + bias) into C. Operands as in expand, with P, Q and C
-    addressable; seed and threshold as dropout_arguments, scale as keep_scale gives it.
+) -> Launch:
+    """Return the launch for operands that are like these, with P, Q and C addressable; transposed: as
+    storage_order; keeps_all: there is no dropout.
     """
-    M, K = P.shape
-    N = Q.shape[1]
-    R = L.shape[1]
-    factor = F.t() if transposed else F
-    low_rank_tma = addressable(L, factor)
+    (M, K), N, R = P.shape, Q.shape[1], L.shape[1]
     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     columns = BLOCK_N // config.EPILOGUE_SUBTILE
-    low_rank_columns = BLOCK_N if seed is None else columns
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
-    grid = (min(tiles, config.ctas_per_sm * num_sms),)
-
-    launch = {"launch_pdl": True} if wait else {}
-    _expand_tma_kernel[grid](
-        P_desc=describe(P, BLOCK_M, BLOCK_K),
-        Q_desc=describe(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe(Q, BLOCK_K, BLOCK_N),
-        L=describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L,
-        F=(
-            describe(factor, low_rank_columns, BLOCK_R)
-            if transposed
-            else describe(factor, BLOCK_R, low_rank_columns)
-        )
-        if low_rank_tma
-        else F,
-        bias_ptr=bias,
-        C_desc=describe(C, BLOCK_M, columns),
-        seed_ptr=seed,
-        threshold=threshold,
-        scale=scale,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_L_m=L.stride(0),
-        stride_L_r=L.stride(1),
-        stride_F_r=F.stride(0),
-        stride_F_n=F.stride(1),
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        BLOCK_R=BLOCK_R,
-        GROUP_M=config.GROUP_M,
-        EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
-        TRANSPOSED=transposed,
-        LOW_RANK_TMA=low_rank_tma,
-        HAS_BIAS=bias is not None,
-        DROPOUT=seed is not None,
-        WAIT=wait,
-        EMULATE_BF16=emulate_bf16(P, F),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch,
+    blocks = {
+        "P_desc": Block(BLOCK_M, BLOCK_K),
+        "Q_desc": Block(BLOCK_N, BLOCK_K, True) if transposed else Block(BLOCK_K, BLOCK_N),
+        "C_desc": Block(BLOCK_M, columns),
+    }
+    low_rank_tma = addressable(L, F.t() if transposed else F)
+    if low_rank_tma:
+        low_rank_columns = BLOCK_N if keeps_all else columns
+        blocks["L"] = Block(BLOCK_M, BLOCK_R)
+        of_F = Block(low_rank_columns, BLOCK_R, True) if transposed else Block(BLOCK_R, low_rank_columns)
+        blocks["F"] = of_F
+    tiles = blocks_of(M, BLOCK_M) * blocks_of(N, BLOCK_N)
+    return Launch(
+        _expand_tma_kernel,
+        (min(tiles, config.ctas_per_sm * num_sms),),
+        ("P_desc", "Q_desc", "L", "F", "bias_ptr", "C_desc", "seed_ptr", "threshold", "scale"),
+        dict(
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            stride_L_m=L.stride(0),
+            stride_L_r=L.stride(1),
+            stride_F_r=F.stride(0),
+            stride_F_n=F.stride(1),
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=config.GROUP_M,
+            EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
+            TRANSPOSED=transposed,
+            LOW_RANK_TMA=low_rank_tma,
+            HAS_BIAS=bias is not None,
+            DROPOUT=not keeps_all,
+            WAIT=wait,
+            EMULATE_BF16=emulate_bf16(P, F),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **({"launch_pdl": True} if wait else {}),
+        ),
+        blocks,
     )

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch, Launches, blocks_of
 from .tile import emulate_bf16, load, offsets, store
 
 # Eight elements a thread: of a 16-bit dtype the 16 bytes that one load can move.
@@ -101,6 +102,9 @@ def _gated_backward_kernel(
         store(du_ptr + offsets(row, stride_du) + index, dh * value, mask, EMULATE_BF16)
 
 
+_LAUNCHES = Launches()
+
+
 def gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
     """Return h (M, I) contiguous, in the dtype of g. g, u (M, I) fp32, bf16 or fp16, of any strides."""
     M, columns = g.shape
@@ -108,20 +112,10 @@ def gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
     h = torch.empty((M, columns), dtype=g.dtype, device=g.device)
     if h.numel() == 0:
         return h
-    rows, columns, (stride_g, stride_u, stride_h) = _as_rows(g, u, h)
-    _gated_kernel[(rows * triton.cdiv(columns, BLOCK),)](
-        g_ptr=g,
-        u_ptr=u,
-        h_ptr=h,
-        columns=columns,
-        stride_g=stride_g,
-        stride_u=stride_u,
-        stride_h=stride_h,
-        ACTIVATION=activation,
-        BLOCK=BLOCK,
-        EMULATE_BF16=emulate_bf16(g),
-        num_warps=NUM_WARPS,
-    )
+    strides = g.stride(), u.stride()
+    key = M, columns, strides, g.dtype, g.device, activation
+    launch = _LAUNCHES.get(key) or _LAUNCHES.keep(key, _launch(_gated_kernel, (g, u, h), activation))
+    launch(g, u, h)
     return h
 
 
@@ -143,24 +137,13 @@ def gated_backward(dh: Tensor, g: Tensor, u: Tensor | None, activation: str, nee
     g = _with_rows(g)
     u = _with_rows(u) if need_dg else g
     out = du if du is not None else dh
-    rows, columns, (stride_dh, stride_g, stride_u, stride_du) = _as_rows(dh, g, u, out)
-    _gated_backward_kernel[(rows * triton.cdiv(columns, BLOCK),)](
-        dh_ptr=dh,
-        g_ptr=g,
-        u_ptr=u,
-        du_ptr=out,
-        columns=columns,
-        stride_dh=stride_dh,
-        stride_g=stride_g,
-        stride_u=stride_u,
-        stride_du=stride_du,
-        ACTIVATION=activation,
-        BLOCK=BLOCK,
-        NEED_DG=need_dg,
-        NEED_DU=need_du or not need_dg,
-        EMULATE_BF16=emulate_bf16(dh),
-        num_warps=NUM_WARPS,
+    strides = dh.stride(), g.stride(), u.stride()
+    needs = need_dg, need_du or not need_dg
+    key = dh.shape, strides, dh.dtype, dh.device, activation, needs
+    launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launch(_gated_backward_kernel, (dh, g, u, out), activation, NEED_DG=needs[0], NEED_DU=needs[1])
     )
+    launch(dh, g, u, out)
     return du
 
 
@@ -175,3 +158,23 @@ def _as_rows(*matrices: Tensor) -> tuple[int, int, list[int]]:
     if all(matrix.is_contiguous() for matrix in matrices):
         return 1, rows * columns, [0] * len(matrices)
     return rows, columns, [matrix.stride(0) for matrix in matrices]
+
+
+def _launch(kernel, matrices: tuple[Tensor, ...], activation: str, **needs: bool) -> Launch:
+    """Return the launch for matrices like these, in the order of the kernel's arguments."""
+    names = ("dh", "g", "u", "du") if needs else ("g", "u", "h")
+    rows, columns, strides = _as_rows(*matrices)
+    return Launch(
+        kernel,
+        (rows * blocks_of(columns, BLOCK),),
+        tuple(f"{name}_ptr" for name in names),
+        dict(
+            columns=columns,
+            **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
+            ACTIVATION=activation,
+            BLOCK=BLOCK,
+            EMULATE_BF16=emulate_bf16(matrices[0]),
+            num_warps=NUM_WARPS,
+            **needs,
+        ),
+    )

@@ -3,9 +3,9 @@
     dz (M, R) = round( s · (dy (M, N) · lora_B (N, R)) )
     dB (N, R) = dyᵀ (N, M) · z (M, R)
 
-The one pass over dy is one of two plans; shrink for dz and this kernel for dB alone (lora_B=None) is the
-other: it reads dy twice and writes no partial sums of dz, which reach the size of dy at R = 32 and
-BLOCK_N = 128.
+This is one of two plans for backward. The other is shrink for dz and this kernel for dB alone (lora_B=None):
+it reads dy twice, and writes no partial sums of dz. With R = 32 and BLOCK_N = 128 those partial sums are as
+large as dy.
 
 Stage 1: a block owns a strip of BLOCK_N columns × a chunk of rows. It walks the chunk, reads each tile of
 dy once, uses it for both products, keeps dB's sum in registers and writes fp32 partial sums: of dz one per
@@ -27,11 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig, row_chunks
+from .launch import Block, Launch, Launches, aligned, blocks_of
 from .tile import (
     SUM_BLOCK,
     addressable,
     dependent_launch,
-    describe,
     device_limits,
     emulate_bf16,
     gdc_launch_dependents,
@@ -148,6 +148,9 @@ def _grad_sum_kernel(
         sum_parts(dB_parts_ptr, dB_ptr, pid - dz_blocks, chunks, dB_count, 1.0, BLOCK, EMULATE_BF16)
 
 
+_LAUNCHES = Launches()
+
+
 def grad(
     dy: Tensor,
     z: Tensor,
@@ -171,60 +174,87 @@ def grad(
     dB = torch.empty((N, R), dtype=dB_dtype, device=dy.device)
     if M == 0 or N == 0:
         return dz.zero_() if need_dz else None, dB.zero_()
-    limits = device_limits(dy.device)
-    strips = triton.cdiv(N, config.BLOCK_N)
-    r_blocks = triton.cdiv(R, config.BLOCK_R)
-    chunks = row_chunks(config, limits, M, N)
-    chunk_rows = triton.cdiv(triton.cdiv(M, chunks), config.BLOCK_M) * config.BLOCK_M
-    chunks = triton.cdiv(M, chunk_rows)
-    need_sum = chunks > 1
-    dz_parts = torch.empty((strips, M, R), dtype=torch.float32, device=dy.device) if need_dz else None
-    dB_parts = torch.empty((chunks, N, R), dtype=torch.float32, device=dy.device) if need_sum else dB
-    emulate = emulate_bf16(dy, lora_B, dB)
-    tma = config.variant == "tma" and dy.element_size() == 2 and addressable(dy, z)
-    _grad_kernel[(strips * r_blocks * chunks,)](
-        dy_ptr=describe(dy, config.BLOCK_M, config.BLOCK_N) if tma else dy,
-        z_ptr=describe(z, config.BLOCK_M, config.BLOCK_R) if tma else z,
-        lora_B_ptr=lora_B,
-        dz_parts_ptr=dz_parts,
-        dB_parts_ptr=dB_parts,
-        M=M,
-        N=N,
-        R=R,
-        chunk_rows=chunk_rows,
-        stride_dy_m=dy.stride(0),
-        stride_dy_n=dy.stride(1),
-        stride_z_m=z.stride(0),
-        stride_z_r=z.stride(1),
-        stride_lora_B_n=lora_B.stride(0) if need_dz else 0,
-        stride_lora_B_r=lora_B.stride(1) if need_dz else 0,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_R=config.BLOCK_R,
-        NEED_DZ=need_dz,
-        TMA=tma,
-        INPUT_PRECISION=input_precision(dy.dtype),
-        EMULATE_BF16=emulate,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    strides = dy.stride(), z.stride(), lora_B.stride() if need_dz else None
+    dtypes = dy.dtype, lora_B.dtype if need_dz else None, dB_dtype
+    precision = input_precision(dy.dtype)
+    key = M, N, R, strides, dtypes, dy.device, aligned(dy, z), config, pdl, precision
+    strips, chunks, launch, add = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launches(dy, z, lora_B, dB, config, pdl, precision)
     )
-    blocks = triton.cdiv(N * R, SUM_BLOCK) * need_sum + triton.cdiv(M * R, SUM_BLOCK) * need_dz
-    if blocks:
-        _grad_sum_kernel[(blocks,)](
-            dz_parts_ptr=dz_parts,
-            dB_parts_ptr=dB_parts,
-            dz_ptr=dz,
-            dB_ptr=dB,
+    dz_parts = torch.empty((strips, M, R), dtype=torch.float32, device=dy.device) if need_dz else None
+    dB_parts = torch.empty((chunks, N, R), dtype=torch.float32, device=dy.device) if chunks > 1 else dB
+    launch(dy, z, lora_B, dz_parts, dB_parts)
+    if add is not None:
+        add(dz_parts, dB_parts, dz, dB, scaling)
+    return dz, dB
+
+
+def _launches(
+    dy: Tensor,
+    z: Tensor,
+    lora_B: Tensor | None,
+    dB: Tensor,
+    config: KernelConfig,
+    pdl: bool,
+    precision: str,
+) -> tuple[int, int, Launch, Launch | None]:
+    """Return how many strips and chunks there are, and the launches that make and add their parts."""
+    (M, N), R = dy.shape, z.shape[1]
+    need_dz = lora_B is not None
+    tma = config.variant == "tma" and dy.element_size() == 2 and addressable(dy, z)
+    limits = device_limits(dy.device)
+    strips = blocks_of(N, config.BLOCK_N)
+    chunks = row_chunks(config, limits, M, N)
+    chunk_rows = blocks_of(blocks_of(M, chunks), config.BLOCK_M) * config.BLOCK_M
+    chunks = blocks_of(M, chunk_rows)
+    emulate = emulate_bf16(dy, lora_B, dB)
+    launch = Launch(
+        _grad_kernel,
+        (strips * blocks_of(R, config.BLOCK_R) * chunks,),
+        ("dy_ptr", "z_ptr", "lora_B_ptr", "dz_parts_ptr", "dB_parts_ptr"),
+        dict(
+            M=M,
+            N=N,
+            R=R,
+            chunk_rows=chunk_rows,
+            stride_dy_m=dy.stride(0),
+            stride_dy_n=dy.stride(1),
+            stride_z_m=z.stride(0),
+            stride_z_r=z.stride(1),
+            stride_lora_B_n=lora_B.stride(0) if need_dz else 0,
+            stride_lora_B_r=lora_B.stride(1) if need_dz else 0,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_R=config.BLOCK_R,
+            NEED_DZ=need_dz,
+            TMA=tma,
+            INPUT_PRECISION=precision,
+            EMULATE_BF16=emulate,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+        {"dy_ptr": Block(config.BLOCK_M, config.BLOCK_N), "z_ptr": Block(config.BLOCK_M, config.BLOCK_R)}
+        if tma
+        else None,
+    )
+    blocks = blocks_of(N * R, SUM_BLOCK) * (chunks > 1) + blocks_of(M * R, SUM_BLOCK) * need_dz
+    if not blocks:
+        return strips, chunks, launch, None
+    add = Launch(
+        _grad_sum_kernel,
+        (blocks,),
+        ("dz_parts_ptr", "dB_parts_ptr", "dz_ptr", "dB_ptr", "scaling"),
+        dict(
             strips=strips,
             chunks=chunks,
             dz_count=M * R,
             dB_count=N * R,
-            scaling=scaling,
             BLOCK=SUM_BLOCK,
             NEED_DZ=need_dz,
-            NEED_DB=need_sum,
+            NEED_DB=chunks > 1,
             TRIGGER=pdl and dependent_launch(limits),
             EMULATE_BF16=emulate,
             num_warps=4,
-        )
-    return dz, dB
+        ),
+    )
+    return strips, chunks, launch, add

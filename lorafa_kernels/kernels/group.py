@@ -5,8 +5,8 @@
                   dx: P_i = dy_i, Q_i = weight_i, L_j (M, R_j) = dz_j, F_j = lora_A_j
     shrink_total  dz (M, R) = round( s · Σ_i dy_i lora_B_i ), of members that share lora_A
 
-What belongs to a member comes in tuples, over which the kernels' loops are unrolled: one compiled kernel for
-each number of members.
+A member is one of the linear layers. Its operands come in tuples, over which the kernels' loops are unrolled:
+one compiled kernel for each number of members.
 
 shrink_group reads x once and each lora_A once per block of rows: (M·K + ⌈M/BLOCK_M⌉·K·ΣR + M·ΣR) elements.
 Bound by reading x. Members whose ranks together exceed the columns of one block are taken in several passes.
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -33,7 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig, split_size
-from .group_tma import expand_total_tma, total_addressable
+from .group_tma import total_addressable, total_tma_launch
+from .launch import Launch, Launches, aligned, blocks_of
 from .tile import (
     SUM_BLOCK,
     addressable,
@@ -268,22 +268,18 @@ class Dropout:
     offsets: Sequence[int]
     ps: Sequence[float]
 
-    def arguments(self, members: slice) -> dict[str, Any]:
-        """Return what kernels take for some of the members, by their names."""
+    def arguments(self, members: slice) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the seeds, and the thresholds of some of the members."""
         # From 0 on every element is kept.
-        thresholds = (dropout_arguments(p, self.seeds)[1] or 0 for p in self.ps[members])
-        return {
-            "seeds_ptr": self.seeds,
-            "seed_offsets": tuple(self.offsets[members]),
-            "thresholds": tuple(thresholds),
-        }
+        return self.seeds, tuple([dropout_arguments(p, self.seeds)[1] or 0 for p in self.ps[members]])
 
     def scales(self) -> tuple[float, ...]:
         """Return what the rank-R terms are multiplied with beside their masks."""
         return tuple(keep_scale(p) or 1.0 for p in self.ps)
 
 
-NO_DROPOUT: dict[str, Any] = {"seeds_ptr": None, "seed_offsets": (), "thresholds": ()}
+_SHRINKS = Launches()
+_TOTALS = Launches()
 
 
 def shrink_group(
@@ -307,54 +303,83 @@ def shrink_group(
     out = torch.empty((M, sum(ranks)), dtype=x.dtype, device=x.device)
     if M == 0 or K == 0 or not ranks:
         return out.zero_()
+    precision = input_precision(x.dtype)
+    of_members = tuple([(factor.shape[1], factor.stride(), factor.dtype) for factor in factors])
+    drops = None if dropout is None else tuple(dropout.offsets)
+    key = M, K, x.stride(), x.dtype, x.device, of_members, drops, precision, config, members
+    splits, passes, add = _SHRINKS.get(key) or _SHRINKS.keep(
+        key, _shrinks(x, factors, out, dropout, precision, config, members)
+    )
+    made = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if add else out
+    for of_pass, launch in passes:
+        seeds, thresholds = (None, ()) if dropout is None else dropout.arguments(of_pass)
+        launch(x, tuple(factors[of_pass]), made, seeds, thresholds, tuple(scalings[of_pass]))
+    if add:
+        add(made, out)
+    return out
+
+
+def _shrinks(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    out: Tensor,
+    dropout: Dropout | None,
+    precision: str,
+    config: KernelConfig,
+    members: int,
+) -> tuple[int, list[tuple[slice, Launch]], Launch | None]:
+    """Return into how many parts the contraction is cut, the launch of each pass over x with the members that
+    it takes, and the one that adds the parts.
+    """
+    M, K = x.shape
+    ranks = [factor.shape[1] for factor in factors]
     split_k = split_size(config, K)
-    splits = triton.cdiv(K, split_k)
-    split = splits > 1
-    parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if split else out
+    splits = blocks_of(K, split_k)
     emulate = emulate_bf16(x, *factors)
     firsts = [sum(ranks[:i]) for i in range(len(ranks))]
+    passes = []
     for begin in range(0, len(ranks), members):
         of_pass = slice(begin, begin + members)
-        r_blocks = triton.cdiv(max(ranks[of_pass]), config.BLOCK_R)
-        _shrink_group_kernel[(triton.cdiv(M, config.BLOCK_M), splits, r_blocks)](
-            x_ptr=x,
-            factor_ptrs=tuple(factors[of_pass]),
-            out_ptr=parts,
-            **(NO_DROPOUT if dropout is None else dropout.arguments(of_pass)),
-            scalings=tuple(scalings[of_pass]),
-            firsts=tuple(firsts[of_pass]),
-            ranks=tuple(ranks[of_pass]),
-            M=M,
-            K=K,
-            columns=out.shape[1],
-            split_k=split_k,
-            stride_x_m=x.stride(0),
-            stride_x_k=x.stride(1),
-            strides_factor_k=tuple(factor.stride(0) for factor in factors[of_pass]),
-            strides_factor_r=tuple(factor.stride(1) for factor in factors[of_pass]),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_K=config.BLOCK_K,
-            BLOCK_R=config.BLOCK_R,
-            EVEN_K=K % config.BLOCK_K == 0,
-            SPLIT=split,
-            DROPOUT=dropout is not None,
-            INPUT_PRECISION=input_precision(x.dtype),
-            EMULATE_BF16=emulate,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        r_blocks = blocks_of(max(ranks[of_pass]), config.BLOCK_R)
+        launch = Launch(
+            _shrink_group_kernel,
+            (blocks_of(M, config.BLOCK_M), splits, r_blocks),
+            ("x_ptr", "factor_ptrs", "out_ptr", "seeds_ptr", "thresholds", "scalings"),
+            dict(
+                seed_offsets=() if dropout is None else tuple(dropout.offsets[of_pass]),
+                firsts=tuple(firsts[of_pass]),
+                ranks=tuple(ranks[of_pass]),
+                M=M,
+                K=K,
+                columns=out.shape[1],
+                split_k=split_k,
+                stride_x_m=x.stride(0),
+                stride_x_k=x.stride(1),
+                strides_factor_k=tuple(factor.stride(0) for factor in factors[of_pass]),
+                strides_factor_r=tuple(factor.stride(1) for factor in factors[of_pass]),
+                BLOCK_M=config.BLOCK_M,
+                BLOCK_K=config.BLOCK_K,
+                BLOCK_R=config.BLOCK_R,
+                EVEN_K=K % config.BLOCK_K == 0,
+                SPLIT=splits > 1,
+                DROPOUT=dropout is not None,
+                INPUT_PRECISION=precision,
+                EMULATE_BF16=emulate,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            ),
         )
-    if split:
-        count = out.numel()
-        _shrink_group_sum_kernel[(triton.cdiv(count, SUM_BLOCK),)](
-            parts_ptr=parts,
-            out_ptr=out,
-            splits=splits,
-            count=count,
-            BLOCK=SUM_BLOCK,
-            EMULATE_BF16=emulate,
-            num_warps=4,
-        )
-    return out
+        passes.append((of_pass, launch))
+    if splits == 1:
+        return splits, passes, None
+    count = out.numel()
+    add = Launch(
+        _shrink_group_sum_kernel,
+        (blocks_of(count, SUM_BLOCK),),
+        ("parts_ptr", "out_ptr"),
+        dict(splits=splits, count=count, BLOCK=SUM_BLOCK, EMULATE_BF16=emulate, num_warps=4),
+    )
+    return splits, passes, add
 
 
 def expand_total(
@@ -378,13 +403,7 @@ def expand_total(
     C = torch.empty((M, N), dtype=Ps[0].dtype, device=Ps[0].device)
     if M == 0 or N == 0:
         return C
-    if config.variant == "tma":
-        # Masks leave no registers for a rank-R step by pointers.
-        if total_addressable(Ps, Qs, N) and (dropout is None or addressable(*Ls, *Fs)):
-            expand_total_tma(Ps, Qs, Ls, Fs, C, config, device_limits(C.device).num_sms, _of_terms(dropout))
-            return C
-        config = by_pointers(unaligned)
-    _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config)
+    _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config, unaligned)
     return C
 
 
@@ -404,15 +423,8 @@ def shrink_total(
     out = torch.empty((M, R), dtype=rows[0].dtype, device=rows[0].device)
     if M == 0:
         return out
-    _total(rows, factors, (), (), out, scaling, None, config)
+    _total(rows, factors, (), (), out, scaling, None, config, None)
     return out
-
-
-def _of_terms(dropout: Dropout | None) -> dict[str, Any]:
-    """Return what a kernel takes for the masks of all rank-R terms, by name."""
-    if dropout is None:
-        return {**NO_DROPOUT, "scales": ()}
-    return {**dropout.arguments(slice(None)), "scales": dropout.scales()}
 
 
 def _total(
@@ -424,38 +436,74 @@ def _total(
     scaling: float,
     dropout: Dropout | None,
     config: KernelConfig,
+    unaligned: KernelConfig | None,
 ) -> None:
-    M, N = C.shape
-    widths = tuple(P.shape[1] for P in Ps)
-    _total_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
-        P_ptrs=tuple(Ps),
-        Q_ptrs=tuple(Qs),
-        L_ptrs=tuple(Ls),
-        F_ptrs=tuple(Fs),
-        C_ptr=C,
-        **_of_terms(dropout),
-        scaling=scaling,
-        M=M,
-        N=N,
-        widths=widths,
-        ranks=tuple(L.shape[1] for L in Ls),
-        strides_P_m=tuple(P.stride(0) for P in Ps),
-        strides_P_k=tuple(P.stride(1) for P in Ps),
-        strides_Q_k=tuple(Q.stride(0) for Q in Qs),
-        strides_Q_n=tuple(Q.stride(1) for Q in Qs),
-        strides_L_m=tuple(L.stride(0) for L in Ls),
-        strides_L_r=tuple(L.stride(1) for L in Ls),
-        strides_F_r=tuple(F.stride(0) for F in Fs),
-        strides_F_n=tuple(F.stride(1) for F in Fs),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=config.BLOCK_R,
-        GROUP_M=config.GROUP_M,
-        EVEN_K=all(width % config.BLOCK_K == 0 for width in widths),
-        DROPOUT=dropout is not None,
-        INPUT_PRECISION=input_precision(C.dtype),
-        EMULATE_BF16=emulate_bf16(C, *Qs, *Fs),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    precision = input_precision(C.dtype)
+    tensors = (*Ps, *Qs, *Ls, *Fs)
+    of_tensors = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+    drops = None if dropout is None else tuple(dropout.offsets)
+    key = len(Ps), of_tensors, C.dtype, C.device, aligned(*tensors), drops, precision, config
+    launch, flat = _TOTALS.get(key) or _TOTALS.keep(
+        key, _total_launch(Ps, Qs, Ls, Fs, C, dropout, precision, config, unaligned)
     )
+    seeds, thresholds = (None, ()) if dropout is None else dropout.arguments(slice(None))
+    scales = () if dropout is None else dropout.scales()
+    if flat:
+        launch(*tensors, C, seeds, thresholds, scales)
+    else:
+        launch(tuple(Ps), tuple(Qs), tuple(Ls), tuple(Fs), C, seeds, thresholds, scales, scaling)
+
+
+def _total_launch(
+    Ps: Sequence[Tensor],
+    Qs: Sequence[Tensor],
+    Ls: Sequence[Tensor],
+    Fs: Sequence[Tensor],
+    C: Tensor,
+    dropout: Dropout | None,
+    precision: str,
+    config: KernelConfig,
+    unaligned: KernelConfig | None,
+) -> tuple[Launch, bool]:
+    """Return the launch for operands that are like these, and whether it takes them one by one."""
+    M, N = C.shape
+    seed_offsets = () if dropout is None else tuple(dropout.offsets)
+    if config.variant == "tma":
+        # Masks leave no registers for a rank-R step by pointers.
+        if total_addressable(Ps, Qs, N) and (dropout is None or addressable(*Ls, *Fs)):
+            how = config, device_limits(C.device).num_sms, dropout is not None, seed_offsets
+            return total_tma_launch(Ps, Qs, Ls, Fs, C, *how), True
+        config = by_pointers(unaligned)
+    widths = tuple(P.shape[1] for P in Ps)
+    launch = Launch(
+        _total_kernel,
+        (blocks_of(M, config.BLOCK_M) * blocks_of(N, config.BLOCK_N),),
+        ("P_ptrs", "Q_ptrs", "L_ptrs", "F_ptrs", "C_ptr", "seeds_ptr", "thresholds", "scales", "scaling"),
+        dict(
+            seed_offsets=seed_offsets,
+            M=M,
+            N=N,
+            widths=widths,
+            ranks=tuple(L.shape[1] for L in Ls),
+            strides_P_m=tuple(P.stride(0) for P in Ps),
+            strides_P_k=tuple(P.stride(1) for P in Ps),
+            strides_Q_k=tuple(Q.stride(0) for Q in Qs),
+            strides_Q_n=tuple(Q.stride(1) for Q in Qs),
+            strides_L_m=tuple(L.stride(0) for L in Ls),
+            strides_L_r=tuple(L.stride(1) for L in Ls),
+            strides_F_r=tuple(F.stride(0) for F in Fs),
+            strides_F_n=tuple(F.stride(1) for F in Fs),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            GROUP_M=config.GROUP_M,
+            EVEN_K=all(width % config.BLOCK_K == 0 for width in widths),
+            DROPOUT=dropout is not None,
+            INPUT_PRECISION=precision,
+            EMULATE_BF16=emulate_bf16(C, *Qs, *Fs),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+    )
+    return launch, False

@@ -12,8 +12,7 @@ Reads and FLOPs as in group.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -21,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig
+from .launch import Block, Launch, blocks_of
 from .tile import (
     addressable,
-    describe,
     drop,
     emulate_bf16,
     halves,
@@ -180,14 +179,7 @@ def total_addressable(Ps: Sequence[Tensor], Qs: Sequence[Tensor], N: int) -> boo
     return addressable(*Ps, *Qs)
 
 
-def _flat(name: str, operands: Iterable) -> dict:
-    """Return the arguments name_0, name_1, … of the kernel, None beyond the last operand."""
-    operands = list(operands)
-    operands += [None] * (MOST_MEMBERS - len(operands))
-    return {f"{name}_{i}": operand for i, operand in enumerate(operands)}
-
-
-def expand_total_tma(
+def total_tma_launch(
     Ps: Sequence[Tensor],
     Qs: Sequence[Tensor],
     Ls: Sequence[Tensor],
@@ -195,43 +187,53 @@ def expand_total_tma(
     C: Tensor,
     config: KernelConfig,
     num_sms: int,
-    dropout: dict[str, Any],
-) -> None:
-    """Write round(Σ P_i · Q_i + Σ keep_j/(1 − p_j) ⊙ (L_j · F_j)) into C. Operands as in expand_total, with
-    P_i and Q_i addressable; dropout: the kernel's arguments seeds_ptr (None without dropout), seed_offsets,
-    thresholds and scales.
+    drops: bool,
+    seed_offsets: tuple[int, ...],
+) -> Launch:
+    """Return the launch for operands that are like these, with P_i and Q_i addressable. It takes the P_i, the
+    Q_i, the L_j and the F_j, C, the seeds, the thresholds and the scales of the dropout.
     """
     M, N = C.shape
     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     low_rank_tma = addressable(*Ls, *Fs)
     columns = BLOCK_N // config.EPILOGUE_SUBTILE
-    drops = dropout["seeds_ptr"] is not None
     low_rank_columns = columns if drops else BLOCK_N
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
-    _total_tma_kernel[(min(tiles, config.ctas_per_sm * num_sms),)](
-        **_flat("P", (describe(P, BLOCK_M, BLOCK_K) for P in Ps)),
-        **_flat("Q", (describe(Q, BLOCK_K, BLOCK_N) for Q in Qs)),
-        **_flat("L", (describe(L, BLOCK_M, BLOCK_R) if low_rank_tma else L for L in Ls)),
-        **_flat("F", (describe(F, BLOCK_R, low_rank_columns) if low_rank_tma else F for F in Fs)),
-        C_desc=describe(C, BLOCK_M, columns),
-        **dropout,
-        M=M,
-        N=N,
-        widths=tuple(P.shape[1] for P in Ps),
-        ranks=tuple(L.shape[1] for L in Ls),
-        strides_L_m=tuple(L.stride(0) for L in Ls),
-        strides_L_r=tuple(L.stride(1) for L in Ls),
-        strides_F_r=tuple(F.stride(0) for F in Fs),
-        strides_F_n=tuple(F.stride(1) for F in Fs),
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        BLOCK_R=BLOCK_R,
-        GROUP_M=config.GROUP_M,
-        EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
-        LOW_RANK_TMA=low_rank_tma,
-        DROPOUT=drops,
-        EMULATE_BF16=emulate_bf16(C, *Fs),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    blocks = {"P": Block(BLOCK_M, BLOCK_K), "Q": Block(BLOCK_K, BLOCK_N)}
+    if low_rank_tma:
+        blocks |= {"L": Block(BLOCK_M, BLOCK_R), "F": Block(BLOCK_R, low_rank_columns)}
+    operands = {"P": Ps, "Q": Qs, "L": Ls, "F": Fs}
+    names = {name: [f"{name}_{i}" for i in range(len(tensors))] for name, tensors in operands.items()}
+    absent = {
+        f"{name}_{i}": None for name, tensors in operands.items() for i in range(len(tensors), MOST_MEMBERS)
+    }
+    tiles = blocks_of(M, BLOCK_M) * blocks_of(N, BLOCK_N)
+    return Launch(
+        _total_tma_kernel,
+        (min(tiles, config.ctas_per_sm * num_sms),),
+        (*(one for of in names.values() for one in of), "C_desc", "seeds_ptr", "thresholds", "scales"),
+        dict(
+            **absent,
+            seed_offsets=seed_offsets,
+            M=M,
+            N=N,
+            widths=tuple(P.shape[1] for P in Ps),
+            ranks=tuple(L.shape[1] for L in Ls),
+            strides_L_m=tuple(L.stride(0) for L in Ls),
+            strides_L_r=tuple(L.stride(1) for L in Ls),
+            strides_F_r=tuple(F.stride(0) for F in Fs),
+            strides_F_n=tuple(F.stride(1) for F in Fs),
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=config.GROUP_M,
+            EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
+            LOW_RANK_TMA=low_rank_tma,
+            DROPOUT=drops,
+            EMULATE_BF16=emulate_bf16(C, *Fs),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+        {one: block for name, block in blocks.items() for one in names[name]}
+        | {"C_desc": Block(BLOCK_M, columns)},
     )

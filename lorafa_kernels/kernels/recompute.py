@@ -6,8 +6,8 @@
     z, y   (M, N): P = x,  D = lora_Aᵀ, Q = weightᵀ, F = lora_Bᵀ, bias
     dz, dx (M, K): P = dy, D = lora_B,  Q = weight,  F = lora_A
 
-keep is the dropout mask (philox.py), made in registers, of the shape of x: in forward it is for P in the
-product with D alone (DROP_P), its 1/(1 − p) in scaling; in backward for L · F (DROP_LF); else all true.
+keep is the dropout mask (philox.py), made in registers, of the shape of x. Forward (DROP_P): it multiplies P
+in the product with D only, 1/(1 − p) is in scaling. Backward (DROP_LF): it multiplies L · F. Else all true.
 
 Every block makes the rows of L that it needs, beside its tile of C and from the same tiles of P; the first
 column of blocks writes L. Reads P and D once per column of blocks (from L2, but for the first), Q once per
@@ -27,6 +27,7 @@ from torch import Tensor
 from ..plan.config import KernelConfig
 from .expand import warp_specialised
 from .expand_tma import storage_order
+from .launch import Launch, Launches, blocks_of
 from .tile import (
     device_limits,
     drop,
@@ -136,6 +137,9 @@ def _recompute_kernel(
     store(C_ptrs, acc, in_m & in_n, EMULATE_BF16)
 
 
+_LAUNCHES = Launches()
+
+
 def recompute(
     P: Tensor,
     Q: Tensor,
@@ -165,6 +169,8 @@ def recompute(
     R = D.shape[1]
     if R > config.BLOCK_R:
         raise ValueError(f"recompute needs R <= BLOCK_R, got R = {R} and BLOCK_R = {config.BLOCK_R}")
+    if bias is not None:
+        bias = bias.contiguous()
     if config.variant == "ws_z":
         if dropout_p or not serves(config, P, Q):
             raise ValueError("recompute in its variant 'ws_z' takes operands for TMA, and makes no mask")
@@ -176,52 +182,80 @@ def recompute(
     L = torch.empty((M, R), dtype=P.dtype, device=P.device) if want_L else None
     if M == 0:
         return C, L
-    if bias is not None:
-        bias = bias.contiguous()
-    # A block even where N is 0: it writes L.
-    grid = (triton.cdiv(M, config.BLOCK_M) * max(1, triton.cdiv(N, config.BLOCK_N)),)
     seed, threshold = dropout_arguments(dropout_p, seed)
-    _recompute_kernel[grid](
-        P_ptr=P,
-        Q_ptr=Q,
-        D_ptr=D,
-        F_ptr=F,
-        bias_ptr=bias,
-        L_ptr=L,
-        C_ptr=C,
-        seed_ptr=seed,
-        threshold=threshold,
-        scale=None if drop_P else keep_scale(dropout_p),
-        scaling=scaling,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_P_m=P.stride(0),
-        stride_P_k=P.stride(1),
-        stride_Q_k=Q.stride(0),
-        stride_Q_n=Q.stride(1),
-        stride_D_k=D.stride(0),
-        stride_D_r=D.stride(1),
-        stride_F_r=F.stride(0),
-        stride_F_n=F.stride(1),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=config.BLOCK_R,
-        EVEN_K=K % config.BLOCK_K == 0,
-        HAS_BIAS=bias is not None,
-        STORE_L=want_L,
-        DROP_P=dropout_p > 0 and drop_P,
-        DROP_LF=dropout_p > 0 and not drop_P,
-        INPUT_PRECISION=input_precision(P.dtype),
-        EMULATE_BF16=emulate_bf16(P, D, F),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    drops = None if seed is None else "P" if drop_P else "LF"
+    scale = keep_scale(dropout_p) if drops == "LF" else None
+    precision = input_precision(P.dtype)
+    strides = P.stride(), Q.stride(), D.stride(), F.stride()
+    dtypes = P.dtype, D.dtype, F.dtype, None if bias is None else bias.dtype
+    key = M, N, K, R, strides, dtypes, P.device, want_L, drops, precision, config
+    launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launch(P, Q, D, F, bias, want_L, drops, precision, config)
     )
+    launch(P, Q, D, F, bias, L, C, seed, threshold, scale, scaling)
     return C, L
 
 
 def serves(config: KernelConfig, P: Tensor, Q: Tensor) -> bool:
     """Whether recompute takes P and Q in this configuration: "ws_z" those that TMA can address."""
     return config.variant != "ws_z" or storage_order(P, Q) is not None
+
+
+def _launch(
+    P: Tensor,
+    Q: Tensor,
+    D: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    want_L: bool,
+    drops: str | None,
+    precision: str,
+    config: KernelConfig,
+) -> Launch:
+    """Return the launch for operands that are like these; drops: "P", "LF" or None, what the mask is for."""
+    (M, K), N, R = P.shape, Q.shape[1], D.shape[1]
+    return Launch(
+        _recompute_kernel,
+        # A block even where N is 0: it writes L.
+        (blocks_of(M, config.BLOCK_M) * max(1, blocks_of(N, config.BLOCK_N)),),
+        (
+            "P_ptr",
+            "Q_ptr",
+            "D_ptr",
+            "F_ptr",
+            "bias_ptr",
+            "L_ptr",
+            "C_ptr",
+            "seed_ptr",
+            "threshold",
+            "scale",
+            "scaling",
+        ),
+        dict(
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            stride_P_m=P.stride(0),
+            stride_P_k=P.stride(1),
+            stride_Q_k=Q.stride(0),
+            stride_Q_n=Q.stride(1),
+            stride_D_k=D.stride(0),
+            stride_D_r=D.stride(1),
+            stride_F_r=F.stride(0),
+            stride_F_n=F.stride(1),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            EVEN_K=K % config.BLOCK_K == 0,
+            HAS_BIAS=bias is not None,
+            STORE_L=want_L,
+            DROP_P=drops == "P",
+            DROP_LF=drops == "LF",
+            INPUT_PRECISION=precision,
+            EMULATE_BF16=emulate_bf16(P, D, F),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+    )

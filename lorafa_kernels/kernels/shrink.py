@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan.config import KernelConfig, split_size
+from .launch import Launch, Launches, blocks_of
 from .tile import (
     SUM_BLOCK,
     dependent_launch,
@@ -133,6 +134,9 @@ def _shrink_sum_kernel(
     sum_parts(parts_ptr, out_ptr, tl.program_id(0), splits, count, scaling, BLOCK, EMULATE_BF16)
 
 
+_LAUNCHES = Launches()
+
+
 def shrink(
     rows: Tensor,
     factor: Tensor,
@@ -154,52 +158,73 @@ def shrink(
     out = torch.empty((M, R), dtype=rows.dtype, device=rows.device)
     if M == 0 or K == 0:
         return out.zero_()
-    limits = device_limits(rows.device)
-    trigger = pdl and dependent_launch(limits)
-    split_k = split_size(config, K)
-    splits = triton.cdiv(K, split_k)
-    split = splits > 1
-    parts = torch.empty((splits, M, R), dtype=torch.float32, device=rows.device) if split else out
-    emulate = emulate_bf16(rows, factor)
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(R, config.BLOCK_R), splits)
     seed, threshold = dropout_arguments(dropout_p, seed)
-    _shrink_kernel[grid](
-        rows_ptr=rows,
-        factor_ptr=factor,
-        out_ptr=parts,
-        seed_ptr=seed,
-        threshold=threshold,
-        scaling=scaling,
-        M=M,
-        K=K,
-        R=R,
-        split_k=split_k,
-        stride_rows_m=rows.stride(0),
-        stride_rows_k=rows.stride(1),
-        stride_factor_k=factor.stride(0),
-        stride_factor_r=factor.stride(1),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=config.BLOCK_R,
-        EVEN_K=K % config.BLOCK_K == 0,
-        SPLIT=split,
-        DROPOUT=dropout_p > 0,
-        TRIGGER=trigger and not split,
-        INPUT_PRECISION=input_precision(rows.dtype),
-        EMULATE_BF16=emulate,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    precision = input_precision(rows.dtype)
+    strides = rows.stride(), factor.stride()
+    dtypes = rows.dtype, factor.dtype
+    key = M, K, R, strides, dtypes, rows.device, seed is None, config, pdl, precision
+    splits, launch, add = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launches(rows, factor, seed is None, config, pdl, precision)
     )
-    if split:
-        _shrink_sum_kernel[(triton.cdiv(M * R, SUM_BLOCK),)](
-            parts_ptr=parts,
-            out_ptr=out,
-            scaling=scaling,
+    if add is None:
+        launch(rows, factor, out, seed, threshold, scaling)
+        return out
+    parts = torch.empty((splits, M, R), dtype=torch.float32, device=rows.device)
+    launch(rows, factor, parts, seed, threshold, scaling)
+    add(parts, out, scaling)
+    return out
+
+
+def _launches(
+    rows: Tensor, factor: Tensor, keeps_all: bool, config: KernelConfig, pdl: bool, precision: str
+) -> tuple[int, Launch, Launch | None]:
+    """Return into how many parts the contraction is cut, and the launches that make and add them; keeps_all:
+    there is no dropout.
+    """
+    (M, K), R = rows.shape, factor.shape[1]
+    trigger = pdl and dependent_launch(device_limits(rows.device))
+    split_k = split_size(config, K)
+    splits = blocks_of(K, split_k)
+    emulate = emulate_bf16(rows, factor)
+    launch = Launch(
+        _shrink_kernel,
+        (blocks_of(M, config.BLOCK_M) * blocks_of(R, config.BLOCK_R), splits),
+        ("rows_ptr", "factor_ptr", "out_ptr", "seed_ptr", "threshold", "scaling"),
+        dict(
+            M=M,
+            K=K,
+            R=R,
+            split_k=split_k,
+            stride_rows_m=rows.stride(0),
+            stride_rows_k=rows.stride(1),
+            stride_factor_k=factor.stride(0),
+            stride_factor_r=factor.stride(1),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            EVEN_K=K % config.BLOCK_K == 0,
+            SPLIT=splits > 1,
+            DROPOUT=not keeps_all,
+            TRIGGER=trigger and splits == 1,
+            INPUT_PRECISION=precision,
+            EMULATE_BF16=emulate,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+    )
+    if splits == 1:
+        return splits, launch, None
+    add = Launch(
+        _shrink_sum_kernel,
+        (blocks_of(M * R, SUM_BLOCK),),
+        ("parts_ptr", "out_ptr", "scaling"),
+        dict(
             splits=splits,
             count=M * R,
             BLOCK=SUM_BLOCK,
             TRIGGER=trigger,
             EMULATE_BF16=emulate,
             num_warps=4,
-        )
-    return out
+        ),
+    )
+    return splits, launch, add

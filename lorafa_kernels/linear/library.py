@@ -1,5 +1,4 @@
-"""The best arrangement of library matrix products: the fast path without Triton, and one of the plans with
-it.
+"""The formula by PyTorch's matrix products: the fast path without Triton, and the plan "library" with it.
 
     forward    z  = s · (x lora_Aᵀ)                 one product, s applied to its accumulator
                y  = z lora_Bᵀ + bias, then y += x weightᵀ in place
@@ -7,16 +6,15 @@ it.
                dB = dyᵀ z
                dx = dz lora_A, then dx += dy weight in place
 
-Shapes as in reference.py. The rank-R product comes first because it only writes the output, while adding it
-afterwards would read the output once more; the large product then accumulates into it. Of fp32 and fp64 on a
-CPU the large product comes first (sums_in_place): its BLAS adds the terms of a product to the output one by
-one and rounds each time, so K roundings of a large rank-R term would exceed what is allowed. No temporary of
-M·N or M·K elements is made. One of the two products is rounded once more than in the formula; dB is rounded
-to the dtype of x where the backend has no product with an fp32 result (product_dtype).
+Shapes as in reference.py. The rank-R product comes first and the large product accumulates into its result;
+the other order would read the output once more. For fp32 and fp64 on a CPU the large product comes first
+(sums_in_place): CPU BLAS adds the terms of the second product to the output one by one and rounds each time,
+and K such roundings would exceed the error budget. No temporary of M·N or M·K elements is made. One of the
+two products is rounded once more than in the formula; dB is rounded to the dtype of x where the backend has
+no product with an fp32 result (product_dtype).
 
-With dropout z is made of x ⊙ keep, and the rank-R term in dx is multiplied with keep/(1 − p), in fp32, and
-added to dy weight, both for some rows at a time (philox.CHUNK): keep, what it is computed from and the
-rank-R term are the only further temporaries, of that many rows.
+With dropout, z is made of x ⊙ keep; the rank-R term of dx is multiplied with keep/(1 − p) in fp32 and added
+to dy weight. Both work on a chunk of rows at a time (philox.CHUNK), which bounds the temporaries.
 """
 
 from __future__ import annotations
@@ -105,17 +103,17 @@ def input_gradient(
 def add_dropped(dx: Tensor, dz: Tensor, A: Tensor, dropout_p: float, seed: Tensor) -> None:
     """dx += keep/(1 − p) ⊙ (dz A) in place, some rows at a time."""
     for rows, keep in keep_chunks(seed, dropout_p, *dx.shape):
-        # 1/(1 − p) multiplies in fp32, where it overflows in no dtype. A product and no selection: what is
-        # not finite propagates, as in the plain formula.
+        # `value` multiplies in fp32, where 1/(1 − p) cannot overflow. A product with keep, not a selection:
+        # NaN and Inf propagate, as in the plain formula.
         dx[rows].addcmul_(dz[rows].mm(A), in_dtype(keep, dx.dtype), value=1 / (1 - dropout_p))
 
 
 def sums_in_place(rows: Tensor) -> bool:
-    """Whether a product of these rows that is added to a tensor rounds once a term, at the size of the sum:
-    BLAS on a CPU. Elsewhere, and for 16 bits, the product is summed in registers and added once.
+    """Whether adding a product of these rows to a tensor rounds after every term, as CPU BLAS does for fp32
+    and fp64. On other devices, and for 16 bits, the product is summed in registers and added once.
 
-    Products that share an output are then made with the longest contraction first: no later one rounds more
-    often than the first did.
+    If so, of the products that share an output the one with the longest contraction comes first: no later one
+    rounds more often than that.
     """
     return rows.is_cpu and rows.dtype in SUMMED_IN_PLACE
 
@@ -130,8 +128,8 @@ def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_dtype(operands: torch.dtype, wanted: torch.dtype, cuda: bool) -> torch.dtype:
-    """Return the dtype that a product of `operands` is to be made in for a result in `wanted`: another than
-    theirs is only what torch.mm(out_dtype=) takes, fp32 from 16-bit operands with CUDA.
+    """Return the dtype of the result of a product of `operands`, for a value that is stored in `wanted`: fp32
+    from 16-bit operands with CUDA, by torch.mm(out_dtype=), else the operands' own.
     """
     if cuda and operands in _NARROW and wanted not in _NARROW:
         return torch.float32

@@ -6,15 +6,15 @@ backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed) -> (dx, 
 backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed) -> dx
 backward_lora_B(dy, z, lora_B, impl) -> dB
 
-Shapes and dtypes as in reference.py, but weight and bias may be of another dtype than x (under autocast):
-they are cast to it here, in a temporary that dies with the call. dropout_p and seed, int64 of shape (1,) on
-the device of x, have the defaults 0 and None: no dropout. scaling does not hold the 1/(1 − p). All outputs
-are new and contiguous. The functions of this module call the operators torch.ops.lorafa_kernels.*, or an
-implementation directly (dispatch.py); the operators have no derivative of their own, the node has it.
+Shapes and dtypes as in reference.py. weight and bias may have another dtype than x (under autocast): they are
+cast here, into a temporary that ends with the call. dropout_p is 0 and seed None by default: no dropout; a
+seed is int64 of shape (1,) on the device of x. scaling does not contain 1/(1 − p). All outputs are new and
+contiguous. The functions of this module call the operators torch.ops.lorafa_kernels.*, or an implementation
+directly (dispatch.py). The autograd node has the derivative, the operators have none.
 
-The node keeps, through save_for_backward alone: z (M, R) if lora_B needs a gradient; the weight, lora_A and
-lora_B objects themselves if x needs one, and then with dropout the seed, 8 bytes, which the mask is made from
-once more. Not x: dB = dyᵀ z needs z alone (LoRA-FA, arXiv 2308.03303, section 3.2).
+The node keeps, through save_for_backward only: z (M, R) if lora_B needs a gradient; the weight, lora_A and
+lora_B objects themselves if x needs one, and with dropout the seed (8 bytes), from which backward makes the
+mask again. It does not keep x: dB = dyᵀ z needs only z (LoRA-FA, arXiv 2308.03303, section 3.2).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _direct(
     bias: Tensor | None = None,
     dropout: bool = False,
 ) -> Callable[..., Any] | None:
-    """Return the function to call as it is, or None where the operator must be called.
+    """Return the implementation to call directly; None where the operator is needed, as for a cast.
 
     factor: lora_A (R, K), or lora_B (N, R) where there is no weight. dropout: whether there is one.
     """

@@ -1,7 +1,8 @@
-"""memory: how much a step of training keeps for backward, before there is a model.
+"""memory: how many bytes a training step keeps for backward, from a model's config.json alone.
 
-For models of Llama's kind (RMS norms, attention with or without grouped heads, a gated MLP), all seven linear
-layers of each of L layers adapted, SDPA, no mask of padding and no dropout. M tokens, b bytes a number:
+For models of Llama's kind (RMS norms, attention with or without grouped heads, a gated MLP). All seven linear
+layers of each Transformer layer are adapted; SDPA, no padding mask, no dropout. M tokens, b bytes per number,
+sizes H hidden, I intermediate, D and D_kv of all query and of all key heads. Kept by one Transformer layer:
 
     norms      2 · M·H·b + 2 · 4 M             their inputs and 1/rms; written with autograd 2 · (4 M·H + 4 M)
     attention  2 · M·D·b + 2 · M·D_kv·b + 4 M·heads    q, its output, k, v, logsumexp
@@ -9,9 +10,9 @@ layers of each of L layers adapted, SDPA, no mask of padding and no dropout. M t
     z          7 · M·R·b
     inputs     of the adapted layers, where lora_A is trained and nothing else keeps them
 
-and once for the model the last norm, the logits' log-softmax in fp32, the targets and the positions' cosine
-and sine; the first norm's input needs no gradient. The tests hold this to the bytes that transformers' layers
-and model keep.
+Kept once per model: the last norm, the logits' log-softmax in fp32, the targets, the positions' cosine and
+sine. The first norm keeps nothing: its input needs no gradient. The tests compare these formulas with the
+bytes that transformers' layers and models keep.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..command_line import MOST_SIZE, USAGE_ERROR, brief, count, one_line
+from ..command_line import MOST_SIZE, MOST_SIZE_TEXT, USAGE_ERROR, brief, count, one_line
 from ..files import read_json, shown
 
-# Whose layers have nothing else that is kept.
+# Models whose layers keep nothing beside what the formulas above count.
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 METHODS = {
-    "lorafa": "apply_lorafa",
-    "lorafa-layers": "apply_lorafa(fuse=False, norm=False), or LoRA-FA in plain PyTorch",
-    "lora": "LoRA",
+    "lorafa": "LoRA-FA by apply_lorafa (this library)",
+    "lorafa-layers": "LoRA-FA by apply_lorafa(fuse=False, norm=False), or in plain PyTorch",
+    "lora": "LoRA, adapters in the model's dtype",
     "peft": "LoRA, fp32 adapters (PEFT's default)",
 }
 LINEARS = 7
@@ -69,11 +70,16 @@ class ModelSizes:
             found["head_dim"] = hidden // heads
         names = [name for name in cls.__annotations__ if name != "tie_word_embeddings"]
         if wrong := [name for name in names if not _positive(found.get(name))]:
-            listed = ", ".join(f"{name} is {shown(found.get(name))}" for name in wrong)
-            raise ValueError(f"{listed}: expected a positive integer, at most {MOST_SIZE}")
+            # These two are optional: where they are left out they follow from sizes that are listed then.
+            derived = {"num_key_value_heads", "head_dim"} - config.keys()
+            listed = ", ".join(
+                f"{name} is {shown(found[name])}" if name in found else f"{name} is missing"
+                for name in [name for name in wrong if name not in derived] or wrong
+            )
+            raise ValueError(f"{listed}: expected a positive integer, at most {MOST_SIZE_TEXT}")
         if heads % found["num_key_value_heads"]:
             raise ValueError(
-                f"num_attention_heads is {heads}, no multiple of num_key_value_heads, which is "
+                f"num_attention_heads is {heads}, expected a multiple of num_key_value_heads, which is "
                 f"{found['num_key_value_heads']}"
             )
         return cls(*(found[name] for name in names), bool(found.get("tie_word_embeddings")))
@@ -89,8 +95,8 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of training: batch × sequence tokens, adapters of rank `rank`, the model's dtype a key of
-    ITEMSIZE, with or without gradient checkpointing of every layer.
+    """One training step: `batch` sequences of `sequence` tokens, adapters of rank `rank`, a model in `dtype`
+    (a key of ITEMSIZE), with or without gradient checkpointing of every Transformer layer.
     """
 
     batch: int
@@ -105,8 +111,8 @@ class Step:
 
 
 def layer_bytes(sizes: ModelSizes, step: Step, method: str) -> dict[str, int]:
-    """Return by name the bytes that one layer keeps for backward, with a method of METHODS. Its input counts
-    where it is kept; it is the same storage as the layer's before.
+    """Return {part: bytes} that one Transformer layer keeps for backward with a method of METHODS. The
+    layer's input counts here, not as the output of the layer before: both are one storage.
     """
     M, b = step.tokens, ITEMSIZE[step.dtype]
     H, I = sizes.hidden_size, sizes.intermediate_size  # noqa: E741
@@ -123,11 +129,11 @@ def layer_bytes(sizes: ModelSizes, step: Step, method: str) -> dict[str, int]:
         "z": LINEARS * M * step.rank * b,
     }
     if method == "lora":
-        # q, k and v have one input, gate and up another; that of o is what attention returns.
+        # q, k, v share one input, gate and up another; the input of o counts as attention's output.
         found["inputs"] = M * (2 * H + I) * b
     if method == "peft":
         found["z"] = LINEARS * M * step.rank * 4
-        # A cast of it for each layer; to fp32 there is nothing to cast.
+        # PEFT casts the input to fp32 for each adapted layer; an fp32 input is not copied.
         casts = 5 * H + wide + I
         found["inputs"] = M * (casts if b < 4 else 2 * H + I) * 4
     return found
@@ -138,7 +144,7 @@ def _norm_bytes(sizes: ModelSizes, step: Step, fused: bool) -> int:
 
 
 def model_bytes(sizes: ModelSizes, step: Step, method: str) -> int:
-    """Return the bytes that forward keeps for backward in a whole causal model with its loss."""
+    """Return the bytes that a causal model with its loss keeps for backward."""
     M, b = step.tokens, ITEMSIZE[step.dtype]
     layers = sizes.num_hidden_layers * sum(layer_bytes(sizes, step, method).values())
     fused = method == "lorafa"
@@ -169,69 +175,77 @@ def fixed_bytes(sizes: ModelSizes, step: Step, method: str) -> int:
 
 
 def least_peak(sizes: ModelSizes, step: Step, method: str) -> int:
-    """Return what is certainly allocated at the end of forward: what is kept and what is fixed, the logits,
-    and the fp32 copy of them that the loss reads.
+    """Return the bytes that are certainly allocated at the end of forward: fixed_bytes, model_bytes, the
+    logits, and the fp32 copy of them that the loss reads.
     """
     logits = step.tokens * sizes.vocab_size * (ITEMSIZE[step.dtype] + 4)
     return fixed_bytes(sizes, step, method) + model_bytes(sizes, step, method) + logits
 
 
 def most_batch(sizes: ModelSizes, step: Step, method: str, memory: int) -> int:
-    """Return the largest batch whose least_peak fits into `memory` bytes: no larger one can, and it may be
-    less, by temporaries and fragments.
+    """Return the largest batch whose least_peak fits into `memory` bytes. It is an upper bound: temporaries
+    and fragmentation can make the real limit smaller.
     """
     one, two = (least_peak(sizes, replace(step, batch=batch), method) for batch in (1, 2))
-    # Every further sequence takes the same.
+    # least_peak is linear in the batch.
     return 0 if memory < one else 1 + (memory - one) // (two - one)
 
 
 def add_command(subparsers) -> None:
     """Add the command `memory` to argparse's `subparsers`, and `plan`, which was its name until 0.1."""
     text = (
-        "Print how many bytes of activations a step of training keeps for backward with LoRA and "
-        "LoRA-FA on all linear layers, without and with gradient checkpointing, and what weights, adapters "
-        f"and AdamW take. For models of Llama's kind: {', '.join(MODEL_TYPES)}. Needs no GPU and no weights."
+        "Compute the memory of a training step from a model's config.json, with LoRA and with LoRA-FA on all "
+        "linear layers: the activations kept for backward, without and with gradient checkpointing, and the "
+        f"weights, adapters, gradients and AdamW states. For model_type {', '.join(MODEL_TYPES)}. Needs no "
+        "GPU and no weights."
     )
     parser = subparsers.add_parser(
-        "memory", help="how much a step of training keeps for backward, for a config.json", description=text
+        "memory", help="compute the memory of a training step from a model's config.json", description=text
     )
     _add_arguments(parser)
     parser.set_defaults(run=run)
-    old = subparsers.add_parser("plan", description=f"{text} The same as `memory`, which is its name now.")
+    old = subparsers.add_parser("plan", description=f"{text} `plan` is the old name of `memory`.")
     _add_arguments(old)
     old.set_defaults(run=_run_by_old_name)
 
 
 def _run_by_old_name(options: argparse.Namespace) -> int:
-    print("plan is now called memory: the old name goes with the next release", file=sys.stderr)
+    print("plan is now called memory; the next release removes the old name", file=sys.stderr)
     return run(options)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a model's config.json, or its folder")
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences a step (default: 1)")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences per step (default: 1)")
     parser.add_argument(
-        "--sequence", type=count, default=2048, metavar="N", help="tokens each (default: 2048)"
+        "--sequence", type=count, default=2048, metavar="N", help="tokens per sequence (default: 2048)"
     )
-    parser.add_argument("--rank", type=count, default=16, metavar="R", help="of the adapters (default: 16)")
-    parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="of the model (default: bf16)")
     parser.add_argument(
-        "--memory", type=_gib, metavar="GIB", help="say which batch this much holds at most (default: none)"
+        "--rank", type=count, default=16, metavar="R", help="rank of the adapters (default: 16)"
+    )
+    parser.add_argument(
+        "--dtype", choices=ITEMSIZE, default="bf16", help="dtype of the model (default: bf16)"
+    )
+    parser.add_argument(
+        "--memory",
+        type=_gib,
+        metavar="GIB",
+        help="also print the largest batch that this much GPU memory can hold (default: do not)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan; return 0, or 2 where the configuration cannot be read."""
+    """Print what the step takes; return 0, or 2 where the configuration cannot be read."""
     path = options.config
     try:
         if path.is_dir():
             path = path / "config.json"
         config = read_json(path, MOST_CONFIG_BYTES)
         if not isinstance(config, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("expected a JSON object, as in a config.json of transformers")
         sizes = ModelSizes.from_config(config)
     except (OSError, ValueError) as error:
-        # An OSError names the file itself, at the end.
+        # str() of an OSError would repeat the file's name.
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
         print(one_line(f"memory: {path}: {text}"), file=sys.stderr)
         return USAGE_ERROR
@@ -240,38 +254,39 @@ def run(options: argparse.Namespace) -> int:
 
 
 def lines_of(sizes: ModelSizes, options: argparse.Namespace) -> list[str]:
-    """Return the plan as lines of text."""
+    """Return what a step takes, as lines of text."""
     step = Step(options.batch, options.sequence, options.rank, options.dtype)
     unit = step.tokens * sizes.hidden_size * ITEMSIZE[step.dtype]
-    heads = f"{sizes.num_attention_heads} heads ({sizes.num_key_value_heads} of k and v)"
+    heads = f"{sizes.num_attention_heads} heads ({sizes.num_key_value_heads} for k and v)"
     lines = [
-        f"{sizes.num_hidden_layers} layers of hidden {sizes.hidden_size}, intermediate "
+        f"model: {sizes.num_hidden_layers} layers, hidden {sizes.hidden_size}, intermediate "
         f"{sizes.intermediate_size}, {heads}, vocabulary {sizes.vocab_size}",
-        f"{step.batch} x {step.sequence} tokens, R = {step.rank}, {step.dtype}; one hidden state: "
-        f"{_gib_text(unit)}",
+        f"step: {step.batch} x {step.sequence} tokens, rank {step.rank}, {step.dtype}",
+        f"unit: one hidden state (tokens x hidden numbers) is {_gib_text(unit)}",
     ]
     for method, title in METHODS.items():
         fixed = _gib_text(fixed_bytes(sizes, step, method))
-        lines += ["", title, f"  weights, adapters, AdamW: {fixed}"]
-        for name, checkpointing in (("kept", False), ("kept with checkpointing", True)):
+        lines += ["", title, f"  weights, adapters, their gradients, AdamW: {fixed}"]
+        for name, checkpointing in (("", False), (", with gradient checkpointing", True)):
             own = replace(step, checkpointing=checkpointing)
             parts = layer_bytes(sizes, own, method)
             named = ", ".join(f"{part} {kept / unit:.4g}" for part, kept in parts.items())
             lines += [
-                f"  {name}: {_gib_text(model_bytes(sizes, own, method))}",
-                f"    a layer, in hidden states: {sum(parts.values()) / unit:.4g} ({named})",
+                f"  kept for backward{name}: {_gib_text(model_bytes(sizes, own, method))}",
+                f"    each layer, in hidden states: {sum(parts.values()) / unit:.4g} ({named})",
             ]
             if options.memory:
                 most = most_batch(sizes, own, method, options.memory)
-                lines.append(
-                    f"    batch: {f'at most {most}' if most else 'not even 1'} in {_gib_text(options.memory)}"
-                )
-    return [
-        *lines,
-        "",
-        "A batch counts what is fixed and kept, the logits, and the loss's fp32 copy of them; temporaries",
-        "and fragments come on top.",
-    ]
+                fits = f"at most {most} sequences fit" if most > 1 else "at most 1 sequence fits"
+                fits = fits if most else "not even 1 sequence fits"
+                lines.append(f"    batch: {fits} in {_gib_text(options.memory)}")
+    if options.memory:
+        lines += [
+            "",
+            "The batch is an upper bound. It counts all of the above, the logits and the loss's fp32 copy of",
+            "them; temporaries and memory fragmentation are not counted.",
+        ]
+    return lines
 
 
 def _gib_text(size: int) -> str:

@@ -76,7 +76,7 @@ def _checked(
             weight = member.weight
             if name == "down":
                 _check_down(weight, gate.weight)
-                # What h will be, as far as the checks look at it.
+                # Stands for h: no rows, and the columns, dtype and device that the checks look at.
                 _, member = checked_member(x.new_empty((0, weight.shape[1])), member)
             else:
                 _check_up(weight, gate.weight)
@@ -91,7 +91,9 @@ def _check_up(weight: Tensor, gate: Tensor) -> None:
     for what in ("shape", "dtype", "device"):
         got, expected = getattr(weight, what), getattr(gate, what)
         if got != expected:
-            raise ValueError(f"weight has {what} {_words(got)}, that of gate {_words(expected)}")
+            raise ValueError(
+                f"weight has {what} {_words(got)}, that of gate has {_words(expected)}: both must be the same"
+            )
 
 
 def _check_down(weight: Tensor, gate: Tensor) -> None:

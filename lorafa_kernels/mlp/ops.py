@@ -8,11 +8,11 @@ Shapes, dtypes and activations as in activation.py. The functions of this module
 torch.ops.lorafa_kernels.* for the Triton kernels and under a compiler, and what is made of PyTorch's own
 operators directly otherwise (dispatch.py).
 
-The node keeps, through save_for_backward alone: the outputs g and u of gate and up (M, I), z of the two (M,
+The node keeps, through save_for_backward only: the outputs g and u of gate and up (M, I), z of the two (M,
 ΣR) and z of down (M, R), the weight, lora_A and lora_B objects themselves and the seeds of the dropout masks.
-Not x, nor act(g) or h = act(g) · u: dB of down needs its z alone, and everything else follows from g and u.
-Of these only what a gradient that is asked for needs. Backward makes dh, writes dg over it and du beside it:
-it needs 2·M·I elements beside what it returns.
+It keeps neither x nor act(g) nor h = act(g) · u: dB of down needs only its z, and the rest follows from g and
+u. What no requested gradient needs is not kept. Backward makes dh, writes dg over it and du beside it: its
+temporaries are 2·M·I elements.
 """
 
 from __future__ import annotations
@@ -96,17 +96,17 @@ _gated_backward_op = define(
     _gated_backward_fake,
 )
 
-# Of lists with an entry for each of gate, up and down: the group of the two that read x, and that of down.
+# Lists have one entry each for gate, up and down. gate and up read x as one group, down is one by itself.
 _INPUTS = slice(0, 2)
 _DOWN = slice(2, 3)
 
 
 def gated_mlp(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, activation, impl) -> Tensor:
-    """Compute y (M, N), of which nothing is kept; lists of three, of gate, up and down."""
+    """Compute y (M, N) and keep nothing for backward. Lists have one entry each for gate, up and down."""
     operands = weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
     (g, u), _ = _linears(_INPUTS, x, *operands)
     h = gated(g, u, activation, impl)
-    # The product of down, the widest moment, goes without them.
+    # Freed before the product of down, where most memory is in use.
     del g, u
     (y,), _ = _linears(_DOWN, h, *operands)
     return y
@@ -135,7 +135,7 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
             z if trains_input else None,
             z_down if need_dBs[2] else None,
             seeds if need_dh else None,
-            # Those whose values nothing needs say of which dtype a dB is, and where z lies beside another.
+            # A lora_B whose values backward does not read gives the dtype of dB and the columns of z.
             *_only(lora_Bs, (need_dx or trains_input, need_dx or trains_input, need_dh or need_dBs[2])),
             *_only(weights, reads_values),
             *_only(lora_As, reads_values),
@@ -209,7 +209,7 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dh, dB_down = backward(_DOWN, [dy], z_down, need_dg or need_du)
     if dh is None:
         return None, None, None, *dB_down
-    # dh is this function's own: dg, or du if that alone is needed, is written over it.
+    # dh was made here, so dg (or du, if only that is needed) may be written over it.
     dg, du = gated_backward(dh, g, u, ctx.activation, ctx.impl, need_du)
     dx, dBs = backward(_INPUTS, [dg, du], z, need_dx)
     return dx, *dBs, *dB_down

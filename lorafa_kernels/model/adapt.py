@@ -73,15 +73,16 @@ def adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
     for name, module in model.named_modules():
         if engine := sharding_engine(module):
             raise ValueError(
-                f"{name or 'the model'} is under {engine} already, which would know nothing of the adapter: "
-                "adapt the model first, then wrap it"
+                f"{name or 'the model'} is under {engine} already, which would not see the adapter's "
+                "parameters: call apply_lorafa first, then wrap the model"
             )
     model = unwrap(model)
     if lorafa_layers(model):
-        raise ValueError("the model holds LoRA-FA layers already; unload_adapter(model) takes them out")
+        raise ValueError("the model already holds LoRA-FA layers: call unload_adapter(model) first")
     if isinstance(model, nn.Linear):
         raise ValueError(
-            "the model is itself a Linear, which has no parent to replace it in: LoRAFALinear.from_linear"
+            "the model is itself an nn.Linear, so there is no module to replace it in: use "
+            "LoRAFALinear.from_linear(model)"
         )
     with limited():
         return _adaptation_of(model, config)
@@ -96,17 +97,18 @@ def _adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
         module = modules[name]
         if id(module) in inside_saved:
             raise ValueError(
-                f"{name} is in target_modules and, with {inside_saved[id(module)]}, in modules_to_save"
+                f"{name} matches target_modules, and modules_to_save trains it whole as part of "
+                f"{inside_saved[id(module)]}: leave it out of one of the two"
             )
         if not isinstance(module, nn.Linear):
             raise ValueError(
-                f"target_modules matches {name}, a {type(module).__name__}, which is no torch.nn.Linear "
-                "(exclude_modules leaves it out)"
+                f"target_modules matches {name}, a {type(module).__name__}: only torch.nn.Linear can be "
+                "adapted (leave it out with exclude_modules)"
             )
         try:
             LoRAFALinear.check_linear(module)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error} (exclude_modules leaves it out)") from error
+            raise type(error)(f"{name}: {error} (leave it out with exclude_modules)") from error
         targets[name] = Target(module, *config.rank_and_alpha(name))
     if not targets:
         raise ValueError(_nothing_matches(modules, config))
@@ -124,12 +126,14 @@ def _plan_saved(model: nn.Module, config: LoRAFAConfig) -> dict[str, nn.Module]:
             continue
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
             raise ValueError(
-                f"modules_to_save matches {name}, a {type(module).__name__}: name the modules inside"
+                f"modules_to_save matches {name}, a {type(module).__name__}, which has no forward: name the "
+                "modules inside it"
             )
         for tensor_name, tensor in module.named_parameters():
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 raise ValueError(
-                    f"modules_to_save: {name}.{tensor_name} is {tensor.dtype} and cannot be trained"
+                    f"modules_to_save matches {name}, but {name}.{tensor_name} has dtype {tensor.dtype} and "
+                    "cannot be trained"
                 )
         saved[name] = module
     if entries and not saved:
@@ -139,7 +143,8 @@ def _plan_saved(model: nn.Module, config: LoRAFAConfig) -> dict[str, nn.Module]:
         if id(module) in inner and not is_inside(name, saved):
             # PEFT would train a copy under the other name and leave this one frozen.
             raise ValueError(
-                f"{name} is a module of modules_to_save under another name: list this one as well"
+                f"{name} is the same module as one in modules_to_save, under a second name: list {name} "
+                "there, too"
             )
     return saved
 
@@ -177,7 +182,8 @@ def _warn_unused(model: nn.Module, adaptation: Adaptation) -> None:
             unused[name] = [entry for entry in getattr(config, name) if entry not in ends]
     for name, entries in unused.items():
         if entries:
-            warnings.warn(f"{name}: no module matches {', '.join(map(repr, entries))}", stacklevel=3)
+            listed = ", ".join(map(repr, entries))
+            warnings.warn(f"{name} has no effect for {listed}: no module matches", stacklevel=3)
 
 
 def _warn_tied(model: nn.Module, adaptation: Adaptation) -> None:
@@ -187,8 +193,8 @@ def _warn_tied(model: nn.Module, adaptation: Adaptation) -> None:
         others = [other for other, module in owners[id(target.linear.weight)] if module is not target.linear]
         if others:
             warnings.warn(
-                f"{name} shares its weight with {', '.join(others)}: the adapter acts in {name} alone, and "
-                "merging it gives the layer a weight of its own",
+                f"{name} shares its weight with {', '.join(others)}: the adapter changes {name} only, and "
+                f"merging gives {name} a weight of its own",
                 stacklevel=3,
             )
 

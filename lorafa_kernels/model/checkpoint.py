@@ -93,7 +93,7 @@ def lorafa_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model = unwrap(model)
     for name, layer in _layers(model).items():
         if layer.merged:
-            raise RuntimeError(f"{name} is merged: unmerge_adapter(model) before saving its adapter")
+            raise RuntimeError(f"{name} is merged: call unmerge_adapter(model) before saving its adapter")
     tensors = _tensors(model)
     with whole(tensors.values()):
         # Of what is about to be partitioned again there must be a copy.
@@ -123,7 +123,7 @@ def _check_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         else:
             reason = f"it has shape {got}, expected {shape}"
         raise ValueError(
-            f"{key} is not here as a whole, {reason}: the parameter is partitioned. Gather it first (under "
+            f"{key} is not here as a whole ({reason}), an engine has partitioned it. Gather it first (under "
             "FSDP1: within FullyShardedDataParallel.summon_full_params(model))"
         )
 
@@ -147,11 +147,12 @@ def _whole_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
 def _layers(model: nn.Module) -> dict[str, LoRAFALinear]:
     if isinstance(model, LoRAFALinear):
         raise ValueError(
-            "the model is itself a LoRAFALinear: PEFT's format names layers, so put it into a module"
+            "the model is itself a LoRAFALinear, and PEFT's files need a layer name: put it into a module, "
+            "such as nn.Sequential"
         )
     layers = lorafa_layers(model)
     if not layers:
-        raise ValueError("the model holds no LoRA-FA layer: apply_lorafa(model, config) puts them in")
+        raise ValueError("the model holds no LoRA-FA layer: call apply_lorafa(model, config) first")
     return layers
 
 
@@ -196,7 +197,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if sharded and dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; an adapter is saved into a folder")
+        raise NotADirectoryError(f"{folder} is a file: pass a folder, an adapter consists of two files")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -224,7 +225,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
 def _check_storage(key: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ValueError(
-            f"{key} is on the meta device and has no values: materialise or gather the model first"
+            f"{key} is on the meta device and has no values: load or gather the model's weights first"
         )
 
 
@@ -233,8 +234,8 @@ def _warn_unsaved(model: nn.Module) -> None:
     others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
     if others:
         warnings.warn(
-            f"the adapter file does not hold {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}, "
-            "which require grad: name their modules in modules_to_save, or save them yourself",
+            f"the adapter file does not contain {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}, "
+            "though they require grad: name their modules in modules_to_save, or save them yourself",
             stacklevel=3,
         )
 
@@ -250,7 +251,8 @@ def _config_of(model: nn.Module) -> LoRAFAConfig:
     for name, layer in layers.items():
         if layer.scaling != config.scaling(name):
             raise ValueError(
-                f"{name} has scaling={layer.scaling}, its lora_alpha and r give {config.scaling(name)}"
+                f"{name} has scaling={layer.scaling}, but its lora_alpha and r give {config.scaling(name)}, "
+                "and PEFT's format stores only those"
             )
     return config
 
@@ -264,7 +266,7 @@ def _describes(config: LoRAFAConfig, model: nn.Module, layers: dict[str, LoRAFAL
 
 def _derived_config(model: nn.Module, layers: dict[str, LoRAFALinear]) -> LoRAFAConfig:
     if len({layer.use_rslora for layer in layers.values()}) > 1:
-        raise ValueError("some layers have use_rslora and some have not, which PEFT's format cannot express")
+        raise ValueError("use_rslora differs between layers, and PEFT's format stores one value for all")
 
     def common(values: Iterable[Any]) -> Any:
         return Counter(values).most_common(1)[0][0]
@@ -330,7 +332,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     folder, core = _folder(path), unwrap(model)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; an adapter is loaded from a local folder")
+        raise FileNotFoundError(f"{folder} is not a folder: pass the local folder that holds the adapter")
     with limited(), locked(folder, shared=True), all_or_nothing(core):
         _load(model, core, folder)
     return model
@@ -379,10 +381,10 @@ def _open_regular(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is no regular file") from None
+        raise ValueError(f"{path} is not a regular file") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is no regular file")
+        raise ValueError(f"{path} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
         yield file
 
@@ -392,7 +394,7 @@ def _read_config(folder: Path) -> LoRAFAConfig:
     with _open_regular(path) as file:
         content = file.read(_LARGEST_CONFIG + 1)
     if len(content) > _LARGEST_CONFIG:
-        raise ValueError(f"{path} has more than {_LARGEST_CONFIG:,} bytes, which no config needs")
+        raise ValueError(f"{path} has more than {_LARGEST_CONFIG:,} bytes: it is not an adapter's config")
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -403,7 +405,7 @@ def _read_config(folder: Path) -> LoRAFAConfig:
         raise ValueError(f'{path}: peft_type is {shown(fields.get("peft_type"))}, expected "LORA"')
     for name, value in fields.items():
         if not (name in _FIELDS or name in _INFORMATIVE or not value or value == _NEUTRAL.get(name)):
-            raise ValueError(f"{path}: {name}={shown(value)} is not supported")
+            raise ValueError(f"{path}: {name}={shown(value)} is not supported by lorafa_kernels")
     try:
         return LoRAFAConfig(**{name: fields[name] for name in _FIELDS if name in fields})
     except ValueError as error:
@@ -430,9 +432,11 @@ class _Weights:
         self._start = file.read(8)
         length = int.from_bytes(self._start, "little")
         if len(self._start) < 8 or length > size - 8:
-            raise ValueError(f"{path} is damaged: it ends within its header")
+            raise ValueError(f"{path} is damaged: the file ends inside its header")
         if length > _LARGEST_HEADER:
-            raise ValueError(f"{path} is damaged: its header has {length:,} bytes")
+            raise ValueError(
+                f"{path} is damaged: its header has {length:,} bytes, at most {_LARGEST_HEADER:,} are allowed"
+            )
         self._start += file.read(length)
         try:
             header = json.loads(self._start[8:])
@@ -446,7 +450,10 @@ class _Weights:
             raise ValueError(f"{path} is damaged: its header cannot be read ({error})") from error
         self._bytes = max(ends, default=0)
         if size - 8 - length != self._bytes:
-            raise ValueError(f"{path} is damaged: its header speaks of {self._bytes:,} bytes of values")
+            raise ValueError(
+                f"{path} is damaged: its header lists {self._bytes:,} bytes of tensors, the file holds "
+                f"{size - 8 - length:,}"
+            )
 
     def read(self) -> dict[str, Tensor]:
         """All tensors by key."""
@@ -480,8 +487,8 @@ def _open_weights(folder: Path) -> Iterator[_Weights]:
     path = folder / WEIGHTS_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(
-            f"{folder} holds adapter_model.bin, a pickle, which is not read here: load it with PEFT and "
-            f"save it again, which writes {WEIGHTS_FILE}"
+            f"{folder} holds adapter_model.bin, a pickle file, which lorafa_kernels does not read: load it "
+            f"with PEFT and save it again, which writes {WEIGHTS_FILE}"
         )
     with _open_regular(path) as file:
         yield _Weights(path, file)
@@ -490,13 +497,14 @@ def _open_weights(folder: Path) -> Iterator[_Weights]:
 def _check_layers(layers: dict[str, LoRAFALinear], config: LoRAFAConfig) -> None:
     for name, layer in layers.items():
         if layer.merged:
-            raise RuntimeError(f"{name} is merged: unmerge_adapter(model) before loading an adapter")
+            raise RuntimeError(f"{name} is merged: call unmerge_adapter(model) before loading an adapter")
         r, _ = config.rank_and_alpha(name)
         if layer.r != r:
-            raise ValueError(f"{name} has r={layer.r}, the file's config says {r}")
+            raise ValueError(f"{name} has r={layer.r} in the model, r={r} in the file's config")
         if layer.scaling != config.scaling(name):
             raise ValueError(
-                f"{name} has scaling={layer.scaling}, the file's config says {config.scaling(name)}"
+                f"{name} has scaling={layer.scaling} in the model, {config.scaling(name)} in the file's "
+                "config"
             )
 
 
@@ -533,20 +541,21 @@ def _planned_slots(adaptation: Adaptation) -> dict[str, _Slot]:
 def _check_entries(entries: dict[str, _Entry], slots: dict[str, _Slot], path: Path) -> None:
     for key, slot in slots.items():
         if key not in entries:
-            raise ValueError(f"{path}: {key} is missing; it should be {slot.shape}")
+            raise ValueError(f"{path}: {key} is missing, expected shape {slot.shape}")
         entry = entries[key]
         if entry.shape != slot.shape:
-            raise ValueError(f"{path}: {key} is {entry.shape}, expected {slot.shape}")
+            raise ValueError(f"{path}: {key} has shape {entry.shape}, expected {slot.shape}")
         if entry.is_floating_point != slot.is_floating_point:
             dtype = _DTYPES.get(entry.dtype, entry.dtype)
-            raise ValueError(f"{path}: {key} is {dtype}, which is not what the model has there")
+            expected = "a floating-point dtype" if slot.is_floating_point else "no floating-point one"
+            raise ValueError(f"{path}: {key} has dtype {dtype}, expected {expected}, as in the model")
         if slot.is_meta:
             raise ValueError(
-                f"{key} would go to the meta device, which holds no values: materialise the model first"
+                f"{key} is on the meta device in the model, which holds no values: load its weights first"
             )
     for key in entries:
         if key not in slots:
-            raise ValueError(f"{path}: {key} is unexpected: the model has no such tensor to load")
+            raise ValueError(f"{path}: {key} is unexpected: the model has no such tensor")
 
 
 def _check_twins(values: dict[str, Tensor], slots: dict[str, _Slot], path: Path) -> None:
@@ -554,7 +563,7 @@ def _check_twins(values: dict[str, Tensor], slots: dict[str, _Slot], path: Path)
     for key, slot in slots.items():
         twin = first.setdefault(slot.identity, key)
         if twin != key and not torch.equal(_bits(values[key]), _bits(values[twin])):
-            raise ValueError(f"{path}: {key} differs from {twin}, which is the same tensor in this model")
+            raise ValueError(f"{path}: {key} differs from {twin}, but both are one tensor in the model")
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class LoRAFAConfig:
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} goes with a list of target_modules, not with a str")
+                    raise ValueError(f"{name} needs target_modules to be a list, it is a str")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers to adapt")
 
@@ -104,7 +104,7 @@ class LoRAFAConfig:
 def _rank(name: str, value: Any) -> int:
     rank = as_integer(value)
     if rank is None or not 1 <= rank <= LARGEST_RANK:
-        raise ValueError(f"{name} must be an integer of at least 1, and below 2**31, got {shown(value)}")
+        raise ValueError(f"{name} must be an integer from 1 to 2**31 - 1, got {shown(value)}")
     return rank
 
 
@@ -143,7 +143,7 @@ def _strings(name: str, value: Any) -> list[str] | str | None:
     except TypeError:
         entries = [None]
     if not all(isinstance(entry, str) and entry for entry in entries):
-        raise ValueError(f"{name} must hold non-empty str only, got {shown(value)}")
+        raise ValueError(f"{name} must be a list of non-empty str, got {shown(value)}")
     if name in _AROUND:
         for entry in entries:
             check_expression(name, entry, *_AROUND[name])

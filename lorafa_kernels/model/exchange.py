@@ -67,7 +67,7 @@ def _lock(descriptor: int, folder: Path, how: int) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{folder} has been locked by another save for ten minutes") from None
+                raise TimeoutError(f"{folder} is locked: another save has not ended in ten minutes") from None
             time.sleep(0.02)
         except OSError:
             return False
@@ -86,7 +86,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             path = folder / name
             if path.exists() and not path.is_file():
-                raise IsADirectoryError(f"{path} is no regular file: it cannot be replaced")
+                raise IsADirectoryError(f"{path} is not a regular file: it cannot be replaced")
             if not _holds(path, content):
                 changed[name] = content
         if len(changed) > 1 and any(os.path.lexists(folder / name) for name in list(files)[-1:]):

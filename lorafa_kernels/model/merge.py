@@ -126,7 +126,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     layers = adapted_layers(model)
     if any(layer.merged for layer in layers):
         raise RuntimeError(
-            "the adapter is merged into the weights: unmerge_adapter(model) before disable_adapter"
+            "the adapter is merged into the weights: call unmerge_adapter(model) before disable_adapter"
         )
     flags = [(layer, layer.adapter_enabled) for layer in layers]
     trained = [module for module in saved_modules(model) if getattr(module, ASIDE).holds_originals]

@@ -142,7 +142,7 @@ def lorafa_layers(model: nn.Module) -> dict[str, LoRAFALinear]:
 def named_layers(model: nn.Module) -> dict[str, LoRAFALinear]:
     layers = lorafa_layers(model)
     if not layers:
-        raise ValueError("the model holds no LoRA-FA layer: apply_lorafa(model, config) puts them in")
+        raise ValueError("the model holds no LoRA-FA layer: call apply_lorafa(model, config) first")
     return layers
 
 

@@ -64,21 +64,26 @@ def check_expression(field: str, source: str, before: str = "", after: str = "")
     """
     if len(source) > _LONGEST_EXPRESSION:
         raise ValueError(
-            f"{field}: a regular expression of {len(source):,} characters, more than {_LONGEST_EXPRESSION:,}"
+            f"{field}: a regular expression has {len(source):,} characters, at most {_LONGEST_EXPRESSION:,} "
+            "are allowed"
         )
     shown = source if len(source) <= 200 else f"{source[:200]}…"
     try:
         alone = re.compile(source)
         if before and alone.flags != re.compile("").flags:
             raise ValueError(
-                f"{field}: {shown!r} sets flags for all of an expression that it is a part of: write (?i:...)"
+                f"{field}: {shown!r} sets flags globally, but becomes part of a longer expression: write "
+                "(?i:...)"
             )
         compiled(before + source + after).check()
     except (re.error, OverflowError, RecursionError, MemoryError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{field}: {shown!r} is not a regular expression: {reason}") from None
     except Unbounded as error:
-        raise ValueError(f"{field}: {shown!r} may take for ever to match: {error}") from None
+        raise ValueError(
+            f"{field}: {shown!r} may take for ever to match ({error}): use a simpler expression or a list of "
+            "names"
+        ) from None
 
 
 class Unbounded(ValueError):
@@ -121,8 +126,8 @@ class Expression:
         deadline = getattr(_LIMIT, "deadline", None)
         if steps > _FEW_STEPS and deadline is not None and time.thread_time() > deadline:
             raise ValueError(
-                f"matching names takes more than {_SECONDS:.0f} s, with {self._source[:200]!r} among the "
-                "regular expressions: use simpler ones, or lists of names"
+                f"matching names takes more than {_SECONDS:.0f} s in all, the last regular expression was "
+                f"{self._source[:200]!r}: use simpler expressions, or lists of names"
             )
         return result
 
@@ -189,7 +194,7 @@ class _Program:
         for code, value in items:
             self.size += 1
             if self.size > _LARGEST_PROGRAM:
-                raise Unbounded("its repeats count too far")
+                raise Unbounded("its repeat counts are too large")
             if code in _ONE_CHARACTER:
                 program.append(("character", self._single(code, value, add, remove)))
             elif code is codes.AT:
@@ -210,7 +215,7 @@ class _Program:
                 width = body.getwidth()[0] if direction < 0 else None
                 program.append(("look", self.of(body, add, remove), width, code is codes.ASSERT))
             else:
-                raise Unbounded(f"{str(code).lower()} beside repeats within repeats")
+                raise Unbounded(f"it has nested repeats together with {str(code).lower()}")
 
     def _emit_branch(self, program: list[tuple], branches: list, add: int, remove: int) -> None:
         ends = []
@@ -296,7 +301,7 @@ class _Run:
                 seen.add((place, position))
                 self.steps += 1
                 if self.steps > _MANY_STEPS:
-                    raise Unbounded(f"{self.name[:200]!r} takes more than {_MANY_STEPS:,} steps")
+                    raise Unbounded(f"matching {self.name[:200]!r} takes more than {_MANY_STEPS:,} steps")
                 kind, *rest = program[place]
                 if kind == "match":
                     if end is None or position == end:

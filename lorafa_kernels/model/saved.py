@@ -71,11 +71,14 @@ def _check_swap(module: nn.Module) -> None:
     for name, waiting in getattr(module, ASIDE).tensors.items():
         current, what = getattr(module, name), f"{name} of {type(module).__name__}"
         if is_dtensor(waiting) != is_dtensor(current):
-            raise RuntimeError(f"{what} is sharded: its original cannot come back")
+            raise RuntimeError(
+                f"{what} was sharded after apply_lorafa, so the original tensor cannot be put back: do "
+                "this in a model that is not sharded"
+            )
         if waiting.shape != current.shape:
             raise RuntimeError(
-                f"{what} has shape {tuple(current.shape)}, its original {tuple(waiting.shape)}, which cannot "
-                "come back: resize the model (resize_token_embeddings) before apply_lorafa"
+                f"{what} has shape {tuple(current.shape)}, the original has {tuple(waiting.shape)} and "
+                "cannot be put back: resize the model (resize_token_embeddings) before apply_lorafa"
             )
 
 
@@ -83,8 +86,8 @@ def check_originals(model: nn.Module) -> None:
     """Raise RuntimeError if the originals of modules_to_save cannot all come back."""
     for name, module in _replaced(model).items():
         raise RuntimeError(
-            f"{name}, a {type(module).__name__} of modules_to_save, was replaced since apply_lorafa, and its "
-            "original cannot come back: resize the model (resize_token_embeddings) before apply_lorafa"
+            f"{name}, a {type(module).__name__} of modules_to_save, was replaced after apply_lorafa, so the "
+            "original cannot be put back: resize the model (resize_token_embeddings) before apply_lorafa"
         )
     for module in saved_modules(model):
         _check_swap(module)

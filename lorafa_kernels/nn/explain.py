@@ -1,7 +1,7 @@
 """explain: which implementation a LoRA-FA layer runs with, in which steps, and why.
 
-Decides nothing itself: choice.py names the implementation and the plans, plan/ the kernels' configurations.
-The steps are in words, one per launch or library product of fused.py, library.py and reference.py in linear/.
+Nothing is decided here: plan/choice.py chooses implementation and plan, plan/config.py the block sizes.
+A step is one kernel launch or matrix product of linear/fused.py, linear/library.py or linear/reference.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_M = 2048
 
 
 class Step(NamedTuple):
-    """One launch of a Triton kernel, or one product of PyTorch's: what is called, and what it computes."""
+    """One launch of a Triton kernel, or one call of PyTorch: its name, and what it computes."""
 
     call: str
     formula: str
@@ -36,10 +36,12 @@ class Explanation:
     """What runs for x (M, K), weight (N, K) and rank R, and why. str() of it is a text to read, in ASCII.
 
     impl: "triton", "torch" or "reference"; "linear" for a layer whose adapter is merged or switched off.
-    reason: why that one. device, dtype: those of x. forward, backward: the steps in the order in which they
-    run. Only where impl is "triton", the other two being None and empty: limits, what the kernels'
-    configurations depend on, and plans, those of "forward" and of "backward" (or "backward_input") with the
-    configuration of each kernel in use. dropout_p: the layer's dropout, 0 where it does not drop out.
+    reason: why this implementation. device, dtype: those of x. forward, backward: the steps, in the order in
+    which they run. dropout_p: the layer's dropout probability while it is in training mode, else 0.
+
+    Only where impl is "triton" (else None and empty): limits, the properties of the device that block sizes
+    depend on; plans, by operation ("forward", and "backward" or "backward_input"), each with the
+    configuration of every kernel that it calls.
     """
 
     impl: str
@@ -59,18 +61,22 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"M={self.M} N={self.N} K={self.K} R={self.R}, {_name(self.dtype)} on {self.device}",
+            "symbols: " + (_SYMBOLS if self.impl != "linear" else _SYMBOLS_OF_LINEAR),
             f"implementation: {self.impl} ({self.reason})",
         ]
         if self.dropout_p:
             lines.append(
-                f"dropout: p={self.dropout_p:g}, keep is made from a seed of 8 bytes in both directions"
+                f"dropout: p={self.dropout_p:g}; the mask keep is not stored: forward and backward make it "
+                "from a seed of 8 bytes"
             )
         for title, steps in (("forward", self.forward), ("backward", self.backward)):
             lines.append(f"{title}:")
-            lines += [f"  {step.call}: {step.formula}" for step in steps]
+            lines += [f"  {number}. {_step_text(step)}" for number, step in enumerate(steps, 1)]
             for op, planned in self.plans.items():
                 if op.startswith(title):
                     lines += [f"  {line}" for line in describe_plan(op, planned)]
+        if any("PDL" in line for line in lines):
+            lines.append("PDL: the product starts while the kernel before it still runs (dependent launch)")
         if self.limits is not None:
             lines.append(f"kernels: {describe_limits(self.limits)}")
         return "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")
@@ -78,25 +84,30 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and the configuration of each kernel that it calls: the plan's own or the heuristics'."""
+    """A plan, and the configuration of each kernel that it calls: the one in the plan, else the default."""
 
     plan: Plan
     configs: Mapping[str, KernelConfig] = field(hash=False)
 
 
+_SYMBOLS = "x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R); s: scaling; dx, dB: gradients of x, lora_B"
+_SYMBOLS_OF_LINEAR = "x (M, K), weight (N, K); dx: gradient of x"
+# The calls that are Triton kernels; the others are PyTorch's.
+_KERNELS = ("shrink", "shrink_sum", "expand", "recompute", "grad", "grad_sum")
+
 _PRODUCTS = {
     "reference": {
         "forward": (
-            Step("matmul", "z = s * (x @ lora_A.T), operands widened"),
-            Step("matmul", "x @ weight.T, operands widened"),
-            Step("matmul", "z @ lora_B.T, operands widened; y = the sum of both + bias"),
+            Step("matmul", "z = s * (x @ lora_A.T), in fp32 or wider"),
+            Step("matmul", "t = x @ weight.T, in fp32 or wider"),
+            Step("matmul", "y = t + z @ lora_B.T + bias, in fp32 or wider"),
         ),
         "dx": (
-            Step("matmul", "dz = s * (dy @ lora_B), operands widened"),
-            Step("matmul", "dy @ weight, operands widened"),
-            Step("matmul", "dz @ lora_A, operands widened; dx = the sum of both"),
+            Step("matmul", "dz = s * (dy @ lora_B), in fp32 or wider"),
+            Step("matmul", "t = dy @ weight, in fp32 or wider"),
+            Step("matmul", "dx = t + dz @ lora_A, in fp32 or wider"),
         ),
-        "dB": (Step("matmul", "dB = dy.T @ z, operands widened"),),
+        "dB": (Step("matmul", "dB = dy.T @ z, in fp32 or wider"),),
     },
     "linear": {
         "forward": (Step("linear", "y = x @ weight.T + bias"),),
@@ -105,7 +116,7 @@ _PRODUCTS = {
 }
 
 
-# What dropout changes in the formulas of steps.
+# Dropout: (formula without it, formula with it).
 _WITH_DROPOUT = (
     ("s * (x @ lora_A.T)", "s/(1 - p) * ((x * keep) @ lora_A.T)"),
     ("dz @ lora_A", "keep/(1 - p) * (dz @ lora_A)"),
@@ -123,24 +134,24 @@ def explain(
     """Say which implementation and plan runs for a layer or for shapes, and why.
 
     Args:
-        layer_or_shapes: a LoRAFALinear, which need not hold data (the meta device will do), or (M, N, K, R):
-            rows of x, out_features, in_features and rank.
-        M: rows of x, that is the product of its leading dimensions, for a layer; 2048 if left out.
+        layer_or_shapes: a LoRAFALinear, also one without data on the meta device; or (M, N, K, R): rows of x,
+            out_features, in_features and rank.
+        M: for a layer, the rows of x (the product of its leading dimensions). Default: 2048.
         device: where x is. Default: the layer's; for shapes a GPU if there is one, else the CPU.
         dtype: dtype of x, under autocast that of autocast. Default: that of the layer's weight; for shapes
             bf16 on a GPU and fp32 elsewhere.
         impl: "auto", "triton", "torch" or "reference". Default: the layer's; "auto" for shapes.
 
-    A layer is explained as it runs by itself: inside a block that apply_lorafa fused (its report's `blocks`)
-    it takes part in the block's own steps. Dropout is that of a layer in training. The backward steps are
-    those for the gradients of x and lora_B, of x alone if the layer's lora_B is frozen. A first layer, whose
-    x needs no gradient, runs fewer.
+    The steps are those of the layer by itself. Inside a block that apply_lorafa fused (`blocks` of its
+    report) the block's own steps run instead. Dropout is included while the layer is in training mode.
+    Backward is for the gradients of x and lora_B, or of x alone if the layer's lora_B is frozen; a model's
+    first layer, whose x needs no gradient, runs fewer steps.
 
     Raises:
-        TypeError: something that is neither a LoRAFALinear nor shapes; sizes that are not integers; M beside
-            shapes; a dtype that is not fp32, bf16, fp16 or fp64.
+        TypeError: neither a LoRAFALinear nor shapes; a size that is no integer; M together with shapes; a
+            dtype that is not fp32, bf16, fp16 or fp64.
         ValueError: not four sizes, or one out of range; an unknown impl; a device that is not there.
-        RuntimeError: impl="triton" where it cannot run, as the layer itself would raise.
+        RuntimeError: impl="triton" where it cannot run; the layer's forward raises the same.
     """
     layer = layer_or_shapes if isinstance(layer_or_shapes, LoRAFALinear) else None
     if layer is not None:
@@ -151,7 +162,7 @@ def explain(
     else:
         sizes = _sizes_of(layer_or_shapes)
         if M is not None:
-            raise TypeError(f"M={M!r} beside shapes {sizes}: M is their first entry")
+            raise TypeError(f"M={M!r} with shapes {sizes}, whose first entry is M: pass M with a layer only")
         impl = "auto" if impl is None else impl
     _check_sizes(*sizes)
     device = _device(device)
@@ -186,7 +197,7 @@ def explain(
 
 
 def describe_plan(op: str, planned: Planned) -> list[str]:
-    """Say in lines which plan an operation has, where it is from, what is predicted, and its blocks."""
+    """Describe in lines an operation's plan, its source, the predicted times and the block sizes."""
     plan = planned.plan
     lines = [
         f"plan: {describe(plan.recipe, op)}",
@@ -200,13 +211,17 @@ def describe_plan(op: str, planned: Planned) -> list[str]:
 
 
 def describe_limits(limits: DeviceLimits) -> str:
-    """Say in words which defaults the kernels take on a device, and from what."""
+    """Say in words which default block sizes the kernels take on a device."""
     if limits.family == "interpreter":
-        return "defaults of Triton's interpreter"
+        return "default block sizes of Triton's interpreter"
     return (
-        f"defaults of {limits.family} for {limits.arch}, {limits.shared_memory // 1024} KiB of shared memory "
-        f"per block, {limits.num_sms} multiprocessors"
+        f"default block sizes of {limits.family} ({limits.arch}, {limits.shared_memory // 1024} KiB of "
+        f"shared memory per block, {limits.num_sms} multiprocessors)"
     )
+
+
+def _step_text(step: Step) -> str:
+    return f"{step.call}{' (Triton)' if step.call in _KERNELS else ''}: {step.formula}"
 
 
 def _implementation(
@@ -217,14 +232,14 @@ def _implementation(
     ops: tuple[str, str],
 ) -> tuple[str, str]:
     if layer is not None and layer.merged:
-        return "linear", "the adapter is merged into the weight; unmerge() before training"
+        return "linear", "the adapter is merged into the weight: call unmerge() before training"
     if layer is not None and not layer.adapter_enabled:
         return "linear", "the adapter is switched off: adapter_enabled is False"
-    # Of an operation that is pinned to the kernels, if one is: there the kernels must be able to run.
+    # Where one operation is pinned to the Triton kernels, "triton" is the layer's implementation.
     choices = [choose(impl, device, dtype, _pinned_kernels(impl, op)) for op in ops]
     choice = next((one for one in choices if one.impl == "triton"), choices[0])
     if device.type == "meta":
-        return choice.impl, f"{choice.reason}; pass device= to explain a run where there is data"
+        return choice.impl, f"{choice.reason}; pass device= to see what runs on another device"
     return choice.impl, choice.reason
 
 
@@ -245,14 +260,14 @@ def _pinned_kernels(impl: str, op: str) -> bool:
 def _library_products(
     device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, dropout: bool
 ) -> dict[str, tuple[Step, ...]]:
-    """The products of linear/library.py in the order in which it makes them."""
+    """The products of linear/library.py, in its order."""
     in_place = device.type == "cpu" and dtype in SUMMED_IN_PLACE
     y = Step("linear", "y = z @ lora_B.T + bias"), Step("addmm_", "y += x @ weight.T")
     if in_place and R <= K:
         y = Step("linear", "y = x @ weight.T + bias"), Step("addmm_", "y += z @ lora_B.T")
     dx = Step("mm", "dx = dz @ lora_A"), Step("addmm_", "dx += dy @ weight")
     if dropout:
-        dx = Step("mm", "dx = dy @ weight"), Step("mm", "dx += dz @ lora_A, some rows at a time")
+        dx = Step("mm", "dx = dy @ weight"), Step("mm", "dx += dz @ lora_A, a chunk of rows at a time")
     elif in_place and R <= N:
         dx = Step("mm", "dx = dy @ weight"), Step("addmm_", "dx += dz @ lora_A")
     return {
@@ -277,15 +292,15 @@ def _plan_steps(
     both = grad_makes_dz(problem, configs)
     made = {
         "shrink": "z = s * (x @ lora_A.T)" if forward else "dz = s * (dy @ lora_B)",
-        "shrink_sum": f"{'z' if forward else 'dz'}, adding the parts of shrink in a fixed order",
+        "shrink_sum": f"{'z' if forward else 'dz'} = sum of the parts that shrink made, in a fixed order",
         "expand": "y = x @ weight.T + z @ lora_B.T + bias" if forward else "dx = dy @ weight + dz @ lora_A",
         "recompute": "y = x @ weight.T + z @ lora_B.T + bias and z = s * (x @ lora_A.T)"
         if forward
         else "dx = dy @ weight + dz @ lora_A, where dz = s * (dy @ lora_B)",
-        "grad": "parts of dz = s * (dy @ lora_B) and of dB = dy.T @ z, in one pass over dy"
+        "grad": "partial sums of dz = s * (dy @ lora_B) and dB = dy.T @ z; reads dy once"
         if both
         else "dB = dy.T @ z",
-        "grad_sum": "dz and dB, adding the parts in a fixed order" if both else "dB, adding the parts",
+        "grad_sum": f"{'dz and dB' if both else 'dB'} = sums of the parts that grad made, in a fixed order",
     }
     steps = tuple(Step(name, made[name]) for name in names)
     return steps + products["dx"][1:] if plan.name == "library" else steps
@@ -294,11 +309,11 @@ def _plan_steps(
 def _for_layer(
     layer: LoRAFALinear | None, dtype: torch.dtype, forward: tuple[Step, ...], backward: tuple[Step, ...]
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """Fit steps to a layer without a bias, or whose weight is of another dtype."""
+    """Adapt the steps to a layer without a bias, or with a weight in another dtype than x."""
     if layer is not None and layer.bias is None:
         forward = tuple(Step(call, formula.replace(" + bias", "")) for call, formula in forward)
     if layer is not None and layer.weight.dtype != dtype:
-        cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, a temporary")
+        cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")
         forward, backward = (cast, *forward), (cast, *backward)
     return forward, backward
 
@@ -313,7 +328,7 @@ def _with_dropout(step: Step) -> Step:
 def _sizes_of(shapes: object) -> tuple[int, int, int, int]:
     if not isinstance(shapes, (tuple, list)):
         raise TypeError(
-            f"expected a LoRAFALinear or the sizes (M, N, K, R), got {type(shapes).__name__}; of a model, "
+            f"expected a LoRAFALinear or the sizes (M, N, K, R), got {type(shapes).__name__}. For a model, "
             "pass one of its LoRAFALinear layers"
         )
     if len(shapes) != 4:

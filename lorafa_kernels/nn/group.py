@@ -25,7 +25,8 @@ def operands_of(module: nn.Module) -> LinearOperands:
     if isinstance(module, LoRAFALinear):
         if module.merged and module.training and torch.is_grad_enabled():
             raise RuntimeError(
-                "the adapter is merged into the weight: call unmerge() before training, or eval()"
+                "the adapter is merged into the weight: call unmerge() before training, or eval() for "
+                "inference"
             )
         if module.merged and not module.adapter_enabled:
             raise RuntimeError(
@@ -86,7 +87,10 @@ class LoRAFALinearGroup(nn.Module):
         self._names = tuple(named)
         for name in named:
             if not name or "." in name or hasattr(type(self), name) or name in vars(self):
-                raise ValueError(f"a member cannot be called {name!r}: it is no name for a child of a module")
+                raise ValueError(
+                    f"a member cannot be called {name!r}: names must not be empty, hold a dot, or be an "
+                    "attribute of the group"
+                )
         for name, module in named.items():
             if not isinstance(module, LoRAFALinear):
                 try:
@@ -186,7 +190,8 @@ def _share_loaded(group: LoRAFALinearGroup, _incompatible_keys: object) -> None:
             continue
         if not torch.equal(module.lora_A, first.lora_A):
             raise ValueError(
-                f"share_A=True, but the state has another lora_A for member {name!r} than for {first_name!r}"
+                f"share_A=True, but the state has another lora_A for member {name!r} than for "
+                f"{first_name!r}: load a state of a group with share_A=True"
             )
         module.lora_A = first.lora_A
 
@@ -198,12 +203,10 @@ def _named(argument: str, modules: object) -> dict[str, nn.Module]:
     elif isinstance(modules, Iterable) and not isinstance(modules, (str, bytes, Tensor, nn.Linear)):
         named = {str(index): module for index, module in enumerate(modules)}
     else:
-        raise TypeError(
-            f"{argument} must be linear layers in a sequence or by name, got a {type(modules).__name__}"
-        )
+        raise TypeError(f"{argument} must be a list or a dict of linear layers, got {type(modules).__name__}")
     for name, module in named.items():
         if not isinstance(name, str):
-            raise TypeError(f"{argument}: names must be str, got {shown(name)}")
+            raise TypeError(f"names in {argument} must be str, got {shown(name)}")
         if not isinstance(module, nn.Module):
             raise TypeError(f"member {name!r} is a {type(module).__name__}, expected a linear layer")
     return named
@@ -216,7 +219,7 @@ def checked_names(adapt: object, known: Collection[str]) -> Collection[str]:
     if wrong := [name for name in adapt if not isinstance(name, str)]:
         raise TypeError(f"adapt must hold str only, got {shown(wrong[0])}")
     if unknown := [name for name in adapt if name not in known]:
-        raise ValueError(f"adapt names {unknown}, which are not among {list(known)}")
+        raise ValueError(f"adapt names {unknown}, expected names out of {list(known)}")
     return adapt
 
 
@@ -229,7 +232,10 @@ def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:
             ("device", module.weight.device, first.weight.device),
         ):
             if value != expected:
-                raise ValueError(f"member {name!r} has {what} {value}, member {first_name!r} {expected}")
+                raise ValueError(
+                    f"member {name!r} has {what} {value}, {first_name!r} has {expected}: both must be the "
+                    "same"
+                )
     if not share_A:
         return
     adapted = {name: module for name, module in named.items() if isinstance(module, LoRAFALinear)}
@@ -241,7 +247,7 @@ def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:
             value, expected = getattr(module, what), getattr(first, what)
             if value != expected:
                 raise ValueError(
-                    f"share_A=True, but member {name!r} has {what} {value}, {first_name!r} {expected}"
+                    f"share_A=True, but member {name!r} has {what} {value}, {first_name!r} has {expected}"
                 )
         if module.lora_A is not first.lora_A:
             raise ValueError(

@@ -154,7 +154,8 @@ class LoRAFALinear(nn.Module):
             )
         if parametrize.is_parametrized(linear):
             raise ValueError(
-                "a parametrised layer cannot be adapted: its weight is computed anew in each forward"
+                "a parametrised layer cannot be adapted, its weight is computed anew in each forward: call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
             )
         if kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Module.__call__:
             raise TypeError(
@@ -163,12 +164,12 @@ class LoRAFALinear(nn.Module):
             )
         if "forward" in vars(linear):
             raise ValueError(
-                "the layer's forward was patched on the instance (by an offloading hook, say): adapt the "
-                "model before that"
+                "the layer's forward was patched on the instance (by an offloading hook, for example): "
+                "adapt the model before that"
             )
         for name in ("lora_A", "lora_B"):
             if name in linear._parameters or name in linear._buffers or name in linear._modules:
-                raise ValueError(f"the layer has a {name} already, by another library")
+                raise ValueError(f"the layer already has a {name}: remove the other library's adapter first")
         shapes = {"weight": (linear.out_features, linear.in_features), "bias": (linear.out_features,)}
         for name, shape in shapes.items():
             tensor = getattr(linear, name)
@@ -182,8 +183,8 @@ class LoRAFALinear(nn.Module):
                 raise ValueError(f"{name} is a {what}, expected a floating-point Parameter")
             if full_shape(tensor) != shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected {shape}: if an engine has partitioned "
-                    "it, adapt the model before that"
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape}: if FSDP or DeepSpeed has "
+                    "partitioned it, adapt the model before that"
                 )
 
     def _init_around(
@@ -233,7 +234,9 @@ class LoRAFALinear(nn.Module):
         Raises RuntimeError for a merged layer.
         """
         if self.merged:
-            raise RuntimeError("the adapter is merged into the weight: call unmerge() before a reset")
+            raise RuntimeError(
+                "the adapter is merged into the weight: call unmerge() before reset_parameters()"
+            )
         nn.Linear.reset_parameters(self)
         self.reset_lora_parameters()
 
@@ -256,7 +259,8 @@ class LoRAFALinear(nn.Module):
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
-                    "the adapter is merged into the weight: call unmerge() before training, or eval()"
+                    "the adapter is merged into the weight: call unmerge() before training, or eval() for "
+                    "inference"
                 )
             if not self.adapter_enabled:
                 raise RuntimeError(
@@ -312,15 +316,16 @@ class LoRAFALinear(nn.Module):
         """
         if not self.adapter_enabled:
             raise RuntimeError(
-                f"the adapter of {name} is disabled: merging would switch it on. Leave disable_adapter first"
+                f"the adapter of {name} is disabled, and merging would switch it on: leave disable_adapter, "
+                "or set adapter_enabled = True, first"
             )
         self._check_owned(name, "merged")
         weight = "weight" if not self.merged else "the weight that was kept"
         for what, tensor in ((weight, self._base()), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
             if tensor.is_meta:
                 raise RuntimeError(
-                    f"{what} of {name} is on the meta device and has no values here: where a hook offloads "
-                    "the model, remove it first (accelerate.hooks.remove_hook_from_submodules)"
+                    f"{what} of {name} is on the meta device and has no values: if a hook offloads the "
+                    "model, remove it first (accelerate.hooks.remove_hook_from_submodules)"
                 )
 
     def _base(self) -> nn.Parameter:
@@ -336,8 +341,8 @@ class LoRAFALinear(nn.Module):
             tensor = getattr(self, what)
             if engine := manager_of(self, what):
                 raise RuntimeError(
-                    f"{name} cannot be {done}: its {what} belongs to {engine}, which would put its own back. "
-                    f"Save the adapter and have it {done} in a model that is not sharded"
+                    f"{name} cannot be {done}: its {what} belongs to {engine}, which would overwrite it. "
+                    "Save the adapter, load it into a model that is not sharded, and do this there"
                 )
             if tuple(tensor.shape) != shape:
                 raise RuntimeError(
@@ -387,8 +392,8 @@ class LoRAFALinear(nn.Module):
         self._check_owned("the layer", "unmerged")
         if self.weight.is_meta and not kept.is_meta:
             raise RuntimeError(
-                "the merged weight is on the meta device, where the kept one would lose its values: remove "
-                "the hook that offloads it first"
+                "the merged weight is on the meta device, where the original weight would lose its values: "
+                "remove the hook that offloads it first"
             )
         kept.data = kept.data.to(self.weight.device, self.weight.dtype)
         self._unmerged.clear()
@@ -432,8 +437,8 @@ class LoRAFALinear(nn.Module):
         self._check_owned(name, "unloaded")
         if "forward" in self.__dict__:
             raise RuntimeError(
-                f"the forward of {name} was patched on the instance (by an offloading hook, say), which a "
-                "Linear in its place would not have: remove that first"
+                f"the forward of {name} was patched on the instance (by an offloading hook, for example), "
+                "and would be lost in an nn.Linear: remove the patch first"
             )
 
     def extra_repr(self) -> str:
@@ -454,7 +459,7 @@ class LoRAFALinear(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.merged:
             raise RuntimeError(
-                f"{prefix.rstrip('.') or 'this layer'} is merged, its weight is not the base weight: call "
+                f"{prefix.rstrip('.') or 'this layer'} is merged, so its weight is not the base weight: call "
                 "unmerge() before saving"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -499,7 +504,7 @@ def check_adapter_options(
     if rank > LARGEST_RANK:
         raise ValueError(f"r must be at most {LARGEST_RANK}, got {shown(r)}")
     if alpha is None:
-        raise ValueError(f"lora_alpha must be finite, got {shown(lora_alpha)}")
+        raise ValueError(f"lora_alpha must be a finite number, got {shown(lora_alpha)}")
     if dropout is None or not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {shown(lora_dropout)}")
     _check_flag("use_rslora", use_rslora)
@@ -509,7 +514,7 @@ def check_adapter_options(
             f"init_lora_weights must be True, False or 'gaussian', got {shown(init_lora_weights)}"
         )
     if adapter_dtype is None:
-        raise TypeError("adapter_dtype must be a torch.dtype, got None")
+        raise TypeError("adapter_dtype must be a torch.dtype, such as torch.float32, got None")
     _check_dtype("adapter_dtype", adapter_dtype)
     return rank, alpha, dropout
 
@@ -564,7 +569,7 @@ def _check_dtype(name: str, value: object) -> None:
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype, got {shown(value)}")
     if value not in FLOAT_DTYPES:
-        raise ValueError(f"{name} must be a floating-point dtype, one of {FLOAT_DTYPES}, got {value}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {value}")
 
 
 def _check_device(value: object) -> None:
@@ -575,4 +580,4 @@ def _check_device(value: object) -> None:
     try:
         torch.device(value)
     except (RuntimeError, OverflowError, ValueError) as error:
-        raise ValueError(f"device {shown(value)} is none that torch knows: {error}") from None
+        raise ValueError(f"device {shown(value)} is not known to torch: {error}") from None

@@ -215,4 +215,6 @@ def _check_shapes(layers: Mapping[str, nn.Module]) -> None:
         for what in ("dtype", "device"):
             value, expected = (getattr(module.weight, what) for module in (layer, gate))
             if value != expected:
-                raise ValueError(f"{name} has {what} {value}, gate_proj {expected}")
+                raise ValueError(
+                    f"{name} has {what} {value}, gate_proj has {expected}: both must be the same"
+                )

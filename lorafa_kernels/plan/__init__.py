@@ -1,8 +1,8 @@
 """Which implementation, plan and blocks an operation runs with: data and functions of shapes and limits.
 
-config.py has the kernels' configurations, recipe.py the words that the others share, cost.py the model of the
-cost, tables.py the tables of measured plans, pin.py the pinned ones, make.py the choice among them; choice.py
-decides for one call.
+config.py says what a kernel's configuration is, defaults.py which one each kernel takes, recipe.py the words
+that the others share, cost.py the model of the cost, tables.py the tables of measured plans, pin.py the
+pinned ones, make.py the choice among them; choice.py decides for one call.
 """
 
 from .config import KernelConfig, KernelPlan

@@ -69,17 +69,17 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype, pinned_kernels: 
     """
     check_impl(impl)
     if impl in ("torch", "reference"):
-        return Choice(impl, "asked for by name")
+        return Choice(impl, f'asked for: impl="{impl}"')
     if impl == "triton":
         if obstacle := triton_obstacle(device, dtype):
             raise RuntimeError(f'impl="triton" cannot run: {obstacle}')
-        return Choice("triton", "asked for by name")
+        return Choice("triton", 'asked for: impl="triton"')
     if pinned_kernels:
         if obstacle := triton_obstacle(device, dtype):
-            raise RuntimeError(f"the plan that is pinned cannot run: {obstacle}")
-        return Choice("triton", "the plan that is pinned needs the kernels")
+            raise RuntimeError(f"the pinned plan cannot run: {obstacle}")
+        return Choice("triton", "the pinned plan needs the Triton kernels")
     if device.type == "cpu":
-        return Choice("torch", "x is on the CPU, where Triton kernels only run under its interpreter")
+        return Choice("torch", 'x is on the CPU, and impl="auto" takes the Triton kernels on a GPU only')
     if obstacle := triton_obstacle(device, dtype):
         return Choice("torch", obstacle)
     return Choice("triton", f"Triton supports {_device_name(device)}")
@@ -145,20 +145,20 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
             f"triton is not installed or cannot be imported ({error}): pip install 'lorafa-kernels[triton]'"
         )
     if not hasattr(triton, "knobs"):
-        return f"triton {getattr(triton, '__version__', '')} is too old, the kernels need 3.6"
+        return f"triton {getattr(triton, '__version__', '')} is too old, the kernels need 3.6 or newer"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels compute in fp32, bf16 and fp16, not {dtype}"
     if device.type == "cpu":
         if triton.knobs.runtime.interpret:
             return None
         return (
-            "x is on the CPU and Triton's interpreter is off (set TRITON_INTERPRET=1 before the first import)"
+            "x is on the CPU and Triton's interpreter is off (set TRITON_INTERPRET=1 before importing triton)"
         )
     if device.type != "cuda":
         return f"the kernels run on NVIDIA and AMD GPUs, not on {device.type} devices"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
-        return f"{_device_name(device)} has compute capability {major}.{minor}, the kernels need 8.0"
+        return f"{_device_name(device)} has compute capability {major}.{minor}, the kernels need 8.0 or newer"
     return None
 
 

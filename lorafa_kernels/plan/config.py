@@ -1,24 +1,16 @@
-"""Kernel configurations and the pure function that picks one from shapes and device limits.
+"""Kernel configurations, device limits, and what follows from them: validity, shared memory, parts, chunks.
 
-Nothing here imports Triton or touches a device, so every choice can be made, listed and compiled on a
-machine without a GPU.
+Nothing here imports Triton or touches a device. Which configuration a kernel takes is in defaults.py.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 OPS = ("shrink", "expand", "grad")
 VARIANTS = ("portable", "tma", "recompute", "ws", "ws_z")
-# Largest rank block: above it grad has no registers for dB's accumulator (measured: the compile gate's
-# spills, bench/results/compile-gate.json). Larger ranks are tiled.
-MAX_BLOCK_R = 128
-# Most rank columns that one pass over x takes of all members of a group, on Hopper (measured: the compile
-# gate's spills, compile-gate-groups.json).
-MAX_GROUP_R = 192
 # Least block: tl.dot asks for 16 rows and columns, the tensor cores contract 16 16-bit elements (published:
 # Triton's documentation, PTX ISA).
 MIN_BLOCK = 16
@@ -41,19 +33,8 @@ WS_SIZES = {
     "ctas_per_sm": (1,),
 }
 WS_SUMS = {"ws": 128, "ws_z": 144}
-# Rows and rank up to which expand makes z or dz itself: one launch where a launch costs more than the
-# repeated work (estimate).
-RECOMPUTE_ROWS = 128
-RECOMPUTE_RANK = 64
-# Rows up to which shrink cuts its contraction, and into how many parts (estimate).
-SPLIT_ROWS = 512
-SPLITS = 16
 # Row blocks up to which grad is one chunk and dB needs no partial sums (estimate).
 DIRECT_BLOCKS = 4
-# Bytes of shared memory and registers that one multiprocessor of sm_90 has left beside expand's 180 KB and
-# 176 registers a thread (measured: compile-gate.json): what keeps within them overlaps expand.
-OVERLAP_SHARED_MEMORY = 45 * 1024
-OVERLAP_REGISTERS = 65536 - 256 * 176
 
 
 @dataclass(frozen=True)
@@ -209,137 +190,6 @@ def rows_aligned(operand_bytes: int, *sizes: int) -> bool:
     return all(size * operand_bytes % 16 == 0 for size in sizes)
 
 
-@functools.lru_cache(maxsize=1024)
-def default_config(
-    op: str,
-    limits: DeviceLimits,
-    operand_bytes: int,
-    M: int,
-    R: int,
-    aligned: bool = True,
-    recompute: bool = True,
-    dropout: bool = False,
-) -> KernelConfig:
-    """Return the default configuration of kernel `op` for x or dy with M rows of `operand_bytes`-byte
-    elements and rank R.
-
-    `aligned`: rows_aligned of the wide sizes, and for expand on Hopper operands that TMA can address;
-    `recompute`: expand may make z or dz itself; `dropout`: it is the kernel that makes the mask (makes_mask).
-
-    A pure function. Any device gets an answer: an unknown one that of the nearest family, with fewer
-    pipeline stages and then smaller rank blocks until what is in flight fits its shared memory. Raises
-    ValueError for an unknown op.
-    """
-    if op not in OPS:
-        raise ValueError(f"unknown kernel {op!r}: one of {', '.join(OPS)}")
-    family = limits.family
-    # On gfx942 its twelve strides and pointers spill scalar registers.
-    few_rows = M <= RECOMPUTE_ROWS and R <= RECOMPUTE_RANK and family != "amd"
-    if family == "interpreter":
-        config = _interpreter_config(op)
-    elif operand_bytes >= 4:
-        config = _fp32_config(op)
-    elif op == "expand" and recompute and few_rows:
-        config = _recompute_config(family, M, R, aligned, dropout)
-    else:
-        config = _half_config(op, family, M, R, aligned, dropout)
-    config = replace(config, BLOCK_R=min(config.BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R))))
-    if op == "shrink" and M <= SPLIT_ROWS and family != "interpreter":
-        config = replace(config, SPLIT_K=SPLITS)
-    while shared_memory(op, config, operand_bytes, limits, dropout) > limits.shared_memory:
-        if config.num_stages > 1:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.BLOCK_R > MIN_BLOCK and config.variant != "recompute":
-            config = replace(config, BLOCK_R=config.BLOCK_R // 2)
-        else:
-            break
-    return config
-
-
-@functools.lru_cache(maxsize=1024)
-def shrink_group_config(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, members: int, dropout: bool = False
-) -> tuple[KernelConfig, int]:
-    """Return the configuration of shrink_group for x with M rows of `operand_bytes`-byte elements and so many
-    members, the largest rank R, and how many of the members one pass over x takes.
-
-    BLOCK_R of the configuration is one member's; shared_memory holds with that of all members of a pass.
-    """
-    half, family = operand_bytes < 4, limits.family
-    if half and family == "hopper":
-        widest = MAX_GROUP_R
-    else:
-        widest = default_config("shrink", limits, operand_bytes, M, 1 << 20, dropout=dropout).BLOCK_R
-        if half and family == "ampere" and dropout:
-            # It holds the operands in registers, and their masks.
-            widest = min(widest, max(64, _next_power_of_2(R)))
-    BLOCK_R = min(widest, MAX_BLOCK_R, max(MIN_BLOCK, _next_power_of_2(R)))
-    members = min(members, widest // BLOCK_R)
-    if not half and dropout and family == "ampere":
-        # Two members' masks beside fp32 operands spill.
-        members = 1
-    columns = members * BLOCK_R
-    config = default_config("shrink", limits, operand_bytes, M, columns, dropout=dropout)
-    if half and family == "hopper":
-        # No kernel runs beside it (OVERLAP_*), so it may take what shrink leaves free. Masks are made in
-        # registers, of which a thread of four warps has too few for them.
-        config = replace(
-            config,
-            BLOCK_K=32 if dropout and columns > 64 else 64,
-            num_warps=4 if columns <= 64 and not dropout else 8,
-            num_stages=4 if columns <= 64 else 3,
-        )
-    elif half and family == "ampere":
-        if dropout and (members > 1 or columns > 64):
-            config = replace(config, BLOCK_K=64 if columns <= 64 else 32, num_warps=8)
-        elif columns > 64:
-            # The pointers of the members are in registers too: a few words would spill.
-            config = replace(config, BLOCK_K=min(config.BLOCK_K, 32))
-    elif not half and dropout and members > 1 and family != "interpreter":
-        config = replace(config, num_warps=8)
-    return replace(config, BLOCK_R=BLOCK_R), members
-
-
-@functools.lru_cache(maxsize=1024)
-def shrink_total_config(limits: DeviceLimits, operand_bytes: int, M: int, R: int) -> KernelConfig:
-    """Return the configuration of shrink_total: shrink's, with a result as wide as a rank block."""
-    config = default_config("shrink", limits, operand_bytes, M, R)
-    if config.BLOCK_R == 64 and limits.family == "ampere":
-        # ptxas squeezes eight warps into 64 registers and spills two.
-        config = replace(config, num_warps=4)
-    if operand_bytes >= 4 and limits.family == "blackwell":
-        # Beside a second stage in registers a few words spill.
-        config = replace(config, num_stages=1)
-    return replace(config, BLOCK_N=config.BLOCK_R, SPLIT_K=1)
-
-
-@functools.lru_cache(maxsize=1024)
-def expand_total_config(
-    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool, dropout: bool
-) -> KernelConfig:
-    """Return the configuration of expand_total: expand's, R the largest rank."""
-    config = default_config("expand", limits, operand_bytes, M, R, aligned, recompute=False, dropout=dropout)
-    if not dropout:
-        # Several K loops hold more pointers than one: a few words would spill.
-        if config.variant == "portable" and limits.family == "ampere" and config.BLOCK_M <= 64:
-            return replace(config, BLOCK_K=min(config.BLOCK_K, 64), BLOCK_R=min(config.BLOCK_R, 32))
-        return config
-    # Each member's rank-R term is masked beside the sum of the others': registers for two blocks.
-    if config.variant == "tma" and config.BLOCK_N == 256:
-        return replace(config, BLOCK_M=256, BLOCK_N=128)
-    if operand_bytes >= 4:
-        # On sm_100 ptxas squeezes eight warps with a second stage into 128 registers and spills two words.
-        return replace(
-            config, num_warps=8, num_stages=1 if limits.family == "blackwell" else config.num_stages
-        )
-    if config.variant == "portable" and config.BLOCK_M * config.BLOCK_N > 128 * 64:
-        config = replace(config, BLOCK_N=64)
-    if limits.family == "blackwell":
-        # A term comes from tensor memory into registers; of 32 columns a few words would spill.
-        config = replace(config, BLOCK_R=MIN_BLOCK)
-    return config
-
-
 def makes_mask(op: str, forward: bool, config: KernelConfig) -> bool:
     """Whether kernel `op` in this configuration makes the mask where there is dropout: in forward shrink, in
     backward expand, in both an expand that makes z or dz itself.
@@ -413,112 +263,3 @@ def shared_memory(
     lora_B = 0 if limits.family == "amd" else N * R * operand_bytes
     dz = M * R * 4
     return loop + lora_B + dz + barriers
-
-
-def all_default_configs(
-    op: str, limits: DeviceLimits, operand_bytes: int, dropout: bool = False
-) -> dict[KernelConfig, tuple[int, int, bool, bool]]:
-    """Return every configuration that default_config can return for this kernel, device, operand size and
-    with or without dropout.
-
-    Each comes with an (M, R, aligned, recompute) that it is returned for.
-    """
-    rows = (8192, 1 << 20, 513, 512, 129, 128, 65, 64, 17, 16, 1)
-    ranks = (256, 129, 128, 65, 64, 33, 32, 17, 16, 1)
-    found: dict[KernelConfig, tuple[int, int, bool, bool]] = {}
-    for recompute, aligned, M, R in itertools.product((True, False), (True, False), rows, ranks):
-        shapes = (M, R, aligned, recompute)
-        found.setdefault(default_config(op, limits, operand_bytes, *shapes, dropout), shapes)
-    return found
-
-
-def _half_config(op: str, family: str, M: int, R: int, aligned: bool, dropout: bool) -> KernelConfig:
-    amd = family == "amd"
-    num_warps = 4 if R <= 32 else 8
-    if op == "shrink":
-        if family == "hopper":
-            # Small enough to share a multiprocessor with expand (OVERLAP_*).
-            BLOCK_K, num_stages = (64, 3) if R <= 16 else (32, 5) if R <= 32 else (32, 3)
-            return KernelConfig(64, 0, BLOCK_K, 64, 1, 4, num_stages)
-        # A factor's block of 128 × 128 spills, one of 128 × 64 on sm_80, and on sm_100 if K is split.
-        split_on_blackwell = family == "blackwell" and M <= SPLIT_ROWS
-        BLOCK_K = 64 if amd or R > 64 or (R > 32 and (family == "ampere" or split_on_blackwell)) else 128
-        if dropout and (amd or family == "blackwell"):
-            # The mask beside larger blocks spills.
-            BLOCK_K = 32 if amd or R > 64 else 64
-        return KernelConfig(64, 0, BLOCK_K, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
-    if op == "grad":
-        # dB's accumulator is BLOCK_N × BLOCK_R fp32 in registers; a wider strip means fewer partial sums of
-        # dz to write. Ampere holds the operands of both products in registers too and spills at 128 × 128.
-        if family == "hopper":
-            if R <= 32:
-                return KernelConfig(64, 256, 0, MAX_BLOCK_R, 1, 8, 3, "tma")
-            return KernelConfig(64, 128, 0, MAX_BLOCK_R, 1, 8, 3, "tma", ctas_per_sm=2 if R <= 64 else 1)
-        BLOCK_N = 64 if family == "ampere" and R > 64 else 128
-        if family == "blackwell" and R <= 64:
-            # The accumulators are in tensor memory; ptxas squeezes eight warps into 64 registers and spills.
-            num_warps = 4
-        return KernelConfig(64, BLOCK_N, 0, MAX_BLOCK_R, 1, num_warps, 2 if amd else 3)
-    # A mask and a wider rank block spill on gfx942 and on sm_100.
-    BLOCK_R = 32 if dropout and family in ("amd", "blackwell") else 64
-    if not aligned:
-        # Such rows cannot be copied asynchronously: they pass through registers, and larger blocks spill.
-        return KernelConfig(64, 64, 32, BLOCK_R, 8, 4, 2)
-    if family == "hopper":
-        # Rank blocks of 16: a wider fp32 block of lora_B takes the registers that shrink needs (OVERLAP_*).
-        # With dropout a part of the tile has its rank-R step and its mask beside the whole tile's
-        # accumulator: parts of 64 columns fit.
-        if M <= 64:
-            parts = 2 if dropout else 1
-            return KernelConfig(64, 128, 64, MIN_BLOCK, 8, 4, 4, "tma", EPILOGUE_SUBTILE=parts)
-        if M <= 512:
-            parts = 2 if dropout else 1
-            return KernelConfig(128, 128, 64, MIN_BLOCK, 8, 8, 4, "tma", EPILOGUE_SUBTILE=parts)
-        parts = 4 if dropout else 2
-        return KernelConfig(128, 256, 64, MIN_BLOCK, 8, 8, 3, "tma", EPILOGUE_SUBTILE=parts)
-    if M <= 64:
-        return KernelConfig(64, 64, 64 if amd else 128, BLOCK_R, 8, 4, 2 if amd else 3)
-    if amd:
-        return KernelConfig(128, 128, 64, BLOCK_R, 8, 8, 2)
-    if M <= 512 or family == "ampere":
-        return KernelConfig(128, 128, 64, BLOCK_R, 8, 8, 3)
-    return KernelConfig(128, 256, 64, BLOCK_R, 8, 8, 3)
-
-
-def _recompute_config(family: str, M: int, R: int, aligned: bool, dropout: bool) -> KernelConfig:
-    # Blocks of 128 rows spill where the operands pass through registers: unaligned ones, and Ampere's; and
-    # beside a mask but on Hopper. The mask and the widest rank leave 32 rows on Ampere.
-    through_registers = not aligned or (family == "ampere" and R > 32)
-    few = through_registers or (dropout and family != "hopper")
-    BLOCK_M = 16 if M <= 16 else 64 if M <= 64 or few else 128
-    if BLOCK_M == 64 and dropout and family == "ampere" and R > 32:
-        BLOCK_M = 32
-    BLOCK_N = 32 if M <= 16 and R <= 16 else 64
-    num_stages = 2 if family == "amd" or not aligned else 3
-    BLOCK_K = 64 if aligned else 32
-    # Four warps spill at 128 rows, and on sm_100 at 64.
-    num_warps = 8 if BLOCK_M == 128 or (family == "blackwell" and BLOCK_M == 64) else 4
-    return KernelConfig(BLOCK_M, BLOCK_N, BLOCK_K, RECOMPUTE_RANK, 1, num_warps, num_stages, "recompute")
-
-
-def _fp32_config(op: str) -> KernelConfig:
-    # IEEE fp32 products run on the ordinary arithmetic units, which need registers rather than deep
-    # pipelines.
-    if op == "shrink":
-        return KernelConfig(32, 0, 32, 32, 1, 4, 2)
-    if op == "grad":
-        return KernelConfig(64, 64, 0, 32, 1, 8, 2)
-    return KernelConfig(64, 64, 16, 16, 8, 4, 2)
-
-
-def _interpreter_config(op: str) -> KernelConfig:
-    # The interpreter pays per operation, not per element: large blocks.
-    if op == "shrink":
-        return KernelConfig(128, 0, 128, MAX_BLOCK_R, 1, 4, 1)
-    if op == "grad":
-        return KernelConfig(64, 128, 0, MAX_BLOCK_R, 1, 4, 1)
-    return KernelConfig(128, 128, 128, MAX_BLOCK_R, 4, 4, 1)
-
-
-def _next_power_of_2(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()

@@ -6,15 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import (
-    DeviceLimits,
-    KernelConfig,
-    KernelPlan,
-    default_config,
-    expand_total_config,
-    shrink_group_config,
-    shrink_total_config,
-)
+from .config import DeviceLimits, KernelConfig, KernelPlan
+from .defaults import default_config, expand_total_config, shrink_group_config, shrink_total_config
 from .recipe import Problem, heuristic_config
 
 

@@ -106,7 +106,7 @@ def _by_environment() -> Pin | None:
     try:
         found = read_json(Path(value))
         if not isinstance(found, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("expected a JSON object with a plan for each operation")
         return make_pin({op: recipe_from_json(plan) for op, plan in found.items()}, origin)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in NO_FILE:
@@ -127,15 +127,15 @@ def make_pin(plan: str | Mapping[str, Recipe], origin: str = "pin_plan") -> Pin:
     if isinstance(plan, Mapping):
         return Pin(origin, recipes=_checked(plan))
     if not isinstance(plan, str):
-        raise TypeError(f"plan is {shown(plan)}, expected a name or a Recipe for each of some operations")
+        raise TypeError(f"plan is {shown(plan)}, expected a name ('fused', 'library') or a dict of Recipes")
     if plan not in NAMES:
-        raise ValueError(f"unknown plan {shown(plan)}: one of {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"unknown plan {shown(plan)}, expected one of {', '.join(map(repr, NAMES))}")
     return Pin(origin, plan)
 
 
 def _checked(recipes: Mapping[str, Recipe]) -> tuple[tuple[str, Recipe], ...]:
     if unknown := recipes.keys() - set(OPERATIONS):
-        raise ValueError(f"unknown operations {_listed(unknown)}: {', '.join(OPERATIONS)}")
+        raise ValueError(f"unknown operations {_listed(unknown)}, expected some of {', '.join(OPERATIONS)}")
     for op, recipe in recipes.items():
         if not isinstance(recipe, Recipe):
             raise TypeError(f"the plan of {op} is {shown(recipe)}, expected a Recipe")

@@ -15,7 +15,6 @@ from .config import (
     DeviceLimits,
     KernelConfig,
     KernelPlan,
-    default_config,
     makes_mask,
     row_chunks,
     rows_aligned,
@@ -23,6 +22,7 @@ from .config import (
     split_size,
     wrong_field,
 )
+from .defaults import default_config
 from .specialised import missing_for_ws
 
 OPERATIONS = ("forward", "backward", "backward_input", "backward_lora_B")

@@ -157,7 +157,7 @@ def _table(path: Path, device: str, triton: str | None) -> Table | None:
         if table.device != device:
             raise ValueError(f"it is for {shown(table.device)}, not for {device!r}")
         if triton is not None and table.triton != triton:
-            raise ValueError(f"it is for Triton {shown(table.triton)}, not {triton}")
+            raise ValueError(f"it is for Triton {shown(table.triton)}, not {triton}: run tune again")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -175,12 +175,12 @@ def read_table(path: Path, stub: bool = False) -> Table:
         raise ValueError(f"it is not a table of format {FORMAT}")
     entries = found.get("entries")
     if not isinstance(entries, list):
-        raise ValueError("it has no list of entries")
+        raise ValueError("its field entries is not a list")
     device, triton = found.get("device"), found.get("triton")
     if not isinstance(device, str) or not isinstance(triton, str):
-        raise ValueError("it names no device or no Triton version")
+        raise ValueError("its fields device and triton must both be text")
     if not stub and (found.get("stub") or device.startswith(STUB)):
-        raise ValueError("it was made through a stub driver, where nothing computes: its times say nothing")
+        raise ValueError("it was made with a stub driver, which computes nothing: its times mean nothing")
     rest = {name: value for name, value in found.items() if name not in ("format", "entries")}
     about = tuple(
         (name, value if value is None or isinstance(value, str) else shown(value))
@@ -235,34 +235,38 @@ def fits(entry: Entry, problem: Problem, device: Device) -> bool:
 
 def _entry_from_json(value: object) -> Entry:
     if not isinstance(value, dict):
-        raise ValueError(f"it is an object, not {shown(value)}")
+        raise ValueError(f"expected a JSON object, got {shown(value)}")
     plans = value.get("plans")
     names = set(value) - {"plans"}
     expected = set(Key.__dataclass_fields__)
     if names != expected:
-        raise ValueError(f"its fields are {', '.join(sorted(expected))} and plans")
+        raise ValueError(
+            f"expected the fields {', '.join(sorted(expected))} and plans, got {shown(sorted(value))}"
+        )
     key = Key(**{name: value[name] for name in expected})
     sizes = (key.K, key.N, key.rank, key.rows)
     if not all(type(size) is int and 0 <= size <= MOST_SIZE for size in sizes):
-        raise ValueError(f"sizes are numbers from 0 to 2**40, not {', '.join(map(shown, sizes))}")
+        raise ValueError(
+            f"K, N, rank and rows must be integers from 0 to 2**40, got {', '.join(map(shown, sizes))}"
+        )
     if key.op not in OPERATIONS or key.dtype not in DTYPES or not isinstance(key.dropout, bool):
         raise ValueError(
             f"unknown op, dtype or dropout: {shown(key.op)}, {shown(key.dtype)}, {shown(key.dropout)}"
         )
     if min(key.rank, key.rows) < 1:
-        raise ValueError(f"rank and rows are at least 1, not {key.rank} and {key.rows}")
+        raise ValueError(f"rank and rows must be at least 1, got {key.rank} and {key.rows}")
     if not isinstance(plans, list) or not plans:
-        raise ValueError("it has no plans")
+        raise ValueError("its field plans must be a list with at least one plan")
     return Entry(key, tuple(map(_measured_from_json, plans)))
 
 
 def _measured_from_json(value: object) -> Measured:
     if not isinstance(value, dict):
-        raise ValueError(f"a plan is an object, not {shown(value)}")
+        raise ValueError(f"a plan must be a JSON object, got {shown(value)}")
     times = {name: value.get(name) for name in ("device_us", "host_us")}
     for name, time in times.items():
         if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time <= MOST_US:
-            raise ValueError(f"{name} is a time in microseconds, not {shown(time)}")
+            raise ValueError(f"{name} must be a time in microseconds, got {shown(time)}")
     recipe = recipe_from_json({name: found for name, found in value.items() if name not in times})
     return Measured(recipe, **times)
 

@@ -1,5 +1,5 @@
-"""Timing of plans on this machine's GPU, and the command `tune`.
+"""The command `tune`: find the fastest plans for this machine's GPU by timing them.
 
-search.py times candidates, command.py is the command line and writes the best into the user's table
-(plan/tables.py), models.py has the shapes of known models.
+search.py times candidates and writes the fastest into the user's table (plan/tables.py), command.py is the
+command line, models.py has the shapes of known models.
 """

@@ -1,4 +1,4 @@
-"""The command `tune`: measures plans for this GPU and keeps the fastest for this user."""
+"""The command `tune`: times plans on this GPU and writes the fastest into the user's table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..command_line import FAILED, MOST_SIZE, USAGE_ERROR, brief, count, one_line
+from ..command_line import FAILED, MOST_SIZE_TEXT, USAGE_ERROR, brief, count, one_line
 from ..plan.choice import planned_device, triton_obstacle
 from ..plan.recipe import Device, Problem, describe
 from ..plan.tables import CACHE_VARIABLE, SHIPPED, STUB, cache_path
@@ -27,11 +27,12 @@ def add_command(subparsers) -> None:
     """Add the command `tune` to argparse's `subparsers`."""
     parser = subparsers.add_parser(
         "tune",
-        help="measure plans and block sizes on this GPU and keep the fastest",
-        description="Measure plans and block sizes on this GPU and keep the fastest in the user's cache, "
-        "where impl='auto' and impl='triton' find them. Every candidate is checked against fp64 before it is "
-        "timed. Ctrl-C keeps what was found. Exit code: 0; 1 where the measuring fails; 2 where there is no "
-        "GPU to tune for or no file to write.",
+        help="find the fastest kernels and block sizes for this GPU by timing them",
+        description="Time the ways to compute a layer's forward and backward on this GPU (this library's "
+        "kernels or PyTorch's matrix products, with different block sizes) and keep the fastest in the "
+        "user's cache. Later runs with impl='auto' (the default) or impl='triton' use them. Every candidate "
+        "is checked against fp64 before it is timed. Ctrl-C keeps what was found so far. Exit code: 0 on "
+        "success, 1 if the measuring fails, 2 if there is no GPU to tune for or no file to write.",
     )
     parser.add_argument(
         "--model",
@@ -39,7 +40,8 @@ def add_command(subparsers) -> None:
         default=[],
         choices=MODELS,
         metavar="NAME",
-        help=f"tune the linear layers of this model, may be repeated: {', '.join(MODELS)} (default: none)",
+        help=f"tune the linear layers of this model; may be repeated. Known: {', '.join(MODELS)} "
+        "(default: none)",
     )
     parser.add_argument(
         "--shapes",
@@ -47,11 +49,12 @@ def add_command(subparsers) -> None:
         default=[],
         type=_shape,
         metavar="MxKxNxR",
-        help="tune these: rows of x, in_features, out_features, rank (default: none)",
+        help="tune these sizes: rows of x (batch x sequence), in_features, out_features, rank "
+        "(default: none)",
     )
     for name, default, metavar, what in (
-        ("--rows", ROWS, "M", "rows of x"),
-        ("--rank", RANKS, "R", "ranks"),
+        ("--rows", ROWS, "M", "rows of x (batch x sequence)"),
+        ("--rank", RANKS, "R", "adapter ranks"),
     ):
         parser.add_argument(
             name,
@@ -61,28 +64,34 @@ def add_command(subparsers) -> None:
             metavar=metavar,
             help=f"{what} for --model (default: {' '.join(map(str, default))})",
         )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weight (default: bf16)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="dtype of x and the weight (default: bf16)"
+    )
     parser.add_argument(
         "--budget",
         type=_seconds,
         default=math.inf,
         metavar="S",
-        help="stop searching after S seconds (default: when everything is searched)",
+        help="stop searching after S seconds (default: no limit)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the table here (default: in the user's cache)"
+        "--out", type=Path, metavar="FILE", help="write the table to FILE (default: in the user's cache)"
     )
     parser.add_argument(
-        "--device", type=_device, default="cuda", metavar="DEVICE", help="the GPU (default: cuda)"
+        "--device",
+        type=_device,
+        default="cuda",
+        metavar="DEVICE",
+        help="GPU to tune, such as cuda:1 (default: cuda)",
     )
     parser.set_defaults(run=lambda options: run(options, parser))
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Tune as asked for; return the exit code."""
+    """Tune what the options name; return the exit code."""
     problems = problems_of(options)
     if not problems:
-        parser.error("what should be tuned? Give --model NAME or --shapes MxKxNxR")
+        parser.error("nothing to tune: give --model NAME or --shapes MxKxNxR")
     dtype = DTYPES[options.dtype]
     device = options.device
     if missing := _missing(device, dtype):
@@ -90,17 +99,17 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         import rich  # noqa: F401
     except ImportError:
-        return _fail("tune: the progress bar and the table need rich: pip install 'lorafa-kernels[tune]'")
+        return _fail("tune: the package rich is not installed: pip install 'lorafa-kernels[tune]'")
     target = planned_device(device)
     path = table_file(options.out, target)
     if target.name.startswith(STUB) and not beside_tables(options.out, target):
         return _fail(
-            f"tune: {target.name} is a stub driver, where nothing computes: its table is for no cache and "
-            "nothing that is shipped (give --out FILE)"
+            f"tune: {target.name} is a stub driver, which computes nothing: its times must not get into a "
+            "cache or the shipped tables. Give --out FILE in another folder"
         )
     if path is None:
         return _fail(f"tune: no home folder to keep the table in: give --out FILE or set {CACHE_VARIABLE}")
-    # Before the measuring, not after it.
+    # Checked now: after the measuring it would be too late.
     if path.exists() and not path.is_file():
         return _fail(f"tune: {path} is not a regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,18 +117,18 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         with torch.cuda.device(device):
             return search(problems, device, EventTimer(device), path, options.budget)
     except RuntimeError as error:
-        # No memory for a size, no plan that runs, or a device that gave up.
+        # Out of memory, no plan that can run, or a broken CUDA context.
         print(f"tune: {one_line(str(error).strip().partition(chr(10))[0])}", file=sys.stderr)
         return FAILED
 
 
 def table_file(out: Path | None, device: Device) -> Path | None:
-    """Return the file that is written: `out` or the user's table for the device; None if neither is there."""
+    """Return the file to write: `out`, else the user's table for the device; None if there is neither."""
     return out or cache_path(device)
 
 
 def beside_tables(out: Path | None, device: Device) -> bool:
-    """Whether a file lies neither where tables are shipped nor where the user's are."""
+    """Whether `out` is outside the folders of the shipped tables and of the user's tables."""
     folders = [SHIPPED, *([own.parent] if (own := cache_path(device)) else [])]
     return out is not None and out.resolve().parent not in [folder.resolve() for folder in folders]
 
@@ -127,7 +136,7 @@ def beside_tables(out: Path | None, device: Device) -> bool:
 def search(
     problems: list[Problem], device: torch.device, timer: Timer, path: Path, budget_s: float = math.inf
 ) -> int:
-    """Tune `problems` with a progress bar, print the table of what was found, and return the exit code."""
+    """Tune `problems` with a progress bar, print a table of the fastest plans, return the exit code."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -148,17 +157,19 @@ def search(
                 found.append(result)
                 bar.advance(task)
     except KeyboardInterrupt:
-        console.print(f"interrupted after {len(found)} of {len(problems)}; what was found is kept")
+        console.print(
+            f"interrupted after {len(found)} of {len(problems)} operations; what was found so far is kept"
+        )
         raise
     finally:
         if found:
             _print_table(console, found)
-            console.print(f"written to {path}", soft_wrap=True)
+            console.print(f"fastest plans written to {path}", soft_wrap=True)
     return 0
 
 
 def problems_of(options: argparse.Namespace) -> list[Problem]:
-    """Return the problems that the arguments ask for, forward and backward, each once, in order."""
+    """Return what to tune: forward and backward of all sizes that the options name, without repeats."""
     sizes = [
         (M, one.K, one.N, R, one.bias)
         for model in options.model
@@ -177,7 +188,13 @@ def problems_of(options: argparse.Namespace) -> list[Problem]:
 def _print_table(console, found: list[Result]) -> None:
     from rich.table import Table
 
-    table = Table("MxKxN", "fastest plan", title="microseconds, medians")
+    table = Table(
+        "operation MxKxN",
+        "fastest plan",
+        title="median times in microseconds",
+        caption="fused: this library's kernels; library: PyTorch's matrix products; frozen: nn.Linear "
+        "without an adapter; over frozen: the fastest plan's time against it; predicted: before measuring",
+    )
     for name in ("fused", "library", "frozen", "over frozen", "predicted"):
         table.add_column(name, justify="right")
     for result in found:
@@ -198,20 +215,21 @@ def _print_table(console, found: list[Result]) -> None:
     console.print(table)
     refused, cut = sum(len(one.refused) for one in found), sum(not one.finished for one in found)
     console.print(
-        f"{sum(one.tried for one in found)} candidates timed, {refused} refused; the budget ended the search "
-        f"for {cut} of {len(found)}"
+        f"{sum(one.tried for one in found)} candidates timed, {refused} refused (wrong result, or cannot run)"
     )
+    if cut:
+        console.print(f"--budget ended the search early for {cut} of {len(found)} operations")
     for result in found:
         for name, why in result.refused:
             console.print(f"refused for {_title(result.problem)}: {name}: {why}", markup=False)
 
 
 def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say what keeps this machine from tuning, or None."""
+    """Say why tuning cannot run on this machine, or None if it can."""
     if device.type != "cuda":
-        return f"times on {device} say nothing: tuning needs a GPU"
+        return f"tuning needs a GPU, and --device is {device}"
     if not torch.cuda.is_available():
-        return "torch sees no GPU here, and times in Triton's interpreter say nothing"
+        return "tuning needs a GPU, and torch sees no GPU here"
     if (device.index or 0) >= torch.cuda.device_count():
         return f"device {device} is not there: torch sees {torch.cuda.device_count()} GPUs"
     return triton_obstacle(device, dtype)
@@ -232,7 +250,7 @@ def _shape(text: str) -> tuple[int, ...]:
         M, K, N, R = map(count, text.lower().split("x"))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
-            f"{brief(text)} is not MxKxNxR, such as 8192x4096x14336x16, each from 1 to {MOST_SIZE}"
+            f"{brief(text)} is not MxKxNxR, such as 8192x4096x14336x16, each from 1 to {MOST_SIZE_TEXT}"
         ) from None
     return M, K, N, R
 
@@ -241,7 +259,7 @@ def _device(text: str) -> torch.device:
     try:
         return torch.device(text)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise argparse.ArgumentTypeError(f"{brief(text)} is no device such as cuda or cuda:1") from error
+        raise argparse.ArgumentTypeError(f"{brief(text)} is not a device such as cuda or cuda:1") from error
 
 
 def _seconds(text: str) -> float:

@@ -1,7 +1,7 @@
-"""Shapes of the linear layers in well-known models: what to tune and what to benchmark.
+"""Shapes of the linear layers in well-known models, for `tune` and the benchmarks.
 
-From each model's published configuration file; the projections of one layer, in the order in which they run.
-Embeddings and the output head are not adapted and not listed.
+Source: each model's published config.json. Listed are the linear layers of one Transformer layer, in the
+order in which they run; embeddings and the output head are not adapted and not listed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from typing import NamedTuple
 
 
 class Projection(NamedTuple):
-    """A linear layer: its name within a layer of the model, in_features K, out_features N, and whether it
-    has a bias.
-    """
+    """A linear layer: its name within a Transformer layer, in_features K, out_features N, bias or none."""
 
     name: str
     K: int
@@ -21,9 +19,7 @@ class Projection(NamedTuple):
 
 
 def _decoder(hidden: int, queries: int, keys: int, intermediate: int) -> tuple[Projection, ...]:
-    """A Llama-like layer, without biases: widths of the stream, of all query heads, of all key heads and of
-    the MLP.
-    """
+    """A Llama-like layer without biases. queries, keys: out_features of q, and of k and v each."""
     return (
         Projection("q_proj", hidden, queries, False),
         Projection("k_proj", hidden, keys, False),
@@ -67,12 +63,12 @@ MODELS: dict[str, tuple[Projection, ...]] = {
 
 
 def distinct_shapes(model: str) -> list[Projection]:
-    """Return one projection for each (K, N, bias) of `model`, in order; the others cost the same.
+    """Return one projection for each (K, N, bias) of `model`, in order: equal ones cost the same time.
 
-    Raises ValueError, naming the models that are known, for an unknown one.
+    Raises ValueError for an unknown model.
     """
     if model not in MODELS:
-        raise ValueError(f"unknown model {model!r}: one of {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {model!r}, expected one of {', '.join(MODELS)}")
     first: dict[tuple[int, int, bool], Projection] = {}
     for projection in MODELS[model]:
         first.setdefault((projection.K, projection.N, projection.bias), projection)

@@ -1,13 +1,16 @@
-"""Measuring plans: which recipe and which blocks are fastest for a problem on this device.
+"""Measure plans: find the fastest recipe and block sizes for a problem on this device.
 
-For each problem: all plans with the heuristics' configurations, and on sm_90 those whose expand has
-specialised warps, which no heuristic picks; then, from the fastest of each name, one kernel after the other,
-configurations that differ in one size, step by step while that pays; the best of each name again, in more
-rounds. Before it is timed a recipe is checked against fp64, within the accuracy that is
-promised; one that fails, or cannot run, is left out. Times are medians of rounds in which all contenders take
-turns.
+For each problem, three stages:
 
-What is measured is the operation of linear/ops.py, so host times include the choice of the plan.
+    1. time all plans with their default configurations, and on sm_90 those whose expand has specialised
+       warps, which no heuristic picks
+    2. climb from the fastest "fused" and the fastest "library" recipe: for one kernel after the other, change
+       one size by one step, and repeat while that is faster
+    3. time the best recipe of each name again, in more rounds
+
+A recipe is checked against fp64, within the error budget, before it is timed; one that fails or cannot run is
+left out. Times are medians over rounds in which all contenders take turns. What is timed is the operation of
+linear/ops.py, so host times include the choice of the plan.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from ..plan.recipe import Device, Problem, Recipe, describe, heuristic_config, k
 from ..plan.specialised import ws_configs
 from ..plan.tables import Entry, Measured, key_of, update_table
 
-# Sizes that a search may take, in order; it moves to the next one up or down.
+# The values that the search tries for each size: from the current one, the next lower and the next higher.
 STEPS: dict[str, dict[str, tuple[int, ...]]] = {
     "expand": {
         "BLOCK_N": (64, 128, 256),
@@ -61,27 +64,27 @@ STEPS: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 TMA_STEPS = {"EPILOGUE_SUBTILE": (1, 2, 4), "ctas_per_sm": (1, 2)}
-# Most fp32 accumulators of a thread: of its 255 registers more leave too few for the rest (estimate, from the
-# compile gate's spills).
+# Most fp32 accumulators per thread. With more, too few of its 255 registers are left for the rest (estimate,
+# from the compile gate's spills).
 MOST_ACCUMULATORS = 128
-# A configuration predicted to be this much slower than the one it is derived from is not tried (estimate).
+# A configuration predicted to take more than this times the time of the current one is not tried (estimate).
 PRUNE = 1.25
-# An improvement below this share is taken for noise (estimate).
+# A gain below this share of the time counts as noise (estimate).
 GAIN = 0.01
-# Samples of a configuration in the search, of the best ones at its end, and calls before the first sample
-# (estimate).
+# Samples per configuration during the search and, of the best ones, at its end; untimed calls before them
+# (estimates).
 ROUNDS = 10
 FINAL_ROUNDS = 30
 WARM_UPS = 2
 # Rows of the check against fp64: enough to fill blocks, few enough to be quick (estimate).
 CHECKED_ROWS = 512
-# The probability with which a problem with dropout is measured: it changes no time.
+# Dropout probability in measurements; the time does not depend on it.
 DROPOUT_P = 0.1
-# Written before each sample. It empties the L2, and takes so long (0.2 ms and more) that the host has queued
-# the operation's kernels by the time they start: no launch gaps are timed.
+# Bytes written before each sample. That empties the L2, and takes 0.2 ms or more, in which the host queues
+# the operation's kernels, so that no launch gaps are timed.
 FLUSH_BYTES = 2**30
 
-# The operations that are searched; the others take their plans from the model of the cost.
+# The operations that are searched, and their outputs. The cost model plans the other operations.
 OUTPUTS = {"forward": ("y",), "backward": ("dx", "dB")}
 Step = Callable[[], object]
 
@@ -119,9 +122,10 @@ class EventTimer:
 
 @dataclass
 class Result:
-    """What was found for a problem: the fastest recipe of each name; the frozen linear's time; how many
-    recipes were timed; and those that were refused, each with the reason. finished: the search came to its
-    end before the budget did.
+    """What was found for a problem.
+
+    best: the fastest recipe of each name. frozen_us: time of the frozen linear. tried: recipes timed.
+    refused: recipes left out, with the reason. finished: the search ended before the budget did.
     """
 
     problem: Problem
@@ -147,11 +151,11 @@ def tune(
     budget_s: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Result]:
-    """Search the best plan of each problem, write it into the table at `path`, and yield what was found.
+    """Find the fastest plans of each problem, write them into the table at `path`, and yield what was found.
 
-    The budget in seconds is shared out evenly among the problems that are left; each is given at least the
-    measurement of the plans with the heuristics' configurations. Raises RuntimeError if no plan at all can
-    run for a problem, OSError if the table cannot be written.
+    The rest of the budget is shared evenly among the remaining problems. The plans with default
+    configurations are always timed, even past the budget. Raises RuntimeError if no plan can run for a
+    problem, OSError if the table cannot be written.
     """
     target = planned_device(device)
     end = time.monotonic() + budget_s
@@ -165,7 +169,7 @@ def tune(
 
 
 class Search:
-    """The search for one problem."""
+    """The search for the fastest plans of one problem."""
 
     def __init__(
         self,
@@ -185,12 +189,13 @@ class Search:
         self.tried = 0
 
     def run(self, deadline: float) -> Result:
-        """Search until the deadline (time.monotonic)."""
+        """Search until it ends or the deadline (of time.monotonic) is reached."""
         p, limits = self.problem, self.target.limits
         first = self.measure([*candidates(p, self.target), *specialised(p, self.target)], ROUNDS)
         if not first:
             reasons = "; ".join(f"{describe(r, p.op)}: {why}" for r, why in self.checked.items())
-            raise RuntimeError(f"no plan can run for {p}: {reasons}")
+            sizes = f"{p.op} M={p.M} N={p.N} K={p.K} R={p.R}, {str(p.dtype).removeprefix('torch.')}"
+            raise RuntimeError(f"no plan can run for {sizes}: {reasons}")
         best: dict[str, Recipe] = {}
         for recipe in sorted(first, key=lambda one: first[one].us):
             best.setdefault(recipe.name, recipe)
@@ -209,7 +214,7 @@ class Search:
         return Result(p, best_times, frozen, predicted, self.tried, refused, finished)
 
     def climb(self, recipe: Recipe, kernel: str, deadline: float) -> tuple[Recipe, bool]:
-        """Improve the configuration of one kernel; return the recipe, and whether the end was reached."""
+        """Improve the configuration of one kernel; return the recipe, and False after the deadline."""
         while True:
             if time.monotonic() >= deadline:
                 return recipe, False
@@ -223,8 +228,8 @@ class Search:
     def measure(
         self, recipes: Sequence[Recipe], rounds: int, deadline: float = math.inf
     ) -> dict[Recipe, Measured]:
-        """Time recipes in turns. Those that fail the check are left out, also those that a deadline leaves
-        no time to check.
+        """Time recipes in turns. Left out are those that fail the check, and those that were not checked
+        before the deadline.
         """
         able = []
         for recipe in recipes:
@@ -237,7 +242,7 @@ class Search:
             if self.checked[recipe] is None:
                 able.append(recipe)
         samples: dict[Recipe, list[Sample]] = {recipe: [] for recipe in able}
-        # Made once, so that finding the plan costs no more than it does without a pin.
+        # Made once: a new Pin in each call would add to the host time that is measured.
         pins = {recipe: make_pin({self.problem.op: recipe}) for recipe in able}
         for index in range(WARM_UPS + rounds):
             for recipe in able:
@@ -255,18 +260,18 @@ class Search:
         }
 
     def refusal(self, recipe: Recipe) -> str | None:
-        """Say why a recipe cannot be taken, or None."""
+        """Say why a recipe is refused, or None."""
         try:
             return self.check(recipe)
         except Exception as error:
             if "CUDA error" in str(error):
-                raise  # The context is broken: everything after it would fail.
+                raise  # The CUDA context is broken: every later call would fail, too.
             lines = str(error).strip().splitlines()
             return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 class Check:
-    """The accuracy of a recipe's outputs on `problem`, measured as checks/budget.py says, with fewer rows."""
+    """Compares a recipe's outputs on `problem` with fp64 (checks/budget.py), on CHECKED_ROWS rows at most."""
 
     def __init__(self, problem: Problem, device: torch.device, target: Device) -> None:
         self.problem, self.limits = problem, target.limits
@@ -291,7 +296,7 @@ class Check:
 
     def __call__(self, recipe: Recipe) -> str | None:
         """Say which output is wrong, or None. Raises what the recipe raises."""
-        # By name: with fewer rows the heuristics could take others than are timed.
+        # Configurations are named: for fewer rows the defaults could differ from those that are timed.
         configs = kernel_configs(recipe, self.problem, self.limits)
         with pin_plan({self.op: replace(recipe, kernels=replace(recipe.kernels, **configs))}):
             got = lorafa_results(self.operands, "auto")
@@ -301,7 +306,7 @@ class Check:
                 allowed_error(plain, got[name].dtype),
             )
             if not error <= allowed:
-                return f"{name} has an error of {error:.2e}, allowed are {allowed:.2e}"
+                return f"{name} has a relative error of {error:.2e}, allowed is {allowed:.2e}"
         return None
 
 
@@ -324,11 +329,11 @@ def specialised(problem: Problem, device: Device) -> list[Recipe]:
 
 
 def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) -> list[Recipe]:
-    """Return the recipes that differ from `recipe` in one size of one kernel's configuration, or in that
-    expand does without TMA.
+    """Return the recipes that differ from `recipe` in one size of one kernel's configuration, and the one
+    whose expand does not use TMA.
 
-    Those that need too much shared memory or too many registers, and those that the model of the cost
-    predicts to be much slower, are left out. A pure function.
+    Left out are those that need too much shared memory or too many registers, and those with a predicted time
+    of more than PRUNE times that of `recipe`. A pure function.
     """
     limits = device.limits
     base = getattr(recipe.kernels, kernel) or heuristic_config(kernel, problem, limits)
@@ -361,7 +366,7 @@ def neighbours(recipe: Recipe, kernel: str, problem: Problem, device: Device) ->
 
 
 def _accumulators(kernel: str, config: KernelConfig) -> int:
-    """fp32 numbers that a thread accumulates at once."""
+    """fp32 accumulators per thread."""
     rows, columns, rank = config.BLOCK_M, config.BLOCK_N, config.BLOCK_R
     numbers = {
         "expand": rows * columns + (rows * rank if config.variant == "recompute" else 0),
@@ -372,8 +377,8 @@ def _accumulators(kernel: str, config: KernelConfig) -> int:
 
 
 def steps(problem: Problem, device: torch.device) -> tuple[Step, Step]:
-    """Return what to time: the operation of `problem` with whatever plan is pinned, and the frozen linear's
-    share of it. lora_B is in fp32, as LoRAFALinear holds it.
+    """Return two functions to time: the operation of `problem` with the pinned plan, and the frozen linear's
+    forward or dx. lora_B is in fp32, as in LoRAFALinear.
     """
     p = problem
 

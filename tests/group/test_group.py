@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import SMALL_OUTPUT, Budget, assert_same, check_budget
+from accuracy import SMALL_OUTPUT, Budget, assert_same, check_budget, whole
 from conftest import TRITON_DEVICE, implementation_cases, on_device
 from kernel_plans import grid, slow_reference
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.nn.group import operands_of
 from lorafa_kernels.philox import keep_mask
 from lorafa_kernels.plan.choice import planned_device
-from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, shrink_group_config
+from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig
+from lorafa_kernels.plan.defaults import shrink_group_config
 
 pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
@@ -1036,6 +1037,7 @@ def test_trained_while_merged():
 def test_threads_share_a_group():
     module = make_module("cpu", "torch")
     inputs = [torch.randn(8, 24) for _ in range(4)]
+    whole(*module.parameters(), *inputs)
 
     def gradient(x):
         return torch.autograd.grad(sum(y.square().sum() for y in module(x)), module.k_proj.lora_B)[0]
@@ -1064,7 +1066,7 @@ def member(N=8, K=6, R=2, **changes) -> LinearOperands:
 
 
 BAD = {
-    "K": (dict(second=member(K=7)), r"member 1: it takes 7 columns of x, member 0 6"),
+    "K": (dict(second=member(K=7)), r"member 1: weight has 7 columns .*that of member 0 has 6"),
     "dtype": (dict(second=member(weight=torch.zeros(8, 6).bfloat16())), r"member 1: .*torch\.bfloat16"),
     "device": (dict(second=member(weight=torch.zeros(8, 6, device="meta"))), r"member 1: .*meta"),
     "x": (dict(x=torch.zeros(3, 5)), r"member 0: x has shape \(3, 5\), expected \(\.\.\., 6\)"),
@@ -1078,7 +1080,7 @@ BAD = {
         dict(second=member(lora_A=None, lora_B=None, bias=torch.zeros(7))),
         r"member 1: bias has shape \(7,\), expected \(8,\)",
     ),
-    "half-an-adapter": (dict(second=member(lora_A=None)), "one of lora_A and lora_B without the other"),
+    "half-an-adapter": (dict(second=member(lora_A=None)), "member 1: lora_A is None: pass both"),
     "thawed": (
         dict(second=member(weight=torch.zeros(8, 6, requires_grad=True))),
         "member 1: weight requires",
@@ -1089,7 +1091,7 @@ BAD = {
     ),
     "scaling": (dict(second=member(scaling=float("nan"))), "member 1: scaling must be a finite number"),
     "dropout": (dict(second=member(dropout_p=1.0)), r"member 1: dropout_p must be in \[0, 1\)"),
-    "other-A": (dict(share_A=True), "member 1: share_A=True, but its lora_A is not the object"),
+    "other-A": (dict(share_A=True), "member 1: share_A=True needs the same lora_A tensor object"),
     "impl": (dict(impl="cuda"), "impl='cuda' is not known"),
     "empty": (dict(members=[]), "at least one linear layer"),
 }
@@ -1128,7 +1130,7 @@ def test_bad_modules():
     good = {"q": linear, "k": nn.Linear(6, 4)}
     for changed, words in (
         ({}, "at least one"),
-        ({"q": linear, "k": nn.Linear(7, 4)}, "'k' has in_features 7, member 'q' 6"),
+        ({"q": linear, "k": nn.Linear(7, 4)}, "'k' has in_features 7, 'q' has 6"),
         ({"q": linear, "k": nn.Linear(6, 4, dtype=torch.bfloat16)}, "'k' has dtype"),
         ({"q": linear, "k": nn.Linear(6, 4, device="meta")}, "'k' has device meta"),
     ):
@@ -1140,7 +1142,7 @@ def test_bad_modules():
         LoRAFALinearGroup.from_linears(good, adapt=["q", "v"])
     with pytest.raises(ValueError, match="different lora_A objects"):
         LoRAFALinearGroup({n: LoRAFALinear(6, 8) for n in ("q", "k")}, share_A=True)
-    with pytest.raises(ValueError, match="'k' has r 4, 'q' 8"):
+    with pytest.raises(ValueError, match="'k' has r 4, 'q' has 8"):
         LoRAFALinearGroup({"q": LoRAFALinear(6, 8), "k": LoRAFALinear(6, 8, r=4)}, share_A=True)
     assert linear.weight.requires_grad, "a refused member is not frozen"
     with pytest.raises(TypeError, match="Bilinear is neither"):

@@ -26,7 +26,8 @@ from bench.gate.compile import (
     misplaced_wait,
     serialized,
 )
-from lorafa_kernels.plan.config import KNOWN_DEVICES, OPS, KernelConfig, all_default_configs, makes_mask
+from lorafa_kernels.plan.config import KNOWN_DEVICES, OPS, KernelConfig, makes_mask
+from lorafa_kernels.plan.defaults import all_default_configs
 
 # The first run compiles 150 kernels, which takes a busy machine more than ten minutes.
 pytestmark = pytest.mark.timeout(3600)
@@ -225,7 +226,7 @@ def test_a_lost_property_fails_the_gate(tmp_path, cache):
         folder = folders[mutation] = tmp_path / mutation.replace(" ", "-")
         for package in ("lorafa_kernels", "bench"):
             shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-        files = [folder / "lorafa_kernels" / name for name in ("kernels/expand_tma.py", "plan/config.py")]
+        files = [folder / "lorafa_kernels" / name for name in ("kernels/expand_tma.py", "plan/defaults.py")]
         changed = [file for file in files if before in file.read_text()]
         assert len(changed) == 1, mutation
         changed[0].write_text(changed[0].read_text().replace(before, after))

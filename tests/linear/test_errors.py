@@ -157,8 +157,8 @@ def test_rank(r):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(lora_alpha=math.inf), "lora_alpha must be finite"),
-        (dict(lora_alpha="16"), "lora_alpha must be finite"),
+        (dict(lora_alpha=math.inf), "lora_alpha must be a finite number"),
+        (dict(lora_alpha="16"), "lora_alpha must be a finite number"),
         (dict(lora_dropout=None), "lora_dropout must be"),
         (dict(init_lora_weights="pissa"), "init_lora_weights must be"),
         (dict(init_lora_weights=1), "init_lora_weights must be"),

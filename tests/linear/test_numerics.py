@@ -140,17 +140,19 @@ def test_accuracy_of_the_hopper_kernel(monkeypatch, device, impl, name, dtype, R
     and without; the kernel does run: no operand here is one that TMA cannot address.
     """
     expand = importlib.import_module("lorafa_kernels.kernels.expand")
-    run, runs = expand.expand_tma, []
-    monkeypatch.setattr(expand, "expand_tma", lambda *args: runs.append(args) or run(*args))
+    forget_launches = importlib.import_module("lorafa_kernels.kernels.launch").forget_launches
+    make, made = expand.expand_tma_launch, []
+    monkeypatch.setattr(expand, "expand_tma_launch", lambda *args: made.append(args) or make(*args))
     pin_by_name(monkeypatch, name)
     factor_dtype = torch.float32 if fp32_lora_B else dtype
     budget = Budget()
     # Of rank 1 two draws, which have elements enough.
     for seed in range(-(-SMALL_OUTPUT // (200 * R))):
         inputs = draw_operands(150, 72, 200, R, dtype, device, factor_dtype=factor_dtype, seed=seed)
-        runs.clear()
+        forget_launches()
+        made.clear()
         budget.add(inputs, layer(impl)(inputs))
-        assert [call[5].shape for call in runs] == [(150, 200), (150, 72)]
+        assert [call[5].shape for call in made] == [(150, 200), (150, 72)]
     budget.check()
 
 

@@ -49,7 +49,12 @@ def assert_answered(*arguments: str) -> None:
     """With a plan, or with a refusal in one line."""
     code, out, err = call(*arguments)
     if code == 0:
-        assert err == "" and "kept: " in out and "nan" not in out and "inf" not in out.replace("infer", "")
+        assert (
+            err == ""
+            and "kept for backward: " in out
+            and "nan" not in out
+            and "inf" not in out.replace("infer", "")
+        )
     else:
         assert code == 2 and out == "" and err.count("\n") == 1 and len(err) < 1000, (code, out, err)
 
@@ -177,7 +182,9 @@ def test_a_folder_that_must_not_be_read(tmp_path):
 
 
 def test_heads_that_do_not_share_evenly():
-    with pytest.raises(ValueError, match="num_attention_heads is 4, no multiple of num_key_value_heads"):
+    with pytest.raises(
+        ValueError, match="num_attention_heads is 4, expected a multiple of num_key_value_heads"
+    ):
         ModelSizes.from_config({**LLAMA, "num_key_value_heads": 3})
 
 

@@ -136,17 +136,18 @@ def test_command_prints_the_plan(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.isascii() and all(title in out for title in METHODS.values())
     sizes, step = ModelSizes.from_config(LLAMA_8B), Step(2, 1024)
-    assert f"kept: {model_bytes(sizes, step, 'lorafa') / 2**30:.3f} GiB" in out
-    assert f"at most {most_batch(sizes, step, 'lorafa', 80 * 2**30)} in 80.000 GiB" in out
+    assert f"kept for backward: {model_bytes(sizes, step, 'lorafa') / 2**30:.3f} GiB" in out
+    most = most_batch(sizes, step, "lorafa", 80 * 2**30)
+    assert f"at most {most} sequences fit in 80.000 GiB" in out and "upper bound" in out
     assert main(["memory", str(tmp_path / "config.json"), "--memory", "1"]) == 0
-    assert "not even 1 in 1.000 GiB" in capsys.readouterr().out
+    assert "not even 1 sequence fits in 1.000 GiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "Expecting"),
-        ("[]", "no JSON object"),
+        ("[]", "expected a JSON object"),
         (
             json.dumps({**LLAMA_8B, "model_type": "bert"}),
             "model_type is 'bert', expected one of llama, mistral",
@@ -155,7 +156,7 @@ def test_command_prints_the_plan(tmp_path, capsys):
         (json.dumps({**LLAMA_8B, "vocab_size": "many"}), "vocab_size is 'many'"),
         (
             json.dumps({k: v for k, v in LLAMA_8B.items() if k != "num_hidden_layers"}),
-            "num_hidden_layers is None",
+            "num_hidden_layers is missing",
         ),
         (None, "No such file"),
     ],

@@ -802,17 +802,17 @@ WRONG = {
     "up": (
         dict(up=LinearOperands(torch.zeros(41, K))),
         ValueError,
-        r"up: weight has shape \(41, 32\), that of gate \(40, 32\)",
+        r"up: weight has shape \(41, 32\), that of gate has \(40, 32\)",
     ),
     "up-dtype": (
         dict(up=LinearOperands(torch.zeros(INTERMEDIATE, K).bfloat16())),
         ValueError,
-        "up: weight has dtype torch.bfloat16, that of gate torch.float32",
+        "up: weight has dtype torch.bfloat16, that of gate has torch.float32",
     ),
     "up-device": (
         dict(up=LinearOperands(torch.empty(INTERMEDIATE, K, device="meta"))),
         ValueError,
-        "up: weight has device meta, that of gate cpu",
+        "up: weight has device meta, that of gate has cpu",
     ),
     "down": (
         dict(down=LinearOperands(torch.zeros(N, 39))),
@@ -828,7 +828,7 @@ WRONG = {
     "half-an-adapter": (
         dict(down=LinearOperands(torch.zeros(N, INTERMEDIATE), None, torch.zeros(2, INTERMEDIATE))),
         ValueError,
-        "down: it has one of lora_A and lora_B without the other",
+        "down: lora_B is None: pass both",
     ),
     "frozen": (
         dict(up=LinearOperands(torch.zeros(INTERMEDIATE, K, requires_grad=True))),
@@ -1000,7 +1000,7 @@ def test_from_linears_refuses_what_does_not_fit():
     gate, up, down = linears()
     with pytest.raises(TypeError, match=r"up_proj: Sequential is not a torch\.nn\.Linear"):
         LoRAFASwiGLU.from_linears(gate, nn.Sequential(up), down)
-    with pytest.raises(ValueError, match=r"down_proj has dtype torch\.float64, gate_proj torch\.float32"):
+    with pytest.raises(ValueError, match=r"down_proj has dtype torch\.float64, gate_proj has torch\.float32"):
         LoRAFASwiGLU.from_linears(gate, up, down.double())
     assert gate.weight.requires_grad and not any(isinstance(m, LoRAFALinear) for m in (gate, up, down))
 

@@ -384,7 +384,7 @@ REFUSED = {
         ),
         {"target_modules": ["q"], "modules_to_save": ["norm"]},
         ValueError,
-        "norm.n is torch.int8",
+        "norm.n has dtype torch.int8",
     ),
 }
 

@@ -167,7 +167,7 @@ NOT_PLAIN = {
     "bias": (with_subclass_bias, ValueError, r"1\.up: bias is a .*Wrapped, a subclass of Tensor"),
     "part": (with_part, ValueError, r"1\.up: weight has shape \(0,\), expected \(8, 6\)"),
     "own call": (with_own_call, TypeError, r"1\.up: .*Called has a forward of its own"),
-    "another adapter": (with_lora, ValueError, r"1\.up: the layer has a lora_A already"),
+    "another adapter": (with_lora, ValueError, r"1\.up: the layer already has a lora_A"),
 }
 
 

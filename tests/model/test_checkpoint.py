@@ -437,18 +437,18 @@ BAD_FILES = {
     "wrong shape": (
         lambda f: edit_weights(f, lambda t: t.update({KEY: torch.ones(5, 4)})),
         ValueError,
-        rf"{KEY} is \(5, 4\), expected \(6, 4\)",
+        rf"{KEY} has shape \(5, 4\), expected \(6, 4\)",
     ),
     "wrong rank": (
         lambda f: edit_weights(f, lambda t: t.update({KEY: torch.ones(6, 2)})),
         ValueError,
-        rf"{KEY} is \(6, 2\), expected \(6, 4\)",
+        rf"{KEY} has shape \(6, 2\), expected \(6, 4\)",
     ),
-    "wrong rank in the config": (lambda f: edit_config(f, r=2), ValueError, "r=4|lora_A.weight is"),
+    "wrong rank in the config": (lambda f: edit_config(f, r=2), ValueError, "r=4|lora_A.weight has shape"),
     "integers": (
         lambda f: edit_weights(f, lambda t: t.update({KEY: torch.ones(6, 4, dtype=torch.int32)})),
         ValueError,
-        f"{KEY} is torch.int32",
+        f"{KEY} has dtype torch.int32",
     ),
     "another base": (
         lambda f: edit_weights(f, lambda t: t.update({"base_model.model.head.weight": torch.ones(3, 7)})),

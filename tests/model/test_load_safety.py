@@ -157,7 +157,7 @@ def test_a_config_of_absurd_size_is_refused_without_being_read(folder, monkeypat
     with open(folder / CONFIG_FILE, "r+b") as file:
         file.truncate(1 << 30)
     with little_memory():
-        assert_refused(folder, "which no config needs")
+        assert_refused(folder, "not an adapter's config")
 
 
 def header(length: int) -> bytes:
@@ -200,7 +200,7 @@ def test_weights_are_not_read_further_than_the_model_takes(folder):
         file.write(header(len(content)) + content)
         file.truncate(8 + len(content) + (1 << 40))
     with little_memory():
-        assert_refused(folder, rf"{re.escape(KEY)} is \(274877906944,\), expected \(2, 6\)")
+        assert_refused(folder, rf"{re.escape(KEY)} has shape \(274877906944,\), expected \(2, 6\)")
     content = json.dumps({"x": entry(shape=(2**38,), offsets=(0, 1 << 40))}).encode()
     with open(folder / WEIGHTS_FILE, "r+b") as file:
         file.write(header(len(content)) + content)
@@ -251,8 +251,8 @@ def test_what_is_no_regular_file_is_neither_read_nor_replaced(kind, name, folder
     done = []
 
     def work():
-        assert_refused(folder, f"{name} is no regular file")
-        with pytest.raises(IsADirectoryError, match=f"{name} is no regular file"):
+        assert_refused(folder, f"{name} is not a regular file")
+        with pytest.raises(IsADirectoryError, match=f"{name} is not a regular file"):
             save_adapter(MODELS["adapted"], folder)
         done.append(True)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accuracy import assert_same, check_budget
+from accuracy import assert_same, check_budget, whole
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,8 +63,9 @@ def test_gradient_accumulation():
 
 
 def test_threads_share_a_layer():
-    layer = LoRAFALinear(WIDTH, 12, r=3, init_lora_weights=False)
+    layer = LoRAFALinear(WIDTH, 12, r=4, lora_alpha=8, init_lora_weights=False)
     inputs = [torch.randn(ROWS, WIDTH) for _ in range(4)]
+    whole(*layer.parameters(), *inputs)
     alone = [torch.autograd.grad(layer(x).square().sum(), layer.lora_B)[0] for x in inputs]
     found: dict[int, list[torch.Tensor]] = {}
 

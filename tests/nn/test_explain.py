@@ -13,7 +13,8 @@ from lorafa_kernels import LoRAFALinear
 from lorafa_kernels.linear import ops
 from lorafa_kernels.nn.explain import explain
 from lorafa_kernels.plan.choice import choose
-from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan, default_config
+from lorafa_kernels.plan.config import KNOWN_DEVICES, DeviceLimits, KernelConfig, KernelPlan
+from lorafa_kernels.plan.defaults import default_config
 from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import Recipe
 
@@ -288,7 +289,7 @@ def test_text_is_ascii_and_complete():
         pytest.param((-1, 2, 3, 4), {}, ValueError, "M is -1", id="negative"),
         pytest.param((1, 2.0, 3, 4), {}, TypeError, "N is 2.0, expected an integer", id="float"),
         pytest.param((1, 2, True, 4), {}, TypeError, "K is True", id="bool"),
-        pytest.param((1, 2, 3, 4), {"M": 5}, TypeError, "M=5 beside shapes", id="M-twice"),
+        pytest.param((1, 2, 3, 4), {"M": 5}, TypeError, "M=5 with shapes", id="M-twice"),
         pytest.param((1, 2, 3, 4), {"impl": "cuda"}, ValueError, "impl='cuda' is not known", id="impl"),
         pytest.param((1, 2, 3, 4), {"dtype": torch.int8}, TypeError, "int8, expected one of", id="dtype"),
         pytest.param((1, 2, 3, 4), {"device": "gpu"}, ValueError, "device is 'gpu'", id="device"),

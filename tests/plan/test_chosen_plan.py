@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lorafa_kernels.plan import choice
-from lorafa_kernels.plan.config import KNOWN_DEVICES, RECOMPUTE_ROWS, rows_aligned
+from lorafa_kernels.plan.config import KNOWN_DEVICES, rows_aligned
+from lorafa_kernels.plan.defaults import RECOMPUTE_ROWS
 from lorafa_kernels.plan.recipe import Problem, heuristic_config
 
 HOPPER = KNOWN_DEVICES["sm_90"]

@@ -12,18 +12,20 @@ from lorafa_kernels.plan.config import (
     DIRECT_BLOCKS,
     INTERPRETER,
     KNOWN_DEVICES,
-    MAX_BLOCK_R,
     MIN_BLOCK,
     OPS,
-    SPLIT_ROWS,
-    SPLITS,
     DeviceLimits,
     KernelConfig,
-    all_default_configs,
-    default_config,
     row_chunks,
     shared_memory,
     split_size,
+)
+from lorafa_kernels.plan.defaults import (
+    MAX_BLOCK_R,
+    SPLIT_ROWS,
+    SPLITS,
+    all_default_configs,
+    default_config,
 )
 
 KB = 1024

@@ -231,7 +231,7 @@ def test_a_pin_file_with_absurd_blocks_is_ignored(monkeypatch, tmp_path, damage)
     ("text", "match"),
     [
         pytest.param("{", "Expecting property name", id="no-json"),
-        pytest.param("[]", "it holds no object", id="list"),
+        pytest.param("[]", "expected a JSON object", id="list"),
         pytest.param('{"sideways": {"name": "fused"}}', "unknown operations sideways", id="op"),
         pytest.param(json.dumps({"s" * 9999: {"name": "fused"}}), "unknown operations sss", id="long-op"),
         pytest.param('{"forward": {"name": "magic"}}', "name is 'fused' or 'library'", id="name"),

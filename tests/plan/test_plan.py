@@ -355,8 +355,8 @@ def test_pins_nest_and_end():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        pytest.param("quick", "unknown plan 'quick': one of 'fused', 'library'", id="name"),
-        pytest.param({"sideways": FUSED}, "unknown operations sideways: forward, backward", id="op"),
+        pytest.param("quick", "unknown plan 'quick', expected one of 'fused', 'library'", id="name"),
+        pytest.param({"sideways": FUSED}, "unknown operations sideways, expected some of forward", id="op"),
     ],
 )
 def test_pins_that_make_no_sense(plan, message):

@@ -7,11 +7,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from lorafa_kernels.plan.config import (
-    INTERPRETER,
-    KNOWN_DEVICES,
-    KernelConfig,
-    KernelPlan,
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, KernelConfig, KernelPlan
+from lorafa_kernels.plan.defaults import (
     default_config,
     expand_total_config,
     shrink_group_config,

@@ -18,11 +18,11 @@ from lorafa_kernels.plan.config import (
     OPS,
     WS_SIZES,
     KernelPlan,
-    all_default_configs,
     shared_memory,
     wrong_field,
 )
 from lorafa_kernels.plan.cost import ceilings, predict
+from lorafa_kernels.plan.defaults import all_default_configs
 from lorafa_kernels.plan.kernels import all_configs
 from lorafa_kernels.plan.make import candidates, make_plan
 from lorafa_kernels.plan.pin import make_pin, pin_plan

@@ -75,6 +75,7 @@ class Launch:
     shared_memory: int = 0
     cluster: tuple[int, ...] = (1, 1, 1)
     dependent: bool = False  # launched by programmatic stream serialization
+    repeated: bool = False  # by a kernel that was kept (kernels/launch.py), not through Triton's JIT
     waits: bool = False  # has griddepcontrol.wait
     triggers: bool = False  # has griddepcontrol.launch_dependents
     arguments: int = 0  # parameters of the compiled kernel
@@ -114,10 +115,11 @@ def faults(of: list[Launch]) -> list[str]:
     return [f"{launch.kernel}: {fault}" for launch in of for fault in launch.faults]
 
 
-def install(arch: str = "sm_90", *, redirect: bool = False) -> None:
+def install(arch: str = "sm_90", *, redirect: bool = False, watch: bool = True) -> None:
     """Make this process see a GPU of architecture `arch`, one of DEVICES.
 
-    redirect: tensors that are asked for on "cuda" are made on the CPU, so that programs for a GPU run.
+    redirect: tensors that are asked for on "cuda" are made on the CPU, so that programs for a GPU run. watch:
+    keep launches, and what is wrong with them; without it a launch takes its own time alone.
     """
     global _stub
     if _stub is not None:
@@ -135,7 +137,10 @@ def install(arch: str = "sm_90", *, redirect: bool = False) -> None:
     os.environ["TRITON_LIBCUDA_PATH"] = str(build(folder))
     _stub = Stub(arch, Path(os.environ["TRITON_LIBCUDA_PATH"]) / "libcuda.so.1")
     _present(arch)
-    _watch_launches(_stub)
+    if watch:
+        _watch_launches(_stub)
+    else:
+        _stub.library.stub_quiet(1)
     _open_the_library()
     if redirect:
         _redirect()
@@ -333,7 +338,8 @@ def _watch_launches(stub: Stub) -> None:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-    load, run = CompiledKernel._init_handles, JITFunction.run
+    ready = importlib.import_module("lorafa_kernels.kernels.launch").Ready
+    load, run, repeat = CompiledKernel._init_handles, JITFunction.run, ready.launch
     previous: list[Launch] = []
 
     def load_and_declare(self):
@@ -342,16 +348,17 @@ def _watch_launches(stub: Stub) -> None:
         if fresh and self.function is not None:
             stub.declare(self.function, parameter_sizes(self.asm["ptx"]))
 
-    def run_and_keep(self, *args, grid, warmup, **kwargs):
-        if warmup:
-            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
-        launch = Launch(self.__name__.strip("_"), () if callable(grid) else tuple(grid))
-        constants = (parameter.name for parameter in self.params if parameter.is_constexpr)
+    def keep(kernel, grid, kwargs: dict, launch_it):
+        """Launch, and keep what was asked for beside what reached the driver. launch_it launches, and returns
+        the compiled kernel.
+        """
+        launch = Launch(kernel.__name__.strip("_"), () if callable(grid) else tuple(grid))
+        constants = (parameter.name for parameter in kernel.params if parameter.is_constexpr)
         launch.constants = {name: kwargs[name] for name in constants if name in kwargs}
         stub.take()
         compiled = None
         try:
-            compiled = run(self, *args, grid=grid, warmup=False, **kwargs)
+            compiled = launch_it()
         except Exception as error:
             launch.faults.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
             raise
@@ -363,14 +370,34 @@ def _watch_launches(stub: Stub) -> None:
             if reached:
                 _describe(launch, reached[0])
             if compiled is not None:
-                asked = _flat_arguments(compiled, self, args, kwargs)
+                asked = _flat_arguments(compiled, kernel, kwargs)
                 launch.faults += _disagreements(launch, compiled, reached, asked, previous)
             previous[:] = [launch]
             _launches.append(launch)
         return compiled
 
+    def run_and_keep(self, *args, grid, warmup, **kwargs):
+        if warmup:
+            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        return keep(self, grid, named, lambda: run(self, grid=grid, warmup=False, **named))
+
+    def repeat_and_keep(self, values) -> bool:
+        # What it makes of an address that is not aligned goes through the other function.
+        if self.filled(values) is None:
+            return False
+        keep(
+            self.of.kernel,
+            self.of.grid,
+            self.of.arguments(values),
+            lambda: repeat(self, values) and self.compiled,
+        )
+        _launches[-1].repeated = True
+        return True
+
     CompiledKernel._init_handles = load_and_declare
     JITFunction.run = run_and_keep
+    ready.launch = repeat_and_keep
 
 
 def _describe(launch: Launch, record: dict) -> None:
@@ -437,12 +464,12 @@ def parameter_sizes(ptx: str) -> list[int]:
     return [int(bits) // 8 * int(count or 1) for bits, count in found]
 
 
-def _flat_arguments(compiled, kernel, args: tuple, kwargs: dict) -> list[bytes]:
+def _flat_arguments(compiled, kernel, kwargs: dict) -> list[bytes]:
     """Return the bytes that a launcher must pass for a call: those of its arguments that are no constants, in
     order; for a descriptor a key of its map, its shape and its strides.
     """
     named = {key: value for key, value in kwargs.items() if key in kernel.signature.parameters}
-    bound = kernel.signature.bind(*args, **named).arguments
+    bound = kernel.signature.bind(**named).arguments
     flat: list[bytes] = []
     for name, kind in compiled.src.signature.items():
         _flatten(kind, bound.get(name), flat)

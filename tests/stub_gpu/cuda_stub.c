@@ -30,6 +30,9 @@ typedef struct {
 /* The device: stub_device sets it. */
 static int major = 9, minor = 0, multiprocessors = 132, shared_optin = 232448, shared_per_sm = 233472;
 
+/* Neither records nor checks: for the time of what leads to a launch. */
+static int quiet;
+
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char *records;
 static size_t used, room;
@@ -85,6 +88,8 @@ void stub_device(int cc_major, int cc_minor, int sms, int optin, int per_sm) {
     shared_optin = optin;
     shared_per_sm = per_sm;
 }
+
+void stub_quiet(int wanted) { quiet = wanted; }
 
 /* The sizes in bytes of a function's parameters, as its PTX declares them. */
 void stub_parameters(CUfunction handle, int count, const int *sizes) {
@@ -220,6 +225,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
+    if (quiet) return CUDA_SUCCESS;
     pthread_mutex_lock(&lock);
     faults[0] = 0;
     int size = element_size(type);
@@ -274,6 +280,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void **parameters, void **extra) {
+    if (quiet) return CUDA_SUCCESS;
     const Function *function = (const Function *)handle;
     pthread_mutex_lock(&lock);
     faults[0] = 0;

@@ -153,7 +153,7 @@ def test_a_wrong_one_is_refused_before_it_is_timed(here, wrong):
     result, plan = here(kernel, "ws")
     assert plan.kernels.expand.variant != "ws"
     refused = [why for text, why in result.refused if "specialised warps" in text]
-    assert len(refused) == 3 and all(why.startswith("y has an error of") for why in refused)
+    assert len(refused) == 3 and all(why.startswith("y has a relative error of") for why in refused)
 
 
 def test_one_without_the_rank_term_is_refused(here):
@@ -174,7 +174,7 @@ def test_one_that_reads_z_before_it_is_written_is_refused(here):
 
     result, _ = here(kernel, "ws_z")
     refused = [why for text, why in result.refused if "one launch for z and y" in text]
-    assert len(refused) == 3 and all(why.startswith("y has an error of") for why in refused)
+    assert len(refused) == 3 and all(why.startswith("y has a relative error of") for why in refused)
 
 
 @pytest.mark.gpu

@@ -324,9 +324,8 @@ def check_calls(model: nn.Module, layers: Mapping[int, str]) -> tuple[str, ...]:
         compiled = module._modules.get("_orig_mod")
         if id(compiled) in layers:
             raise ValueError(
-                f"{layers[id(compiled)]} was compiled by itself, and the compiled code would go on to "
-                "compute it without the adapter: call torch.compile after apply_lorafa (exclude_modules "
-                "leaves it out)"
+                f"{layers[id(compiled)]} was compiled by itself, and the compiled code would ignore the "
+                "adapter: call torch.compile after apply_lorafa (or leave the layer out with exclude_modules)"
             )
         for use in uses_of(getattr(type(module), "lorafa_original", type(module))):
             for found in _reached(module, use.path):
@@ -338,16 +337,16 @@ def check_calls(model: nn.Module, layers: Mapping[int, str]) -> tuple[str, ...]:
     if never := [key for key in read if key not in called]:
         names = ", ".join(layers[key] for key in never)
         raise ValueError(
-            f"{names}: {read[never[0]]} reads the weight and never calls the layer, so that an adapter there "
-            "would do nothing (exclude_modules leaves it out)"
+            f"{names}: {read[never[0]]} reads the weight and never calls the layer, so an adapter would have "
+            "no effect (leave it out with exclude_modules)"
         )
     found = [
-        f"{layers[key]}: {where} reads the weight in one place and calls the layer in another; where the "
-        "weight is read, the adapter neither acts nor trains"
+        f"{layers[key]}: {where} reads the weight in one place and calls the layer in another; the adapter "
+        "has no effect where the weight is read"
         for key, where in read.items()
     ]
     found += [
-        f"{name} is also held by {attribute}: what is called there is the layer without the adapter"
+        f"{name} is also held by {attribute}: a call through {attribute} runs the layer without the adapter"
         for name, attribute in _kept_elsewhere(model, layers).items()
     ]
     return tuple(found)

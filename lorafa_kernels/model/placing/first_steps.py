@@ -62,8 +62,8 @@ class _Watch:
             warnings.warn(
                 f"the adapters of {', '.join(left[:_SHOWN])}{more} got no gradient in the first "
                 f"{_PASSES} backward passes: these layers were not called, or the loss does not "
-                "depend on them. Where a model reads the weight of a layer without calling it, an adapter "
-                "does nothing (exclude_modules leaves it out)",
+                "depend on them. An adapter has no effect where the model reads a layer's weight without "
+                "calling the layer (leave it out with exclude_modules)",
                 stacklevel=2,
             )
 

@@ -1,0 +1,140 @@
+"""Host time: what a process spends between a Python call and the driver, without a GPU.
+
+    python -m bench.host_time --out bench/results/host-time.json
+
+Every operation is called beside a stub driver (tests/stub_gpu), which accepts launches and computes nothing,
+and so is an empty kernel of 20 arguments, through Triton's own `kernel[grid](…)`: an operation's time is
+given in such launches too, a ratio within one run. Thread CPU time of one thread, in rounds that take turns;
+what the driver and the device need is in none of it. The time of Python on one processor: on another one the
+microseconds differ, the ratios less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..run.environment import ROOT, environment
+
+EMPTY = "an empty kernel of 20 arguments"
+# Small matrices cost the allocator little; many rows of them have the plan of large ones.
+K = N = 512
+RANK = 16
+FEW, MANY = 1, 256
+CALLS = 20
+
+
+def subjects() -> dict[str, Callable[[], object]]:
+    """Return what is timed, by name; each has been called before, so that nothing is compiled any more."""
+    import torch
+
+    from lorafa_kernels import LoRAFASwiGLU, lorafa_linear
+    from lorafa_kernels.group.api import lorafa_linear_group
+    from lorafa_kernels.group.operands import LinearOperands
+
+    from .empty_kernel import empty
+
+    bf16 = torch.bfloat16
+    zeros = torch.zeros
+    weight, lora_A = zeros(N, K, dtype=bf16), zeros(RANK, K, dtype=bf16)
+    lora_B = zeros(N, RANK, requires_grad=True)
+    found: dict[str, Callable[[], object]] = {}
+
+    tensors = [zeros(16, 16, dtype=bf16) for _ in range(5)]
+    found[EMPTY] = lambda: empty[(1,)](*tensors, *[256] * 15, BLOCK=1)
+
+    def both_ways(name: str, call: Callable, x: torch.Tensor, trained: Sequence[torch.Tensor]) -> None:
+        outputs = call(x)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        dys = [torch.ones_like(y) for y in outputs]
+        found[f"{name}, forward"] = lambda: call(x)
+        found[f"{name}, backward"] = lambda: torch.autograd.grad(
+            outputs, (x, *trained), dys, retain_graph=True
+        )
+
+    for M in (FEW, MANY):
+        x = zeros(M, K, dtype=bf16, requires_grad=True)
+        layer = lambda x: lorafa_linear(x, weight, lora_A, lora_B, impl="triton")  # noqa: E731
+        both_ways(f"a layer, M = {M}", layer, x, (lora_B,))
+
+        members = [LinearOperands(weight, None, lora_A, zeros(N, RANK, requires_grad=True)) for _ in range(3)]
+        group = lambda x, members=members: lorafa_linear_group(x, members, impl="triton")  # noqa: E731
+        both_ways(f"q, k and v, M = {M}", group, x, [member.lora_B for member in members])
+
+        mlp = LoRAFASwiGLU(K, N, r=RANK, dtype=bf16)
+        mlp.impl = "triton"
+        both_ways(f"a gated MLP, M = {M}", mlp, x, [p for p in mlp.parameters() if p.requires_grad])
+    for call in found.values():
+        call()
+    return found
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """Return {name: median and least microseconds, and the median of the ratios to an empty launch}."""
+    subject = subjects()
+    times: dict[str, list[float]] = {name: [] for name in subject}
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for name, call in subject.items():
+            begin = time.thread_time()
+            for _ in range(CALLS):
+                call()
+            times[name].append(1e6 * (time.thread_time() - begin) / CALLS)
+        gc.collect()
+    empty = times[EMPTY]
+    return {
+        name: {
+            "median_us": round(statistics.median(found), 2),
+            "least_us": round(min(found), 2),
+            "empty_launches": round(statistics.median(a / b for a, b in zip(found, empty, strict=True)), 2),
+        }
+        for name, found in times.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.host_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--rounds", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    stub = importlib.import_module("tests.stub_gpu")
+    if options.worker:
+        stub.install("sm_90", watch=False)
+        import torch
+
+        torch.set_num_threads(1)
+        print(json.dumps(measure(options.rounds)))
+        return 0
+    if lacks := stub.missing():
+        parser.error(lacks)
+    command = [sys.executable, "-m", "bench.host_time", "--worker", "--rounds", str(options.rounds)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    rows = json.loads(done.stdout)
+    now = environment()
+    result = {
+        "what": "host time beside a stub driver for a GPU that was not present: nothing was computed",
+        "command": "python -m bench.host_time",
+        **{key: now[key] for key in ("date", "commit", "dirty", "machine")},
+        "versions": {name: now["versions"][name] for name in ("triton", "torch", "python")},
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+    for name, row in rows.items():
+        print(f"{name:40s} {row['median_us']:8.1f} us {row['empty_launches']:7.2f} empty launches")
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Run beside a stub driver by test_repeated_launches.py: prints what it found, as JSON."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import torch
+import triton
+
+from lorafa_kernels.kernels import launch as module
+from lorafa_kernels.kernels.shrink import shrink
+from lorafa_kernels.plan.config import KernelConfig
+from tests import stub_gpu
+
+CONFIG = KernelConfig(64, 0, 64, 16, 1, 4, 3)
+
+
+def z(rows: torch.Tensor, factor: torch.Tensor, **more) -> list[stub_gpu.Launch]:
+    with stub_gpu.recording() as launched:
+        shrink(rows, factor.t(), 2.0, config=CONFIG, **more)
+    return launched
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def shown(launched: list[stub_gpu.Launch]) -> list:
+    return [[one.kernel, one.repeated, one.faults] for one in launched]
+
+
+found: dict = {}
+A = bf16(16, 256)
+found["first"] = shown(z(bf16(128, 256), A))
+found["again, other addresses"] = shown(z(bf16(128, 256), bf16(16, 256)))
+# One element further: addresses that are no multiples of 16 bytes need other code.
+wide = bf16(128 * 256 + 1)[1:].view(128, 256)
+found["not aligned"] = shown(z(wide, A))
+found["aligned behind it"] = shown(z(bf16(128, 256), A))
+found["first not aligned"] = shown(z(bf16(64 * 256 + 1)[1:].view(64, 256), A))
+found["then aligned"] = shown(z(bf16(64, 256), A))
+found["then aligned again"] = shown(z(bf16(64, 256), A))
+found["other rows"] = shown(z(bf16(192, 256), A))
+found["other strides"] = shown(z(bf16(128, 512)[:, :256], A))
+found["other dtype"] = shown(z(torch.zeros(128, 256), A.float()))
+found["fp32 factor"] = shown(z(bf16(128, 256), A.float()))
+seeds = torch.zeros(3, dtype=torch.int64)
+found["dropout"] = shown(z(bf16(128, 256), A, dropout_p=0.5, seed=seeds[:1]))
+# A seed may lie anywhere, and p is a number like any other.
+found["dropout, other p and seed"] = shown(z(bf16(128, 256), A, dropout_p=0.1, seed=seeds[1:2]))
+
+seen = []
+triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
+found["a profiler watches"] = shown(z(bf16(128, 256), A))
+triton.knobs.runtime.launch_enter_hook.calls.clear()
+found["seen by it"] = seen
+found["no longer"] = shown(z(bf16(128, 256), A))
+
+kept = module.Launches()
+threads = [
+    threading.Thread(target=lambda i=i: [kept.keep((i, n), n) for n in range(module.MOST)]) for i in range(4)
+]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+found["kept at most"] = len(kept) == module.MOST
+kept.keep("new", 1)
+found["the new one is kept"] = kept.get("new") == 1 and len(kept) == module.MOST
+module.forget_launches()
+found["forgotten"] = len(kept) == 0 and not shown(z(bf16(128, 256), A))[0][1]
+print(json.dumps(found))

@@ -1,0 +1,71 @@
+"""Kernels that are kept and launched again, beside a stub driver that checks every argument."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import stub_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+REPEATED = [
+    "again, other addresses",
+    "aligned behind it",
+    "then aligned again",
+    "dropout, other p and seed",
+    "no longer",
+]
+ANEW = [
+    "first",
+    "not aligned",
+    "first not aligned",
+    "then aligned",
+    "other rows",
+    "other strides",
+    "other dtype",
+    "fp32 factor",
+    "dropout",
+    "a profiler watches",
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    if lacks := stub_gpu.missing():
+        pytest.skip(lacks)
+    program = str(Path(__file__).with_name("repeated.py"))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.stub_gpu", "--arch", "sm_90", program],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("what", REPEATED)
+def test_what_is_alike_is_launched_again(found, what):
+    assert found[what] == [["shrink_kernel", True, []]]
+
+
+@pytest.mark.parametrize("what", ANEW)
+def test_what_differs_goes_through_triton(found, what):
+    """Code for another address, size, stride or dtype, and what somebody watches."""
+    assert found[what] == [["shrink_kernel", False, []]]
+
+
+def test_a_profiler_sees_launches_that_were_kept(found):
+    assert found["seen by it"] == ["_shrink_kernel"]
+
+
+@pytest.mark.parametrize("what", ["kept at most", "the new one is kept", "forgotten"])
+def test_what_is_kept_is_bounded(found, what):
+    assert found[what]
