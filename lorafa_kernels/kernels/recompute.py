@@ -169,6 +169,8 @@ def recompute(
     R = D.shape[1]
     if R > config.BLOCK_R:
         raise ValueError(f"recompute needs R <= BLOCK_R, got R = {R} and BLOCK_R = {config.BLOCK_R}")
+    if bias is not None:
+        bias = bias.contiguous()
     if config.variant == "ws_z":
         if dropout_p or not serves(config, P, Q):
             raise ValueError("recompute in its variant 'ws_z' takes operands for TMA, and makes no mask")
@@ -180,8 +182,6 @@ def recompute(
     L = torch.empty((M, R), dtype=P.dtype, device=P.device) if want_L else None
     if M == 0:
         return C, L
-    if bias is not None:
-        bias = bias.contiguous()
     seed, threshold = dropout_arguments(dropout_p, seed)
     drops = None if seed is None else "P" if drop_P else "LF"
     scale = keep_scale(dropout_p) if drops == "LF" else None

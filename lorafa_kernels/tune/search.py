@@ -2,7 +2,8 @@
 
 For each problem, three stages:
 
-    1. time all plans with their default configurations
+    1. time all plans with their default configurations, and on sm_90 those whose expand has specialised
+       warps, which no heuristic picks
     2. climb from the fastest "fused" and the fastest "library" recipe: for one kernel after the other, change
        one size by one step, and repeat while that is faster
     3. time the best recipe of each name again, in more rounds

@@ -156,7 +156,7 @@ def padded(tensor: torch.Tensor) -> torch.Tensor:
 @variants
 @pytest.mark.parametrize("factors", [transposed, stepped, padded])
 def test_strides_change_no_bit(monkeypatch, hopper, runs, factors, variant):
-    """lora_A and lora_B may lie in any way; x, dy and the weight where TMA can address them."""
+    """lora_A, lora_B and bias may lie in any way; x, dy and the weight where TMA can address them."""
     pin_blocks(monkeypatch, ws_configs(HOPPER, 2, 24, variant)[0])
     inputs = draw_operands(300, 136, 264, 24, torch.bfloat16, hopper)
     want = lorafa_results(inputs, "triton")
@@ -164,7 +164,7 @@ def test_strides_change_no_bit(monkeypatch, hopper, runs, factors, variant):
     changed = Operands(
         **{name: padded(getattr(inputs, name)) for name in wide},
         **{name: factors(getattr(inputs, name)) for name in ("lora_A", "lora_B")},
-        bias=inputs.bias,
+        bias=stepped(inputs.bias[None])[0],
         scaling=inputs.scaling,
     )
     assert not changed.lora_A.is_contiguous() and not changed.x.is_contiguous()
