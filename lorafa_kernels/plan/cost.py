@@ -195,7 +195,7 @@ def main_loop_share(
     """
     if itemsize <= 2 and variant in measured:
         return measured[variant]
-    if variant != "tma" and limits.family in ("hopper", "blackwell") and itemsize <= 2:
+    if variant not in BY_DESCRIPTORS and limits.family in ("hopper", "blackwell") and itemsize <= 2:
         return PORTABLE_SHARE_ON_HOPPER
     return MAIN_LOOP_SHARE[variant]
 
@@ -395,7 +395,10 @@ class _Model:
 
     def launches_us(self, configs: Mapping[str, KernelConfig], names: tuple[str, ...]) -> float:
         """The host's time for launching the kernels in `names`."""
-        by_descriptors = sum(name in names and config.variant == "tma" for name, config in configs.items())
+        by_descriptors = sum(
+            config.variant in BY_DESCRIPTORS and (name in names or config.makes_low_rank)
+            for name, config in configs.items()
+        )
         by_pointers = len(names) - by_descriptors
         return TRITON_LAUNCH_US * by_pointers + DESCRIPTOR_LAUNCH_US * by_descriptors + DRIVER_US * len(names)
 
