@@ -54,6 +54,8 @@ LONE_BLOCK_RATE = 1.0
 # tutorial 07, products not overlapped from tile to tile reach 609 to 630 TFLOP/s beside cuBLAS's 646, H100).
 # portable, recompute, ws, ws_z (estimate).
 MAIN_LOOP_SHARE = {"tma": 0.96, "portable": 0.95, "recompute": 0.9, "ws": 0.96, "ws_z": 0.96}
+# Variants whose kernels take their wide operands by TMA.
+BY_DESCRIPTORS = ("tma", "ws", "ws_z")
 # The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
 PORTABLE_SHARE_ON_HOPPER = 0.85
 # Host microseconds of a repeated Triton launch and the tensor that it fills, by pointers and with descriptors
