@@ -39,6 +39,7 @@ from .tile import (
     load,
     low_rank_step,
     offsets,
+    rounded,
     store,
     tile_start,
 )
@@ -184,8 +185,9 @@ def expand(
 ) -> Tensor:
     """Return round(P · Q + keep/(1 − p) ⊙ (L · F) + bias) as a contiguous (M, N) tensor in the dtype of P.
 
-    P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype or fp32; any
-    strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true where dropout_p, p, is 0.
+    P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype, or fp32, which
+    takes a launch more; any strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true
+    where dropout_p, p, is 0.
     `unaligned`: the configuration for operands that TMA cannot address, where `config` is one for TMA; raises
     ValueError where it is missing then.
     `pdl`: start while the kernel that writes L still runs, where the device can; that kernel must be the
@@ -199,11 +201,12 @@ def expand(
         return C
     if bias is not None:
         bias = bias.contiguous()
+    F = rounded(F, P.dtype)
     seed, threshold = dropout_arguments(dropout_p, seed)
     scale = keep_scale(dropout_p)
     precision = input_precision(P.dtype)
     strides = P.stride(), Q.stride(), L.stride(), F.stride()
-    dtypes = P.dtype, F.dtype, None if bias is None else bias.dtype
+    dtypes = P.dtype, None if bias is None else bias.dtype
     key = M, N, K, R, strides, dtypes, P.device, aligned(P, Q, L, F), seed is None, pdl, precision, config
     launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
         key, _launch(P, Q, L, F, bias, C, seed is None, pdl, precision, config, unaligned)
@@ -263,7 +266,7 @@ def _launch(
             DROPOUT=not keeps_all,
             WAIT=wait,
             INPUT_PRECISION=precision,
-            EMULATE_BF16=emulate_bf16(P, F),
+            EMULATE_BF16=emulate_bf16(P),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **({"launch_pdl": True} if wait else {}),

@@ -26,6 +26,9 @@ except ImportError:  # a Triton built for AMD alone
 
 # Elements that one program of a second stage adds up.
 SUM_BLOCK = 1024
+# Elements that one program rounds: 16 a thread of four warps, fewer registers than shrink's products take
+# (measured: compile-gate.json).
+ROUND_BLOCK = 2048
 
 # Whether a kernel is interpreted is decided when it is decorated: one process does one or the other.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -84,6 +87,33 @@ def sum_parts(
             parts_ptr + offsets(tl.full((), 1, tl.int64) * part, count) + index, mask=mask, other=0.0
         )
     store(out_ptr + index, acc * scaling, mask, EMULATE_BF16)
+
+
+@triton.jit
+def round_rows(
+    source_ptr,
+    target_ptr,
+    block,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    """target = round(source) for one block of ROWS rows. source (rows, columns) of any strides, target
+    contiguous.
+    """
+    index_row = block * ROWS + tl.arange(0, ROWS)
+    in_row = (index_row < rows)[:, None]
+    for start in range(0, columns, COLUMNS):
+        index_column = start + tl.arange(0, COLUMNS)
+        mask = in_row & (index_column < columns)[None, :]
+        of_source = offsets(index_row, stride_row)[:, None] + offsets(index_column, stride_column)[None, :]
+        of_target = offsets(index_row, columns)[:, None] + index_column[None, :]
+        value = load(source_ptr + of_source, mask, EMULATE_BF16)
+        store(target_ptr + of_target, value, mask, EMULATE_BF16)
 
 
 @triton.jit
@@ -194,6 +224,13 @@ def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | N
 def keep_scale(dropout_p: float) -> float | None:
     """Return 1/(1 − p), which a kept element of a rank-R term is multiplied with in fp32; None for p = 0."""
     return 1 / (1 - dropout_p) if dropout_p else None
+
+
+def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low-rank factor in the dtype of the rows that it is multiplied with, to nearest even: once, before a
+    kernel that would convert each block of it again in each of its programs.
+    """
+    return factor if factor.dtype == dtype else factor.to(dtype)
 
 
 def emulate_bf16(*tensors: Tensor | None) -> bool:
