@@ -451,7 +451,8 @@ def failures(case: Case, row: dict) -> list[str]:
         found.append(f"shared memory {row['shared_memory']} of {limits.shared_memory}")
     if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
-    if row["serialized"]:
+    # Where shrink makes masks, their 24 instructions an element are the time, and the products wait for them.
+    if row["serialized"] and not (case.dropout and row["kernel"].startswith("shrink")):
         found.append("ptxas does not leave its products in flight")
     found += overlap_failures(case, row)
     if row["kernel"] in WITHOUT_PRODUCT:

@@ -377,6 +377,7 @@ def test_rules_accept_clean_code():
     assert failures(CASE, {**ROW, "conversions": 64}) == []
     assert failures(SHRINK, FIRST) == []
     assert failures(DROPS, {**ROW, "registers": 250}) == []
+    assert failures(replace(SHRINK, dropout=True), {**FIRST, "serialized": True}) == []
     assert failures(DROPS, {**ROW, "misplaced_wait": [WAITS_FIRST]}) == [WAITS_FIRST]
     portable = replace(DROPS, arch="sm_120")
     assert failures(portable, {**ROW, "instructions": {"mma": 4}, "misplaced_wait": [WAITS_FIRST]}) == []
@@ -424,6 +425,7 @@ def test_rules_accept_clean_code():
             replace(SHRINK, pdl=False), FIRST, {}, "griddepcontrol", id="griddepcontrol-without-pdl"
         ),
         pytest.param(DROPS, ROW, {"pendings": [0, 1]}, "in flight", id="waits-with-dropout"),
+        pytest.param(DROPS, ROW, {"serialized": True}, "in flight", id="serialized-with-dropout"),
         pytest.param(FP32, ALONE, {"tf32": 3}, "TF32 product", id="tf32"),
         pytest.param(TF32, ALONE, {}, "no TF32", id="no-tf32"),
     ],
