@@ -8,8 +8,8 @@ One kernel for both: out = round(scaling · (rows · factor)), with the contract
 once per block of rows, writes out: (M·K + ⌈M/BLOCK_M⌉·K·R + M·R) elements, 2·M·K·R FLOPs. Bound by reading
 `rows`.
 
-Few rows make few blocks, which cannot draw the memory's bandwidth. Then the contraction is cut into `splits`
-parts: fp32 partial sums, M·R a part, are written, and a second kernel adds them in a fixed order.
+Where rows make fewer blocks than draw the memory's bandwidth, the contraction is cut into `splits` parts:
+fp32 partial sums, M·R a part, are written, and a second kernel adds them in a fixed order.
 
 The kernel also rounds the other low-rank factor to the dtype of `rows` for the kernel that comes next (COPY):
 that one reads it once per block of its result, and takes it as it is. This is left to programs of their own,
@@ -179,10 +179,10 @@ def shrink(
 ) -> Tensor:
     """Return round(scaling · ((rows ⊙ keep) · factor)) as a contiguous (M, R) tensor in the dtype of rows.
 
-    rows (M, K) fp32, bf16 or fp16; factor (K, R) of that dtype or fp32; both of any strides. keep (M, K) is
-    the mask of `seed`, and all true where dropout_p is 0; 1/(1 − dropout_p) is for the caller to have in
-    `scaling`. `pdl`: let the next kernel start early, where the device can. `copy`: a matrix of any strides,
-    and a contiguous one that its rounded values are written to.
+    rows (M, K) fp32, bf16 or fp16; factor (K, R) of that dtype, or fp32, which takes a launch more; both of
+    any strides. keep (M, K) is the mask of `seed`, and all true where dropout_p is 0; 1/(1 − dropout_p) is
+    for the caller to have in `scaling`. `pdl`: let the next kernel start early, where the device can. `copy`:
+    a matrix of any strides, and a contiguous one that its rounded values are written to.
     """
     M, K = rows.shape
     R = factor.shape[1]
