@@ -54,6 +54,7 @@ from lorafa_kernels.plan.config import (
     OPS,
     WS_SUMS,
     KernelConfig,
+    low_rank_block,
     makes_mask,
     rows_aligned,
     shared_memory,
@@ -226,8 +227,9 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
     pdl = config | {"pdl": case.pdl}
     drop = {"dropout_p": 0.1, "seed": tensor(1, dtype=torch.int64)} if case.dropout else {}
     # As in linear/fused.py.
+    copy = None if factor_dtype == dtype else (lora_B, tensor(N, case.R))
     calls_of = {
-        "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, **pdl, **drop),
+        "z": lambda: shrink.shrink(x, lora_A.t(), 2.0, copy=copy, **pdl, **drop),
         "dz": lambda: shrink.shrink(dy, lora_B, 2.0, **pdl),
         "y": lambda: expand.expand(x, weight.t(), z, lora_B.t(), bias, **pdl),
         "dx": lambda: expand.expand(dy, weight, z, lora_A, trigger=case.beside, **pdl, **drop),
@@ -309,13 +311,26 @@ def resources(arch: str, compiled) -> dict:
         # Scalar registers that do not fit are parked in lanes of vector registers, which takes no memory.
         spills = count["vgpr_spill_count"] + count["private_segment_fixed_size"]
         return {"registers": count["vgpr_count"], "spills": spills, "parked": count["sgpr_spill_count"]}
+    text = cuobjdump("-res-usage", compiled)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+
+
+def conversions(arch: str, compiled) -> int | None:
+    """Return how many instructions of expand's machine code narrow numbers, two at a time: of the result, and
+    of F where the kernel gets it in fp32. None for AMD, and for other kernels.
+    """
+    if arch.startswith("gfx") or not compiled.metadata.name.startswith(("_expand", "_total")):
+        return None
+    return len(re.findall(r"\bF2FP?\.", cuobjdump("-sass", compiled)))
+
+
+def cuobjdump(option: str, compiled) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def measure(
@@ -334,8 +349,11 @@ def measure(
         "last": launch == len(recorded) - 1,
         "config": asdict(case.config),
     }
+    wanted = row["config"]
+    if "LOW_RANK_TMA" in kwargs:
+        wanted = wanted | {"BLOCK_R": low_rank_block(case.config, kwargs["LOW_RANK_TMA"])}
     if row["kernel"] not in WITHOUT_PRODUCT and any(
-        kwargs.get(key, size) != size for key, size in row["config"].items()
+        kwargs.get(key, size) != size for key, size in wanted.items()
     ):
         return {**row, "failures": ["launched with another configuration"]}
     key = key_of(case.arch, src, options) if cache else ""
@@ -373,7 +391,10 @@ def compiled_code(arch: str, src: ASTSource, options: dict) -> dict:
         "pendings": [int(n) for n in re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", ttgir)],
         "dependent_launch": sorted(set(re.findall(r"griddepcontrol\.(\w+)", assembly))),
         "launched_dependent": bool(getattr(compiled.metadata, "launch_pdl", False)),
+        # How many asynchronous copies may be under way behind each wait for one, in the order of the code.
+        "copies_left": [int(n) for n in re.findall(r"async_wait .*?num = (\d+)", ttgir)],
         "misplaced_wait": misplaced_wait(ttgir),
+        "conversions": conversions(arch, compiled),
         "serialized": serialized(log.getvalue()),
         **(specialised.code(compiled) if "ttg.warp_specialize" in ttgir else {}),
     }
@@ -419,8 +440,8 @@ def serialized(log: str) -> bool:
 
 def misplaced_wait(ttgir: str) -> list[str]:
     """Name what is wrong with where a kernel waits for the one before it, if it does: above the wait there
-    must be products, which are what overlaps, but no copy of L and no write to C; and a block that finds no
-    tile in its loop must wait too.
+    must be products, which are what overlaps, but no copy of L or F and no write to C; and a block that finds
+    no tile in its loop must wait too.
     """
     wait = ttgir.find(WAIT)
     if wait < 0:
@@ -429,10 +450,10 @@ def misplaced_wait(ttgir: str) -> list[str]:
     product = re.search(r"\b(warp_group_dot|tc_gen5_mma|dot) %", ttgir)
     if product is None or product.start() > wait:
         found.append(WAITS_FIRST)
-    must_follow = r"(global_to_local|tt\.load) %L(_ptrs\w*)?\b|async_tma_copy_local_to_global|tt\.store"
+    must_follow = r"(global_to_local|tt\.load) %[LF](_ptrs\w*)?\b|async_tma_copy_local_to_global|tt\.store"
     first = re.search(must_follow, ttgir)
     if first is not None and first.start() < wait:
-        found.append("reads z or writes the result before it waits")
+        found.append("reads z or lora_B or writes the result before it waits")
     # The operations of a kernel's outermost block are indented by four.
     if not re.search(rf"^ {{4}}\S.*{re.escape(WAIT)}", ttgir, re.MULTILINE):
         found.append("waits within a loop only, which some blocks do not enter")
@@ -449,7 +470,8 @@ def failures(case: LauncherCall, row: dict) -> list[str]:
         found.append(f"shared memory {row['shared_memory']} of {limits.shared_memory}")
     if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
-    if row["serialized"]:
+    # Where shrink makes masks, their 24 instructions an element are the time, and the products wait for them.
+    if row["serialized"] and not (case.dropout and row["kernel"].startswith("shrink")):
         found.append("ptxas does not leave its products in flight")
     found += overlap_failures(case, row)
     if row["kernel"] in WITHOUT_PRODUCT:
@@ -467,6 +489,11 @@ def failures(case: LauncherCall, row: dict) -> list[str]:
     by_tma = case.op in ("expand", "expand_total") and case.config.variant == "tma"
     # Each member of a group has a K loop: a wait within it and one behind it.
     in_loops = row["pendings"][: 2 * case.members : 2]
+    # Of the result alone, which is rounded in pairs: F has its dtype. "ws_z" rounds its own factors and z.
+    of_result = case.config.BLOCK_M * case.config.BLOCK_N // (64 * case.config.num_warps)
+    rounded = row["conversions"] if case.dtype != "fp32" and case.config.variant != "ws_z" else None
+    if rounded is not None and rounded > of_result:
+        found.append(f"{rounded} conversions, {of_result} of the result")
     if by_tma and in_loops != [1] * case.members:
         found.append("no product of the K loop is left in flight")
     return found + (specialised.failures(row) if case.config.variant in WS_SUMS else [])

@@ -56,12 +56,23 @@ def forward(
     of_rank = [scalings[i] / (1 - dropout_ps[i]) for i in makers]
     dropout = _dropout(seeds, makers, dropout_ps, share_A)
     of_group = plan.group
-    z = shrink_group(x, factors, of_rank, config=of_group.shrink, members=of_group.members, dropout=dropout)
+    columns = rank_columns(lora_Bs, share_A)
+    lora_Bs, copies = zip(
+        *(linear.copied(lora_B, x.dtype) if lora_B is not None else (None, None) for lora_B in lora_Bs),
+        strict=True,
+    )
+    z = shrink_group(
+        x,
+        factors,
+        of_rank,
+        config=of_group.shrink,
+        members=of_group.members,
+        dropout=dropout,
+        copies=[copy for copy in copies if copy is not None],
+    )
     configs = linear.expand_configs(plan)
     ys = []
-    for weight, lora_B, bias, (first, last) in zip(
-        weights, lora_Bs, biases, rank_columns(lora_Bs, share_A), strict=True
-    ):
+    for weight, lora_B, bias, (first, last) in zip(weights, lora_Bs, biases, columns, strict=True):
         if lora_B is None:
             ys.append(F.linear(x, weight, bias))
         else:

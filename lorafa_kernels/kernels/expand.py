@@ -45,6 +45,7 @@ from .tile import (
     low_rank_step,
     offsets,
     product,
+    rounded,
     store,
     tile_start,
 )
@@ -134,7 +135,6 @@ def _expand_kernel(
         stride_P_k,
         stride_Q_k,
         stride_Q_n,
-        DTYPE,
         BLOCK_K,
         EVEN_K,
         INPUT_PRECISION,
@@ -196,8 +196,9 @@ def expand(
 ) -> Tensor:
     """Return round(P · Q + keep/(1 − p) ⊙ (L · F) + bias) as a contiguous (M, N) tensor in the dtype of P.
 
-    P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype or fp32; any
-    strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true where dropout_p, p, is 0.
+    P (M, K), Q (K, N) and L (M, R) of one dtype, fp32, bf16 or fp16; F (R, N) of that dtype, or fp32, which
+    takes a launch more; any strides. bias (N,), or None. keep (M, N) is the mask of `seed`, and all true
+    where dropout_p, p, is 0.
     `unaligned`: the configuration for operands that TMA cannot address, where `config` is one for TMA; raises
     ValueError where it is missing then.
     `pdl`: start while the kernel that writes L still runs, where the device can; that kernel must be the
@@ -215,6 +216,7 @@ def expand(
         return C
     if bias is not None:
         bias = bias.contiguous()
+    F = rounded(F, P.dtype)
     seed, threshold = dropout_arguments(dropout_p, seed)
     scale = keep_scale(dropout_p)
     if config.variant == "ws":
@@ -230,7 +232,7 @@ def expand(
         config = by_pointers(unaligned)
     precision = input_precision(P.dtype)
     strides = P.stride(), Q.stride(), L.stride(), F.stride()
-    dtypes = P.dtype, F.dtype, None if bias is None else bias.dtype
+    dtypes = P.dtype, None if bias is None else bias.dtype
     key = M, N, K, R, strides, dtypes, P.device, aligned(P, Q, L, F), seed is None, pdl, trigger
     key += precision, config
     launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
@@ -294,7 +296,7 @@ def _launch(
             WAIT=wait,
             TRIGGER=trigger,
             INPUT_PRECISION=precision,
-            EMULATE_BF16=emulate_bf16(P, F),
+            EMULATE_BF16=emulate_bf16(P),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **({"launch_pdl": True} if wait else {}),

@@ -17,13 +17,14 @@ product: the rank-R step then has an accumulator of its own, for one part of the
 Programmatic dependent launch (WAIT). The kernel before this one writes L and lets this one start early, and
 every block here waits (griddepcontrol.wait) until that kernel has ended and its writes are visible. Before
 the wait a block reads only P, Q and the seed: their writers had ended when the writer of L started, since the
-writer of L is never launched this way. After the wait comes the first write to C: C may lie in memory that
-the kernel before still reads or writes, such as the partial sums of L, because the allocator reuses memory as
-soon as the host has freed it. A block without a tile waits, too, so that this kernel cannot end before the
-one it depends on. TRIGGER lets a third kernel start early, that of dB (grad.py). It reads nothing that the
-two before it write, and waits for the end of this one, and so of both, before it writes. If another thread
-launches a kernel between the two on this stream, the wait is for that kernel, and L is complete then as well:
-that kernel started after L was written, or has itself waited for the end of the kernel that writes L.
+writer of L is never launched this way. It may be the writer of F, too. After the wait comes the first write
+to C: C may lie in memory that the kernel before still reads or writes, such as the partial sums of L, because
+the allocator reuses memory as soon as the host has freed it. A block without a tile waits, too, so that this
+kernel cannot end before the one it depends on. TRIGGER lets a third kernel start early, that of dB (grad.py).
+It reads nothing that the two before it write, and waits for the end of this one, and so of both, before it
+writes. If another thread launches a kernel between the two on this stream, the wait is for that kernel, and L
+is complete then as well: that kernel started after L was written, or has itself waited for the end of the
+kernel that writes L.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import KernelConfig
+from ..plan.config import KernelConfig, low_rank_block
 from .launch import Block, Launch, blocks_of
 from .tile import (
     addressable,
@@ -198,7 +199,7 @@ def expand_tma_launch(
     storage_order; keeps_all: there is no dropout.
     """
     (M, K), N, R = P.shape, Q.shape[1], L.shape[1]
-    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    BLOCK_M, BLOCK_N, BLOCK_K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     columns = BLOCK_N // config.EPILOGUE_SUBTILE
     blocks = {
         "P_desc": Block(BLOCK_M, BLOCK_K),
@@ -206,6 +207,7 @@ def expand_tma_launch(
         "C_desc": Block(BLOCK_M, columns),
     }
     low_rank_tma = addressable(L, F.t() if transposed else F)
+    BLOCK_R = low_rank_block(config, low_rank_tma)
     if low_rank_tma:
         low_rank_columns = BLOCK_N if keeps_all else columns
         blocks["L"] = Block(BLOCK_M, BLOCK_R)
@@ -237,7 +239,7 @@ def expand_tma_launch(
             DROPOUT=not keeps_all,
             WAIT=wait,
             TRIGGER=trigger,
-            EMULATE_BF16=emulate_bf16(P, F),
+            EMULATE_BF16=emulate_bf16(P),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **({"launch_pdl": True} if wait else {}),

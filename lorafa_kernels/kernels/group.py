@@ -10,7 +10,8 @@ one compiled kernel for each number of members.
 
 shrink_group reads x once and each lora_A once per block of rows: (M·K + ⌈M/BLOCK_M⌉·K·ΣR + M·ΣR) elements.
 Bound by reading x. Members whose ranks together exceed the columns of one block are taken in several passes.
-Few rows are handled as in shrink.py: the contraction is cut, and partial sums are added in a fixed order.
+Few rows are handled as in shrink.py: the contraction is cut, and partial sums are added in a fixed order. As
+there, programs of their own round the other factors for the kernels that come next (COPIES).
 With dropout the tile of x is multiplied with each member's own mask, made in registers (philox.py).
 
 expand_total keeps the sum over the members in one accumulator, where as many products would read and write C
@@ -35,6 +36,7 @@ from ..plan.config import KernelConfig, split_size
 from .group_tma import total_addressable, total_tma_launch
 from .launch import Launch, Launches, aligned, blocks_of
 from .tile import (
+    ROUND_BLOCK,
     SUM_BLOCK,
     addressable,
     by_pointers,
@@ -49,7 +51,8 @@ from .tile import (
     low_rank_step,
     offsets,
     product,
-    round_as,
+    round_rows,
+    rounded,
     store,
     sum_parts,
     tile_start,
@@ -65,28 +68,55 @@ def _shrink_group_kernel(
     seed_offsets,
     thresholds,
     scalings,
+    source_ptrs,
+    copy_ptrs,
     firsts,
     ranks,
     M,
     K,
     columns,
+    copy_rows,
+    copy_columns,
     split_k,
     stride_x_m,
     stride_x_k,
     strides_factor_k,
     strides_factor_r,
+    strides_source_row,
+    strides_source_column,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,  # of one member
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    COPY_ROWS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     members: tl.constexpr = len(factor_ptrs)
-    index_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    COPIES: tl.constexpr = len(copy_ptrs)
+    pid = tl.program_id(0)
+    if COPIES:
+        blocks = tl.cdiv(M, BLOCK_M)
+        if pid >= blocks:
+            part = (pid - blocks) * tl.num_programs(1) + tl.program_id(1)
+            part = part * tl.num_programs(2) + tl.program_id(2)
+            for i in tl.static_range(COPIES):
+                round_rows(
+                    source_ptrs[i],
+                    copy_ptrs[i],
+                    part,
+                    copy_rows[i],
+                    copy_columns[i],
+                    strides_source_row[i],
+                    strides_source_column[i],
+                    COPY_ROWS,
+                    BLOCK_R,
+                    EMULATE_BF16,
+                )
+            return
+    index_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     # A rank above BLOCK_R is tiled; its member is then the only one of the pass.
     index_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
@@ -113,7 +143,6 @@ def _shrink_group_kernel(
         for i in tl.static_range(members):
             in_r = (index_r < ranks[i])[None, :]
             factor = load(ptrs[i], in_r if EVEN_K else in_k[:, None] & in_r, EMULATE_BF16)
-            factor = round_as(factor, DTYPE, EMULATE_BF16)
             kept = x
             if DROPOUT:
                 seed = tl.load(seeds_ptr + seed_offsets[i])
@@ -221,7 +250,6 @@ def _total_kernel(
             strides_P_k[i],
             strides_Q_k[i],
             strides_Q_n[i],
-            DTYPE,
             BLOCK_K,
             EVEN_K,
             INPUT_PRECISION,
@@ -290,6 +318,7 @@ def shrink_group(
     config: KernelConfig,
     members: int,
     dropout: Dropout | None = None,
+    copies: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
     """Return the round(scaling_i · ((x ⊙ keep_i) · factor_i)) side by side: a contiguous (M, ΣR) tensor in
     the dtype of x.
@@ -297,23 +326,32 @@ def shrink_group(
     x (M, K) fp32, bf16 or fp16; factors (K, R_i) of that dtype or fp32; any strides. keep_i (M, K) is all
     true without dropout; 1/(1 − p_i) is for the caller to have in scaling_i. config: its BLOCK_R is the
     columns of one member; members: how many of them one pass over x takes, one where a rank is above BLOCK_R.
+    copies: as in shrink, any number.
     """
     M, K = x.shape
     ranks = [factor.shape[1] for factor in factors]
     out = torch.empty((M, sum(ranks)), dtype=x.dtype, device=x.device)
     if M == 0 or K == 0 or not ranks:
+        for source, target in copies:
+            target.copy_(source)
         return out.zero_()
+    factors = [rounded(factor, x.dtype) for factor in factors]
     precision = input_precision(x.dtype)
-    of_members = tuple([(factor.shape[1], factor.stride(), factor.dtype) for factor in factors])
+    of_members = tuple([(factor.shape[1], factor.stride()) for factor in factors])
+    of_copies = tuple([(one.shape, one.stride(), one.dtype, target.dtype) for one, target in copies])
+    sources, targets = (tuple([copy[end] for copy in copies]) for end in (0, 1))
     drops = None if dropout is None else tuple(dropout.offsets)
-    key = M, K, x.stride(), x.dtype, x.device, of_members, drops, precision, config, members
+    key = M, K, x.stride(), x.dtype, x.device, of_members, of_copies, drops, precision, config, members
     splits, passes, add = _SHRINKS.get(key) or _SHRINKS.keep(
-        key, _shrinks(x, factors, out, dropout, precision, config, members)
+        key, _shrinks(x, factors, out, sources, dropout, precision, config, members)
     )
     made = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device) if add else out
     for of_pass, launch in passes:
         seeds, thresholds = (None, ()) if dropout is None else dropout.arguments(of_pass)
-        launch(x, tuple(factors[of_pass]), made, seeds, thresholds, tuple(scalings[of_pass]))
+        launch(
+            x, tuple(factors[of_pass]), made, seeds, thresholds, tuple(scalings[of_pass]), sources, targets
+        )
+        sources = targets = ()
     if add:
         add(made, out)
     return out
@@ -323,28 +361,40 @@ def _shrinks(
     x: Tensor,
     factors: Sequence[Tensor],
     out: Tensor,
+    sources: Sequence[Tensor],
     dropout: Dropout | None,
     precision: str,
     config: KernelConfig,
     members: int,
 ) -> tuple[int, list[tuple[slice, Launch]], Launch | None]:
     """Return into how many parts the contraction is cut, the launch of each pass over x with the members that
-    it takes, and the one that adds the parts.
+    it takes, and the one that adds the parts. sources: what the first pass copies.
     """
     M, K = x.shape
     ranks = [factor.shape[1] for factor in factors]
     split_k = split_size(config, K)
     splits = blocks_of(K, split_k)
     emulate = emulate_bf16(x, *factors)
+    copy_block = ROUND_BLOCK // config.BLOCK_R
     firsts = [sum(ranks[:i]) for i in range(len(ranks))]
     passes = []
     for begin in range(0, len(ranks), members):
         of_pass = slice(begin, begin + members)
         r_blocks = blocks_of(max(ranks[of_pass]), config.BLOCK_R)
+        copying = max((blocks_of(source.shape[0], copy_block) for source in sources), default=0)
         launch = Launch(
             _shrink_group_kernel,
-            (blocks_of(M, config.BLOCK_M), splits, r_blocks),
-            ("x_ptr", "factor_ptrs", "out_ptr", "seeds_ptr", "thresholds", "scalings"),
+            (blocks_of(M, config.BLOCK_M) + blocks_of(copying, splits * r_blocks), splits, r_blocks),
+            (
+                "x_ptr",
+                "factor_ptrs",
+                "out_ptr",
+                "seeds_ptr",
+                "thresholds",
+                "scalings",
+                "source_ptrs",
+                "copy_ptrs",
+            ),
             dict(
                 seed_offsets=() if dropout is None else tuple(dropout.offsets[of_pass]),
                 firsts=tuple(firsts[of_pass]),
@@ -352,17 +402,22 @@ def _shrinks(
                 M=M,
                 K=K,
                 columns=out.shape[1],
+                copy_rows=tuple(source.shape[0] for source in sources),
+                copy_columns=tuple(source.shape[1] for source in sources),
                 split_k=split_k,
                 stride_x_m=x.stride(0),
                 stride_x_k=x.stride(1),
                 strides_factor_k=tuple(factor.stride(0) for factor in factors[of_pass]),
                 strides_factor_r=tuple(factor.stride(1) for factor in factors[of_pass]),
+                strides_source_row=tuple(source.stride(0) for source in sources),
+                strides_source_column=tuple(source.stride(1) for source in sources),
                 BLOCK_M=config.BLOCK_M,
                 BLOCK_K=config.BLOCK_K,
                 BLOCK_R=config.BLOCK_R,
                 EVEN_K=K % config.BLOCK_K == 0,
                 SPLIT=splits > 1,
                 DROPOUT=dropout is not None,
+                COPY_ROWS=copy_block,
                 INPUT_PRECISION=precision,
                 EMULATE_BF16=emulate,
                 num_warps=config.num_warps,
@@ -370,6 +425,7 @@ def _shrinks(
             ),
         )
         passes.append((of_pass, launch))
+        sources = ()
     if splits == 1:
         return splits, passes, None
     count = out.numel()
@@ -438,6 +494,7 @@ def _total(
     config: KernelConfig,
     unaligned: KernelConfig | None,
 ) -> None:
+    Qs, Fs = ([rounded(factor, C.dtype) for factor in factors] for factors in (Qs, Fs))
     precision = input_precision(C.dtype)
     tensors = (*Ps, *Qs, *Ls, *Fs)
     of_tensors = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
@@ -501,7 +558,7 @@ def _total_launch(
             EVEN_K=all(width % config.BLOCK_K == 0 for width in widths),
             DROPOUT=dropout is not None,
             INPUT_PRECISION=precision,
-            EMULATE_BF16=emulate_bf16(C, *Qs, *Fs),
+            EMULATE_BF16=emulate_bf16(C),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         ),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import KernelConfig
+from ..plan.config import KernelConfig, low_rank_block
 from .launch import Block, Launch, blocks_of
 from .tile import (
     addressable,
@@ -191,8 +191,9 @@ def total_tma_launch(
     Q_i, the L_j and the F_j, C, the seeds, the thresholds and the scales of the dropout.
     """
     M, N = C.shape
-    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    BLOCK_M, BLOCK_N, BLOCK_K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     low_rank_tma = addressable(*Ls, *Fs)
+    BLOCK_R = low_rank_block(config, low_rank_tma)
     columns = BLOCK_N // config.EPILOGUE_SUBTILE
     low_rank_columns = columns if drops else BLOCK_N
     blocks = {"P": Block(BLOCK_M, BLOCK_K), "Q": Block(BLOCK_K, BLOCK_N)}
@@ -227,7 +228,7 @@ def total_tma_launch(
             EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
             LOW_RANK_TMA=low_rank_tma,
             DROPOUT=drops,
-            EMULATE_BF16=emulate_bf16(C, *Fs),
+            EMULATE_BF16=emulate_bf16(C),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         ),

@@ -26,6 +26,9 @@ except ImportError:  # a Triton built for AMD alone
 
 # Elements that one program of a second stage adds up.
 SUM_BLOCK = 1024
+# Elements that one program rounds: 16 a thread of four warps, fewer registers than shrink's products take
+# (measured: compile-gate.json).
+ROUND_BLOCK = 2048
 
 # Whether a kernel is interpreted is decided when it is decorated: one process does one or the other.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -87,6 +90,33 @@ def sum_parts(
 
 
 @triton.jit
+def round_rows(
+    source_ptr,
+    target_ptr,
+    block,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
+    """target = round(source) for one block of ROWS rows. source (rows, columns) of any strides, target
+    contiguous.
+    """
+    index_row = block * ROWS + tl.arange(0, ROWS)
+    in_row = (index_row < rows)[:, None]
+    for start in range(0, columns, COLUMNS):
+        index_column = start + tl.arange(0, COLUMNS)
+        mask = in_row & (index_column < columns)[None, :]
+        of_source = offsets(index_row, stride_row)[:, None] + offsets(index_column, stride_column)[None, :]
+        of_target = offsets(index_row, columns)[:, None] + index_column[None, :]
+        value = load(source_ptr + of_source, mask, EMULATE_BF16)
+        store(target_ptr + of_target, value, mask, EMULATE_BF16)
+
+
+@triton.jit
 def keep_tile(seed, threshold, rows, first, columns, BLOCK: tl.constexpr):
     """keep of philox.py for some rows and the columns first to first + BLOCK of a matrix with `columns` of
     them: int1 (rows, BLOCK). seed and threshold: as dropout_arguments gives them, the seed loaded; `first` is
@@ -137,7 +167,6 @@ def product(
     stride_P_k,
     stride_Q_k,
     stride_Q_n,
-    DTYPE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -157,7 +186,7 @@ def product(
             in_k = index_k < K - start
             P = load(P_ptrs, in_m & in_k[None, :], EMULATE_BF16)
             Q = load(Q_ptrs, in_k[:, None] & in_n, EMULATE_BF16)
-        acc = tl.dot(P, round_as(Q, DTYPE, EMULATE_BF16), acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(P, Q, acc, input_precision=INPUT_PRECISION)
         P_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_P_k)
         Q_ptrs += offsets(tl.full((), BLOCK_K, tl.int64), stride_Q_k)
     return acc
@@ -257,6 +286,13 @@ def dropout_arguments(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | N
 def keep_scale(dropout_p: float) -> float | None:
     """Return 1/(1 − p), which a kept element of a rank-R term is multiplied with in fp32; None for p = 0."""
     return 1 / (1 - dropout_p) if dropout_p else None
+
+
+def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low-rank factor in the dtype of the rows that it is multiplied with, to nearest even: once, before a
+    kernel that would convert each block of it again in each of its programs.
+    """
+    return factor if factor.dtype == dtype else factor.to(dtype)
 
 
 def emulate_bf16(*tensors: Tensor | None) -> bool:

@@ -15,6 +15,7 @@ from ..kernels.expand import expand
 from ..kernels.grad import grad
 from ..kernels.recompute import recompute, serves
 from ..kernels.shrink import shrink
+from ..kernels.tile import rounded
 from ..plan.config import KernelConfig
 from ..plan.kernels import KernelConfigs
 
@@ -38,7 +39,8 @@ def forward(
         factors = lora_A.t(), lora_B.t()
         return recompute(x, weight.t(), *factors, bias, scaling, config=plan.expand, **dropout)
     pdl = plan.pdl and _launches(x)
-    z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=pdl, **dropout)
+    lora_B, copy = copied(lora_B, x.dtype)
+    z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=pdl, copy=copy, **dropout)
     return expand(x, weight.t(), z, lora_B.t(), bias, **expand_configs(plan), pdl=pdl), z
 
 
@@ -62,10 +64,12 @@ def backward(
     dropout = {"dropout_p": dropout_p, "seed": seed}
     if plan.one_pass and not plan.recomputes:
         pdl = plan.pdl and _launches(dy)
+        lora_A = rounded(lora_A, dy.dtype)
         dz, dB = grad(dy, z, lora_B, scaling, lora_B.dtype, config=plan.grad, pdl=pdl)
         return expand(dy, weight, dz, lora_A, **expand_configs(plan), pdl=pdl, **dropout), dB
     if plan.beside:
         pdl = _launches(dy)
+        lora_A = rounded(lora_A, dy.dtype)
         dz = shrink(dy, lora_B, scaling, config=plan.shrink, pdl=pdl)
         dx = expand(dy, weight, dz, lora_A, **expand_configs(plan), pdl=pdl, trigger=True, **dropout)
         return dx, grad(dy, z, None, 1.0, lora_B.dtype, config=plan.grad, beside=dx.numel() > 0)[1]
@@ -107,6 +111,8 @@ def _input_gradient(
         operands = dy, weight, lora_B, lora_A, None, scaling
         return recompute(*operands, config=plan.expand, want_L=False, drop_P=False, **dropout)[0]
     pdl = plan.pdl and _launches(dy)
+    # Here, so that no launch comes between those of dz and dx.
+    lora_A = rounded(lora_A, dy.dtype)
     dz = shrink(dy, lora_B, scaling, config=plan.shrink, pdl=pdl)
     return expand(dy, weight, dz, lora_A, **expand_configs(plan), pdl=pdl, **dropout)
 
@@ -116,6 +122,16 @@ def _launches(rows: Tensor) -> bool:
     not.
     """
     return rows.shape[1] > 0
+
+
+def copied(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Return a low-rank factor in `dtype`, and what shrink has to copy before that has its values, if
+    anything: an fp32 lora_B beside 16-bit x, in a matrix that lives for the call.
+    """
+    if factor.dtype == dtype:
+        return factor, None
+    target = torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    return target, (factor, target)
 
 
 def expand_configs(plan: KernelConfigs) -> dict[str, KernelConfig]:

@@ -24,9 +24,12 @@ MAX_BLOCK_R = 128
 # repeated work (estimate).
 RECOMPUTE_ROWS = 128
 RECOMPUTE_RANK = 64
-# Rows up to which shrink cuts its contraction, and into how many parts (estimate).
+# Rows up to which shrink cuts its contraction, and into how many parts at most (estimate).
 SPLIT_ROWS = 512
 SPLITS = 16
+# Share of the multiprocessors that shrink's blocks must reach on Hopper before its contraction is left whole:
+# 8192 rows do, which then have at least 30 KB under way on each (bytes_in_flight).
+SHRINK_FILL = 15 / 16
 # Bytes of shared memory and registers that one multiprocessor of sm_90 has left beside expand's 180 KB and
 # 176 registers a thread (measured: compile-gate.json): what keeps within them overlaps expand.
 OVERLAP_SHARED_MEMORY = 45 * 1024
@@ -136,10 +139,12 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "shrink": (
         _row(AMPERE | BLACKWELL, HALF, ANY, 32,  EITHER,  64, 0, 128, 128, 1, 4, 3),
         _row(AMPERE | BLACKWELL, HALF, ANY, ANY, EITHER,  64, 0, 128, 128, 1, 8, 3),
-        # Small enough to share a multiprocessor with expand (OVERLAP_*).
-        _row(HOPPER,             HALF, ANY, 16,  EITHER,  64, 0,  64,  64, 1, 4, 3),
-        _row(HOPPER,             HALF, ANY, 32,  EITHER,  64, 0,  32,  64, 1, 4, 5),
-        _row(HOPPER,             HALF, ANY, ANY, EITHER,  64, 0,  32,  64, 1, 4, 3),
+        # Small enough to share a multiprocessor with expand (OVERLAP_*), and within that as much under way as
+        # there can be (bytes_in_flight): of blocks with a BLOCK_K of 64 fewer fit.
+        _row(HOPPER,             HALF, ANY, 16,  EITHER,  64, 0,  32, 128, 1, 4, 8),
+        _row(HOPPER,             HALF, ANY, 32,  EITHER,  64, 0,  32, 128, 1, 4, 7),
+        _row(HOPPER,             HALF, ANY, 64,  EITHER,  64, 0,  32, 128, 1, 4, 5),
+        _row(HOPPER,             HALF, ANY, ANY, EITHER,  64, 0,  32, 128, 1, 4, 3),
         _row(AMD,                HALF, ANY, 32,  EITHER,  64, 0,  64, 128, 1, 4, 2),
         _row(AMD,                HALF, ANY, ANY, EITHER,  64, 0,  64, 128, 1, 8, 2),
         # IEEE products run on the ordinary arithmetic units, which need registers rather than deep pipelines.
@@ -169,10 +174,10 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _row(GPU,         HALF, ANY, ANY, False,   64,  64,  32,  64, 8, 4, 2),
         _row(AMPERE,      HALF, 64,  ANY, True,    64,  64, 128,  64, 8, 4, 3),
         _row(AMPERE,      HALF, ANY, ANY, True,   128, 128,  64,  64, 8, 8, 3),
-        # A wider fp32 block of lora_B takes the registers that shrink needs (OVERLAP_*).
-        _row(HOPPER,      HALF, 64,  ANY, True,    64, 128,  64,  16, 8, 4, 4, "tma"),
-        _row(HOPPER,      HALF, 512, ANY, True,   128, 128,  64,  16, 8, 8, 4, "tma"),
-        _row(HOPPER,      HALF, ANY, ANY, True,   128, 256,  64,  16, 8, 8, 3, "tma", EPILOGUE_SUBTILE=2),
+        # A rank block of 128 beside 256 columns takes the shared memory that shrink needs (OVERLAP_*).
+        _row(HOPPER,      HALF, 64,  ANY, True,    64, 128,  64, 128, 8, 4, 4, "tma"),
+        _row(HOPPER,      HALF, 512, ANY, True,   128, 128,  64, 128, 8, 8, 4, "tma"),
+        _row(HOPPER,      HALF, ANY, ANY, True,   128, 256,  64,  64, 8, 8, 3, "tma", EPILOGUE_SUBTILE=2),
         _row(BLACKWELL,   HALF, 64,  ANY, True,    64,  64, 128,  64, 8, 4, 3),
         _row(BLACKWELL,   HALF, 512, ANY, True,   128, 128,  64,  64, 8, 8, 3),
         _row(BLACKWELL,   HALF, ANY, ANY, True,   128, 256,  64,  64, 8, 8, 3),
@@ -213,6 +218,8 @@ EXCEPTIONS: dict[str, tuple[Departure, ...]] = {
     "shrink": (
         Departure(AMPERE, HALF, {"R": OVER_32}, {"BLOCK_K": 64},
             "a factor's block of 128 × 64 spills on sm_80"),
+        Departure(AMPERE, HALF, {"dropout": True, "R": OVER_32}, {"BLOCK_K": 32},
+            "the mask beside larger blocks spills on sm_80"),
         Departure(BLACKWELL, HALF, {"R": OVER_64}, {"BLOCK_K": 64},
             "a factor's block of 128 × 128 spills"),
         Departure(BLACKWELL, HALF, {"R": OVER_32, "M": (0, SPLIT_ROWS)}, {"BLOCK_K": 64},
@@ -316,8 +323,8 @@ def default_config(
     kernel = "recompute" if remade else op
     config = _with_exceptions(kernel, call, _first_row(kernel, call))
     config = replace(config, BLOCK_R=min(config.BLOCK_R, _rank_block(R)))
-    if op == "shrink" and M <= SPLIT_ROWS and limits.family != "interpreter":
-        config = replace(config, SPLIT_K=SPLITS)
+    if op == "shrink":
+        config = replace(config, SPLIT_K=_parts(call, config, limits))
     while shared_memory(op, config, operand_bytes, limits, dropout) > limits.shared_memory:
         if config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
@@ -388,13 +395,30 @@ def all_default_configs(
 
     Each comes with an (M, R, aligned, recompute) that it is returned for.
     """
-    rows = (8192, 1 << 20, 513, 512, 129, 128, 65, 64, 17, 16, 1)
+    rows = (8192, 1 << 20, 32768, 16384, 4096, 2048, 1024, 513, 512, 129, 128, 65, 64, 17, 16, 1)
     ranks = (256, 129, 128, 65, 64, 33, 32, 17, 16, 1)
     found: dict[KernelConfig, tuple[int, int, bool, bool]] = {}
     for recompute, aligned, M, R in itertools.product((True, False), (True, False), rows, ranks):
         shapes = (M, R, aligned, recompute)
         found.setdefault(default_config(op, limits, operand_bytes, *shapes, dropout), shapes)
     return found
+
+
+def _parts(call: Call, config: KernelConfig, limits: DeviceLimits) -> int:
+    """Return SPLIT_K of shrink: for few rows the most, then on Hopper the least power of 2 that fills the
+    device. Each part is M·R fp32 numbers more, which at M = 4096 and R = 64 are two parts of 1 MB: they stay
+    in L2.
+    """
+    if call.family in CPU:
+        return 1
+    if call.M <= SPLIT_ROWS:
+        return SPLITS
+    parts = 1
+    if call.family in HOPPER and call.operands in HALF:
+        blocks = -(-call.M // config.BLOCK_M)
+        while parts < SPLITS and blocks * parts < SHRINK_FILL * limits.num_sms:
+            parts *= 2
+    return parts
 
 
 def _operands(operand_bytes: int) -> str:

@@ -44,7 +44,11 @@ found["then aligned again"] = shown(z(bf16(64, 256), A))
 found["other rows"] = shown(z(bf16(192, 256), A))
 found["other strides"] = shown(z(bf16(128, 512)[:, :256], A))
 found["other dtype"] = shown(z(torch.zeros(128, 256), A.float()))
+# Rounded before the launch.
 found["fp32 factor"] = shown(z(bf16(128, 256), A.float()))
+copy = torch.zeros(64, 16), bf16(64, 16)
+found["a copy beside it"] = shown(z(bf16(128, 256), A, copy=copy))
+found["a copy beside it, again"] = shown(z(bf16(128, 256), A, copy=copy))
 seeds = torch.zeros(3, dtype=torch.int64)
 found["dropout"] = shown(z(bf16(128, 256), A, dropout_p=0.5, seed=seeds[:1]))
 # A seed may lie anywhere, and p is a number like any other.

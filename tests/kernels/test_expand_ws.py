@@ -175,6 +175,7 @@ ROW = {
     "tensor_memory": None,
     "instructions": {"wgmma": 9},
     "tf32": 0,
+    "conversions": 64,
     "pendings": [1, 1, 1, 0],
     "serialized": False,
     "dependent_launch": ["wait"],
@@ -323,8 +324,9 @@ def test_is_launched_without_fault(launched):
     rows = {row["case"]: row for row in launched}
     first = rows["layer plan=ws, one pass, PDL"]
     grad = ["grad_kernel", "grad_sum_kernel"]
-    assert first["launches"] == ["shrink_kernel", "expand_ws_kernel", *grad, "expand_ws_kernel"]
-    assert first["dependent"] == [1, 4]
+    z = ["shrink_kernel", "shrink_sum_kernel"]
+    assert first["launches"] == [*z, "expand_ws_kernel", *grad, "expand_ws_kernel"]
+    assert first["dependent"] == [2, 5]
     makes_z = rows["layer plan=ws_z"]
     assert makes_z["launches"] == ["expand_ws_z_kernel", *grad, "expand_ws_z_kernel"]
     assert makes_z["dependent"] == []

@@ -19,6 +19,8 @@ REPEATED = [
     "then aligned again",
     "dropout, other p and seed",
     "no longer",
+    "fp32 factor",
+    "a copy beside it, again",
 ]
 ANEW = [
     "first",
@@ -28,7 +30,7 @@ ANEW = [
     "other rows",
     "other strides",
     "other dtype",
-    "fp32 factor",
+    "a copy beside it",
     "dropout",
     "a profiler watches",
 ]

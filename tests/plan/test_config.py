@@ -16,12 +16,15 @@ from lorafa_kernels.plan.config import (
     OPS,
     DeviceLimits,
     KernelConfig,
+    bytes_in_flight,
+    low_rank_block,
     row_chunks,
     shared_memory,
     split_size,
 )
 from lorafa_kernels.plan.defaults import (
     MAX_BLOCK_R,
+    OVERLAP_SHARED_MEMORY,
     SPLIT_ROWS,
     SPLITS,
     all_default_configs,
@@ -166,9 +169,51 @@ def test_variant_of_expand(arch, M, R, aligned, variant):
 
 @pytest.mark.parametrize(("M", "splits"), [(1, SPLITS), (SPLIT_ROWS, SPLITS), (SPLIT_ROWS + 1, 1), (8192, 1)])
 def test_shrink_splits_for_few_rows(M, splits):
-    for arch in ("sm_80", "sm_90", "gfx942"):
-        config = default_config("shrink", KNOWN_DEVICES[arch], 2, M, 16)
+    for arch, operand_bytes in (("sm_80", 2), ("sm_90", 4), ("gfx942", 2)):
+        config = default_config("shrink", KNOWN_DEVICES[arch], operand_bytes, M, 16)
         assert splits == config.SPLIT_K
+
+
+@pytest.mark.parametrize(
+    ("M", "splits"), [(1, 16), (512, 16), (1024, 8), (2048, 4), (4096, 2), (7872, 2), (7873, 1), (1 << 20, 1)]
+)
+def test_shrink_on_hopper_splits_until_its_blocks_fill_the_device(M, splits):
+    for R in (1, 16, 64, 300):
+        assert splits == default_config("shrink", KNOWN_DEVICES["sm_90"], 2, M, R).SPLIT_K
+    # With half as many multiprocessors half as many parts do.
+    half = default_config("shrink", replace(KNOWN_DEVICES["sm_90"], num_sms=66), 2, M, 16)
+    wanted = splits if M <= SPLIT_ROWS else max(1, splits // 2)
+    assert wanted == half.SPLIT_K
+
+
+@pytest.mark.parametrize("K", [2048, 4096, 14336])
+@pytest.mark.parametrize("R", [16, 64])
+def test_shrink_has_30_kb_under_way_on_hopper(R, K):
+    limits = KNOWN_DEVICES["sm_90"]
+    for M in range(1024, 32769):
+        config = default_config("shrink", limits, 2, M, R)
+        assert bytes_in_flight(config, limits, 2, M, K, R) >= 30 * KB, M
+        assert shared_memory("shrink", config, 2, limits) <= OVERLAP_SHARED_MEMORY
+
+
+def test_bytes_under_way_counted_by_hand():
+    limits = DeviceLimits("sm_90", 227 * KB, 100)
+    # Two blocks of 64 × (64 + 16) elements of two bytes are under way in each.
+    config = KernelConfig(64, 0, 64, 16, 1, 4, 3)
+    of_block = 2 * 64 * 80 * 2
+    assert bytes_in_flight(config, limits, 2, 50 * 64, 4096, 16) == of_block / 2
+    assert bytes_in_flight(config, limits, 2, 50 * 64, 4096, 17) == of_block
+    assert bytes_in_flight(replace(config, SPLIT_K=4), limits, 2, 50 * 64, 4096, 16) == 2 * of_block
+    # Seven of 30 KB and one more fit a multiprocessor.
+    assert bytes_in_flight(config, limits, 2, 1 << 20, 4096, 16) == 7 * of_block
+    # A part of 64 columns has no two blocks.
+    assert bytes_in_flight(config, limits, 2, 50 * 64, 64, 16) == of_block / 4
+
+
+def test_low_rank_factors_by_pointers_take_the_least_rank_block():
+    wide, narrow = (KernelConfig(128, 256, 64, BLOCK_R, 8, 8, 3, "tma") for BLOCK_R in (64, 16))
+    assert low_rank_block(wide, True) == 64
+    assert low_rank_block(wide, False) == low_rank_block(narrow, True) == low_rank_block(narrow, False) == 16
 
 
 @given(ranks, sizes)
