@@ -72,8 +72,11 @@ def compiled(request, tmp_path_factory) -> list[dict]:
 def test_compiles_as_it_is_meant_to(compiled):
     """The figures that the rules hold, once more as numbers."""
     names = ("kernel", "layout", "factor_dtype", "R")
-    axes = ("expand_ws_kernel", "expand_ws_z_kernel"), ("y", "dx"), ("fp32", "bf16"), (16, 64, 128)
-    assert {tuple(row[name] for name in names) for row in compiled} == set(itertools.product(*axes))
+    axes = ("y", "dx"), ("fp32", "bf16"), (16, 64, 128)
+    expected = {("expand_ws_z_kernel", *rest) for rest in itertools.product(*axes)}
+    # F is rounded before, so that an fp32 one makes no code of its own.
+    expected |= {("expand_ws_kernel", *rest) for rest in itertools.product(("y", "dx"), ("fp32",), axes[2])}
+    assert {tuple(row[name] for name in names) for row in compiled} == expected
     for row in compiled:
         assert row["failures"] == []
         assert row["spills"] == row["local_memory"] == 0 and not row["serialized"]
