@@ -282,6 +282,8 @@ def shared_memory(
         # The result's buffer lives through the loop over tiles; the rank-R step has two stages of its own.
         loop = config.num_stages * K * (M + N) * operand_bytes
         after_loop = 2 * R * (M + N) * operand_bytes
+        # The barriers of the loop over rank blocks lie apart.
+        barriers += 1024
         return max(loop, after_loop) + M * N * operand_bytes // config.EPILOGUE_SUBTILE + barriers
     if op == "expand":
         loop = stages * K * (M + N) * operand_bytes

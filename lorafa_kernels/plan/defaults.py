@@ -63,6 +63,11 @@ class Call:
     columns: int = 0
     members: int = 0
 
+    @property
+    def ragged_rank(self) -> bool:
+        """Whether rows of z and lora_B are not at multiples of 16 bytes, so that TMA cannot address them."""
+        return self.R % 8 != 0
+
 
 @dataclass(frozen=True)
 class Row:
@@ -220,6 +225,8 @@ EXCEPTIONS: dict[str, tuple[Departure, ...]] = {
             "a factor's block of 128 × 64 spills on sm_80"),
         Departure(AMPERE, HALF, {"dropout": True, "R": OVER_32}, {"BLOCK_K": 32},
             "the mask beside larger blocks spills on sm_80"),
+        Departure(AMPERE, HALF, {"R": (17, 32), "M": (0, SPLIT_ROWS)}, {"num_warps": 8},
+            "ptxas squeezes four warps into 96 registers on sm_86 if K is split, and spills two words"),
         Departure(BLACKWELL, HALF, {"R": OVER_64}, {"BLOCK_K": 64},
             "a factor's block of 128 × 128 spills"),
         Departure(BLACKWELL, HALF, {"R": OVER_32, "M": (0, SPLIT_ROWS)}, {"BLOCK_K": 64},
@@ -270,6 +277,10 @@ EXCEPTIONS: dict[str, tuple[Departure, ...]] = {
             "a part has its rank-R step and its mask beside the tile's accumulator: 64 columns fit"),
         Departure(HOPPER, HALF, {"dropout": True, "aligned": True, "M": (513, ANY)}, {"EPILOGUE_SUBTILE": 4},
             "as for smaller tiles: 64 of 256 columns fit"),
+        Departure(HOPPER, HALF,
+            {"dropout": True, "aligned": True, "M": (513, ANY), "ragged_rank": True},
+            {"BLOCK_N": 128, "EPILOGUE_SUBTILE": 2, "num_stages": 4},
+            "the pointers of L and F beside a mask and 256 columns: two words spill (R = 4)"),
     ),
     "expand_total": (
         Departure(AMPERE, HALF, {"dropout": False, "BLOCK_M": 64}, {"BLOCK_K": 64, "BLOCK_R": 32},
