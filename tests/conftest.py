@@ -99,8 +99,10 @@ def import_everything() -> None:
     of_triton = ("lorafa_kernels.kernels.", "lorafa_kernels.linear.fused", "lorafa_kernels.group.fused")
     for module in pkgutil.walk_packages(lorafa_kernels.__path__, "lorafa_kernels."):
         if module.name != "lorafa_kernels.__main__" and (TRITON or not module.name.startswith(of_triton)):
-            # What an optional package is missing for is tested where it is needed.
-            with contextlib.suppress(ModuleNotFoundError):
+            # What an optional package is missing for is tested where it is needed; so is a name that another
+            # Triton does not have in Gluon.
+            of_gluon = module.name.startswith("lorafa_kernels.kernels.expand_ws")
+            with contextlib.suppress(ImportError if of_gluon else ModuleNotFoundError):
                 importlib.import_module(module.name)
 
 
