@@ -278,7 +278,7 @@ EXCEPTIONS: dict[str, tuple[Departure, ...]] = {
         Departure(HOPPER, HALF, {"dropout": True, "aligned": True, "M": (513, ANY)}, {"EPILOGUE_SUBTILE": 4},
             "as for smaller tiles: 64 of 256 columns fit"),
         Departure(HOPPER, HALF,
-            {"dropout": True, "aligned": True, "M": (513, ANY), "ragged_rank": True},
+            {"dropout": True, "aligned": True, "ragged_rank": True},
             {"BLOCK_N": 128, "EPILOGUE_SUBTILE": 2, "num_stages": 4},
             "the pointers of L and F beside a mask and 256 columns: two words spill (R = 4)"),
     ),
