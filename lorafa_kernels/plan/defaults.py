@@ -239,6 +239,8 @@ EXCEPTIONS: dict[str, tuple[Departure, ...]] = {
             "the mask beside larger blocks spills"),
     ),
     "shrink_group": (
+        Departure(HOPPER, HALF, {"R": OVER_64}, {"num_warps": 4},
+            "ptxas of Triton 3.6.0 takes the products of eight warps one after the other if K is split"),
         Departure(HOPPER, HALF, {"dropout": True}, {"num_warps": 8},
             "masks are made in registers, of which a thread of four warps has too few"),
         Departure(HOPPER, HALF, {"dropout": True, "columns": OVER_64}, {"BLOCK_K": 32},
