@@ -270,7 +270,8 @@ def shared_memory(
     barriers = 64 if from_shared else 0
     masked_rows = M * K * operand_bytes if dropout else 0
     if op == "shrink":
-        return stages * K * (M + R) * operand_bytes + masked_rows + barriers
+        # The result changes its layout on its way out, where the operands were.
+        return max(stages * K * (M + R) * operand_bytes + masked_rows, 4 * M * R) + barriers
     if config.variant == "recompute":
         return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + masked_rows + barriers
     if config.variant in WS_SUMS:
