@@ -131,10 +131,11 @@ def host_section(result: dict) -> str:
     rows = []
     for name, row in result["rows"].items():
         old = before["rows"].get(name)
-        cells = [f"{old['empty_launches']:.1f}", f"{row['empty_launches'] / old['empty_launches']:.0%}"]
-        rows.append(
-            [name, f"{row['median_us']:.0f}", f"{row['empty_launches']:.1f}", *(cells if old else ["–", "–"])]
-        )
+        cells = ["–", "–"]
+        if old:
+            share = row["empty_launches"] / old["empty_launches"]
+            cells = [f"{old['empty_launches']:.1f}", f"{share:.0%}"]
+        rows.append([name, f"{row['median_us']:.0f}", f"{row['empty_launches']:.1f}", *cells])
     source = provenance(
         f"bench/results/{HOST_TIME}", result["machine"], result["date"], result["versions"], result["commit"]
     )

@@ -38,20 +38,21 @@ def test_everything_is_timed_and_compared_with_an_empty_launch(tmp_path):
         done = subprocess.run([*command, *before], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found = json.loads(out.read_text())
-        assert set(found["rows"]) == set(NAMES)
+        assert set(found["rows"]) >= set(NAMES)
         assert found["rows"][EMPTY]["empty_launches"] == 1
         for name, row in found["rows"].items():
             assert 0 < row["least_us"] <= row["median_us"], name
-            assert name == EMPTY or row["empty_launches"] > 1, name
-    assert set(found["before"]["rows"]) == set(NAMES)
+            assert name not in NAMES[1:] or row["empty_launches"] > 1, name
+    assert set(found["before"]["rows"]) == set(found["rows"])
     assert "| a layer, M = 1, forward |" in host_section(found)
 
 
 def test_committed_figures_are_within_what_was_aimed_at(committed):
     """A layer's forward at 6 empty launches, its backward at 9, blocks at 60 % of before."""
     rows, before = committed["rows"], committed["before"]["rows"]
-    assert set(rows) == set(before) == set(NAMES)
-    for name, row in rows.items():
+    assert set(rows) >= set(NAMES) == set(before)
+    for name in NAMES:
+        row = rows[name]
         if name.startswith("a layer"):
             assert row["empty_launches"] <= (6 if name.endswith("forward") else 9), name
         elif name != EMPTY:
