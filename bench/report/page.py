@@ -145,7 +145,7 @@ def host_section(result: dict) -> str:
         "## Host time\n\n"
         "What a process spends between a Python call and the driver, in thread CPU time, beside a stub "
         "driver that accepts launches and computes nothing: no GPU was present. An empty launch is a kernel "
-        "of 20 arguments that does nothing, through Triton's own `kernel[grid](…)`, in the same run.\n\n"
+        "of 20 arguments that does nothing, through Triton's own launcher, in the same run.\n\n"
         f"{markdown(header, rows)}\n\n{source}{earlier}"
     )
 
