@@ -20,13 +20,14 @@ from bench.gate.compile import (
     ARCHS,
     WAITS_FIRST,
     LauncherCall,
+    beside_cases,
     failures,
     gated_cases,
     group_cases,
     misplaced_wait,
     serialized,
 )
-from lorafa_kernels.plan.config import KNOWN_DEVICES, OPS, KernelConfig, makes_mask
+from lorafa_kernels.plan.config import KNOWN_DEVICES, OPS, KernelConfig, low_rank_block, makes_mask
 from lorafa_kernels.plan.defaults import all_default_configs
 
 # The first run compiles 150 kernels, which takes a busy machine more than ten minutes.
@@ -312,9 +313,12 @@ def test_every_configuration_compiles(tmp_path):
 def test_committed_result_covers_the_heuristics(version):
     """After a change of the heuristics, run `make gate gate-3.6` and commit the results."""
 
-    def code_of(config: KernelConfig) -> KernelConfig:
-        """Into how many parts shrink cuts is a number in the launch: more than one are one code."""
-        return replace(config, SPLIT_K=min(2, config.SPLIT_K))
+    def code_of(config: KernelConfig, R: int) -> KernelConfig:
+        """Into how many parts shrink cuts is a number in the launch: more than one are one code. So are the
+        rank blocks of factors that TMA cannot address.
+        """
+        block = low_rank_block(config, R % 8 == 0) if config.variant == "tma" else config.BLOCK_R
+        return replace(config, SPLIT_K=min(2, config.SPLIT_K), BLOCK_R=block)
 
     files, archs = COMMITTED[version]
     results = [json.loads((ROOT / "bench" / "results" / file).read_text()) for file in files]
@@ -323,21 +327,31 @@ def test_committed_result_covers_the_heuristics(version):
     rows = [row for result in results for row in result["rows"]]
     assert not [row for row in rows if row["failures"]]
     compiled = {
-        (row["arch"], row["op"], row["dtype"], row["dropout"], code_of(KernelConfig(**row["config"])))
+        (
+            row["arch"],
+            row["op"],
+            row["dtype"],
+            row["dropout"],
+            code_of(KernelConfig(**row["config"]), row["R"]),
+        )
         for row in rows
         if row["dtype"] != "fp16"
     }
     wanted = {
-        (arch, op, dtype, dropout, code_of(config))
+        (arch, op, dtype, dropout, code_of(config, R))
         for arch in archs
         for op in OPS
         for dtype, operand_bytes in (("bf16", 2), ("fp32", 4))
         for dropout in (False, True)
-        for config in all_default_configs(op, KNOWN_DEVICES[arch], operand_bytes, dropout)
+        for config, (_, R, _, _) in all_default_configs(
+            op, KNOWN_DEVICES[arch], operand_bytes, dropout
+        ).items()
         if not dropout or any(makes_mask(op, forward, config) for forward in (False, True))
     }
-    of_blocks = (*group_cases(archs), *gated_cases(archs))
-    wanted |= {(c.arch, c.op, c.dtype, c.dropout, code_of(c.config)) for c in of_blocks if c.dtype != "fp16"}
+    of_blocks = (*group_cases(archs), *gated_cases(archs), *beside_cases(archs))
+    wanted |= {
+        (c.arch, c.op, c.dtype, c.dropout, code_of(c.config, c.R)) for c in of_blocks if c.dtype != "fp16"
+    }
     assert wanted == compiled
 
 

@@ -372,6 +372,7 @@ PORTABLE = KernelConfig(64, 64, 32, 16, 4, 4, 2)
 )
 def test_says_what_it_lacks(monkeypatch, limits, version, said):
     assert said in missing_for_ws(limits, version)
+    launcher.warp_specialised.cache_clear()
     monkeypatch.setattr(launcher, "device_limits", lambda device: limits)
     monkeypatch.setattr(triton, "__version__", version)
     with pytest.raises(RuntimeError, match=f"expand_ws .*{said}"):

@@ -618,7 +618,8 @@ def test_fewer_launches_than_separate_layers(triton_device, monkeypatch):
         if key == "one node":
             gated = [name for name in launches.names if "gated" in name]
             assert gated == ["_gated_kernel", "_gated_backward_kernel"]
-            assert not set(launches.names) & set(Launches.COMPUTING)
+            # But the copies that round fp32 factors.
+            assert set(launches.names) & set(Launches.COMPUTING) <= {"copy_"}
     for few, many in zip(counts["one node"], counts["separate"], strict=True):
         assert few < many, counts
 
