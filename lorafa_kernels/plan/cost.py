@@ -59,7 +59,8 @@ BY_DESCRIPTORS = ("tma", "ws", "ws_z")
 # The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
 PORTABLE_SHARE_ON_HOPPER = 0.85
 # Host microseconds of a repeated Triton launch and the tensor that it fills, by pointers and with descriptors
-# (measured: python -m bench.host_time, beside a stub driver; fitted to its launches and operations).
+# (estimate: least squares over quiet runs of python -m bench.host_time, beside a stub driver; in the recorded
+# one, bench/results/host-time.json, they are 21 and 30).
 TRITON_LAUNCH_US = 13.0
 DESCRIPTOR_LAUNCH_US = 15.0
 # Host microseconds that the driver takes for a launch, which a stub driver does not (estimate).
@@ -67,7 +68,7 @@ DRIVER_US = 2.5
 # Host microseconds of a library product (estimate).
 LIBRARY_CALL_US = 5.0
 # Host microseconds of an operation around its launches: the choice of the implementation and of the plan
-# (measured: python -m bench.host_time, beside a stub driver; fitted as the launches).
+# (estimate: as for the launches).
 OPERATOR_US = 15.0
 # Instructions of Philox for an element where one call serves four (counted: ten rounds of philox.py).
 PHILOX_INSTRUCTIONS = 24
