@@ -233,11 +233,13 @@ def process_state() -> dict[str, object]:
         "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
         "modes": len(_get_current_dispatch_mode_stack()),
         "pinned plan": pinned(),
+        # setuptools keeps Python's own distutils once anyone looks for pip in Python < 3.12; torch's compiler
+        # needs setuptools' own.
+        "distutils of Python": sum("spec_for_distutils" in vars(finder) for finder in sys.meta_path),
     }
 
 
-@pytest.fixture(autouse=True)
-def _process_state():
+def nothing_is_left():
     """A test that leaves something behind for the next ones fails itself, whatever order they run in."""
     before = process_state()
     yield
@@ -248,6 +250,11 @@ def _process_state():
         if before.get(name) != after.get(name)
     }
     assert not left, f"left behind (before, after): {left}"
+
+
+_process_state = pytest.fixture(autouse=True)(nothing_is_left)
+# Fixtures of a module are there before a test's own state is read.
+_process_state_of_module = pytest.fixture(autouse=True, scope="module")(nothing_is_left)
 
 
 @pytest.fixture(autouse=True)

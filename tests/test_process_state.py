@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ def plan():
     return lambda: pin.__exit__(None, None, None)
 
 
+def distutils():
+    """What `importlib.util.find_spec("pip")` does to setuptools' finder."""
+    finder = next((finder for finder in sys.meta_path if hasattr(finder, "spec_for_pip")), None)
+    if finder is None:
+        pytest.skip("setuptools put no finder here")
+    finder.spec_for_distutils = lambda: None
+    return lambda: delattr(finder, "spec_for_distutils")
+
+
 def hook():
     return nn.modules.module.register_module_forward_hook(lambda *_: None).remove
 
@@ -56,6 +66,7 @@ def hook():
         pytest.param(default_dtype, "default dtype", id="dtype"),
         pytest.param(threads, "threads", id="threads"),
         pytest.param(plan, "pinned plan", id="plan"),
+        pytest.param(distutils, "distutils of Python", id="distutils"),
         pytest.param(hook, "hooks of all modules", id="hook"),
     ],
 )
