@@ -6,8 +6,10 @@ None of them is imported here: what they leave can only be there if they were im
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -110,10 +112,38 @@ def manager_of(module: nn.Module, name: str) -> str | None:
     return "fully_shard" if is_dtensor(parameter) or _is_fully_sharded(module) else None
 
 
-def _is_fully_sharded(module: nn.Module) -> bool:
-    """Whether a parameter group of fully_shard holds parameters of `module`. Between a forward and the next
-    one these can be plain tensors, so the groups are asked.
+def is_managed(tensor: Tensor) -> bool:
+    """Whether `tensor` is a parameter that FSDP1 or ZeRO-3 gives other memory in each forward, with nothing
+    that tells whether the values are others, too.
     """
+    return bool(getattr(tensor, "_fsdp_flattened", False)) or is_partitioned(tensor)
+
+
+class GatheredFrom(NamedTuple):
+    """The shard of this process that fully_shard gathers a parameter from, as it was at some time."""
+
+    parameter: weakref.ref
+    shard: weakref.ref
+    version: int
+
+    def is_unchanged(self) -> bool:
+        """Whether it is the same tensor, and has not been written into since."""
+        parameter = self.parameter()
+        shard = None if parameter is None else parameter.sharded_param._local_tensor
+        return shard is not None and shard is self.shard() and shard._version == self.version
+
+
+def gathered_from(tensor: Tensor) -> GatheredFrom | None:
+    """Of a parameter that fully_shard has gathered, the shard; None for any other tensor."""
+    for parameter in _fully_sharded_parameters():
+        if getattr(parameter, "_unsharded_param", None) is tensor:
+            shard = parameter.sharded_param._local_tensor
+            return GatheredFrom(weakref.ref(parameter), weakref.ref(shard), shard._version)
+    return None
+
+
+def _fully_sharded_parameters() -> Iterator[Any]:
+    """What the parameter groups of fully_shard keep of each parameter."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     for reference in list(states.values()):
         state = reference()
@@ -121,10 +151,17 @@ def _is_fully_sharded(module: nn.Module) -> bool:
         if groups is None:
             groups = [getattr(state, "_fsdp_param_group", None)]
         for group in filter(None, groups):
-            for parameter in getattr(group, "fsdp_params", ()):
-                info = getattr(parameter, "_module_info", None)
-                if module is getattr(info, "module", None):
-                    return True
-                if any(module is other for other in getattr(info, "shared_modules", ())):
-                    return True
+            yield from getattr(group, "fsdp_params", ())
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether a parameter group of fully_shard holds parameters of `module`. Between a forward and the next
+    one these can be plain tensors, so the groups are asked.
+    """
+    for parameter in _fully_sharded_parameters():
+        info = getattr(parameter, "_module_info", None)
+        if module is getattr(info, "module", None):
+            return True
+        if any(module is other for other in getattr(info, "shared_modules", ())):
+            return True
     return False

@@ -247,6 +247,7 @@ def apply_adaptation(
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
+                gradient_correction=config.gradient_correction,
             )
             for target in adaptation.targets.values()
         }

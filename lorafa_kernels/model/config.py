@@ -32,6 +32,8 @@ class LoRAFAConfig:
         whole name, the first match counts.
     lora_dropout: dropout on the adapter's input, in [0, 1).
     init_lora_weights: as in `LoRAFALinear`: True, False or "gaussian".
+    gradient_correction: correct lora_B's gradient as LoRA-FA's second version does, as in `LoRAFALinear`. Not
+        a field of PEFT's: it is saved only where it is True, and PEFT warns that it ignores it.
 
     Raises ValueError, naming the field, for a value that is none of these.
     """
@@ -48,6 +50,7 @@ class LoRAFAConfig:
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    gradient_correction: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
@@ -64,6 +67,12 @@ class LoRAFAConfig:
         object.__setattr__(self, "lora_dropout", dropout)
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora must be True or False, got {shown(self.use_rslora)}")
+        if not isinstance(self.gradient_correction, bool):
+            raise ValueError(
+                f"gradient_correction must be True or False, got {shown(self.gradient_correction)}"
+            )
+        if self.gradient_correction and 0 in (self.lora_alpha, *self.alpha_pattern.values()):
+            raise ValueError("gradient_correction divides by the scaling: lora_alpha must not be 0")
         # By type as well: 1 equals True, and a config file may hold anything.
         if (
             not isinstance(self.init_lora_weights, (bool, str))

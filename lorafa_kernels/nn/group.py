@@ -42,6 +42,7 @@ def operands_of(module: nn.Module) -> LinearOperands:
             module.lora_B,
             module.scaling,
             module.lora_dropout if module.training else 0.0,
+            module.gradient_correction,
         )
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
@@ -61,11 +62,12 @@ class LoRAFALinearGroup(nn.Module):
     Args:
         members: nn.Linear and LoRAFALinear modules by name, or a sequence of them, which are then called "0",
             "1", …. The parameters of an nn.Linear are frozen.
-        share_A: all LoRAFALinear among them have one lora_A Parameter object, r, scaling and dropout.
+        share_A: all LoRAFALinear among them have one lora_A Parameter object, r, scaling, dropout and
+            gradient_correction.
 
     Raises:
         ValueError: no members; members that disagree in in_features, dtype or device, with share_A in
-            lora_A, scaling or dropout; what LoRAFALinear.check_linear raises it for.
+            lora_A, scaling, dropout or gradient_correction; what LoRAFALinear.check_linear raises it for.
         TypeError: members that are no modules in a mapping or a sequence; a member that is neither an
             nn.Linear nor a LoRAFALinear; a share_A that is no bool.
 
@@ -116,6 +118,7 @@ class LoRAFALinearGroup(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
         share_A: bool = False,
         adapt: Collection[str] | None = None,
     ) -> LoRAFALinearGroup:
@@ -143,6 +146,7 @@ class LoRAFALinearGroup(nn.Module):
                     use_rslora=use_rslora,
                     init_lora_weights=init_lora_weights,
                     adapter_dtype=adapter_dtype,
+                    gradient_correction=gradient_correction,
                 )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"member {name!r}: {error}") from None
@@ -243,7 +247,7 @@ def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:
         return
     (first_name, first), *others = adapted.items()
     for name, module in others:
-        for what in ("r", "scaling", "lora_dropout"):
+        for what in ("r", "scaling", "lora_dropout", "gradient_correction"):
             value, expected = getattr(module, what), getattr(first, what)
             if value != expected:
                 raise ValueError(

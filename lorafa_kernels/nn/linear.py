@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..correction import as_corrected
 from ..engines import full_shape, manager_of, not_plain
 from ..linear.api import lorafa_linear
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
@@ -24,6 +25,7 @@ _OWN = frozenset(
         "lora_dropout",
         "use_rslora",
         "init_lora_weights",
+        "gradient_correction",
         "scaling",
         "impl",
         "adapter_enabled",
@@ -56,10 +58,14 @@ class LoRAFALinear(nn.Module):
         init_lora_weights: True, Kaiming-uniform lora_A and zero lora_B (the layer starts as the base
             layer); "gaussian", lora_A from N(0, 1/r²) and zero lora_B; False, both Kaiming-uniform.
         adapter_dtype: dtype of lora_B.
+        gradient_correction: lora_B's gradient is multiplied by (1/s²) · (lora_A lora_Aᵀ + 1e-8 I)⁻¹, s the
+            scaling: the correction of LoRA-FA's second version. The inverse (r, r) is made once, in fp32, and
+            again after lora_A was changed (not through `.data` once training has begun).
 
     Raises:
         ValueError: r below 1 or not an integer, lora_dropout outside [0, 1), lora_alpha not finite, an
-            unknown init_lora_weights, a dtype that is not floating point, a device that does not exist.
+            unknown init_lora_weights, a dtype that is not floating point, a device that does not exist,
+            gradient_correction with a lora_alpha of 0.
         TypeError: another argument of a wrong type. numpy's numbers are as good as Python's.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear. With adapter_enabled=False the
@@ -69,6 +75,8 @@ class LoRAFALinear(nn.Module):
     in_features: int
     out_features: int
     merged: bool
+    # Of layers that were pickled before there was a choice.
+    gradient_correction: bool = False
 
     def __init__(
         self,
@@ -84,6 +92,7 @@ class LoRAFALinear(nn.Module):
         device=None,
         dtype=None,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
     ) -> None:
         in_features = checked_size("in_features", in_features)
         out_features = checked_size("out_features", out_features)
@@ -91,9 +100,18 @@ class LoRAFALinear(nn.Module):
         _check_dtype("dtype", dtype)
         _check_device(device)
         # Before the weight is made, which may be large.
-        check_adapter_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        options = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "use_rslora": use_rslora,
+            "init_lora_weights": init_lora_weights,
+            "adapter_dtype": adapter_dtype,
+            "gradient_correction": gradient_correction,
+        }
+        check_adapter_options(**options)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._init_around(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._init_around(base, **options)
 
     @classmethod
     def from_linear(
@@ -106,6 +124,7 @@ class LoRAFALinear(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
     ) -> LoRAFALinear:
         """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks, buffers,
         training flag and whatever else was set on it: no copy. to_linear gives all of it back.
@@ -114,7 +133,16 @@ class LoRAFALinear(nn.Module):
         """
         cls.check_linear(linear)
         layer = cls.__new__(cls)
-        layer._init_around(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        layer._init_around(
+            linear,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            adapter_dtype=adapter_dtype,
+            gradient_correction=gradient_correction,
+        )
         layer._adopt(linear)
         return layer
 
@@ -190,15 +218,23 @@ class LoRAFALinear(nn.Module):
     def _init_around(
         self,
         base: nn.Linear,
+        *,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
         use_rslora: bool,
         init_lora_weights: bool | str,
         adapter_dtype: torch.dtype,
+        gradient_correction: bool,
     ) -> None:
         r, lora_alpha, lora_dropout = check_adapter_options(
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            adapter_dtype=adapter_dtype,
+            gradient_correction=gradient_correction,
         )
         nn.Module.__init__(self)
         self.in_features = base.in_features
@@ -208,6 +244,7 @@ class LoRAFALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.init_lora_weights = init_lora_weights
+        self.gradient_correction = gradient_correction
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.impl = "auto"
         self.adapter_enabled = True
@@ -279,6 +316,7 @@ class LoRAFALinear(nn.Module):
             self.bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
+            gradient_correction=self.gradient_correction,
             impl=self.impl,
         )
 
@@ -288,7 +326,10 @@ class LoRAFALinear(nn.Module):
         dtype = x.dtype
         dropped = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
         z = F.linear(dropped, self.lora_A.to(dtype)) * self.scaling
-        return F.linear(x, self.weight, self.bias) + F.linear(z, self.lora_B.to(z.dtype))
+        lora_B = self.lora_B
+        if self.gradient_correction and torch.is_grad_enabled():
+            lora_B = as_corrected(lora_B, self.lora_A, self.scaling)
+        return F.linear(x, self.weight, self.bias) + F.linear(z, lora_B.to(z.dtype))
 
     def merged_weight(self) -> Tensor:
         """Return round(weight + scaling · lora_B lora_A) (N, K), a new tensor in weight's dtype; computed
@@ -447,6 +488,7 @@ class LoRAFALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}"
         )
+        text += ", gradient_correction=True" if self.gradient_correction else ""
         return text + (", merged" if self.merged else "")
 
     def _apply(self, fn, recurse=True):
@@ -488,12 +530,14 @@ def _rebind_hooks(module: nn.Module) -> None:
 
 
 def check_adapter_options(
+    *,
     r: int,
     lora_alpha: float,
     lora_dropout: float,
     use_rslora: bool,
     init_lora_weights: bool | str,
     adapter_dtype: torch.dtype,
+    gradient_correction: bool,
 ) -> tuple[int, float, float]:
     """Return r, lora_alpha and lora_dropout as Python numbers. Raises ValueError or TypeError for an adapter
     option out of its range, naming it.
@@ -508,6 +552,9 @@ def check_adapter_options(
     if dropout is None or not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {shown(lora_dropout)}")
     _check_flag("use_rslora", use_rslora)
+    _check_flag("gradient_correction", gradient_correction)
+    if gradient_correction and alpha == 0:
+        raise ValueError("gradient_correction divides by the scaling: lora_alpha must not be 0")
     # By type as well: 1 equals True.
     if not isinstance(init_lora_weights, (bool, str)) or init_lora_weights not in INITIALISATIONS:
         raise ValueError(

@@ -39,6 +39,7 @@ class _GatedMLP(nn.Module):
         device=None,
         dtype=None,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
     ) -> None:
         options = {
             "r": r,
@@ -49,6 +50,7 @@ class _GatedMLP(nn.Module):
             "device": device,
             "dtype": dtype,
             "adapter_dtype": adapter_dtype,
+            "gradient_correction": gradient_correction,
         }
         hidden, intermediate = checked_size("hidden", hidden), checked_size("intermediate", intermediate)
         shapes = (hidden, intermediate), (hidden, intermediate), (intermediate, hidden)
@@ -67,6 +69,7 @@ class _GatedMLP(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
         adapt: Collection[str] | None = None,
     ) -> _GatedMLP:
         """Build the MLP around three layers, sharing their Parameter objects: no copy of a weight.
@@ -103,6 +106,7 @@ class _GatedMLP(nn.Module):
                 use_rslora=use_rslora,
                 init_lora_weights=init_lora_weights,
                 adapter_dtype=adapter_dtype,
+                gradient_correction=gradient_correction,
             )
         mlp = cls.__new__(cls)
         mlp._init_around(*layers.values())
