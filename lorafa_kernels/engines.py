@@ -120,26 +120,32 @@ def is_managed(tensor: Tensor) -> bool:
 
 
 class GatheredFrom(NamedTuple):
-    """The shard of this process that fully_shard gathers a parameter from, as it was at some time."""
+    """The sharded parameter that fully_shard gathers a tensor from, as it was at some time."""
 
-    parameter: weakref.ref
-    shard: weakref.ref
-    version: int
+    # What fully_shard keeps of the parameter.
+    holder: weakref.ref
+    sharded: weakref.ref
+    versions: tuple[int, int]
 
     def is_unchanged(self) -> bool:
-        """Whether it is the same tensor, and has not been written into since."""
-        parameter = self.parameter()
-        shard = None if parameter is None else parameter.sharded_param._local_tensor
-        return shard is not None and shard is self.shard() and shard._version == self.version
+        """Whether it is the same parameter, and has not been written into since."""
+        holder = self.holder()
+        sharded = None if holder is None else holder.sharded_param
+        return sharded is not None and sharded is self.sharded() and _versions(sharded) == self.versions
 
 
 def gathered_from(tensor: Tensor) -> GatheredFrom | None:
-    """Of a parameter that fully_shard has gathered, the shard; None for any other tensor."""
-    for parameter in _fully_sharded_parameters():
-        if getattr(parameter, "_unsharded_param", None) is tensor:
-            shard = parameter.sharded_param._local_tensor
-            return GatheredFrom(weakref.ref(parameter), weakref.ref(shard), shard._version)
+    """Of a tensor that fully_shard has gathered, what it was gathered from; None for any other."""
+    for holder in _fully_sharded_parameters():
+        if getattr(holder, "_unsharded_param", None) is tensor:
+            sharded = holder.sharded_param
+            return GatheredFrom(weakref.ref(holder), weakref.ref(sharded), _versions(sharded))
     return None
+
+
+def _versions(sharded: Tensor) -> tuple[int, int]:
+    """Of a DTensor and its shard: an operation on the one does not count in the other."""
+    return sharded._version, sharded._local_tensor._version
 
 
 def _fully_sharded_parameters() -> Iterator[Any]:
