@@ -316,9 +316,15 @@ def _config_json(config: LoRAFAConfig, model: nn.Module) -> bytes:
         "task_type": None,
         "use_dora": False,
     }
+    # PEFT does not know these two, and warns of what it does not know.
+    del fields["init_seed"]
     if not config.gradient_correction:
-        # PEFT does not know it, and warns where it is there.
         del fields["gradient_correction"]
+    if config.init_lora_weights == "orthogonal" and any(
+        r % 2 for r in (config.r, *config.rank_pattern.values())
+    ):
+        # PEFT's own initialisation of this name refuses odd ranks, before it loads the values.
+        fields["init_lora_weights"] = True
     # Sorted on the outside only: in rank_pattern and alpha_pattern the first match counts.
     return json.dumps(dict(sorted(fields.items())), indent=2).encode()
 

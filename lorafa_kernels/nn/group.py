@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..group.api import lorafa_linear_group
 from ..group.operands import LinearOperands
 from ..operands import check_frozen
-from .linear import LoRAFALinear, is_exported, shown
+from .initialise import seed_for
+from .linear import LoRAFALinear, check_seed, is_exported, shown
 
 
 def operands_of(module: nn.Module) -> LinearOperands:
@@ -117,6 +118,7 @@ class LoRAFALinearGroup(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         gradient_correction: bool = False,
         share_A: bool = False,
@@ -124,12 +126,13 @@ class LoRAFALinearGroup(nn.Module):
     ) -> LoRAFALinearGroup:
         """Build a group around nn.Linear modules, whose Parameter objects it shares: no copy of a weight.
 
-        adapt: names of those that get an adapter, None for all; the others stay as they are, frozen. The
-        remaining arguments as in LoRAFALinear. For members of different rank or scaling, make each with
-        LoRAFALinear.from_linear and pass them to the class. Raises as both, and ValueError for a name in
-        adapt that is not among linears.
+        adapt: names of those that get an adapter, None for all; the others stay as they are, frozen. Each
+        draws from init_seed and its name. The remaining arguments as in LoRAFALinear. For members of
+        different rank or scaling, make each with LoRAFALinear.from_linear and pass them to the class. Raises
+        as both, and ValueError for a name in adapt that is not among linears.
         """
         named = _named("linears", linears)
+        check_seed(init_seed)
         adapt = named if adapt is None else checked_names(adapt, named)
         members: dict[str, nn.Module] = {}
         shared: nn.Parameter | None = None
@@ -145,6 +148,7 @@ class LoRAFALinearGroup(nn.Module):
                     lora_dropout=lora_dropout,
                     use_rslora=use_rslora,
                     init_lora_weights=init_lora_weights,
+                    init_seed=seed_for(init_seed, name),
                     adapter_dtype=adapter_dtype,
                     gradient_correction=gradient_correction,
                 )

@@ -15,8 +15,9 @@ from ..correction import as_corrected
 from ..engines import full_shape, manager_of, not_plain
 from ..linear.api import lorafa_linear
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
+from .initialise import draw_into
 
-INITIALISATIONS = (True, False, "gaussian")
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
 _OWN = frozenset(
     {
@@ -25,6 +26,7 @@ _OWN = frozenset(
         "lora_dropout",
         "use_rslora",
         "init_lora_weights",
+        "init_seed",
         "gradient_correction",
         "scaling",
         "impl",
@@ -56,7 +58,12 @@ class LoRAFALinear(nn.Module):
         lora_dropout: probability in [0, 1) of dropping an element of x before lora_A while training. No mask
             is kept, but 8 bytes of a seed; eval() costs nothing.
         init_lora_weights: True, Kaiming-uniform lora_A and zero lora_B (the layer starts as the base
-            layer); "gaussian", lora_A from N(0, 1/r²) and zero lora_B; False, both Kaiming-uniform.
+            layer); "gaussian", lora_A from N(0, 1/r²) and zero lora_B; "orthogonal", lora_A of orthogonal
+            rows as long as Kaiming's in the mean, lora_A lora_Aᵀ = I/3 (if r ≤ in_features, else of
+            orthogonal columns), and zero lora_B; False, both Kaiming-uniform.
+        init_seed: what lora_A (and lora_B, where it is not zero) is drawn from: the same values on every
+            device and rank and whatever was drawn before, rounded to the dtype. None: from the default
+            generator of the device.
         adapter_dtype: dtype of lora_B.
         gradient_correction: lora_B's gradient is multiplied by (1/s²) · (lora_A lora_Aᵀ + 1e-8 I)⁻¹, s the
             scaling: the correction of LoRA-FA's second version. The inverse (r, r) is made once, in fp32, and
@@ -65,7 +72,7 @@ class LoRAFALinear(nn.Module):
     Raises:
         ValueError: r below 1 or not an integer, lora_dropout outside [0, 1), lora_alpha not finite, an
             unknown init_lora_weights, a dtype that is not floating point, a device that does not exist,
-            gradient_correction with a lora_alpha of 0.
+            gradient_correction with a lora_alpha of 0, an init_seed that has no 64 bits.
         TypeError: another argument of a wrong type. numpy's numbers are as good as Python's.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear. With adapter_enabled=False the
@@ -77,6 +84,7 @@ class LoRAFALinear(nn.Module):
     merged: bool
     # Of layers that were pickled before there was a choice.
     gradient_correction: bool = False
+    init_seed: int | None = None
 
     def __init__(
         self,
@@ -89,6 +97,7 @@ class LoRAFALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         device=None,
         dtype=None,
         adapter_dtype: torch.dtype = torch.float32,
@@ -106,6 +115,7 @@ class LoRAFALinear(nn.Module):
             "lora_dropout": lora_dropout,
             "use_rslora": use_rslora,
             "init_lora_weights": init_lora_weights,
+            "init_seed": init_seed,
             "adapter_dtype": adapter_dtype,
             "gradient_correction": gradient_correction,
         }
@@ -123,6 +133,7 @@ class LoRAFALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         adapter_dtype: torch.dtype = torch.float32,
         gradient_correction: bool = False,
     ) -> LoRAFALinear:
@@ -140,6 +151,7 @@ class LoRAFALinear(nn.Module):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
+            init_seed=init_seed,
             adapter_dtype=adapter_dtype,
             gradient_correction=gradient_correction,
         )
@@ -224,6 +236,7 @@ class LoRAFALinear(nn.Module):
         lora_dropout: float,
         use_rslora: bool,
         init_lora_weights: bool | str,
+        init_seed: int | None,
         adapter_dtype: torch.dtype,
         gradient_correction: bool,
     ) -> None:
@@ -233,6 +246,7 @@ class LoRAFALinear(nn.Module):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
+            init_seed=init_seed,
             adapter_dtype=adapter_dtype,
             gradient_correction=gradient_correction,
         )
@@ -244,6 +258,7 @@ class LoRAFALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.init_lora_weights = init_lora_weights
+        self.init_seed = None if init_seed is None else int(init_seed)
         self.gradient_correction = gradient_correction
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.impl = "auto"
@@ -279,13 +294,14 @@ class LoRAFALinear(nn.Module):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Initialise lora_A and lora_B anew, as init_lora_weights says; lora_A stays frozen afterwards."""
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        """Initialise lora_A and lora_B anew, as init_lora_weights and init_seed say; lora_A stays frozen
+        afterwards. Raises RuntimeError for a sharded lora_A that is to be orthogonal and has no init_seed.
+        """
+        generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
+        kind = "kaiming" if isinstance(self.init_lora_weights, bool) else self.init_lora_weights
+        draw_into(self.lora_A, kind, generator)
         if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            draw_into(self.lora_B, "kaiming", generator)
         else:
             nn.init.zeros_(self.lora_B)
 
@@ -514,6 +530,15 @@ class LoRAFALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def check_seed(init_seed: object) -> None:
+    """Raise ValueError unless init_seed is None or an integer that seeds a generator."""
+    if init_seed is None:
+        return
+    seed = as_integer(init_seed)
+    if seed is None or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"init_seed must be None or an integer of 64 bits, got {shown(init_seed)}")
+
+
 def is_exported() -> bool:
     """Whether torch.jit.trace or an ONNX exporter reads off the operations of a forward."""
     if torch.jit.is_tracing():
@@ -536,6 +561,7 @@ def check_adapter_options(
     lora_dropout: float,
     use_rslora: bool,
     init_lora_weights: bool | str,
+    init_seed: int | None,
     adapter_dtype: torch.dtype,
     gradient_correction: bool,
 ) -> tuple[int, float, float]:
@@ -558,8 +584,10 @@ def check_adapter_options(
     # By type as well: 1 equals True.
     if not isinstance(init_lora_weights, (bool, str)) or init_lora_weights not in INITIALISATIONS:
         raise ValueError(
-            f"init_lora_weights must be True, False or 'gaussian', got {shown(init_lora_weights)}"
+            "init_lora_weights must be True, False, 'gaussian' or 'orthogonal', got "
+            f"{shown(init_lora_weights)}"
         )
+    check_seed(init_seed)
     if adapter_dtype is None:
         raise TypeError("adapter_dtype must be a torch.dtype, such as torch.float32, got None")
     _check_dtype("adapter_dtype", adapter_dtype)
