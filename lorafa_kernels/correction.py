@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .dispatch import announce, call, define, open_to_direct_calls, watching_modes
+from .dispatch import announce, call, define, open_to_direct_calls, tracing_state, watching_modes
 from .engines import GatheredFrom, gathered_from, is_managed
 from .operands import check_tensor
 
 EPSILON = 1e-8
+set_tracing_state = torch._C._set_tracing_state
 
 
 class _Made(NamedTuple):
@@ -86,7 +87,8 @@ def correct(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
 
 def as_corrected(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     """Return lora_B (N, R), of which autograd takes the corrected gradient, by operations that every tracer
-    knows and differentiates: C = B₀ + (B − B₀) · inverse/s², where B₀ is B without its gradient.
+    knows and differentiates: C = B₀ + (B − B₀) · inverse/s², where B₀ is B without its gradient. In a trace
+    the inverse is a constant.
     """
     inverse = gram_inverse(lora_A.detach()).to(lora_B.dtype)
     constant = lora_B.detach()
@@ -111,9 +113,20 @@ def _place(lora_A: Tensor) -> tuple:
     return lora_A.shape, lora_A.stride(), lora_A.storage_offset(), lora_A.dtype, lora_A.device
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def _make(lora_A: Tensor) -> Tensor:
+    if (traced := tracing_state()) is not None:
+        # A trace gets the inverse as a constant, whether it was made before or not.
+        set_tracing_state(None)
+        try:
+            return _make(lora_A)
+        finally:
+            set_tracing_state(traced)
+    # An inference tensor could not be kept for backward.
+    with torch.inference_mode(False), torch.no_grad():
+        return _made_of(lora_A)
+
+
+def _made_of(lora_A: Tensor) -> Tensor:
     wide = torch.float64 if lora_A.dtype == torch.float64 else torch.float32
     R = lora_A.shape[0]
     if lora_A.is_meta:

@@ -343,7 +343,8 @@ class LoRAFALinear(nn.Module):
         dropped = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
         z = F.linear(dropped, self.lora_A.to(dtype)) * self.scaling
         lora_B = self.lora_B
-        if self.gradient_correction and torch.is_grad_enabled():
+        # Nobody differentiates an ONNX graph.
+        if self.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
             lora_B = as_corrected(lora_B, self.lora_A, self.scaling)
         return F.linear(x, self.weight, self.bias) + F.linear(z, lora_B.to(z.dtype))
 
