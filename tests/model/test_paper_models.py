@@ -1,9 +1,10 @@
 """RoBERTa, T5 and LLaMA train here as in plain PyTorch and in PEFT, from the same lora_A: the paper's models.
 
-Each method trains the same model on the same batches with AdamW, and its losses are compared step by step. In
-fp32, `ours` stays within 1e-5 of the fp64 losses, relative, and within 1e-5 of the others' losses, to which
-is added what these are from fp64 themselves (T5 in eager PyTorch: up to 1e-5). In bf16 the losses of all
-steps are within the error budget. The tiny configurations run anywhere, those of the paper on a GPU:
+Each method trains the same model on the same batches with AdamW, and its losses are compared step by step: in
+fp32 each is within 1e-5 of that in fp64, in plain PyTorch and in PEFT, relative (on a CPU within 5e-7). A
+learning rate of 1e-2 makes T5 chaotic, and its fp32 losses part by 5e-3, PEFT's from those in fp64, too. In
+bf16 the losses of all steps are within the error budget. The tiny configurations run anywhere, those of the
+paper on a GPU:
 
     python -m pytest -n0 -m gpu tests/model/test_paper_models.py
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,7 +28,7 @@ transformers = pytest.importorskip("transformers", reason="the models are transf
 peft = pytest.importorskip("peft", reason="PEFT is what people train with")
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]
 
-STEPS = 50
+STEPS, LEARNING_RATE = 50, 2e-3
 NAMES = ("roberta", "t5", "llama")
 ATTENTION = {
     "roberta": ["query", "key", "value", "attention.output.dense"],
@@ -135,9 +137,10 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def batches(model: nn.Module, name: str, rows: int, length: int, device: str) -> Iterator[dict[str, Tensor]]:
-    draw = torch.Generator().manual_seed(1)
+    """Two batches in turn, which can be learned by heart."""
     vocabulary = model.config.vocab_size
-    while True:
+    for step in itertools.count():
+        draw = torch.Generator().manual_seed(step % 2)
         ids = torch.randint(3, vocabulary, (rows, length), generator=draw)
         labels = torch.randint(0, 3, (rows,), generator=draw) if name == "roberta" else ids
         yield {
@@ -163,7 +166,7 @@ def losses(
     model = build(name, sizes, dtype, device)
     config = lorafa_config(name, targets, **options)
     trained = adapt(model, config)
-    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     found = []
     for _, batch in zip(range(steps), batches(model, name, rows, length, device), strict=False):
         loss = model(**batch).loss
@@ -185,16 +188,16 @@ def furthest(one: Tensor, other: Tensor) -> float:
 
 def check_curves(run: Callable[..., Tensor], others: dict[str, Callable]) -> None:
     exact, mine = run(plain, dtype=torch.float64), run(ours)
-    assert (exact.diff() != 0).all(), "nothing is trained"
-    assert_within_1e_5(furthest(mine, exact), "fp64")
+    assert exact[-2:].mean() < exact[:2].mean(), "nothing was learned"
+    check_near(mine, exact, "fp64")
     for what, adapt in others.items():
-        theirs = run(adapt)
-        # What they are from fp64 is theirs.
-        assert_within_1e_5(furthest(mine, theirs) - furthest(theirs, exact), what)
+        check_near(mine, run(adapt), what)
 
 
-def assert_within_1e_5(difference: float, what: str) -> None:
-    assert difference <= 1e-5, f"{difference:.2e} from {what}"
+def check_near(one: Tensor, other: Tensor, what: str) -> None:
+    """What docs/design.md promises, for the losses of each step."""
+    difference = furthest(one, other)
+    assert difference < 1e-5, f"{difference:.2e} from {what}"
 
 
 OTHERS = {"plain PyTorch": plain, "PEFT": pefts}
@@ -223,7 +226,7 @@ def test_corrected_loss_curves_equal_those_of_the_formula(name):
     check_curves(run, {"plain PyTorch": plain})
     without = functools.partial(losses, name=name, targets="all-linear", sizes=TINY[name])
     with pytest.raises(AssertionError, match="from fp64"):
-        assert_within_1e_5(furthest(without(ours), run(plain, dtype=torch.float64)), "fp64")
+        check_near(without(ours), run(plain, dtype=torch.float64), "fp64")
 
 
 def check_within_the_budget(run: Callable[..., Tensor], exact_dtype: torch.dtype) -> None:

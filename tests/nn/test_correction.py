@@ -46,7 +46,7 @@ def formula(dB: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
 
 
 def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
-    """What issue and documents promise of fp64: 1e-6 relative."""
+    """What docs/design.md promises of fp64: 1e-6 relative."""
     for one, other in zip(got, want, strict=True):
         assert one.dtype == other.dtype == torch.float64
         assert (one - other).norm() / other.norm() < 1e-6
