@@ -481,6 +481,17 @@ def test_copies_correct_by_their_own_lora_A(block, copied):
     assert not any(torch.equal(a, b) for a, b in zip(changed[:1], want, strict=False))
 
 
+def test_inverse_stays_where_it_is():
+    """A CUDA graph has recorded its address."""
+    model, x = build("layer"), data()
+    gradients(model, x)
+    inverse = gram_inverse(model.lora_A)
+    before = inverse.clone()
+    in_place(model)
+    gradients(model, x)
+    assert gram_inverse(model.lora_A) is inverse and not torch.equal(inverse, before)
+
+
 def test_inverse_goes_with_its_lora_A():
     import gc
     import weakref
