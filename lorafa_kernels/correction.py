@@ -9,10 +9,10 @@ projected onto the rows of A.
 
 A is frozen, so the inverse is made once and kept as long as lora_A lives, in fp32 (fp64 for an fp64 A). It is
 made anew when lora_A holds other values: after an in-place operation, load_state_dict, `.to()`, another
-tensor in its place, another shard under fully_shard. A CUDA graph that was recorded by hand reads the inverse
-that was made last: run a forward outside of it after such a change. Values written through `.data` change no version: they
-are seen before the first step, and not after it. What FSDP1 and ZeRO-3 gather cannot be told from another
-tensor, and its inverse is made in every forward.
+tensor in its place, another shard under fully_shard. Values written through `.data` change no version: they
+are seen before the first step, and not after it. A CUDA graph that was recorded by hand reads the inverse
+that was made last. What FSDP1 and ZeRO-3 gather cannot be told from another tensor, and its inverse is made
+in every forward.
 
 gram_inverse(lora_A) -> inverse
 correct(dB, inverse, scaling) -> corrected dB
