@@ -80,7 +80,7 @@ def correct(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
     """Return (1/s²) · dB inverse (N, R) in the dtype of dB, from dB (N, R) and inverse (R, R); multiplied in
     the wider dtype of both. scaling (s) must not be 0.
     """
-    if open_to_direct_calls(dB.device.type):
+    if open_to_direct_calls():
         return call(_correct, dB.device, dB, inverse, scaling)
     announce()
     return _correct_op(dB, inverse, scaling)
