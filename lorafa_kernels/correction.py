@@ -151,8 +151,9 @@ def _made_of(lora_A: Tensor) -> Tensor:
 
 
 def _gram(lora_A: Tensor) -> Tensor:
-    widest = torch.float32 if lora_A.device.type == "mps" else torch.float64
-    wide = lora_A.to(widest)
+    # Other devices than these may have no fp64.
+    device = lora_A.device if lora_A.device.type in ("cpu", "cuda") else "cpu"
+    wide = lora_A.to(device, torch.float64)
     return wide @ wide.T
 
 

@@ -516,13 +516,23 @@ def test_kept_for_backward_is_what_is_kept_anyway_and_the_inverse_itself(block, 
     assert len(more) == corrected
 
 
-def test_frozen_lora_B_and_no_grad_make_no_inverse():
+@pytest.mark.parametrize("block", ["layer", "group", "mlp"])
+def test_frozen_lora_B_and_no_grad_make_no_inverse(block, monkeypatch):
     made = []
-    model, x = build("layer"), data().requires_grad_()
-    model.lora_B.requires_grad_(False)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: made.append(t) or t, lambda t: t):
+    for user in ("linear.api", "group.operands"):
+        monkeypatch.setattr(
+            f"lorafa_kernels.{user}.gram_inverse", lambda A: made.append(A) or gram_inverse(A)
+        )
+    model, x = build(block), data().requires_grad_()
+    with torch.no_grad():
         model(x)
-    assert not any(t.shape == (R, R) for t in made)
+    for one in layers_of(model):
+        one.lora_B.requires_grad_(False)
+    model(x)
+    assert not made
+    layers_of(model)[0].lora_B.requires_grad_()
+    model(x)
+    assert len(made) == 1
 
 
 # ---- autocast, compilers, checkpointing, engines ----
