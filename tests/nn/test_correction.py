@@ -619,7 +619,8 @@ WORLD = 2
 
 def _engine_steps(engine: str, rank: int, world: int) -> dict[str, list]:
     """What each of some changes of lora_A leaves: corrected gradients, plain ones, and the whole lora_A."""
-    model = deep(torch.float32)
+    # The gradients have 416 elements together.
+    model = deep(torch.float32, r=8, lora_alpha=20)
     # As ranks that were seeded each by itself, or from the file system, have them.
     torch.manual_seed(rank)
     for one in layers_of(model):
@@ -682,19 +683,18 @@ def _worker(rank: int, world: int, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_engines_correct_by_the_lora_A_that_they_gathered(tmp_path):
     mp.spawn(_worker, (WORLD, str(tmp_path)), nprocs=WORLD)
-    scaling = 10 / 4
+    scaling = 20 / 8
     for engine, found in torch.load(tmp_path / "result").items():
         for name, (first, second, plain, As) in found.items():
             assert_same(second, first, name=f"{engine}, {name}")
-            # The gradient is corrected before ranks are summed, here after it: rounding apart the same.
+            # The gradient is corrected before ranks are summed, here after it: other roundings, as many.
             own = [
                 dB @ torch.linalg.inv(A @ A.T + EPSILON * torch.eye(len(A))) / scaling**2
                 for dB, A in zip(plain, As, strict=True)
             ]
             want = [formula(dB, A, scaling) for dB, A in zip(plain, As, strict=True)]
-            flat = [torch.cat([t.flatten() for t in of]).double() for of in (first, want, own)]
-            apart = [(flat[i] - flat[1]).norm() / flat[1].norm() for i in (0, 2)]
-            assert apart[0] < 4 * apart[1] + 8 * torch.finfo(torch.float32).eps, f"{engine}, {name}: {apart}"
+            of_kinds = ({"dB": torch.cat([t.flatten() for t in kind])} for kind in (first, want, own))
+            check_budget(*of_kinds)
 
 
 # ---- configuration, files, errors ----
