@@ -60,7 +60,7 @@ class Options:
     steps: int = 100
     batch: int = 8
     accumulate: int = 1
-    lr: float = 2e-3
+    lr: float = 1e-2
     warmup: int = 10
     clip: float = 1.0
     eval_every: int = 50
