@@ -22,7 +22,7 @@ KILLS = 20
 SMALL = ("--device", "cpu", "--sequence", "16", "--batch", "4", "--eval-rows", "3", "--eval-every", "7")
 # Dropout shows whether the random state came back, accumulation whether a step is whole.
 ONE = (*SMALL, "--steps", "90", "--save-every", "2", "--dropout", "0.2", "--accumulate", "2", "--rank", "4")
-TWO = (*SMALL, "--steps", "40", "--save-every", "2", "--accumulate", "2", "--rank", "4")
+TWO = (*SMALL, "--steps", "60", "--save-every", "2", "--accumulate", "2", "--rank", "4")
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
@@ -85,8 +85,8 @@ def kill_often(runs: Runs, seed: int, *arguments: str, processes: int | None = N
         # Now and then before the first step: while the model is built and the checkpoint read.
         early = kill % 4 == 3
         moment = Kill(
-            steps=0 if early else draw.randint(1, 3),
-            wait=draw.uniform(0, 0.4 if early else 0.05),
+            steps=0 if early else draw.randint(1, 2),
+            wait=draw.uniform(0, 0.4 if early else 0.03),
             rank=draw.randrange(processes or 1),
         )
         ended = runs.run(*arguments, processes=processes, kill=moment)
