@@ -28,11 +28,13 @@ _STEP = re.compile(rb"(\d+)/\d+ \[")
 @dataclass(frozen=True)
 class Kill:
     """When to send `number` to the process of `rank`: `wait` seconds after the progress line has shown that
-    `steps` steps of this run are done, with 0 after the start. The others are killed then, as torchrun does.
+    `steps` steps of this run are done, with 0 after the start; `saving`: and after the next checkpoint was
+    begun. The others are killed then, as torchrun does.
     """
 
     steps: int = 0
     wait: float = 0.0
+    saving: bool = False
     rank: int = 0
     number: int = signal.SIGKILL
 
@@ -109,16 +111,18 @@ def _run(arguments: list[str], count: int | None, kill: Kill | None, main) -> En
     ]
     codes: dict[int, int] = {}
     sent, end = False, time.monotonic() + PATIENCE_S
-    due = None
-    first = None
+    due = first = None
+    checkpoints = Path(arguments[arguments.index("--out") + 1], "checkpoints")
+    present: set[str] = _names(checkpoints)
     while len(codes) < len(pids):
         for rank, pid in enumerate(pids):
             if rank not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[rank] = os.waitstatus_to_exitcode(found[1])
         shown = _steps_shown(logs[0])
         first = shown if first is None else first
+        before, present = present, _names(checkpoints)
         if kill and due is None and (kill.steps == 0 or (shown or 0) - (first or 0) >= kill.steps):
-            due = time.monotonic() + kill.wait
+            due = time.monotonic() + kill.wait if not kill.saving or present - before else None
         if kill and not sent and due is not None and time.monotonic() >= due and kill.rank not in codes:
             os.kill(pids[kill.rank], kill.number)
             sent = True
@@ -168,6 +172,10 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def _names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def _steps_shown(log: Path) -> int | None:

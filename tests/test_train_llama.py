@@ -82,11 +82,13 @@ def kill_often(runs: Runs, seed: int, *arguments: str, processes: int | None = N
     draw = random.Random(seed)
     printed = []
     for kill in range(KILLS):
-        # Now and then before the first step: while the model is built and the checkpoint read.
-        early = kill % 4 == 3
+        # In turn between steps, while a checkpoint is written, and before the first step, while the model is
+        # built and the checkpoint read.
+        kind = ("step", "save", "step", "save", "start")[kill % 5]
         moment = Kill(
-            steps=0 if early else draw.randint(1, 2),
-            wait=draw.uniform(0, 0.4 if early else 0.03),
+            steps=0 if kind == "start" else draw.randint(1, 2),
+            saving=kind == "save",
+            wait=draw.uniform(0, {"step": 0.03, "save": 0.01, "start": 0.4}[kind]),
             rank=draw.randrange(processes or 1),
         )
         ended = runs.run(*arguments, processes=processes, kill=moment)
