@@ -206,15 +206,19 @@ def _train(options: Options, packed: Any, ours: Any) -> int:
         _check_same(checkpoints.options_of(found), fixed, options.out)
 
     dtype = getattr(torch, options.dtype)
-    adapted = model.build(
-        options.size,
-        options.checkpoint,
-        vocabulary=packed.vocabulary,
-        sequence=options.sequence,
-        seed=options.seed,
-        dtype=dtype,
-        device=ours.device,
-    )
+    try:
+        adapted = model.build(
+            options.size,
+            options.checkpoint,
+            vocabulary=packed.vocabulary,
+            sequence=options.sequence,
+            seed=options.seed,
+            dtype=dtype,
+            device=ours.device,
+            shown=ours.first,
+        )
+    except DemoError as error:
+        raise UsageError(str(error)) from error
     _adapt(adapted, options)
     if options.checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -205,6 +205,67 @@ def test_what_only_the_model_or_a_checkpoint_can_tell_is_one_line_too(runs, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.numerics
+@needs_gloo
+def test_one_process_under_torchrun_has_the_losses_of_one_without(runs, tmp_path):
+    arguments = (*SMALL, "--steps", "20")
+    finish(runs, *arguments, "--out", str(tmp_path / "without"))
+    finish(runs, *arguments, "--out", str(tmp_path / "under"), processes=1)
+    assert_near(losses(tmp_path / "under"), losses(tmp_path / "without"))
+
+
+@pytest.mark.slow
+def test_a_folder_s_model_and_tokenizer(runs, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps\n" * 400)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train([str(text)], trainers.BpeTrainer(vocab_size=80, show_progress=False))
+    base = tmp_path / "base"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(base)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=80, initializer_range=0.2)).save_pretrained(base)
+
+    out = tmp_path / "out"
+    folders = ("--checkpoint", str(base), "--tokenizer", str(base), "--text", str(text), "--out", str(out))
+    finish(runs, *SMALL, "--steps", "20", *folders)
+    assert losses(out)
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        str(base)
+    )
+    # Bytes need 256 tokens.
+    ended = runs.run(*SMALL, "--checkpoint", str(base), "--out", str(tmp_path / "bytes"))
+    assert ended.codes == [2] and ended.output[0].count("\n") == 1
+    assert "80 tokens" in ended.output[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        # As published.
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3-8B", 8_030_261_248),
+        ("Llama-3-70B", 70_553_706_496),
+        ("Mistral-7B", 7_241_732_096),
+        # Without the norms of q and k, which a Llama does not have: 36 × 2 × 128.
+        ("Qwen3-8B", 8_190_735_360 - 9_216),
+    ],
+)
+def test_sizes_are_those_of_the_models(size, parameters):
+    from transformers import LlamaForCausalLM
+
+    from examples.llama.model import config_of
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config_of(size, 256, 128))
+    assert sum(one.numel() for one in model.parameters()) == parameters
+    assert size in train_llama.SIZES
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -6,6 +6,8 @@ chosen dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from examples import DemoError
 from examples.llama.processes import Processes
@@ -79,9 +82,10 @@ def build(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    shown: bool = True,
 ) -> nn.Module:
     """The base model on `device` in `dtype`: from the local `folder`, else of `size` with the random weights
-    of `seed`, the same in every process.
+    of `seed`, the same in every process. shown: with transformers' progress bar.
 
     Raises DemoError if the folder's model cannot be loaded or has too small a vocabulary.
     """
@@ -95,17 +99,31 @@ def build(
         finally:
             torch.set_default_dtype(before)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        known = getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "vocab_size", 0)
+        if known < vocabulary:
+            raise DemoError(
+                f"--checkpoint {folder} knows {known} tokens, the text has ids up to {vocabulary - 1}: give "
+                "its own --tokenizer"
+            )
+        with _progress_bars(shown):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DemoError(f"--checkpoint {folder} holds no model that transformers loads: {error}") from error
-    if model.config.vocab_size < vocabulary:
-        raise DemoError(
-            f"--checkpoint {folder} knows {model.config.vocab_size} tokens, the text has ids up to "
-            f"{vocabulary - 1}: give its own --tokenizer"
-        )
     if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
         raise DemoError(f"--checkpoint {folder} is no Llama-shaped model: it has no model.layers to shard")
     return model.to(device)
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    enabled = logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def shard(model: nn.Module, processes: Processes, dtype: torch.dtype) -> None:
