@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -77,9 +78,13 @@ class Runs:
             self._process.wait()
         self._process.stdout.close()
 
-    def run(self, *arguments: str, processes: int | None = None, kill: Kill | None = None) -> Ended:
-        """Run the example with `arguments`; processes: as under torchrun, None: without it."""
-        request = {"arguments": arguments, "processes": processes, "kill": kill and asdict(kill)}
+    def run(
+        self, *arguments: str, processes: int | None = None, kill: Kill | None = None, room: int | None = None
+    ) -> Ended:
+        """Run the example with `arguments`; processes: as under torchrun, None: without it; room: the bytes
+        that a file may have, as a full disk has it.
+        """
+        request = {"arguments": arguments, "count": processes, "kill": kill and asdict(kill), "room": room}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
@@ -92,21 +97,20 @@ def _serve() -> None:
     import torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import examples.train_llama
     from examples.llama import checkpoints, loop, model, processes, text  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
-        kill = Kill(**request["kill"]) if request["kill"] else None
-        ended = _run(request["arguments"], request["processes"], kill, examples.train_llama.main)
+        request["kill"] = Kill(**request["kill"]) if request["kill"] else None
+        ended = _run(**request)
         print(json.dumps(ended._asdict()), flush=True)
 
 
-def _run(arguments: list[str], count: int | None, kill: Kill | None, main) -> Ended:
+def _run(arguments: list[str], count: int | None, kill: Kill | None, room: int | None) -> Ended:
     logs = [Path(f"log-{rank}") for rank in range(count or 1)]
     port = _free_port()
     pids = [
-        _start(arguments, {} if count is None else _as_torchrun(rank, count, port), log, main)
+        _start(arguments, {} if count is None else _as_torchrun(rank, count, port), log, room)
         for rank, log in enumerate(logs)
     ]
     codes: dict[int, int] = {}
@@ -135,18 +139,22 @@ def _run(arguments: list[str], count: int | None, kill: Kill | None, main) -> En
     return Ended([codes[rank] for rank in range(len(pids))], sent, [log.read_text("utf-8") for log in logs])
 
 
-def _start(arguments: list[str], variables: dict[str, str], log: Path, main) -> int:
+def _start(arguments: list[str], variables: dict[str, str], log: Path, room: int | None) -> int:
     log.write_bytes(b"")
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
+        from examples.train_llama import NAME, exit_code, main
+
         os.environ.update(variables)
+        if room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        code = main(arguments)
+        code = exit_code(NAME, lambda: main(arguments))
     except SystemExit as end:
         code = end.code
     except BaseException:

@@ -189,6 +189,19 @@ def test_ctrl_c_leaves_the_last_checkpoint(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(runs, tmp_path):
+    arguments = (*SMALL, "--steps", "20", "--save-every", "4")
+    finish(runs, *arguments, "--out", str(tmp_path / "whole"))
+    out = tmp_path / "full"
+    assert runs.run(*arguments, "--out", str(out), kill=Kill(steps=9)).sent
+    ended = runs.run(*arguments, "--out", str(out), room=20_000)
+    assert ended.codes == [1] and "Traceback" not in ended.output[0]
+    assert "the checkpoint cannot be written" in ended.output[0].splitlines()[-1]
+    finish(runs, *arguments, "--out", str(out))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_what_only_the_model_or_a_checkpoint_can_tell_is_one_line_too(runs, tmp_path):
     out = ("--out", str(tmp_path))
     arguments = (*SMALL, "--steps", "12", *out)

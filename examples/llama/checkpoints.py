@@ -23,8 +23,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from examples import DemoError
 from examples.llama.processes import Processes
 
 KEPT = 2
@@ -63,14 +65,17 @@ def options_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def save(state: State, folder: Path, options: dict[str, Any], processes: Processes) -> None:
-    """Write a checkpoint of `state`, and remove all but the newest KEPT. All processes call this."""
+    """Write a checkpoint of `state`, and remove all but the newest KEPT. All processes call this.
+
+    Raises OSError or DemoError if it cannot be written; those before are as they were.
+    """
     final = folder / f"step-{state.progress.step:08d}"
     aside = folder / f".{final.name}.part"
     if processes.first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     processes.wait()
-    with _quiet():
+    with _quiet("written"):
         dcp.save(_tensors(state, processes), checkpoint_id=aside, no_dist=not processes.together)
     if processes.first:
         content = {**asdict(state.progress), "schedule": state.schedule.state_dict(), "options": options}
@@ -97,7 +102,7 @@ def load(state: State, checkpoint: Path, processes: Processes) -> bool:
     found = all(f"random.{name}" in known for name in mine)
     if not found:
         del tensors["random"]
-    with _quiet():
+    with _quiet("read"):
         dcp.load(tensors, storage_reader=reader, no_dist=not processes.together)
     set_optimizer_state_dict(state.model, state.optimizer, tensors["optimizer"])
     if found:
@@ -137,11 +142,15 @@ def _set_random(states: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that one process saves and loads alone, which is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+def _quiet(done: str) -> Iterator[None]:
+    """Without DCP's warning that one process saves and loads alone, which is meant; its error in a line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise DemoError(f"the checkpoint cannot be {done}: process {rank}: {cause}") from error
 
 
 def _complete(folder: Path) -> list[Path]:

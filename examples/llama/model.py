@@ -39,22 +39,22 @@ DEPTHS = {
     "Qwen3-8B": Depth(36, 128, 151_936, False),
     "Mistral-7B": Depth(32, 128, 32_000, False),
 }
-TINY = LlamaConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=256,
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
     # With 0.02 no adapter could move the logits of weights this small, and the loss would not fall.
-    initializer_range=0.2,
-)
+    "initializer_range": 0.2,
+}
 
 
 def config_of(size: str, vocabulary: int, sequence: int) -> LlamaConfig:
     """The configuration of a size, with at least `vocabulary` tokens and `sequence` positions."""
     if size == "tiny":
-        config = LlamaConfig(**TINY.to_diff_dict())
+        config = LlamaConfig(**TINY)
     else:
         depth = DEPTHS[size]
         widths = {projection.name: projection for projection in MODELS[size]}
