@@ -791,7 +791,3 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(row))
     print(f"{len(rows)} kernels compiled in {seconds} s, {len(failed)} failed: {options.out}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -167,7 +167,3 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         write_json(options.out, result)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -437,7 +437,3 @@ def main(argv: list[str] | None = None) -> int:
     done = f"{len(rows)} cases, {result['launched']} launches in {result['seconds']} s"
     print(f"{done}, {result['failed']} failed: {options.out}")
     return 1 if result["failed"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

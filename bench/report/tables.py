@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +161,3 @@ def fill_all(argv: list[str] | None) -> int:
     word = "out of date" if check else "written"
     print("\n".join(f"{word}: {entry}" for entry in stale) or "all up to date")
     return 1 if check and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
