@@ -281,9 +281,10 @@ class Output:
         with path.open("ab") as log:
             for line in stream:
                 room = LOG_BYTES - log.tell()
-                if room > 0:
-                    log.write(line[:room])
-                    if len(line) >= room:
+                # A full disk must not keep a stage from printing.
+                with contextlib.suppress(OSError):
+                    log.write(line[: max(0, room)])
+                    if 0 < room <= len(line):
                         log.write(b"\n(the log ends here: it is full)\n")
                     log.flush()
                 text = line[-4096:].decode("utf-8", "replace").strip()

@@ -52,17 +52,23 @@ class Setting:
 
 
 def seconds_of(
-    device: str, keys: Iterable[str], flops: float, samples: float, least: float = 0.0, fixed: float = 0.2
+    device: str,
+    keys: Iterable[str],
+    flops: float,
+    samples: float,
+    least: float = 0.0,
+    fixed: float = 0.2,
+    exact: float = 4,
 ) -> float:
     """Return roughly how many seconds a measurement takes, for budgets and progress: each contender computes
     `flops` so many times, none of them in less than `least` seconds, and takes `fixed` seconds beside; the
-    fp64 reference and compilers come on top.
+    reference computes them `exact` times in fp64, and compilers come on top.
     """
     keys = list(keys)
     rate, exact_rate, compiling = {"cuda": (3e14, 3e13, 12.0), "cpu": (4e10, 1e10, 17.0)}[device]
     compiled = sum(key.startswith("compiled") for key in keys)
     each = samples * max(flops / rate, least) + fixed
-    return len(keys) * each + 4 * flops / exact_rate + compiled * compiling
+    return len(keys) * each + exact * flops / exact_rate + compiled * compiling
 
 
 def job(
@@ -185,7 +191,7 @@ def training_job(case: training.TrainingCase, setting: Setting) -> Job:
     keys, device = training.LARGEST_KEYS if case.largest else models.TRAINING_KEYS, setting.device
     # Building a model draws its weights. One contender more is the base.
     fixed = {"cuda": case.size.parameters() / 1e10 + 1.5, "cpu": case.size.parameters() / 1e8 + 0.4}[device]
-    seconds = seconds_of(device, ("", *keys), case.flops(), 1, fixed=fixed)
+    seconds = seconds_of(device, ("", *keys), case.flops(), 1, fixed=fixed, exact=0)
     if case.needs_gpu and device != "cuda":
         seconds = 0.1
     describe = {"case": case.as_record()}
