@@ -168,8 +168,8 @@ def obstacle(layer: lora.LoraLayer, *, injected: bool = True) -> str | None:
     if kind not in (lora.Linear, ServedLinear, ServedMemberLinear):
         for known, reason in (
             (lora.Embedding, "an embedding"),
-            (lora.layer._ConvNd, "a convolution"),
-            (lora.MultiheadAttention, "an nn.MultiheadAttention, whose weights are read without calling it"),
+            ((lora.Conv2d, lora.layer.Conv1d, lora.layer.Conv3d), "a convolution"),
+            (lora.layer.MultiheadAttention, "an nn.MultiheadAttention, which reads weights without a call"),
             (lora.ParamWrapper, "a parameter (target_parameters)"),
         ):
             if isinstance(layer, known):

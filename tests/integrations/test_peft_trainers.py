@@ -1,0 +1,115 @@
+"""Trainer and SFTTrainer with PEFT models on these kernels: the losses of PEFT with lora_A frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorafa_kernels.integrations.peft import accelerate_peft, register
+
+peft = pytest.importorskip("peft", reason="the models are PEFT's")
+transformers = pytest.importorskip("transformers", reason="the models and the Trainer are transformers'")
+beds = pytest.importorskip("peft_beds")
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+STEPS = 20
+# Relative difference of the losses of 20 steps in fp32 that users are promised.
+PROMISED = 1e-5
+
+
+def rows():
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, beds.VOCABULARY, (2 * STEPS, 12), generator=generator)
+    return [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
+
+
+def options(folder):
+    return {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def losses(trainer):
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(found) == STEPS and found[-1] < found[0]
+    return found
+
+
+def check(got, wanted):
+    assert max(abs(one - other) / other for one, other in zip(got, wanted, strict=True)) <= PROMISED
+
+
+def thawed(model):
+    return [n for n, p in model.named_parameters() if ".lora_A." in n and p.requires_grad]
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["eager", "checkpointing"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_trainer(family, checkpointing, tmp_path):
+    def run(model):
+        arguments = transformers.TrainingArguments(**options(tmp_path), gradient_checkpointing=checkpointing)
+        return losses(transformers.Trainer(model, arguments, train_dataset=rows()))
+
+    wanted = run(beds.with_peft(family))
+    for made in (beds.config, lambda **fields: register(beds.config(**fields))):
+        model = peft.get_peft_model(beds.base(family), made())
+        beds.draw(model)
+        model = accelerate_peft(model) if made is beds.config else model
+        check(run(model), wanted)
+        assert not thawed(model)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("way", ["peft_config", "accelerate_peft"])
+def test_sft_trainer(way, tmp_path):
+    trl = pytest.importorskip("trl", reason="SFTTrainer is TRL's")
+    datasets = pytest.importorskip("datasets", reason="SFTTrainer takes its datasets")
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()])
+    found = []
+    for ours in (False, True):
+        config = beds.config()
+        torch.manual_seed(0)
+        trainer = trl.SFTTrainer(
+            model=beds.base("llama"),
+            args=trl.SFTConfig(**options(tmp_path), max_length=12),
+            train_dataset=data,
+            processing_class=Tokenizer.made(),
+            peft_config=register(config) if ours and way == "peft_config" else config,
+        )
+        beds.draw(trainer.model)
+        if not ours:
+            beds.freeze(trainer.model)
+        elif way == "accelerate_peft":
+            accelerate_peft(trainer.model)
+            assert trainer.model.lorafa_report.layers
+        found.append(losses(trainer))
+        assert not thawed(trainer.model)
+    check(*found)
+
+
+class Tokenizer:
+    """One word for each number: SFTTrainer asks for a tokenizer though the data has ids already."""
+
+    @staticmethod
+    def made():
+        from tokenizers import Tokenizer, models
+
+        words = {f"w{number}": number for number in range(beds.VOCABULARY)}
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
+            pad_token="w0",
+            bos_token="w1",
+            eos_token="w2",
+        )
