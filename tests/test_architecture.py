@@ -34,7 +34,12 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
-OPTIONAL = {"tune.command": {"rich"}, "checks.doctor": {"numpy"}, "integrations.peft": {"peft"}}
+OPTIONAL = {
+    "tune.command": {"rich"},
+    "checks.doctor": {"numpy"},
+    "integrations.peft": {"peft"},
+    "model.targets": {"peft"},
+}
 # Written on top of a library, and imported by a function of the module beside them.
 BUILT_ON = {"integrations.peft_layers": {"peft", "transformers"}}
 # They compose kernels, and are imported where those are.

@@ -29,19 +29,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..engines import full_shape, is_dtensor, is_partitioned, whole
+from ..engines import full_shape, is_dtensor, is_partitioned, plain_class, whole
+from ..nn.conv1d import LoRAFAConv1D
 from ..nn.linear import LoRAFALinear, shown
 from .adapt import Adaptation, adaptation_of, all_or_nothing, apply_adaptation
 from .config import LoRAFAConfig
 from .exchange import locked, replace_files
 from .names import lorafa_layers, modules_by_name, target_names, unwrap
 from .patterns import limited
+from .peft_config import FIELDS, from_fields
 from .saved import lorafa_parameters, original_shapes, persistent_tensors, saved_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
-_FIELDS = tuple(field.name for field in dataclasses.fields(LoRAFAConfig))
 _LARGEST_CONFIG = 16 << 20
 # safetensors itself stops at 100 MB; an entry has some 150 bytes.
 _LARGEST_HEADER = 32 << 20
@@ -60,21 +61,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-# Fields of PEFT 0.21's LoraConfig that say nothing about the computation.
-_INFORMATIVE = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
-# Fields with a neutral value that is not None, False or empty; the last two only matter beside another field.
-_NEUTRAL = {"peft_type": "LORA", "bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 def lorafa_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -274,13 +260,17 @@ def _derived_config(model: nn.Module, layers: dict[str, LoRAFALinear]) -> LoRAFA
     r = common(layer.r for layer in layers.values())
     alpha = common(layer.lora_alpha for layer in layers.values())
     previous = getattr(model, "lorafa_config", None)
-    return LoRAFAConfig(
+    return dataclasses.replace(
+        previous or LoRAFAConfig(),
         r=r,
         lora_alpha=alpha,
         target_modules=_exact_targets(layers, model),
         lora_dropout=common(layer.lora_dropout for layer in layers.values()),
         use_rslora=next(iter(layers.values())).use_rslora,
-        modules_to_save=None if previous is None else previous.modules_to_save,
+        # What chose other layers than there are now.
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         rank_pattern={"^" + re.escape(name): layer.r for name, layer in layers.items() if layer.r != r},
         alpha_pattern={
             "^" + re.escape(name): layer.lora_alpha
@@ -300,21 +290,24 @@ def _exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:
 
 
 def _config_json(config: LoRAFAConfig, model: nn.Module) -> bytes:
-    base = getattr(getattr(model, "config", None), "name_or_path", None)
-    fields = {
-        **dataclasses.asdict(config),
-        "auto_mapping": None,
+    base = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name in FIELDS} | {
+        # A task says which class to load with, otherwise this does.
+        "auto_mapping": None if config.task_type else _class_of(model),
         "base_model_name_or_path": base if isinstance(base, str) and base else None,
-        "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(layer, LoRAFAConv1D) for layer in lorafa_layers(model).values()),
         "inference_mode": True,
         "peft_type": "LORA",
-        "revision": None,
-        "task_type": None,
         "use_dora": False,
     }
     # Sorted on the outside only: in rank_pattern and alpha_pattern the first match counts.
     return json.dumps(dict(sorted(fields.items())), indent=2).encode()
+
+
+def _class_of(model: nn.Module) -> dict[str, str]:
+    """PEFT's auto_mapping: the class to load the base model with."""
+    kind = plain_class(model)
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -401,15 +394,13 @@ def _read_config(folder: Path) -> LoRAFAConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} does not hold a JSON object")
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(f'{path}: peft_type is {shown(fields.get("peft_type"))}, expected "LORA"')
-    for name, value in fields.items():
-        if not (name in _FIELDS or name in _INFORMATIVE or not value or value == _NEUTRAL.get(name)):
-            raise ValueError(f"{path}: {name}={shown(value)} is not supported by lorafa_kernels")
     try:
-        return LoRAFAConfig(**{name: fields[name] for name in _FIELDS if name in fields})
+        config = from_fields(fields, loaded=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if config.target_modules is None:
+        raise ValueError(f"{path}: target_modules is missing, it says which layers the adapter belongs to")
+    return config
 
 
 class _Entry(NamedTuple):
@@ -525,9 +516,8 @@ def _planned_slots(adaptation: Adaptation) -> dict[str, _Slot]:
     """The slots that the model will have once the adaptation is carried out."""
     slots: dict[str, _Slot] = {}
     for name, target in adaptation.targets.items():
-        linear, is_meta = target.linear, target.linear.weight.is_meta
-        shapes = (target.r, linear.in_features), (linear.out_features, target.r)
-        for key, shape in zip(_adapter_keys(name), shapes, strict=True):
+        is_meta = target.linear.weight.is_meta
+        for key, shape in zip(_adapter_keys(name), target.shapes, strict=True):
             slots[key] = _Slot(shape, True, is_meta, key)
     for name, outer in adaptation.saved.items():
         for inner_name, inner in modules_by_name(outer, aliases=True).items():

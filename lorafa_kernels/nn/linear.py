@@ -268,12 +268,12 @@ class LoRAFALinear(nn.Module):
                 )
         if self.merged or not self.adapter_enabled:
             check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, self.weight_matrix(), self.bias)
         if is_exported():
             return self._plain_formula(input)
         return lorafa_linear(
             input,
-            self.weight,
+            self.weight_matrix(),
             self.lora_A,
             self.lora_B,
             self.bias,
@@ -288,11 +288,19 @@ class LoRAFALinear(nn.Module):
         dtype = x.dtype
         dropped = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
         z = F.linear(dropped, self.lora_A.to(dtype)) * self.scaling
-        return F.linear(x, self.weight, self.bias) + F.linear(z, self.lora_B.to(z.dtype))
+        return F.linear(x, self.weight_matrix(), self.bias) + F.linear(z, self.lora_B.to(z.dtype))
+
+    def weight_matrix(self) -> Tensor:
+        """Return weight as (out_features, in_features), as it is stored here."""
+        return self.weight
+
+    def weight_shape(self) -> tuple[int, int]:
+        """The shape that weight is stored in."""
+        return self.out_features, self.in_features
 
     def merged_weight(self) -> Tensor:
-        """Return round(weight + scaling · lora_B lora_A) (N, K), a new tensor in weight's dtype; computed
-        in fp32 or wider, under autocast too.
+        """Return round(weight + scaling · lora_B lora_A), a new tensor in weight's dtype and shape (N, K);
+        computed in fp32 or wider, under autocast too.
         """
         device = self.lora_B.device
         # An inference tensor could never be trained on again.
@@ -308,7 +316,10 @@ class LoRAFALinear(nn.Module):
         # lora_B acts rounded to weight's dtype in forward, so it is merged as it acts.
         B = self.lora_B.to(weight.dtype).to(wide)
         base = weight.to(device=device, dtype=wide)
-        return torch.addmm(base, B, self.lora_A.to(wide), alpha=self.scaling).to(weight.dtype)
+        return self._plus_product(base, B, self.lora_A.to(wide)).to(weight.dtype)
+
+    def _plus_product(self, weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return torch.addmm(weight, B, A, alpha=self.scaling)
 
     def check_mergeable(self, name: str = "the layer") -> None:
         """Raise RuntimeError, naming the layer, if it cannot be merged as it is: its adapter is disabled, or
@@ -333,7 +344,7 @@ class LoRAFALinear(nn.Module):
 
     def _check_owned(self, name: str, done: str) -> None:
         shapes = {
-            "weight": (self.out_features, self.in_features),
+            "weight": self.weight_shape(),
             "lora_A": (self.r, self.in_features),
             "lora_B": (self.out_features, self.r),
         }

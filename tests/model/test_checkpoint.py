@@ -472,7 +472,6 @@ def test_a_bad_file_leaves_the_model_untouched(case, target, saved):
 
 UNSUPPORTED = {
     "use_dora": True,
-    "fan_in_fan_out": True,
     "lora_bias": True,
     "bias": "lora_only",
     "target_parameters": ["blocks.0.q.weight"],
@@ -481,18 +480,12 @@ UNSUPPORTED = {
     "alora_invocation_tokens": [1, 2],
     "trainable_token_indices": [3],
     "megatron_config": {"x": 1},
-    "megatron_core": "other.core",
-    "loftq_config": {"loftq_bits": 4},
-    "eva_config": {"rho": 2.0},
-    "corda_config": {"x": 1},
-    "lora_ga_config": {"direction": "ArB2r"},
     "kasa_config": {"x": 1},
     "velora_config": {"num_groups": 64},
     "monteclora_config": {"num_samples": 8},
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
-    "qalora_group_size": 32,
     "ensure_weight_tying": True,
     "a_field_of_tomorrow": "on",
     "target_modules": None,
@@ -500,6 +493,27 @@ UNSUPPORTED = {
     "lora_alpha": "8",
     "lora_dropout": 1.5,
 }
+
+
+# What PEFT writes whether it is used or not, and how it drew the values that the file has.
+HARMLESS = {
+    "fan_in_fan_out": True,
+    "megatron_core": "other.core",
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"x": 1},
+    "lora_ga_config": {"direction": "ArB2r"},
+    "qalora_group_size": 32,
+    "init_lora_weights": "eva",
+    "inference_mode": True,
+    "bias": None,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_difference_is_taken(name, saved):
+    edit_config(saved, **{name: HARMLESS[name]})
+    assert_same_adapter(load_adapter(toy(), saved), trained())
 
 
 @pytest.mark.parametrize("target", [toy, lambda: apply_lorafa(toy(), CONFIG)], ids=["fresh", "adapted"])
