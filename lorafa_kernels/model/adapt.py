@@ -36,6 +36,7 @@ from .peft_config import as_config
 from .placing.bypass import check_calls
 from .placing.first_steps import watch_first_steps
 from .placing.place import Block, place_blocks
+from .pretrained import guard_save
 from .report import AdaptedLayer, AdapterReport
 from .saved import ASIDE, clone_tensors, lorafa_parameters, swap
 from .targets import HEADS, new_parameters, resolved
@@ -299,6 +300,7 @@ def apply_adaptation(
         blocks = place_blocks(modules_by_name(model), fuse=fuse, norm=norm)
         model.lorafa_config = config
         model.lorafa_report = _report(model, adaptation, blocks)
+        guard_save(model)
         watch_first_steps(lorafa_layers(model))
     _LOG.info("%s", model.lorafa_report)
 

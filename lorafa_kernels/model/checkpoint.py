@@ -33,6 +33,7 @@ from ..engines import full_shape, is_dtensor, is_partitioned, plain_class, whole
 from ..nn.conv1d import LoRAFAConv1D
 from ..nn.linear import LoRAFALinear, shown
 from .adapt import Adaptation, adaptation_of, all_or_nothing, apply_adaptation
+from .card import CARD_FILE, card_of
 from .config import LoRAFAConfig
 from .exchange import locked, replace_files
 from .names import lorafa_layers, modules_by_name, target_names, unwrap
@@ -158,6 +159,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` into the folder `path`, so that `load_adapter` and PEFT can load it.
 
+    The config says the task, the base model and, without a task, its class, so that PEFT's
+    AutoPeftModelForCausalLM.from_pretrained(path) and the like load both. A README.md, the card that hubs
+    read, is written where there is none.
+
     Both files change at once: after an error those that were there before are as they were, and after a crash
     or power failure at any moment a reader, PEFT too, finds the old pair or the new one (exchange.py; where
     the file system has no symbolic links, a crash may leave none). Two saves into one folder wait for each
@@ -172,7 +177,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model = unwrap(model)
     tensors = lorafa_state_dict(model)
     with limited():
-        config = _config_json(_config_of(model), model)
+        described = _config_of(model)
+        base = _base_of(described, model)
+        config = _config_json(described, base, model)
     for key, tensor in tensors.items():
         _check_storage(key, tensor)
     _warn_unsaved(model)
@@ -194,6 +201,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+    card = card_of(described, base, of_transformers=hasattr(getattr(model, "config", None), "model_type"))
+    # One that is there is the author's. The adapter is whole without it.
+    with contextlib.suppress(OSError), open(folder / CARD_FILE, "xb") as file:
+        file.write(card)
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -289,12 +300,17 @@ def _exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _config_json(config: LoRAFAConfig, model: nn.Module) -> bytes:
+def _base_of(config: LoRAFAConfig, model: nn.Module) -> str | None:
+    """Name or folder of the base model, where it is known."""
     base = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
+    return base if isinstance(base, str) and base else None
+
+
+def _config_json(config: LoRAFAConfig, base: str | None, model: nn.Module) -> bytes:
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name in FIELDS} | {
         # A task says which class to load with, otherwise this does.
         "auto_mapping": None if config.task_type else _class_of(model),
-        "base_model_name_or_path": base if isinstance(base, str) and base else None,
+        "base_model_name_or_path": base,
         "fan_in_fan_out": any(isinstance(layer, LoRAFAConv1D) for layer in lorafa_layers(model).values()),
         "inference_mode": True,
         "peft_type": "LORA",

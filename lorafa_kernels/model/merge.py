@@ -14,6 +14,7 @@ from torch import nn
 from ..nn.linear import LoRAFALinear
 from .names import adapted_layers, named_layers, owners_of, unwrap
 from .placing.place import remove_blocks
+from .pretrained import release_save
 from .saved import ASIDE, check_originals, saved_modules, swap
 from .ties import UNTIED, ties_told
 
@@ -92,6 +93,7 @@ def unload_adapter(model: nn.Module, merge: bool = True, *, safe_merge: bool = F
         check_originals(model)
     with ties_told(model):
         _unload(model, list(layers.values()), merge)
+    release_save(unwrap(model))
     for name in ("lorafa_config", "lorafa_report", UNTIED):
         unwrap(model).__dict__.pop(name, None)
     return model

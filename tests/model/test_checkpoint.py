@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lorafa_kernels.model.adapt import apply_lorafa
+from lorafa_kernels.model.card import CARD_FILE
 from lorafa_kernels.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -124,7 +125,7 @@ def test_the_files_are_those_that_are_documented(saved):
     with safe_open(saved / WEIGHTS_FILE, "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
-    assert sorted(path.name for path in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in saved.iterdir()) == [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE]
     prefix = "base_model.model."
     assert shapes[prefix + "blocks.1.up.lora_A.weight"] == (4, 6)
     assert shapes[prefix + "blocks.1.up.lora_B.weight"] == (8, 4)
