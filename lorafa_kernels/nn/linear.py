@@ -383,6 +383,10 @@ class LoRAFALinear(nn.Module):
         self.weight = merged
         self.merged = True
 
+    def kept_where(self) -> str:
+        """Where a merged layer keeps the weight that unmerge puts back: "device" or "cpu", as for merge."""
+        return "device" if self._base().device == self.weight.device else "cpu"
+
     def finite_merged_weight(self, name: str = "the layer") -> Tensor:
         """Return merged_weight(). Raises ValueError, naming the layer, if it is not finite everywhere."""
         merged = self.merged_weight()

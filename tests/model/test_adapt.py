@@ -523,11 +523,23 @@ def test_disable_restores_what_it_found_when_nested_and_after_an_error(config):
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-def test_disable_refuses_a_merged_model():
-    model = merge_adapter(adapted())
-    with pytest.raises(RuntimeError, match="unmerge_adapter"), disable_adapter(model):
-        pass
+@pytest.mark.numerics
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+def test_disable_unmerges_a_merged_model_and_merges_it_again(keep):
+    model = adapted().eval()
+    before = model(TOKENS)
+    with disable_adapter(model):
+        base = model(TOKENS)
+    merge_adapter(model, keep=keep)
+    merged = model(TOKENS)
+    with pytest.raises(KeyError), disable_adapter(model):
+        assert not any(layer.merged for layer in lorafa_layers(model).values())
+        assert torch.equal(model(TOKENS), base)
+        raise KeyError
+    assert all(layer.merged for layer in lorafa_layers(model).values())
+    assert torch.equal(model(TOKENS), merged)
     unmerge_adapter(model)
+    assert torch.equal(model(TOKENS), before)
 
 
 @pytest.mark.numerics
