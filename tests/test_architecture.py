@@ -39,6 +39,7 @@ OPTIONAL = {
     "checks.doctor": {"numpy"},
     "integrations.peft": {"peft"},
     "model.targets": {"peft"},
+    "model.layouts": {"transformers"},
 }
 # Written on top of a library, and imported by a function of the module beside them.
 BUILT_ON = {"integrations.peft_layers": {"peft", "transformers"}}

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..engines import sharding_engine
 from ..nn.conv1d import is_conv1d, layer_class, sizes
+from ..nn.linear import LoRAFALinear
 from .config import LoRAFAConfig, ends_as
 from .names import (
     check_module,
@@ -41,6 +42,7 @@ from .report import AdaptedLayer, AdapterReport
 from .saved import ASIDE, clone_tensors, lorafa_parameters, swap
 from .targets import HEADS, new_parameters, resolved
 from .ties import ties_told
+from .vocabulary import vocabulary_of
 
 _LOG = logging.getLogger("lorafa_kernels")
 # What modules keep parameters, children and hooks in, and LSTMs their weights.
@@ -74,8 +76,11 @@ class Adaptation:
     doubts: tuple[str, ...] = ()
 
 
-def adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
-    """Check `config` against `model` without touching it; the errors are those of `apply_lorafa`."""
+def adaptation_of(model: nn.Module, config: LoRAFAConfig, *, strict: bool = True) -> Adaptation:
+    """Check `config` against `model` without touching it; the errors are those of `apply_lorafa`.
+
+    strict: what matches target_modules and is no linear layer is an error, and not left out.
+    """
     check_module(model)
     config = as_config(config)
     for name, module in model.named_modules():
@@ -98,7 +103,7 @@ def adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
             "LoRAFALinear.from_linear(model)"
         )
     with limited():
-        return _adaptation_of(model, resolved(model, config))
+        return _adaptation_of(model, resolved(model, config), strict)
 
 
 def _is_of_peft(module: nn.Module) -> bool:
@@ -108,7 +113,7 @@ def _is_of_peft(module: nn.Module) -> bool:
     )
 
 
-def _adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
+def _adaptation_of(model: nn.Module, config: LoRAFAConfig, strict: bool) -> Adaptation:
     saved = _plan_saved(model, config)
     inside_saved = {id(inner): name for name, module in saved.items() for inner in module.modules()}
     modules = modules_by_name(model)
@@ -121,6 +126,8 @@ def _adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
                 f"{inside_saved[id(module)]}: leave it out of one of the two"
             )
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            if not strict:
+                continue
             raise ValueError(
                 f"target_modules matches {name}, a {type(module).__name__}: only torch.nn.Linear and "
                 "transformers' Conv1D can be adapted (leave it out with exclude_modules)"
@@ -354,4 +361,17 @@ def _report(model: nn.Module, adaptation: Adaptation, blocks: tuple[Block, ...])
         sum(parameter.numel() for parameter in model.parameters()),
         blocks,
         adaptation.doubts,
+        tuple(_left_out(model)) if adaptation.config.all_linear else (),
+        vocabulary_of(model),
     )
+
+
+def _left_out(model: nn.Module) -> Iterator[str]:
+    """Modules that are no layers of torch and own matrices, or a stack of them: experts, routers."""
+    for module in modules_by_name(model).values():
+        if isinstance(module, LoRAFALinear) or type(module).__module__.startswith("torch."):
+            continue
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.dim() > 1 and tensor.shape[0] > 1:
+                kind = "a stack of matrices" if tensor.dim() > 2 else "a matrix"
+                yield f"{type(module).__name__}.{name}, {kind} {tuple(tensor.shape)} that no nn.Linear holds"

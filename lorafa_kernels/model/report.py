@@ -25,7 +25,9 @@ class AdapterReport:
     """What `apply_lorafa` did; `str()` of it is a short table. A shared parameter counts once.
 
     blocks: the modules that hold a fused block now, and those that were considered and why they hold none.
-    doubts: adapters that may not act everywhere, and why.
+    doubts: adapters that may not act everywhere, and why. not_adapted: what "all-linear" leaves out though it
+    computes like linear layers, such as the experts and routers of mixtures. vocabulary: tokens of the model
+    then, or None.
     """
 
     layers: tuple[AdaptedLayer, ...]
@@ -34,6 +36,8 @@ class AdapterReport:
     total_parameters: int
     blocks: tuple[Block, ...] = ()
     doubts: tuple[str, ...] = ()
+    not_adapted: tuple[str, ...] = ()
+    vocabulary: int | None = None
 
     def __str__(self) -> str:
         share = 100 * self.trained_parameters / max(1, self.total_parameters)
@@ -43,6 +47,7 @@ class AdapterReport:
         ]
         lines += layer_lines(self.layers)
         lines += [f"  trained whole, without an adapter: {name}" for name in self.modules_to_save]
+        lines += [f"  {n:4d} x not adapted: {text}" for text, n in Counter(self.not_adapted).items()]
         lines += [f"  may have no effect: {text}" for text in self.doubts]
         return "\n".join(lines + block_lines(self.blocks))
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from .config import ALL_LINEAR, LoRAFAConfig
 from .names import modules_by_name
+from .vocabulary import base_vocabulary, embedding_tensors, vocabulary_of
 
 # The modules that PEFT trains whole for a task, by name.
 HEADS = {
@@ -51,8 +52,8 @@ def _default_targets(model: nn.Module) -> list[str] | str:
 
 
 def new_parameters(model: nn.Module) -> list[str]:
-    """Names of parameters that transformers did not find in the checkpoint and initialised, embeddings aside;
-    none for a model that came from no checkpoint.
+    """Names of parameters that transformers did not find in the checkpoint and initialised, embeddings aside,
+    and an output embedding that has grown with them; none for a model that came from no checkpoint.
     """
     named = dict(model.named_parameters())
     flags = {name: getattr(parameter, "_is_hf_initialized", False) for name, parameter in named.items()}
@@ -64,4 +65,7 @@ def new_parameters(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
+    base = getattr(getattr(model, "config", None), "name_or_path", None)
+    if base_vocabulary(base if isinstance(base, str) else None) not in (None, vocabulary_of(model)):
+        inside |= {id(tensor) for tensor in embedding_tensors(model).values()}
     return [name for name, flag in flags.items() if not flag and id(named[name]) not in inside]
