@@ -24,6 +24,7 @@ from ..linear.api import lorafa_linear
 from ..model.placing.guards import LINEARS, AdaptedLinear, is_plain, is_quiet, no_global_hooks
 from ..model.placing.members import Member, register_member
 from ..model.placing.place import remove_blocks
+from ..nn.hooked import is_patched
 from ..nn.linear import LoRAFALinear
 from ..operands import FLOAT_DTYPES, autocast_enabled
 
@@ -200,7 +201,8 @@ def _base_obstacle(base: nn.Module) -> str | None:
         try:
             LoRAFALinear.check_linear(base)
         except (TypeError, ValueError) as error:
-            if "forward" not in vars(base):
+            # A patch may be taken off again, and PEFT computes as long as it is there.
+            if not is_patched(base):
                 return str(error)
     return None
 
@@ -223,7 +225,7 @@ def present_obstacle(layer: ServedLinear) -> str | None:
         return f"{len(active)} adapters are active" if active else "none of its adapters is active"
     if reason := _adapter_obstacle(layer, active[0]):
         return reason
-    if "forward" in vars(base) or not is_quiet(base):
+    if not is_quiet(base):
         return "its base layer has hooks or a patched forward (offloading), while these are there"
     return None
 

@@ -398,7 +398,8 @@ def _load(model: nn.Module, core: nn.Module, folder: Path, strict: bool) -> None
         if experts and strict:
             raise ValueError(
                 f"{folder / CONFIG_FILE}: target_parameters={shown(experts)} is not supported: they are "
-                f"stacks of matrices that no nn.Linear holds ({', '.join(surplus[:4])}). strict=False loads the rest"
+                f"stacks of matrices that no nn.Linear holds ({', '.join(surplus[:4])}). strict=False loads "
+                "the rest"
             )
         if surplus and not strict:
             warnings.warn(f"left out, the model has no such tensor: {', '.join(surplus[:8])}", stacklevel=4)

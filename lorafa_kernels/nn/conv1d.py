@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..engines import not_plain
 from ..operands import FLOAT_DTYPES
+from .hooked import is_patched
 from .linear import LoRAFALinear
 
 
@@ -65,7 +66,7 @@ class LoRAFAConv1D(LoRAFALinear):
                 f"{kind.__module__}.{kind.__name__} has a forward of its own: only a plain Conv1D can be "
                 "adapted"
             )
-        if "forward" in vars(linear):
+        if is_patched(linear):
             raise ValueError("the layer's forward was patched on the instance: adapt the model before that")
         for name, shape in (("weight", (linear.nx, linear.nf)), ("bias", (linear.nf,))):
             tensor = getattr(linear, name)

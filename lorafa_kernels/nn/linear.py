@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from ..engines import full_shape, manager_of, not_plain
 from ..linear.api import lorafa_linear
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
+from .hooked import computing_device, give_hook, hook_of, is_patched, take_hook
 
 INITIALISATIONS = (True, False, "gaussian")
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
@@ -108,14 +109,20 @@ class LoRAFALinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> LoRAFALinear:
         """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks, buffers,
-        training flag and whatever else was set on it: no copy. to_linear gives all of it back.
+        training flag and whatever else was set on it: no copy. to_linear gives all of it back. A hook of
+        accelerate (device_map, cpu_offload) moves to the layer, and moves its weight and bias as before.
 
         Arguments and errors as in the class, and those of check_linear.
         """
         cls.check_linear(linear)
         layer = cls.__new__(cls)
-        layer._init_around(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        hook = take_hook(linear)
+        device = computing_device(hook, linear.weight)
+        layer._init_around(
+            linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, device
+        )
         layer._adopt(linear)
+        give_hook(layer, hook, linear)
         return layer
 
     def _adopt(self, linear: nn.Linear) -> None:
@@ -125,6 +132,8 @@ class LoRAFALinear(nn.Module):
             if name in ("_parameters", "_buffers", "_modules"):
                 for key, entry in value.items():
                     own[name].setdefault(key, entry)
+            elif name == "forward":
+                continue
             elif name in _OWN:
                 # What bears the name of an attribute of ours waits until the layer is a Linear again.
                 self._shadowed[name] = value
@@ -162,10 +171,10 @@ class LoRAFALinear(nn.Module):
                 f"{kind.__module__}.{kind.__name__} has a forward of its own: only plain nn.Linear can be "
                 "adapted"
             )
-        if "forward" in vars(linear):
+        if is_patched(linear) and hook_of(linear) is None:
             raise ValueError(
-                "the layer's forward was patched on the instance (by an offloading hook, for example): "
-                "adapt the model before that"
+                "the layer's forward was patched on the instance (not by accelerate alone): adapt the model "
+                "before that"
             )
         for name in ("lora_A", "lora_B"):
             if name in linear._parameters or name in linear._buffers or name in linear._modules:
@@ -196,6 +205,7 @@ class LoRAFALinear(nn.Module):
         use_rslora: bool,
         init_lora_weights: bool | str,
         adapter_dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         r, lora_alpha, lora_dropout = check_adapter_options(
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
@@ -220,7 +230,7 @@ class LoRAFALinear(nn.Module):
         weight = base.weight
         self.weight = weight.requires_grad_(False)
         self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
-        empty = {"device": weight.device}
+        empty = {"device": weight.device if device is None else device}
         lora_A = torch.empty(r, self.in_features, dtype=weight.dtype, **empty)
         lora_B = torch.empty(self.out_features, r, dtype=adapter_dtype, **empty)
         self.lora_A = nn.Parameter(lora_A, requires_grad=False)
@@ -438,7 +448,8 @@ class LoRAFALinear(nn.Module):
             del parameters[name]
         parameters["weight"] = weight
         for name, value in self.__dict__.items():
-            if name not in _OWN and name != "_parameters":
+            # A forward of the instance is this class's own, which check_unloadable has seen to.
+            if name not in _OWN and name not in ("_parameters", "forward"):
                 linear.__dict__[name] = value
         linear._parameters.update(parameters)
         linear.__dict__.update(self._shadowed)
@@ -450,7 +461,7 @@ class LoRAFALinear(nn.Module):
         if merge:
             self.check_mergeable(name)
         self._check_owned(name, "unloaded")
-        if "forward" in self.__dict__:
+        if is_patched(self):
             raise RuntimeError(
                 f"the forward of {name} was patched on the instance (by an offloading hook, for example), "
                 "and would be lost in an nn.Linear: remove the patch first"

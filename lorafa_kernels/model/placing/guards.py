@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ...group.operands import LinearOperands
+from ...nn.hooked import is_patched
 from ...nn.linear import LoRAFALinear, is_exported
 from ...operands import FLOAT_DTYPES, autocast_enabled
 
@@ -53,7 +54,7 @@ def is_quiet(module: nn.Module) -> bool:
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and is_patched(module))
     )
 
 
