@@ -109,8 +109,10 @@ class LoRAFALinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> LoRAFALinear:
         """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks, buffers,
-        training flag and whatever else was set on it: no copy. to_linear gives all of it back. A hook of
-        accelerate (device_map, cpu_offload) moves to the layer, and moves its weight and bias as before.
+        training flag and whatever else was set on it: no copy. to_linear gives all of it back.
+
+        A hook of accelerate (device_map, cpu_offload) goes to the layer, and moves its weight and bias as
+        before.
 
         Arguments and errors as in the class, and those of check_linear.
         """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -85,7 +88,7 @@ def test_sft_trainer(way, tmp_path):
             model=beds.base("llama"),
             args=trl.SFTConfig(**options(tmp_path), max_length=12),
             train_dataset=data,
-            processing_class=Tokenizer.made(),
+            processing_class=tokenizer(),
             peft_config=register(config) if ours and way == "peft_config" else config,
         )
         beds.draw(trainer.model)
@@ -99,17 +102,26 @@ def test_sft_trainer(way, tmp_path):
     check(*found)
 
 
-class Tokenizer:
+def test_the_page_s_snippet_runs(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="SFTTrainer is TRL's")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```py\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    beds.base("llama").save_pretrained("base")
+    names = {"tokenizer": tokenizer()}
+    exec(compile(snippet, "docs/huggingface.md", "exec"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 2 and len(trainer.model.lorafa_report.layers) == 14
+    assert not thawed(trainer.model)
+
+
+def tokenizer():
     """One word for each number: SFTTrainer asks for a tokenizer though the data has ids already."""
-
-    @staticmethod
-    def made():
-        from tokenizers import Tokenizer, models
-
-        words = {f"w{number}": number for number in range(beds.VOCABULARY)}
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
-            pad_token="w0",
-            bos_token="w1",
-            eos_token="w2",
-        )
+    tokenizers = pytest.importorskip("tokenizers", reason="makes a tokenizer")
+    words = {f"w{number}": number for number in range(beds.VOCABULARY)}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")),
+        pad_token="w0",
+        bos_token="w1",
+        eos_token="w2",
+    )
