@@ -107,7 +107,7 @@ class ServedMemberLinear(Member, ServedLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As ServedLinear."""
-        y = None if args or kwargs else self.output_of_group(x)
+        y = None if args or kwargs else Member.output_of_group(self, x)
         return ServedLinear.forward(self, x, *args, **kwargs) if y is None else y
 
 

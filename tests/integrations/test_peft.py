@@ -389,3 +389,22 @@ def test_models_that_transformers_gave_an_adapter_are_served():
     model.disable_adapters()
     model.enable_adapters()
     assert not thawed(model)
+
+
+@pytest.mark.slow
+@pytest.mark.numerics
+def test_a_whole_model_is_compiled_in_one_graph():
+    torch._dynamo.reset()
+    model, plain = accelerated("llama"), beds.with_peft("llama")
+    found = []
+    for one, call in ((model, torch.compile(model, fullgraph=True, backend="aot_eager")), (plain, plain)):
+        y = call(**beds.tokens(one), use_cache=False)[0]
+        y.backward(torch.ones_like(y))
+        grads = {beds.plain_name(n): p.grad for n, p in one.named_parameters() if p.grad is not None}
+        found.append({"y": y.detach()} | dict(sorted(grads.items())))
+    exact = copy.deepcopy(plain).double()
+    exact.zero_grad(set_to_none=True)
+    y = exact(**beds.tokens(exact), use_cache=False)[0]
+    y.backward(torch.ones_like(y))
+    grads = {beds.plain_name(n): p.grad for n, p in exact.named_parameters() if p.grad is not None}
+    check_results(*found, {"y": y.detach()} | dict(sorted(grads.items())), torch.float32)

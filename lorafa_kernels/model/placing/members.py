@@ -187,8 +187,8 @@ class GroupMember(Member, LoRAFALinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As LoRAFALinear."""
-        y = self.output_of_group(input)
         # By name: whoever kept this method may call it after the layer has left its group.
+        y = Member.output_of_group(self, input)
         return LoRAFALinear.forward(self, input) if y is None else y
 
 
