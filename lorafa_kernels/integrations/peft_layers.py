@@ -44,8 +44,15 @@ class ServedLinear(AdaptedLinear, lora.Linear):
         found = None if args or kwargs or not is_plain(x) or not no_global_hooks() else self._operands(x)
         if found is None:
             return super().forward(x, *args, **kwargs)
-        weight, bias, lora_A, lora_B, scaling, dropout_p = found
-        return lorafa_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p)
+        return lorafa_linear(
+            x,
+            found.weight,
+            found.lora_A,
+            found.lora_B,
+            found.bias,
+            scaling=found.scaling,
+            dropout_p=found.dropout_p,
+        )
 
     def block_operands(self, x: Tensor) -> LinearOperands | None:
         found = self._operands(x)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..engines import sharding_engine
 from ..nn.conv1d import is_conv1d, layer_class, sizes
+from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
 from .config import LoRAFAConfig, ends_as
 from .names import (
@@ -294,8 +295,10 @@ def apply_adaptation(
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
                 adapter_dtype=config.adapter_dtype,
+                init_seed=seed_for(config.init_seed, name),
+                gradient_correction=config.gradient_correction,
             )
-            for target in adaptation.targets.values()
+            for name, target in adaptation.targets.items()
         }
         clones = clone_tensors(adaptation.saved.values())
         for parameter in model.parameters():

@@ -13,7 +13,7 @@ from .fields import INFORMATIVE, OWN_FIELDS, UNSUPPORTED
 FIELDS = tuple(f.name for f in dataclasses.fields(LoRAFAConfig) if f.name not in OWN_FIELDS)
 _KNOWN = frozenset(FIELDS) | INFORMATIVE | frozenset(UNSUPPORTED)
 # They draw lora_A and lora_B, which a file has, and leave the base weights alone.
-_DRAWN = ("eva", "orthogonal")
+_DRAWN = ("eva",)
 
 
 def as_config(config: object) -> LoRAFAConfig:

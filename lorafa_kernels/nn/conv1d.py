@@ -106,5 +106,7 @@ _DEFAULTS = {
     "lora_dropout": 0.0,
     "use_rslora": False,
     "init_lora_weights": True,
+    "init_seed": None,
+    "gradient_correction": False,
     "adapter_dtype": torch.float32,
 }
