@@ -127,6 +127,17 @@ def _computable(x: Tensor, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> 
     can be combined.
     """
     device, dtype = x.device, x.dtype
+    parameter = nn.Parameter
+    # The usual case, in one pass: layers are called often, and small ones cost the host's time alone.
+    if (
+        type(weight) is parameter
+        and type(lora_A) is parameter
+        and type(lora_B) is parameter
+        and weight.dtype == lora_A.dtype == lora_B.dtype == dtype
+        and weight.device == lora_A.device == lora_B.device == device
+        and (bias is None or (type(bias) is parameter and bias.dtype == dtype and bias.device == device))
+    ):
+        return True
     autocast = autocast_enabled(device.type) and dtype != torch.float64
     base = FLOAT_DTYPES if autocast else (dtype,)
     factor = FLOAT_DTYPES if autocast else (dtype, torch.float32)

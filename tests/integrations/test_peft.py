@@ -15,6 +15,7 @@ from lorafa_kernels.checks.budget import allowed_error, relative_error
 from lorafa_kernels.integrations.peft import PeftReport, accelerate_peft, register
 
 peft = pytest.importorskip("peft", reason="the models are PEFT's")
+transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 lora = pytest.importorskip("peft.tuners.lora")
 beds = pytest.importorskip("peft_beds", reason="the models are transformers' and PEFT's")
 ServedLinear = pytest.importorskip("lorafa_kernels.integrations.peft_layers").ServedLinear
@@ -408,3 +409,44 @@ def test_a_whole_model_is_compiled_in_one_graph():
     y.backward(torch.ones_like(y))
     grads = {beds.plain_name(n): p.grad for n, p in exact.named_parameters() if p.grad is not None}
     check_results(*found, {"y": y.detach()} | dict(sorted(grads.items())), torch.float32)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("state", ["disabled", "merged", "two active"])
+def test_fused_blocks_give_way_to_peft(state):
+    found = []
+    for ours in (True, False):
+        model = beds.with_peft("llama")
+        model.add_adapter("other", beds.config(r=2))
+        beds.draw(model)
+        if ours:
+            # Without norms, which round in another order.
+            accelerate_peft(model, norm=False)
+            assert any(block.fused for block in model.lorafa_report.blocks)
+        if state == "disabled":
+            model.base_model.disable_adapter_layers()
+        elif state == "merged":
+            model.merge_adapter()
+        else:
+            model.base_model.set_adapter(["default", "other"])
+        # With gradients: without them blocks give way anyway.
+        found.append(model(**beds.tokens(model))[0])
+    assert_same(*found)
+
+
+@pytest.mark.numerics
+def test_a_head_that_peft_trains_whole_is_trained():
+    kind, fields = transformers.BertForSequenceClassification, beds.FAMILIES["bert"][1]
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = kind(kind.config_class(**fields))
+        model = peft.get_peft_model(model, beds.config(target_modules=["query", "key"], task_type="SEQ_CLS"))
+        beds.draw(model)
+        if ours:
+            accelerate_peft(model)
+        beds.freeze(model)
+        y = model(input_ids=torch.tensor([[3, 4, 5], [6, 7, 8]]), labels=torch.tensor([0, 1]))
+        y.loss.backward()
+        found.append({n for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0] == found[1] and any("classifier.modules_to_save" in name for name in found[0])

@@ -103,6 +103,28 @@ def test_sft_trainer(way, tmp_path):
     check(*found)
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("ours", [True, False], ids=["registered", "PEFT"])
+def test_preferences_without_a_reference_model_leave_lora_A_alone(ours, tmp_path):
+    """DPOTrainer disables the adapter in each step for the reference, whereupon PEFT trains lora_A again."""
+    trl = pytest.importorskip("trl", reason="DPOTrainer is TRL's")
+    datasets = pytest.importorskip("datasets", reason="DPOTrainer takes its datasets")
+    row = {"prompt": "w3 w4 w5", "chosen": " w6 w7 w8", "rejected": " w9 w10 w11"}
+    config = beds.config(task_type="CAUSAL_LM")
+    trainer = trl.DPOTrainer(
+        model=beds.base("llama"),
+        args=trl.DPOConfig(**options(tmp_path) | {"max_steps": 3}, max_length=16),
+        train_dataset=datasets.Dataset.from_list([row] * 8),
+        processing_class=tokenizer(),
+        peft_config=register(config) if ours else config,
+    )
+    beds.draw(trainer.model)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if n in before and not torch.equal(p, before[n])}
+    assert {n.split(".")[-3] for n in moved} == ({"lora_B"} if ours else {"lora_A", "lora_B"})
+
+
 def test_the_page_s_snippet_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="SFTTrainer is TRL's")
     page = (Path(__file__).resolve().parents[2] / "docs" / "huggingface.md").read_text(encoding="utf-8")
@@ -120,8 +142,10 @@ def tokenizer():
     """One word for each number: SFTTrainer asks for a tokenizer though the data has ids already."""
     tokenizers = pytest.importorskip("tokenizers", reason="makes a tokenizer")
     words = {f"w{number}": number for number in range(beds.VOCABULARY)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")),
+        tokenizer_object=model,
         pad_token="w0",
         bos_token="w1",
         eos_token="w2",
