@@ -450,3 +450,26 @@ def test_a_head_that_peft_trains_whole_is_trained():
         y.loss.backward()
         found.append({n for n, p in model.named_parameters() if p.grad is not None})
     assert found[0] == found[1] and any("classifier.modules_to_save" in name for name in found[0])
+
+
+@pytest.mark.numerics
+def test_an_adapter_that_is_loaded_beside_another_is_served(tmp_path):
+    other = beds.with_peft("llama", r=2)
+    other.save_pretrained(tmp_path)
+    model = accelerated("llama")
+    model.load_adapter(tmp_path, "second", is_trainable=True)
+    assert not thawed(model)
+    model.set_adapter("second")
+    assert not thawed(model) and not accelerate_peft(model).lorafa_report.kept
+    got = {n.replace(".second.weight", ""): t for n, t in beds.results(model.train()).items()}
+    plain = beds.results(other)
+    check_results(got, plain, beds.results(copy.deepcopy(other).double()), torch.float32)
+    model.delete_adapter("second")
+    assert model.active_adapters == ["default"] and not thawed(model)
+
+
+@pytest.mark.parametrize("way", ["accelerate_peft", "PEFT"])
+def test_trained_parameters_are_printed_as_by_peft(way, capsys):
+    model = accelerated("llama") if way == "accelerate_peft" else beds.with_peft("llama")
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out == "trainable params: 3,584 || all params: 76,992 || trainable%: 4.6550\n"
