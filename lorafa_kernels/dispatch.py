@@ -16,9 +16,11 @@ second decision. Under a compiler the plan is chosen when the operator runs, for
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -33,9 +35,10 @@ from .plan.choice import Decision, choose, choose_plan
 from .plan.pin import pinned
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
-watching_modes = torch._C._len_torch_dispatch_stack
+_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 functorch_level = torch._C._functorch.peek_interpreter_stack
+_onlookers = threading.local()
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -48,11 +51,34 @@ def define(name: str, schema: str, operation: Callable, fake: Callable) -> Calla
     return getattr(torch.ops.lorafa_kernels, name).default
 
 
+def watching_modes() -> int:
+    """How many TorchDispatchModes are on that what is called must be made for."""
+    return 0 if _modes() == 0 or getattr(_onlookers, "there", False) else _modes()
+
+
+@contextlib.contextmanager
+def only_looked_on(operators: bool) -> Iterator[None]:
+    """Within it, dispatch modes of this thread change nothing of what runs: they only look on.
+
+    operators: the operators are called all the same, as where kernels run of which a mode sees nothing.
+    Selective checkpointing and FLOP counters are no onlookers: they read or keep what is called.
+    """
+    before = vars(_onlookers).copy()
+    _onlookers.there, _onlookers.operators = True, operators
+    try:
+        yield
+    finally:
+        vars(_onlookers).clear()
+        vars(_onlookers).update(before)
+
+
 def open_to_direct_calls(device_type: str) -> bool:
     """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
     watches.
     """
-    return not (torch.compiler.is_compiling() or autocast_enabled(device_type) or watching_modes())
+    if torch.compiler.is_compiling() or autocast_enabled(device_type) or watching_modes():
+        return False
+    return not getattr(_onlookers, "operators", False)
 
 
 def watched() -> bool:
