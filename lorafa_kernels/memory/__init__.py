@@ -1,1 +1,1 @@
-"""What a training step keeps for backward: planner.py is the command `memory`."""
+"""The memory of a training step, planned: plan.py is the entry from Python, command.py the command `memory`."""

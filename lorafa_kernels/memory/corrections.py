@@ -1,20 +1,20 @@
 """What a step on fake CPU tensors must be told about the kernels that run: what these allocate for the time
 of a call, and where CUDA's keep something else than the CPU's.
 
-CUDA is the table, each entry with its source. Rules are acted on in CudaRules, temporaries in the functions
+CUDA is the table, each entry with its source. Rules are acted on in cuda_rules, temporaries in the functions
 below; a constant is added to the peak.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .trace import Temporary
 
@@ -85,25 +85,48 @@ CUDA_GRANULE = 512
 CUDA_WORKSPACE = 32 * MIB
 
 
-class CudaRules(TorchFunctionMode):
-    """Makes operations on CPU tensors keep what CUDA's keep: dropout and attention of the table."""
+@contextlib.contextmanager
+def cuda_rules():
+    """Makes dropout and attention of CPU tensors keep what CUDA's keep. By torch.nn.functional, where modules
+    and models look them up: a mode of torch functions is off where a checkpoint runs forward again.
+    """
+    known = F.dropout, F.scaled_dot_product_attention
+    F.dropout = functools.partial(_dropout, known[0])
+    F.scaled_dot_product_attention = functools.partial(_attention, known[1])
+    try:
+        yield
+    finally:
+        F.dropout, F.scaled_dot_product_attention = known
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+
+@contextlib.contextmanager
+def generator_state(device: str):
+    """What activation checkpointing keeps of each layer to draw its dropout again: on a CPU the state of the
+    generator, a tensor that no dispatch mode sees. CUDA's is 16 bytes, in the host's memory.
+    """
+    if device != "cpu":
+        yield
+        return
+    size = torch.random.default_generator.get_state().numel()
+    known = torch.get_rng_state, torch.set_rng_state
+    torch.get_rng_state = lambda: torch.empty(size, dtype=torch.uint8)
+    torch.set_rng_state = lambda state: None
+    try:
+        yield
+    finally:
+        torch.get_rng_state, torch.set_rng_state = known
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(
+    original: Callable, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
     if not training or p == 0 or inplace:
-        return F.dropout(input, p, training, inplace)
+        return original(input, p, training, inplace)
     return torch.native_dropout(input, p, True)[0]
 
 
 def _attention(
+    original: Callable,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -117,9 +140,9 @@ def _attention(
     trained_mask = attn_mask is not None and attn_mask.requires_grad
     if (enable_gqa and query.dtype == torch.float32) or trained_mask:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **rest)
+            return original(query, key, value, attn_mask, dropout_p, **rest)
     # Its dropout is drawn again in backward, and keeps 16 bytes.
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, **rest)
+    return original(query, key, value, attn_mask, 0.0, **rest)
 
 
 def _flash_backward_on_cuda(args: tuple, kwargs: dict, out: object) -> int:
@@ -133,8 +156,34 @@ def _flash_backward_on_cuda(args: tuple, kwargs: dict, out: object) -> int:
     return found
 
 
-def _product(shape) -> int:
-    return math.prod(shape)
+def _flash_splits(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """Rows of q and of k that a thread of the CPU's flash attention works on at a time.
+
+    Source: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (cpu_flash_attention).
+    """
+    tokens = query.shape[2]
+    rows = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
+    return min(rows, tokens), min(512, key.shape[2])
+
+
+def _flash_on_cpu(args: tuple, kwargs: dict, out: object) -> int:
+    # (query, key, value, ...): a thread's scores, their maxima and sums, and its rows of the output.
+    query, key = args[:2]
+    rows, columns = _flash_splits(query, key)
+    found = (rows * columns + 2 * rows + rows * query.shape[3]) * 4
+    if query.itemsize == 2:
+        found += rows * columns * 2
+    return torch.get_num_threads() * found
+
+
+def _flash_backward_on_cpu(args: tuple, kwargs: dict, out: object) -> int:
+    query, key = args[1], args[2]
+    rows, columns = _flash_splits(query, key)
+    found = 2 * rows * columns * 4 + rows * 4
+    if query.itemsize == 2:
+        found += 2 * rows * columns * 2
+    # Beside these a copy of the output's gradient.
+    return torch.get_num_threads() * found + query.numel() * query.itemsize
 
 
 def _factors(tensors, dtype: torch.dtype) -> int:
@@ -171,12 +220,13 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
 
 def temporaries(device: str) -> Mapping[object, Temporary]:
     """Return what kernels allocate inside a call on `device` ("cuda" or "cpu"), by operation."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     if device == "cpu":
-        return {}
+        return {flash.default: _flash_on_cpu, flash_backward.default: _flash_backward_on_cpu}
     ours = torch.ops.lorafa_kernels
     return {
-        flash: _flash_backward_on_cuda,
+        flash_backward.default: _flash_backward_on_cuda,
         ours.forward.default: _linear_forward,
         ours.backward.default: _linear_backward,
         ours.backward_input.default: _linear_backward_input,

@@ -2,8 +2,8 @@
 
 A stack is an nn.ModuleList with several layers of one kind: of the same classes, parameters and settings. A
 step's bytes are a sum over the layers, so that two steps that differ by one layer of a kind give what each
-further one adds. The first layer of a stack can keep less than the others (its input may need no gradient),
-and is followed by one more of its kind in the smallest model.
+further one adds. The first layer of a stack can keep less than the others (its input may need no gradient)
+and the last one may be followed by more than a layer: both are always there.
 """
 
 from __future__ import annotations
@@ -29,60 +29,60 @@ _SETTINGS = (int, float, str, bool, type(None))
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers of one kind in a stack: their indices, in order, and how many of them the smallest model has."""
+    """Layers of one kind in a stack, of which the smallest model has only a part.
 
-    stack: str
-    indices: tuple[int, ...]
-    least: int
+    more: how many the whole model has beyond the smallest one. added: one of these, which the second step
+    has. before, after: its neighbours in the smallest model.
+    """
 
-    @property
-    def more(self) -> int:
-        """How many the whole model has beyond the smallest one."""
-        return len(self.indices) - self.least
-
-    @property
-    def added(self) -> Layer:
-        """The layer that the second step has and the first has not."""
-        return self.stack, self.indices[self.least]
-
-    @property
-    def before(self) -> Layer:
-        """The last layer of this kind in the smallest model."""
-        return self.stack, self.indices[self.least - 1]
+    more: int
+    added: Layer
+    before: Layer
+    after: Layer
 
 
 @dataclass(frozen=True)
 class Stacks:
-    """A model's stacks: {path: number of layers} and their kinds."""
+    """A model's stacks.
+
+    sizes: {path: number of layers}. smallest: the layers of the smallest model: of each stack the first and
+    the last one, and one of each kind. repeated: the kinds of which the whole model has more.
+    """
 
     sizes: Mapping[str, int]
-    kinds: tuple[Kind, ...]
+    smallest: frozenset[Layer]
+    repeated: tuple[Kind, ...]
+
+    @classmethod
+    def none(cls) -> Stacks:
+        """Of a model that is run as it is."""
+        return cls({}, frozenset(), ())
 
     @classmethod
     def of(cls, model: nn.Module) -> Stacks:
         """Find the outermost stacks of `model`."""
         sizes: dict[str, int] = {}
-        kinds: list[Kind] = []
+        smallest: set[Layer] = set()
+        repeated: list[Kind] = []
         for name, module in model.named_modules():
             if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{s}.") for s in sizes):
                 continue
             signatures = [_signature(layer) for layer in module]
-            if not signatures or Counter(signatures).most_common(1)[0][1] < LEAST_REPEATED:
+            if not signatures or max(Counter(signatures).values()) < LEAST_REPEATED:
                 continue
             sizes[name] = len(module)
+            chosen = {0, len(module) - 1}
             for signature in dict.fromkeys(signatures):
-                indices = tuple(i for i, other in enumerate(signatures) if other == signature)
-                least = 2 if indices[0] == 0 else 1
-                kinds.append(Kind(name, indices, min(least, len(indices))))
-        return cls(sizes, tuple(kinds))
-
-    def smallest(self) -> frozenset[Layer]:
-        """The layers of the smallest model."""
-        return frozenset((kind.stack, i) for kind in self.kinds for i in kind.indices[: kind.least])
-
-    def repeated(self) -> tuple[Kind, ...]:
-        """The kinds of which the whole model has more."""
-        return tuple(kind for kind in self.kinds if kind.more)
+                if not any(signatures[i] == signature for i in chosen):
+                    chosen.add(signatures.index(signature))
+            smallest |= {(name, i) for i in chosen}
+            for signature in dict.fromkeys(signatures):
+                left = [i for i, other in enumerate(signatures) if other == signature and i not in chosen]
+                if left:
+                    before = max(i for i in chosen if i < left[0])
+                    after = min(i for i in chosen if i > left[0])
+                    repeated.append(Kind(len(left), (name, left[0]), (name, before), (name, after)))
+        return cls(sizes, frozenset(smallest), tuple(repeated))
 
 
 def _signature(module: nn.Module) -> Hashable:
@@ -174,26 +174,26 @@ def extrapolate(
     smallest: of the smallest model; further: of that with one more layer of a kind. Segments have the same
     names in both, but for those of the added layer. Raises ValueError if they have not.
     """
-    found = {name: segment for name, segment in smallest.items()}
+    found: dict[Hashable, Segment] = {}
     for kind, segments in further.items():
         extra = {name for name in segments if _layer_of(name) == kind.added}
         if set(segments) - extra != set(smallest):
             raise ValueError("the steps of two numbers of layers differ in more than the layer")
+        for name in extra:
+            # The further layers of its kind stand between its neighbours: the last one next to the one that
+            # comes after, the first one next to the one before. What is between lies between.
+            for neighbour in (kind.before, kind.after):
+                beside = (name[0], neighbour)
+                if beside not in smallest:
+                    continue
+                steps = [
+                    (other.more - (other == kind), taken[beside], smallest[beside])
+                    for other, taken in further.items()
+                ]
+                found[*name, neighbour] = _sum(segments[name], steps)
     for name, segment in smallest.items():
-        found[name] = _sum(
-            segment, [(kind.more, segments[name], segment) for kind, segments in further.items()]
-        )
-    for kind, segments in further.items():
-        for name in segments:
-            if _layer_of(name) != kind.added:
-                continue
-            # It stands where the last one of its kind stands in the smallest model, and after that.
-            before = (name[0], kind.before)
-            steps = [(kind.more - 1, segments[name], smallest[before])]
-            steps += [
-                (other.more, further[other][before], smallest[before]) for other in further if other != kind
-            ]
-            found[name] = _sum(segments[name], steps)
+        steps = [(kind.more, segments[name], segment) for kind, segments in further.items()]
+        found[name] = _sum(segment, steps)
     return found
 
 

@@ -78,13 +78,15 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., out_features) for x (..., in_features)."""
         y = self.base(x)
+        dtype = y.dtype
+        lora_A, lora_B = self.lora_A, self.lora_B
         if self.input_dtype is None:
-            dropped = self.dropout(x)
-            lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         else:
-            dropped, lora_A, lora_B = self.dropout(x.to(self.input_dtype)), self.lora_A, self.lora_B
-        result = y + F.linear(F.linear(dropped, lora_A), lora_B) * self.scaling
-        return result.to(y.dtype)
+            # What a name stands for lives as long as in PEFT's forward.
+            x = x.to(self.input_dtype)
+        y = y + F.linear(F.linear(self.dropout(x), lora_A), lora_B) * self.scaling
+        return y.to(dtype)
 
 
 def _features(base: nn.Module) -> tuple[int, int]:

@@ -213,7 +213,8 @@ def _most_tokens(config, build: Callable[[torch.dtype], nn.Module]) -> int | Non
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    output = model(**inputs)
+    with _unpacked():
+        output = model(**inputs)
     loss = getattr(output, "loss", None)
     # A base model has none.
     return output[0].float().mean() if loss is None else loss
@@ -258,6 +259,23 @@ class _Inputs:
         if main != "pixel_values" and hasattr(config, "use_cache"):
             inputs["use_cache"] = False
         return inputs
+
+
+@contextlib.contextmanager
+def _unpacked():
+    """Positions that stand for one sequence a row, as those that a model makes itself. transformers reads
+    their values, and without values takes several sequences to be packed in a row, which needs a mask.
+    """
+    masks = _transformers().masking_utils
+    known = getattr(masks, "find_packed_sequence_indices", None)
+    if known is None:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = known
 
 
 @contextlib.contextmanager

@@ -113,12 +113,12 @@ class Planner:
         if self._template is None:
             model = self.subject.build(self.setting.dtype)
             with FakeTensorMode(allow_non_fake_inputs=False):
-                model = layers.fake_copy(model, frozenset(), Stacks({}, ()))
+                model = layers.fake_copy(model, frozenset(), Stacks.none())
             self.names = methods.adapted_names(model, self.setting.targets)
             for name in self.names:
                 setattr(model.get_submodule(name), _TAG, True)
             self._template = model
-            self._stacks = Stacks({}, ()) if self.whole else Stacks.of(model)
+            self._stacks = Stacks.none() if self.whole else Stacks.of(model)
         return self._template
 
     def estimate(self, method: Method, **changed) -> Estimate:
@@ -128,8 +128,7 @@ class Planner:
         """
         setting = replace(self.setting, **changed)
         self.template()
-        smallest = self._stacks.smallest()
-        kinds = self._stacks.repeated()
+        smallest, kinds = self._stacks.smallest, self._stacks.repeated
         first = self._run(method, setting, smallest)
         further = {kind: self._run(method, setting, smallest | {kind.added}) for kind in kinds}
         segments = layers.extrapolate(first.segments, {kind: run.segments for kind, run in further.items()})
@@ -141,6 +140,10 @@ class Planner:
         fixed = {kind: whole(lambda run, kind=kind: run.kinds[kind]) for kind in FIXED}
         largest = max(run.largest_layer for run in (first, *further.values()))
         return _estimate(setting, kept, fixed, segments, largest)
+
+    def forget(self) -> None:
+        """Let go of the models that were copied."""
+        self._models.clear()
 
     def _run(self, method: Method, setting: Setting, chosen: frozenset[Layer]) -> _Run:
         if (method.key, chosen) not in self._models:
@@ -184,10 +187,16 @@ class _Model:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
-                for context in (self.mode, torch.device("cpu"), only_looked_on(operators=cuda)):
+                contexts = (
+                    corrections.generator_state(setting.device),
+                    self.mode,
+                    torch.device("cpu"),
+                    only_looked_on(operators=cuda),
+                )
+                for context in contexts:
                     stack.enter_context(context)
                 if cuda:
-                    stack.enter_context(corrections.CudaRules())
+                    stack.enter_context(corrections.cuda_rules())
                 self._step(subject, setting, live)
         except Exception as error:
             where = live.stopped_at or "an operation before the first"
