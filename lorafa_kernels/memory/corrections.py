@@ -1,8 +1,7 @@
-"""What a step on fake CPU tensors must be told about the kernels that run: what these allocate for the time
-of a call, and where CUDA's keep something else than the CPU's.
+"""Where a step on CUDA keeps or allocates something else than a step on fake CPU tensors shows.
 
-CUDA is the table, each entry with its source. Rules are acted on in cuda_rules, temporaries in the functions
-below; a constant is added to the peak.
+CUDA is the table, each entry with its source. What is kept follows from cuda_rules, what kernels allocate for
+the time of a call from temporaries; the workspace is added to the peak.
 """
 
 from __future__ import annotations
@@ -99,24 +98,6 @@ def cuda_rules():
         F.dropout, F.scaled_dot_product_attention = known
 
 
-@contextlib.contextmanager
-def generator_state(device: str):
-    """What activation checkpointing keeps of each layer to draw its dropout again: on a CPU the state of the
-    generator, a tensor that no dispatch mode sees. CUDA's is 16 bytes, in the host's memory.
-    """
-    if device != "cpu":
-        yield
-        return
-    size = torch.random.default_generator.get_state().numel()
-    known = torch.get_rng_state, torch.set_rng_state
-    torch.get_rng_state = lambda: torch.empty(size, dtype=torch.uint8)
-    torch.set_rng_state = lambda state: None
-    try:
-        yield
-    finally:
-        torch.get_rng_state, torch.set_rng_state = known
-
-
 def _dropout(
     original: Callable, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
@@ -145,7 +126,7 @@ def _attention(
     return original(query, key, value, attn_mask, 0.0, **rest)
 
 
-def _flash_backward_on_cuda(args: tuple, kwargs: dict, out: object) -> int:
+def _flash_backward(args: tuple, kwargs: dict, out: object) -> int:
     # (grad_out, query, key, value, ...), (batch, heads, tokens, head size).
     query, key = args[1], args[2]
     batch, heads, tokens, size = query.shape
@@ -154,36 +135,6 @@ def _flash_backward_on_cuda(args: tuple, kwargs: dict, out: object) -> int:
     if key.shape[1] != heads:
         found += 2 * batch * heads * key.shape[2] * size * query.itemsize
     return found
-
-
-def _flash_splits(query: Tensor, key: Tensor) -> tuple[int, int]:
-    """Rows of q and of k that a thread of the CPU's flash attention works on at a time.
-
-    Source: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (cpu_flash_attention).
-    """
-    tokens = query.shape[2]
-    rows = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
-    return min(rows, tokens), min(512, key.shape[2])
-
-
-def _flash_on_cpu(args: tuple, kwargs: dict, out: object) -> int:
-    # (query, key, value, ...): a thread's scores, their maxima and sums, and its rows of the output.
-    query, key = args[:2]
-    rows, columns = _flash_splits(query, key)
-    found = (rows * columns + 2 * rows + rows * query.shape[3]) * 4
-    if query.itemsize == 2:
-        found += rows * columns * 2
-    return torch.get_num_threads() * found
-
-
-def _flash_backward_on_cpu(args: tuple, kwargs: dict, out: object) -> int:
-    query, key = args[1], args[2]
-    rows, columns = _flash_splits(query, key)
-    found = 2 * rows * columns * 4 + rows * 4
-    if query.itemsize == 2:
-        found += 2 * rows * columns * 2
-    # Beside these a copy of the output's gradient.
-    return torch.get_num_threads() * found + query.numel() * query.itemsize
 
 
 def _factors(tensors, dtype: torch.dtype) -> int:
@@ -218,15 +169,12 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
     return (dy.shape[0] * ranks * dy.itemsize + _factors(args[3], dy.dtype)) if need_dx else 0
 
 
-def temporaries(device: str) -> Mapping[object, Temporary]:
-    """Return what kernels allocate inside a call on `device` ("cuda" or "cpu"), by operation."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+def temporaries() -> Mapping[object, Temporary]:
+    """Return what CUDA's kernels allocate inside a call, by the operation that stands for them here."""
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    if device == "cpu":
-        return {flash.default: _flash_on_cpu, flash_backward.default: _flash_backward_on_cpu}
     ours = torch.ops.lorafa_kernels
     return {
-        flash_backward.default: _flash_backward_on_cuda,
+        flash_backward.default: _flash_backward,
         ours.forward.default: _linear_forward,
         ours.backward.default: _linear_backward,
         ours.backward_input.default: _linear_backward_input,

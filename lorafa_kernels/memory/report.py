@@ -123,7 +123,7 @@ def _notes(plan: Plan) -> list[str]:
         about = ", ".join(entry.subject for entry in CUDA if entry.checked == UNCHECKED)
         notes.append(f"CUDA's rules ({about}) are {UNCHECKED}. Fragmentation comes on top.")
     else:
-        notes.append("A CPU's rules. What oneDNN allocates for 16-bit products comes on top.")
+        notes.append("A CPU's rules, with as many threads as torch has here.")
     if setting.devices > 1:
         notes.append(
             f"{setting.devices} devices share weights, adapters, gradients and states; two layers are whole "

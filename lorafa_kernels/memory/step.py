@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..dispatch import only_looked_on
-from . import corrections, layers, methods
+from . import corrections, cpu, layers, methods
 from .layers import AFTER, BACKWARD, FORWARD, Kind, Layer, Stacks
 from .methods import Adapters, Method
 from .models import Subject
@@ -180,23 +180,20 @@ class _Model:
         methods.set_dropout(self.model, setting.dropout)
         self._checkpoint(setting.checkpointing)
         cuda = setting.device == "cuda"
-        live = LiveStorages(
-            corrections.temporaries(setting.device), corrections.CUDA_GRANULE if cuda else 1
-        )
+        rules = corrections if cuda else cpu
+        live = LiveStorages(rules.temporaries(), corrections.CUDA_GRANULE if cuda else 1)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
                 contexts = (
-                    corrections.generator_state(setting.device),
+                    corrections.cuda_rules() if cuda else cpu.generator_state(),
                     self.mode,
                     torch.device("cpu"),
                     only_looked_on(operators=cuda),
                 )
                 for context in contexts:
                     stack.enter_context(context)
-                if cuda:
-                    stack.enter_context(corrections.cuda_rules())
                 self._step(subject, setting, live)
         except Exception as error:
             where = live.stopped_at or "an operation before the first"
