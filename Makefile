@@ -133,6 +133,10 @@ memory: $(VENV)/.dev
 	$(BIN)/python -m bench run --kinds family --device cpu --fresh --out bench/results/cpu/memory.jsonl
 	$(BIN)/python -m bench.tables
 
+memory-paper: $(VENV)/.dev
+	$(BIN)/python -m bench.memory_paper
+	$(BIN)/python -m bench.tables
+
 report: $(VENV)/.dev
 	$(BIN)/python -m bench report
 

@@ -58,7 +58,7 @@ CUDA = (
     ),
     Correction(
         "kernels of this library",
-        "forward: the copy of an fp32 lora_B; backward: dz and rounded lora_A; no chunk of a dropout mask; "
+        "copies of fp32 factors beside 16-bit x, and in backward dz; no chunk of a dropout mask; "
         "the gated activation allocates nothing beside its results",
         "lorafa_kernels/linear/fused.py, group/fused.py, kernels/gated.py; partial sums of split products "
         "for few rows are left out",
@@ -144,29 +144,30 @@ def _factors(tensors, dtype: torch.dtype) -> int:
 
 
 def _linear_forward(args: tuple, kwargs: dict, out: object) -> int:
-    x, _, _, lora_B = args[:4]
-    return _factors([lora_B], x.dtype)
+    x, _, *factors = args[:4]
+    return _factors(factors, x.dtype)
 
 
 def _linear_backward(args: tuple, kwargs: dict, out: object) -> int:
-    dy, _, _, lora_A, lora_B = args[:5]
-    return dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors([lora_A], dy.dtype)
+    dy, _, _, *factors = args[:5]
+    return dy.shape[0] * factors[1].shape[1] * dy.itemsize + _factors(factors, dy.dtype)
 
 
 def _linear_backward_input(args: tuple, kwargs: dict, out: object) -> int:
-    dy, _, lora_A, lora_B = args[:4]
-    return dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors([lora_A], dy.dtype)
+    dy, _, *factors = args[:4]
+    return dy.shape[0] * factors[1].shape[1] * dy.itemsize + _factors(factors, dy.dtype)
 
 
 def _group_forward(args: tuple, kwargs: dict, out: object) -> int:
-    return _factors(args[3], args[0].dtype)
+    return _factors([*args[2], *args[3]], args[0].dtype)
 
 
 def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
     dy = next(dy for dy in args[0] if dy is not None)
     ranks = sum(lora_B.shape[1] for lora_B in args[4] if lora_B is not None)
     need_dx = args[9]
-    return (dy.shape[0] * ranks * dy.itemsize + _factors(args[3], dy.dtype)) if need_dx else 0
+    copies = _factors([*args[3], *args[4]], dy.dtype)
+    return dy.shape[0] * ranks * dy.itemsize + copies if need_dx else 0
 
 
 def temporaries() -> Mapping[object, Temporary]:

@@ -170,7 +170,7 @@ def _model_class(config, asked: str | None) -> tuple[type, str]:
         if type(config) in getattr(mappings, mapping):
             kind = getattr(mappings, mapping)[type(config)]
             kind = kind[0] if isinstance(kind, tuple) else kind
-            return kind, f"taken as {what}, since the configuration names no known architecture"
+            return kind, f"taken as {what}: its config names no architecture"
     raise ValueError(f"transformers has no model for a {type(config).__name__}")
 
 

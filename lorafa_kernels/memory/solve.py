@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# More steps than this only where few bytes decide.
-_MOST_STEPS = 12
+# Three are enough where bytes grow linearly.
+_MOST_STEPS = 40
 
 
 def largest(
@@ -63,6 +63,9 @@ def _next(known: dict[int, int], memory: int, fits: int, fails: int | None, limi
         left, right = sorted(known)[:2]
     else:
         left, right = below[-1], fails
+    if fails is not None and len(known) > 4 and len(known) % 2:
+        # A line through a curve comes near from one side only.
+        return _within((fits + fails) // 2, fits, fails, limit)
     slope = (known[right] - known[left]) / (right - left)
     guess = left + int((memory - known[left]) // slope) if slope > 0 else 2 * right
     return _within(guess, fits, fails, limit)
