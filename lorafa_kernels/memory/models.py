@@ -186,6 +186,11 @@ def _subject(config, asked: str | None, padding: bool) -> Subject:
                 model.set_experts_implementation("grouped_mm")
         return model.train()
 
+    if getattr(config, "is_encoder_decoder", False):
+        # From it and the labels the decoder's input is made; which token it is changes no size.
+        for name in ("decoder_start_token_id", "pad_token_id"):
+            if getattr(config, name, None) is None:
+                setattr(config, name, 0)
     main = kind.main_input_name
     text = main == "input_ids"
     decoder = getattr(config, "is_encoder_decoder", False)

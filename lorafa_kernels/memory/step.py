@@ -196,9 +196,9 @@ class _Model:
                     stack.enter_context(context)
                 self._step(subject, setting, live)
         except Exception as error:
-            where = live.stopped_at or "an operation before the first"
+            where = f"stopped at {live.stopped_at}: " if live.stopped_at else ""
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CannotRun(f"the model does not run on fake tensors: stopped at {where}: {reason}") from error
+            raise CannotRun(f"the model does not run on fake tensors: {where}{reason}") from error
         finally:
             self.optimizer.zero_grad()
         kinds = {kind: live.bytes_at(_START, (kind,)) for kind in FIXED}
