@@ -1,5 +1,5 @@
-"""python -m bench.memory_paper: the paper's models in the memory planner, into bench/results/memory-paper.json,
-of which python -m bench.tables makes a table of docs/memory.md.
+"""python -m bench.memory_paper: the paper's models in the memory planner, into
+bench/results/memory-paper.json, of which python -m bench.tables makes a table of docs/memory.md.
 """
 
 import sys

@@ -34,7 +34,13 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
-OPTIONAL = {"tune.command": {"rich"}, "checks.doctor": {"numpy"}}
+# The planner of memory builds transformers' models, and draws with matplotlib where asked.
+OPTIONAL = {
+    "tune.command": {"rich"},
+    "checks.doctor": {"numpy"},
+    "memory.models": {"transformers"},
+    "memory.plot": {"matplotlib"},
+}
 # They compose kernels, and are imported where those are.
 COMPOSED = ("linear.fused", "group.fused")
 

@@ -28,8 +28,8 @@ def paper_table(result: dict) -> str:
         PAPER_RESULTS, result["machine"], result["date"], result["versions"], result["commit"]
     )
     note = (
-        f"Planned, not measured: total GiB at the peak of a step (batch × sequence), {setting['dtype']}, rank "
-        f"{setting['rank']}, all linear layers, {setting['optimizer']}, CUDA's rules, not checked on a GPU. "
+        f"Planned, not measured: total GiB at the peak of a step (batch × sequence), {setting['dtype']}, "
+        f"rank {setting['rank']}, all linear layers, {setting['optimizer']}, CUDA's rules, not checked on a GPU. "
         f"{source} `python -m bench.memory_paper`."
     )
     chunks = [note]

@@ -91,7 +91,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter-dtype",
         choices=("fp32", "model"),
         default="fp32",
-        help="of the adapters that are trained, for all methods but LoRA in the model's dtype (default: fp32)",
+        help="of what is trained, for all methods but LoRA in the model's dtype (default: fp32)",
     )
     add("--devices", type=count, default=1, metavar="N", help="devices that share the model by FSDP")
     add(

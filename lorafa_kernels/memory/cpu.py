@@ -5,8 +5,8 @@ flash attention    aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (cpu_flash_
 16-bit products    oneDNN, src/cpu/x64/matmul/brgemm_matmul_utils.cpp (init_scratchpad): each thread's packed
                    blocks of the operands and the fp32 sums; fitted to what the allocator's events show with
                    AVX512-BF16, on torch 2.13. fp32 products go to MKL, which asks PyTorch for nothing.
-elementwise        aten/src/ATen/TensorIterator.cpp (compute_types): operands of another dtype than the result are
-                   copied into it, whole; CUDA converts them one by one
+elementwise        aten/src/ATen/TensorIterator.cpp (compute_types): operands of another dtype than the result
+                   are copied into it, whole; CUDA converts them one by one
 convolution        backward of 16 bits sums the weight's gradient in fp32
 generator          torch/utils/checkpoint.py: its state for each checkpoint
 """

@@ -190,7 +190,7 @@ def extrapolate(
                     (other.more - (other == kind), taken[beside], smallest[beside])
                     for other, taken in further.items()
                 ]
-                found[*name, neighbour] = _sum(segments[name], steps)
+                found[(*name, neighbour)] = _sum(segments[name], steps)
     for name, segment in smallest.items():
         steps = [(kind.more, segments[name], segment) for kind, segments in further.items()]
         found[name] = _sum(segment, steps)

@@ -31,9 +31,9 @@ class Subject:
 
     title: what it is, for a reader. build(dtype): returns it in training mode, on the meta device or another;
     it is copied, never run. inputs(model, batch, sequence): of a step, in a list, dict or tuple. step(model,
-    inputs): runs forward and returns the loss. uses_sequence: whether the sequence changes a step. most_tokens: the
-    longest sequence that the model takes, None without a limit. checkpoints: whether it has gradient
-    checkpointing.
+    inputs): runs forward and returns the loss. uses_sequence: whether the sequence changes a step.
+    most_tokens: the longest sequence that the model takes, None without a limit. checkpoints: whether it has
+    gradient checkpointing.
     """
 
     title: str
@@ -128,7 +128,7 @@ def _check_sizes(config: Any) -> None:
         is_size = is_count or name.endswith(("_size", "_dim", "_ff", "d_model", "d_kv"))
         if not is_size or value is None:
             continue
-        if name in _OTHER or isinstance(value, (list, tuple, dict, str)) and name not in _MAIN:
+        if name in _OTHER or (isinstance(value, (list, tuple, dict, str)) and name not in _MAIN):
             continue
         if type(value) is not int or not (1 if name in _MAIN else 0) <= value <= most:
             text = MOST_SIZE_TEXT if most == MOST_SIZE else str(most)
@@ -136,12 +136,17 @@ def _check_sizes(config: Any) -> None:
 
 
 _MAIN = frozenset(
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "vocab_size d_model d_ff d_kv num_layers num_heads".split()
+    {
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("num_key_value_heads", "vocab_size", "d_model", "d_ff", "d_kv", "num_layers", "num_heads"),
+    }
 )
 # They bear a name as of a size and are none.
 _OTHER = frozenset(
-    "num_return_sequences num_beams num_beam_groups no_repeat_ngram_size encoder_no_repeat_ngram_size".split()
+    {
+        *("num_return_sequences", "num_beams", "num_beam_groups"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    }
 )
 
 # In this order a config without `architectures` is taken for a model of one of these kinds.
@@ -225,6 +230,10 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return output[0].float().mean() if loss is None else loss
 
 
+_LABEL_EACH_TOKEN = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")
+_LABEL_EACH_TOKEN += ("ForConditionalGeneration",)
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """Makes the inputs of a step of a model of class `kind`."""
@@ -250,9 +259,7 @@ class _Inputs:
             inputs[main] = torch.zeros(batch, config.num_mel_bins, frames, dtype=model.dtype)
         else:
             raise ValueError(f"{name} takes {main}, which the planner cannot make: plan it from Python")
-        if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")):
-            inputs["labels"] = tokens
-        elif name.endswith("ForConditionalGeneration"):
+        if name.endswith(_LABEL_EACH_TOKEN):
             inputs["labels"] = tokens
         elif name.endswith(("ForSequenceClassification", "ForImageClassification")):
             inputs["labels"] = torch.zeros(batch, dtype=torch.long)

@@ -156,9 +156,7 @@ def plan_memory(
     if subject.most_tokens is not None and sequence > subject.most_tokens:
         raise ValueError(f"sequence is {sequence}, and the model has {subject.most_tokens} positions")
     own = torch.float32 if adapter_dtype == "fp32" else None
-    setting = Setting(
-        batch, sequence, rank, DTYPES[dtype], targets, optimizer, device, own, devices=devices
-    )
+    setting = Setting(batch, sequence, rank, DTYPES[dtype], targets, optimizer, device, own, devices=devices)
     planner = Planner(subject, setting, whole)
     planner.template()
     limit = None if memory is None else max(1, round(memory * 2**30))

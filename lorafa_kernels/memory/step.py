@@ -15,11 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ..dispatch import only_looked_on
 from . import corrections, cpu, layers, methods
-from .layers import AFTER, BACKWARD, FORWARD, Kind, Layer, Stacks
+from .layers import AFTER, BACKWARD, FORWARD, Layer, Stacks
 from .methods import Adapters, Method
 from .models import Subject
 from .trace import (

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 
 class Taken(NamedTuple):
-    """kept: bytes that forward leaves allocated, of the loss's value no byte. saved: those that autograd keeps, by
-    saved_tensors_hooks, without parameters, buffers and inputs. peak: the most above what was there before.
+    """kept: bytes that forward leaves allocated. saved: those that autograd keeps, by saved_tensors_hooks,
+    without parameters, buffers and inputs. peak: the most above what was there before.
     """
 
     kept: int
@@ -83,14 +83,14 @@ def take(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: torch.optim
     optimizer.zero_grad()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        with torch.profiler.record_function("a step"):
-            with torch.profiler.record_function("its forward"):
-                loss = loss_of()
-            loss.backward()
-            del loss
-            optimizer.step()
-            optimizer.zero_grad()
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    with profiler, torch.profiler.record_function("a step"):
+        with torch.profiler.record_function("its forward"):
+            loss = loss_of()
+        loss.backward()
+        del loss
+        optimizer.step()
+        optimizer.zero_grad()
     events = profiler.profiler.kineto_results.events()
     changes = sorted(
         ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lorafa_kernels.__main__ import main
-from tests.memory import families
 from lorafa_kernels.memory.models import MOST_CONFIG_BYTES, resolve
+from tests.memory import families
 
 pytest.importorskip("transformers")
 LLAMA = {
@@ -52,9 +52,7 @@ def assert_answered(*arguments: str) -> None:
     """With a plan, or with a refusal in one line."""
     code, out, err = call(*arguments)
     if code == 0:
-        assert (
-            err == "" and "GiB at the peak" in out and "nan" not in out and "inf " not in out
-        )
+        assert err == "" and "GiB at the peak" in out and "nan" not in out and "inf " not in out
     else:
         assert code == 2 and out == "" and err.count("\n") == 1 and len(err) < 1000, (code, out, err)
 

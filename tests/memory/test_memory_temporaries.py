@@ -1,5 +1,5 @@
-"""What operators of this library allocate inside a call is what the planner's table says: the fused kernels run
-in Triton's interpreter, and the allocator's events are counted.
+"""What operators of this library allocate inside a call is what the planner's table says: the fused kernels
+run in Triton's interpreter, and the allocator's events are counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def operands(dtype: torch.dtype, factor: torch.dtype) -> dict[str, torch.Tensor]
 
 
 def check(op, arguments: tuple, parts: int = 0) -> None:
-    """parts: bytes of fp32 sums of dz and dB that a launch may make in one part each before they are rounded."""
+    """parts: bytes of fp32 sums of dz and dB, which a launch may make before they are rounded."""
     out, peak = events(lambda: op(*arguments))
     outputs = out if isinstance(out, (tuple, list)) else [out]
     taken = peak - sum(t.numel() * t.itemsize for t in outputs)

@@ -1,4 +1,4 @@
-"""Models without values: apply_lorafa adapts them, and their blocks compute together as they do with values."""
+"""Models without values: apply_lorafa adapts them, and their blocks compute as they do with values."""
 
 from __future__ import annotations
 
