@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .flops import tell_flop_counters
-from .operands import autocast_enabled
+from .operands import any_autocast, autocast_enabled
 from .plan.choice import Decision, choose, choose_plan
 from .plan.pin import pinned
 
@@ -43,17 +44,22 @@ _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def define(name: str, schema: str, operation: Callable, fake: Callable) -> Callable:
-    """Register an operator and return it. operation: its body; fake: the same on shapes and dtypes alone."""
-    _library.define(f"{name}{schema}", tags=_TAGS)
+def define(
+    name: str, schema: str, operation: Callable, fake: Callable, tags: tuple[torch.Tag, ...] = ()
+) -> Callable:
+    """Register an operator and return it. operation: its body; fake: the same on shapes and dtypes alone;
+    tags: besides those of every operator.
+    """
+    _library.define(f"{name}{schema}", tags=(*_TAGS, *tags))
     _library.impl(name, operation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafa_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.lorafa_kernels, name).default
 
 
 def watching_modes() -> int:
-    """How many TorchDispatchModes are on that what is called must be made for."""
-    return 0 if _modes() == 0 or getattr(_onlookers, "there", False) else _modes()
+    """How many TorchDispatchModes are on that operators must be called for."""
+    count = _modes()
+    return count if not count or not getattr(_onlookers, "see_inside", False) else 0
 
 
 @contextlib.contextmanager
@@ -64,7 +70,7 @@ def only_looked_on(operators: bool) -> Iterator[None]:
     Selective checkpointing and FLOP counters are no onlookers: they read or keep what is called.
     """
     before = vars(_onlookers).copy()
-    _onlookers.there, _onlookers.operators = True, operators
+    _onlookers.there, _onlookers.see_inside = True, not operators
     try:
         yield
     finally:
@@ -72,24 +78,30 @@ def only_looked_on(operators: bool) -> Iterator[None]:
         vars(_onlookers).update(before)
 
 
-def open_to_direct_calls(device_type: str) -> bool:
+def open_to_direct_calls() -> bool:
     """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
     watches.
     """
-    if torch.compiler.is_compiling() or autocast_enabled(device_type) or watching_modes():
-        return False
-    return not getattr(_onlookers, "operators", False)
+    return not (is_compiling() or any_autocast() or watching_modes())
 
 
 def watched() -> bool:
-    """Whether a TorchDispatchMode sees what is called now."""
-    return not torch.compiler.is_compiling() and watching_modes() > 0
+    """Whether a TorchDispatchMode that does more than look on sees what is called now."""
+    return not is_compiling() and watching_modes() > 0 and not getattr(_onlookers, "there", False)
 
 
 def announce() -> None:
     """Prepare what watches for an operator that is about to be called."""
     if watched():
         tell_flop_counters()
+
+
+def settled(impl: str, device: torch.device, dtype: torch.dtype) -> Decision | None:
+    """Return what decide() returns where nothing is pinned and no size matters, else None."""
+    if impl in ("auto", "triton") and pinned() is not None:
+        return None
+    choice = choose(impl, device, dtype)
+    return None if choice.impl == "triton" else choice.without_plan
 
 
 def decide(

@@ -29,8 +29,8 @@ def paper_table(result: dict) -> str:
     )
     note = (
         f"Planned, not measured: total GiB at the peak of a step (batch × sequence), {setting['dtype']}, "
-        f"rank {setting['rank']}, all linear layers, {setting['optimizer']}, CUDA's rules, not checked on a GPU. "
-        f"{source} `python -m bench.memory_paper`."
+        f"rank {setting['rank']}, all linear layers, {setting['optimizer']}, CUDA's rules, not checked on a "
+        f"GPU. {source} `python -m bench.memory_paper`."
     )
     chunks = [note]
     for variant in (None, "dropout"):

@@ -2,6 +2,6 @@
 
 trace         follows storages through a step                layers      few layers of each kind stand for all
 step          one step of a model with a method              methods     the ways to fine-tune, and optimizers
-models        which model, and its inputs; named: sizes      corrections, cpu    what kernels do unseen, by device
+models        which model, its inputs; named: sizes          corrections, cpu    what kernels do unseen
 plan          every method; solve: what fits                 report, plot        a plan as text, as a picture
 """
