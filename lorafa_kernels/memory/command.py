@@ -64,7 +64,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=_gib,
         metavar="GIB",
-        help="also solve for the largest batch and the longest sequence that fit",
+        help="also solve for the largest batch and the longest sequence that fit (default: do not)",
     )
     add(
         "--targets",
@@ -72,14 +72,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="layers that are adapted, their names with commas between (default: all-linear)",
     )
-    add("--methods", default=None, metavar="KEYS", help="some of full,peft,lora,lorafa-plain,lorafa")
+    add(
+        "--methods",
+        default=None,
+        metavar="KEYS",
+        help="some of full,peft,lora,lorafa-plain,lorafa (default: all)",
+    )
     add("--padding", action="store_true", help="sequences have padding, and so a mask")
     add(
         "--dropout",
         type=_share,
         default=0.05,
         metavar="P",
-        help="of the adapters, in the columns with dropout (default: 0.05; 0: none)",
+        help="of the adapters, in the columns with dropout; 0: no such columns (default: 0.05)",
     )
     add(
         "--optimizer",
@@ -93,7 +98,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="of what is trained, for all methods but LoRA in the model's dtype (default: fp32)",
     )
-    add("--devices", type=count, default=1, metavar="N", help="devices that share the model by FSDP")
+    add(
+        "--devices",
+        type=count,
+        default=1,
+        metavar="N",
+        help="devices that share the model by FSDP (default: 1)",
+    )
     add(
         "--device",
         choices=("cuda", "cpu"),
@@ -101,7 +112,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose rules hold for dropout, attention, optimizer and allocator (default: cuda)",
     )
     add("--json", action="store_true", help="print JSON and nothing else")
-    add("--plot", type=Path, metavar="FILE.png", help="also draw the parts as bars (needs matplotlib)")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="also draw the parts as bars, which needs matplotlib (default: do not)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

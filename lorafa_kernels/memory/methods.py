@@ -171,8 +171,8 @@ def _lorafa(model: nn.Module, adapters: Adapters) -> None:
 
 METHODS = (
     Method("full", "full fine-tuning", _full, has_adapters=False),
-    Method("peft", "LoRA, PEFT's default (fp32 adapters)", _peft),
-    Method("lora", "LoRA, adapters in the model's dtype", _lora),
+    Method("peft", "LoRA, PEFT's default (fp32)", _peft),
+    Method("lora", "LoRA in the model's dtype", _lora),
     Method("lorafa-plain", "LoRA-FA in plain PyTorch", _lorafa_plain),
     Method("lorafa", "LoRA-FA, this library", _lorafa),
 )

@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 # Three are enough where bytes grow linearly.
 _MOST_STEPS = 40
+# Above as many units the answer is right to one in as many.
+_EXACT_TO = 1000
 
 
 def largest(
     total: Callable[[int], int], memory: int, start: int, *, unit: int = 1, most: int | None = None
 ) -> int:
     """Return the largest multiple of `unit`, at most `most`, whose total fits into `memory` bytes; 0 if none
-    does. The number that is returned was tried.
+    does. The number that is returned was tried. Above 1,000 units it may be smaller by one in 1,000.
 
     total: from a number to bytes, growing at least linearly. start: where to begin.
 
@@ -44,7 +46,7 @@ def largest(
             fits = max(fits, units)
         else:
             fails = units if fails is None else min(fails, units)
-        if fits == limit or (fails is not None and fails - fits <= 1):
+        if fits == limit or (fails is not None and fails - fits <= max(1, fits // _EXACT_TO)):
             break
         units = _next(known, memory, fits, fails, limit)
     return fits * unit
@@ -54,8 +56,8 @@ def _next(known: dict[int, int], memory: int, fits: int, fails: int | None, limi
     """The number to try next, between `fits` and `fails`."""
     if len(known) == 1:
         (only,) = known
-        # Half of it where it fails, so that the line lies below what is looked for.
-        return max(1, only // 2) if fails is not None else _within(2 * only, fits, fails, limit)
+        # As if there were nothing but what grows: it fits if that grows linearly.
+        return _within(only * memory // known[only] if known[only] else 2 * only, fits, fails, limit)
     below = sorted(n for n in known if n <= fits) or [0]
     if fails is None:
         left, right = sorted(known)[-2:]

@@ -64,7 +64,7 @@ def sound(tmp_path) -> str:
 
 
 def test_what_is_damaged_below_is_sound(sound):
-    assert call(sound)[0] == 0
+    assert call(sound, "--methods", "lora", "--dropout", "0")[0] == 0
 
 
 @pytest.mark.parametrize("option", ["--batch", "--sequence", "--rank"])
@@ -242,6 +242,14 @@ def test_the_old_name_says_so_and_goes_on_working(tmp_path, capsys):
     assert "plan is now called memory" in old[0] and old[1].startswith(now)
 
 
+def test_some_methods_are_printed(sound):
+    code, out, err = call(sound, "--sequence", "64", "--methods", "lora,lorafa", "--dropout", "0")
+    assert (code, err) == (0, "") and out.isascii()
+    assert out.startswith("LoRA takes ") and " GiB less, " in out.splitlines()[0]
+    assert "full fine-tuning" not in out and "dropout" not in out.split("total: the most")[0]
+
+
+@pytest.mark.slow
 def test_the_plan_is_printed(sound):
     code, out, err = call(sound, "--batch", "2", "--sequence", "64", "--memory", "1")
     assert (code, err) == (0, "") and out.isascii()
