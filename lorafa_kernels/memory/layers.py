@@ -166,19 +166,23 @@ def layers_in(model: nn.Module, layers: frozenset[Layer], stacks: Stacks) -> dic
     return found
 
 
+class Unlike(ValueError):
+    """Steps of which one does not follow from the others."""
+
+
 def extrapolate(
     smallest: Mapping[Hashable, Segment], further: Mapping[Kind, Mapping[Hashable, Segment]]
 ) -> dict[Hashable, Segment]:
     """Return the segments of the whole model's step.
 
     smallest: of the smallest model; further: of that with one more layer of a kind. Segments have the same
-    names in both, but for those of the added layer. Raises ValueError if they have not.
+    names in both, but for those of the added layer. Raises Unlike if they have not.
     """
     found: dict[Hashable, Segment] = {}
     for kind, segments in further.items():
         extra = {name for name in segments if _layer_of(name) == kind.added}
         if set(segments) - extra != set(smallest):
-            raise ValueError("the steps of two numbers of layers differ in more than the layer")
+            raise Unlike("the steps of two numbers of layers differ in more than the layer")
         for name in extra:
             # The further layers of its kind stand between its neighbours: the last one next to the one that
             # comes after, the first one next to the one before. What is between lies between.

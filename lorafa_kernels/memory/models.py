@@ -68,7 +68,9 @@ def _transformers():
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("the memory planner needs transformers: pip install transformers") from error
+        raise ImportError(
+            "the memory planner needs transformers: pip install 'lorafa-kernels[memory]'"
+        ) from error
     return transformers
 
 

@@ -18,7 +18,7 @@ def save_plot(plan: Plan, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
+        raise ImportError("--plot needs matplotlib: pip install 'lorafa-kernels[memory]'") from error
     kinds = [kind for kind in KINDS if kind != INPUTS]
     bars = [
         (row.method.title + ("" if variant == PLAIN else ",\nwith checkpointing"), row.variants[variant])

@@ -128,6 +128,17 @@ class Planner:
         """
         setting = replace(self.setting, **changed)
         self.template()
+        try:
+            return self._estimate(method, setting)
+        except (CannotRun, layers.Unlike):
+            if not self._stacks.sizes:
+                raise
+        # A model may ask for its layers by number, or treat them unlike: all of them, then.
+        self._stacks = Stacks.none()
+        self.forget()
+        return self._estimate(method, setting)
+
+    def _estimate(self, method: Method, setting: Setting) -> Estimate:
         smallest, kinds = self._stacks.smallest, self._stacks.repeated
         first = self._run(method, setting, smallest)
         further = {kind: self._run(method, setting, smallest | {kind.added}) for kind in kinds}
@@ -139,7 +150,7 @@ class Planner:
         kept = whole(lambda run: run.kept)
         fixed = {kind: whole(lambda run, kind=kind: run.kinds[kind]) for kind in FIXED}
         largest = max(run.largest_layer for run in (first, *further.values()))
-        return _estimate(setting, kept, fixed, segments, largest)
+        return _estimate_of(setting, kept, fixed, segments, largest)
 
     def forget(self) -> None:
         """Let go of the models that were copied."""
@@ -304,7 +315,7 @@ class _Hooks:
             handle.remove()
 
 
-def _estimate(
+def _estimate_of(
     setting: Setting,
     kept: int,
     fixed: Mapping[str, int],
