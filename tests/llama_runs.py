@@ -97,6 +97,7 @@ def _serve() -> None:
     import torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import examples.train_llama  # noqa: F401
     from examples.llama import checkpoints, loop, model, processes, text  # noqa: F401
 
     for line in sys.stdin:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..run.shell import Parser, run_command, write_whole
 from ..run.stub import refuse_stub
 from .families import kept_table, memory_table
 from .page import readme_table
+from .paper import PAPER_RESULTS, paper_table
 from .reading import markdown, provenance, wrapped
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
@@ -64,16 +64,11 @@ def demo_table(result: dict) -> str:
     refuse_stub(result, DEMO_RESULTS)
     rows = []
     for run in result["runs"]:
-        trained = run["test_accuracy"] is not None
-        rows.append(
-            [
-                run["name"],
-                f"{run['trained_parameters']:,}",
-                f"{run['saved_activation_bytes'] / 2**20:,.2f}",
-                f"{run['seconds']:.0f}" if trained else "not trained",
-                f"{run['test_accuracy']:.3f}" if trained else "–",
-            ]
-        )
+        cells = [f"{run['trained_parameters']:,}", f"{run['saved_activation_bytes'] / 2**20:,.2f}"]
+        cells += ["not trained", "–"]
+        if run["test_accuracy"] is not None:
+            cells[2:] = f"{run['seconds']:.0f}", f"{run['test_accuracy']:.3f}"
+        rows.append([run["name"], *cells])
     machine, options, data = result["machine"], result["options"], result["data"]
     versions = {name: machine[name] for name in ("python", "torch", "transformers", "lorafa-kernels")}
     chip = {"cpu": machine["processor"], "threads": machine["threads"]}
@@ -128,6 +123,7 @@ TABLES = {
     "cpu-table": Table("docs/results.md", CPU_RESULTS, read_lines, readme_table),
     "kept-table": Table("README.md", MEMORY_RESULTS, read_lines, kept_table),
     "memory-table": Table("docs/memory.md", MEMORY_RESULTS, read_lines, memory_table),
+    "paper-memory-table": Table("docs/memory.md", PAPER_RESULTS, read_json, paper_table),
     "demo-table": Table("docs/results.md", DEMO_RESULTS, read_json, demo_table),
 }
 
@@ -147,12 +143,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def fill_all(argv: list[str] | None) -> int:
     parser = Parser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a table is out of date"
-    )
-    parser.add_argument(
-        "--take-demo", type=Path, metavar="FILE", help="results.json of a run of the demo to keep"
-    )
+    stale = "write nothing; exit 1 if a table is out of date"
+    parser.add_argument("--check", action="store_true", help=stale)
+    demo = "results.json of a run of the demo to keep"
+    parser.add_argument("--take-demo", type=Path, metavar="FILE", help=demo)
     options = parser.parse_args(argv)
     check = options.check
     if options.take_demo:
@@ -166,11 +160,6 @@ def fill_all(argv: list[str] | None) -> int:
             stale.append(f"{table.page}: {name}")
             if not check:
                 write_whole(path, after)
-    print(
-        "\n".join(f"{'out of date' if check else 'written'}: {entry}" for entry in stale) or "all up to date"
-    )
+    word = "out of date" if check else "written"
+    print("\n".join(f"{word}: {entry}" for entry in stale) or "all up to date")
     return 1 if check and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
