@@ -89,6 +89,7 @@ def test_a_closed_pipe_ends_the_doctor_s_report_quietly(monkeypatch, capsys):
         pytest.param(["bench.gpu", "--help"], id="bench.gpu"),
         pytest.param(["bench.tables", "--help"], id="bench.tables"),
         pytest.param(["examples.finetune_minilm", "--help"], id="demo"),
+        pytest.param(["examples.train_llama", "--help"], id="llama"),
     ],
 )
 def test_a_real_pipe_that_nobody_reads(config, command):
