@@ -44,6 +44,12 @@ def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("page", pages())
+def test_no_merge_left_its_marks(page):
+    marks = [line for line in read(page).splitlines() if re.match(r"(<{7}|={7}|>{7})( |$)", line)]
+    assert not marks
+
+
 def blocks(page: str) -> list[Block]:
     found, opened = [], None
     for number, line in enumerate(read(page).splitlines(), 1):

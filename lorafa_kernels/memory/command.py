@@ -124,15 +124,14 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan; return 0, or 2 where the model or an option is none that can be planned."""
     try:
         with _offline():
-            _print_plan(options)
+            text = _planned(options)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         # str() of an OSError would repeat the file's name.
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
         where = _shown_path(options.model)
         print(one_line(f"memory: {where}: {_first_line(text)}"), file=sys.stderr)
         return USAGE_ERROR
+    print(text)
     return 0
 
 
@@ -150,7 +149,7 @@ def _shown_path(model: str) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _print_plan(options: argparse.Namespace) -> None:
+def _planned(options: argparse.Namespace) -> str:
     # Here: the other commands need neither transformers nor these.
     from .models import resolve
     from .plan import plan_memory
@@ -179,10 +178,7 @@ def _print_plan(options: argparse.Namespace) -> None:
         from .plot import save_plot
 
         save_plot(plan, options.plot)
-    if options.json:
-        print(json.dumps(plan.as_record(), indent=2))
-    else:
-        print("\n".join(lines_of(plan)))
+    return json.dumps(plan.as_record(), indent=2) if options.json else "\n".join(lines_of(plan))
 
 
 def _progress() -> Callable[[str], None]:
