@@ -1,0 +1,144 @@
+"""Which runs the study has, in which order, and the learning rate that a method gets on a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from .settings import (
+    ATTENTION_ONLY,
+    CHOOSING_SEED,
+    DROPOUT,
+    HEAD_LEARNING_RATE,
+    LLAMA,
+    METHODS,
+    RANK,
+    RANKS,
+    SCALING,
+    SCALINGS,
+    SEEDS,
+    SIZES,
+    SWEEP_SEEDS,
+    SWEEP_TASK,
+    T5,
+    TARGETS,
+    TASKS,
+    TRAIN,
+    VALIDATION,
+    WARM_UP,
+)
+
+# The methods whose rank, scaling and targets are varied.
+SWEPT = ("lora", "lorafa")
+LAST = ("lorafa-corrected",)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a task, a method, a seed, and what is set. rank 0: no adapter."""
+
+    task: str
+    method: str
+    rate: float
+    seed: int
+    rank: int = RANK
+    scaling: float = SCALING
+    targets: str = TARGETS
+
+    @property
+    def key(self) -> str:
+        """The same for the same run in every call; another one where a size of the study changed."""
+        parts = [self.task, self.method, f"lr{self.rate:g}", f"seed{self.seed}"]
+        if self.method != "full":
+            parts += [f"r{self.rank}", f"s{self.scaling:g}", self.targets.replace(" ", "")]
+        return "/".join([*parts, sizes_hash(self.task)])
+
+
+def sizes_hash(task: str) -> str:
+    """Everything else that a run of this task depends on, as a short hash."""
+    model = TASKS[task].model
+    own = {"llama": LLAMA, "t5": T5}.get(model)
+    common = [TRAIN, VALIDATION, WARM_UP, HEAD_LEARNING_RATE, DROPOUT]
+    about = [asdict(TASKS[task]), asdict(SIZES[model]), own, common]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def choosing_task(task: str) -> str:
+    """The task on which a model's learning rates are chosen: its first one."""
+    model = TASKS[task].model
+    return next(key for key, other in TASKS.items() if other.model == model)
+
+
+def grid(task: str, method: str) -> list[Run]:
+    """The runs among which the learning rate of a method on a task is chosen."""
+    return [Run(choosing_task(task), method, rate, CHOOSING_SEED) for rate in METHODS[method].rates]
+
+
+def chosen_rate(task: str, method: str, done: Mapping[str, dict]) -> float | None:
+    """Return the rate with the lowest validation loss, by the one rule; None while a run of the grid is
+    missing. A run that broke counts as infinitely bad.
+    """
+    found = {}
+    for run in grid(task, method):
+        record = done.get(run.key)
+        if record is None:
+            return None
+        found[run.rate] = record["validation"]["nats"] if record["validation"] else float("inf")
+    return min(found, key=found.get)
+
+
+def runs(done: Mapping[str, dict], methods: tuple[str, ...]) -> Iterator[Run]:
+    """Yield the runs in their order, those done too; `done` is read again at each, so that what was learnt
+    of learning rates counts. Seeds are the outer loop: cut anywhere, all cells have had the same number.
+    """
+    first = [method for method in methods if method not in LAST]
+    last = [method for method in methods if method in LAST]
+    for method in first:
+        for task in _choosing_tasks():
+            yield from grid(task, method)
+    yield from _seeds(done, first, SWEEP_SEEDS)
+    yield from sweep(done, [method for method in SWEPT if method in first])
+    yield from _seeds(done, first, [seed for seed in SEEDS if seed not in SWEEP_SEEDS])
+    for method in last:
+        for task in _choosing_tasks():
+            yield from grid(task, method)
+    yield from _seeds(done, last, SEEDS)
+
+
+def _choosing_tasks() -> list[str]:
+    return list(dict.fromkeys(choosing_task(task) for task in reversed(TASKS)))
+
+
+def _seeds(done: Mapping[str, dict], methods, seeds) -> Iterator[Run]:
+    for seed in seeds:
+        # Quick ones first.
+        for task in reversed(TASKS):
+            for method in methods:
+                rate = chosen_rate(task, method, done)
+                if rate is not None:
+                    yield Run(task, method, rate, seed)
+
+
+def sweep(done: Mapping[str, dict], methods) -> Iterator[Run]:
+    """Rank, scaling and targets on one task, one varied at a time, at the learning rate of the rest."""
+    variants = [{"rank": rank} for rank in RANKS]
+    variants += [{"scaling": scaling} for scaling in SCALINGS]
+    variants += [{"targets": ATTENTION_ONLY}]
+    for seed in SWEEP_SEEDS:
+        for variant in variants:
+            for method in methods:
+                rate = chosen_rate(SWEEP_TASK, method, done)
+                if rate is not None:
+                    yield Run(SWEEP_TASK, method, rate, seed, **variant)
+
+
+def whole(methods: tuple[str, ...] = tuple(METHODS)) -> int:
+    """How many runs the study has in all."""
+    rates: dict[str, dict] = {}
+    for method in methods:
+        for task in _choosing_tasks():
+            for number, run in enumerate(grid(task, method)):
+                rates[run.key] = {"validation": {"nats": float(number)}}
+    return len({run.key for run in runs(rates, methods)})
