@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: help demo test test-all test-everywhere test-oldest dist test-dist gate gate-3.6 gpu lint format doctor host-time bench bench-cpu memory report tables clean
 
 help:
-	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
+	@echo "make demo         fine-tune MiniLM on movie reviews: LoRA, LoRA-FA in plain PyTorch, lorafa_kernels"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
 	@echo "make test-all     all of it (make test leaves out what takes minutes; not the whole gate, which is make gate)"
 	@echo "make test-everywhere  the tests of values: 1 and 2 threads, random order, other instruction sets (ARGS=--help)"
