@@ -284,7 +284,9 @@ def test_the_demo_runs_end_to_end(demo, capsys: pytest.CaptureFixture) -> None:
     trained = [run["trained_parameters"] for run in results["runs"]]
     assert trained == [head + trained_A + trained_B, head + trained_B, head + trained_B]
     lora, plain, library = results["runs"]
-    assert library["saved_activation_bytes"] < plain["saved_activation_bytes"] < lora["saved_activation_bytes"]
+    assert (
+        library["saved_activation_bytes"] < plain["saved_activation_bytes"] < lora["saved_activation_bytes"]
+    )
     # In so small a model the mask's random numbers are as large as what is not kept.
     assert max(library["peak_bytes"], plain["peak_bytes"]) < lora["peak_bytes"]
     assert all(run["saved_activation_bytes"] < run["peak_bytes"] for run in results["runs"])
