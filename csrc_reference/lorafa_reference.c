@@ -27,6 +27,8 @@ const char *lorafa_strerror(int status)
         return "dropout_p is not in [0, 1)";
     case LORAFA_ERROR_SHARED:
         return "members that share lora_A disagree in R, scaling, dropout_p or seed";
+    case LORAFA_ERROR_SINGULAR:
+        return "A A^T + epsilon I has no inverse";
     case LORAFA_ERROR_KIND:
         return "unknown activation or form of norm";
     default:
@@ -506,6 +508,56 @@ int lorafa_backward(int64_t M, int64_t N, int64_t K, int64_t R, const double *re
     const double *const dys[1] = {dy}, *const zs[1] = {z};
     double *const dzs[1] = {dz}, *const dBs[1] = {dB};
     return lorafa_group_backward(M, K, 1, dys, zs, &layer, 0, dtype, dzs, dx, dBs);
+}
+
+/* The lower triangle L of A A^T + epsilon I = L L^T, in place of a new (R, R) array. 0 if there is none. */
+static int factor_gram(int64_t K, int64_t R, const double *restrict A, double epsilon, double *restrict L)
+{
+    for (int64_t i = 0; i < R; i++)
+        for (int64_t j = 0; j <= i; j++) {
+            double sum = i == j ? epsilon : 0.0;
+            for (int64_t k = 0; k < K; k++)
+                sum += A[i * K + k] * A[j * K + k];
+            for (int64_t k = 0; k < j; k++)
+                sum -= L[i * R + k] * L[j * R + k];
+            if (i == j && !(sum > 0.0))
+                return 0;
+            L[i * R + j] = i == j ? sqrt(sum) : sum / L[j * R + j];
+        }
+    return 1;
+}
+
+int lorafa_correct(int64_t N, int64_t K, int64_t R, const double *restrict dB, const double *restrict lora_A,
+                   double scaling, double epsilon, enum lorafa_dtype lora_B_dtype, double *restrict corrected)
+{
+    if (N < 0 || K < 0 || R < 0 || !addressable(N, R) || !addressable(R, K) || !addressable(R, R))
+        return LORAFA_ERROR_SIZE;
+    if (!known(lora_B_dtype))
+        return LORAFA_ERROR_DTYPE;
+    if (missing(dB, N, R) || missing(lora_A, R, K) || missing(corrected, N, R))
+        return LORAFA_ERROR_NULL;
+    double *L = new_array(R, R), *row = new_array(1, R);
+    int status = L == NULL || row == NULL ? LORAFA_ERROR_MEMORY : LORAFA_OK;
+    if (status == LORAFA_OK && !factor_gram(K, R, lora_A, epsilon, L))
+        status = LORAFA_ERROR_SINGULAR;
+    for (int64_t n = 0; status == LORAFA_OK && n < N; n++) {
+        /* L L^T c = b: forward, then backward. */
+        for (int64_t i = 0; i < R; i++) {
+            row[i] = dB[n * R + i];
+            for (int64_t k = 0; k < i; k++)
+                row[i] -= L[i * R + k] * row[k];
+            row[i] /= L[i * R + i];
+        }
+        for (int64_t i = R - 1; i >= 0; i--) {
+            for (int64_t k = i + 1; k < R; k++)
+                row[i] -= L[k * R + i] * row[k];
+            row[i] /= L[i * R + i];
+            corrected[n * R + i] = lorafa_round(row[i] / scaling / scaling, lora_B_dtype);
+        }
+    }
+    free(L);
+    free(row);
+    return status;
 }
 
 /* ---- gated MLP ---- */

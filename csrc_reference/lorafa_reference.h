@@ -43,7 +43,8 @@ enum lorafa_status {
     LORAFA_ERROR_MEMORY = 4,  /* no memory for rounded copies and intermediate results */
     LORAFA_ERROR_DROPOUT = 5, /* dropout_p is not in [0, 1) */
     LORAFA_ERROR_SHARED = 6,  /* members that share lora_A disagree in what makes z */
-    LORAFA_ERROR_KIND = 7     /* not one of enum lorafa_activation or enum lorafa_norm_form */
+    LORAFA_ERROR_KIND = 7,    /* not one of enum lorafa_activation or enum lorafa_norm_form */
+    LORAFA_ERROR_SINGULAR = 8 /* A A^T + epsilon I has no inverse */
 };
 
 /* What a status means, in English; never NULL. The string is static. */
@@ -127,6 +128,20 @@ int lorafa_backward(
     double *restrict dz,            /* (M, R)  out, s included and 1 / (1 - p) not, or NULL */
     double *restrict dx,            /* (M, K)  out, or NULL */
     double *restrict dB             /* (N, R)  out, or NULL; zeros when M is 0 */
+);
+
+/*
+ * The gradient correction of LoRA-FA's second version: corrected = dB (A A^T + epsilon I)^-1 / s^2, rounded
+ * once to lora_B's dtype. A is lora_A itself, not rounded. By a Cholesky factorisation in double.
+ */
+int lorafa_correct(
+    int64_t N, int64_t K, int64_t R,
+    const double *restrict dB,      /* (N, R) */
+    const double *restrict lora_A,  /* (R, K) */
+    double scaling,                 /* s, not 0 */
+    double epsilon,
+    enum lorafa_dtype lora_B_dtype, /* of dB */
+    double *restrict corrected      /* (N, R)  out */
 );
 
 /*

@@ -857,6 +857,24 @@ static void test_rms_norm(void)
                   LORAFA_ERROR_KIND);
 }
 
+static void test_correct(void)
+{
+    /* A A^T is (5, 2; 2, 8) and its inverse (8, -2; -2, 5) / 36; s^2 is 1/4. */
+    const double A[] = {1, 2, 0, 2, 0, 2}, dB[] = {9, 18, 0, 9}, halves[] = {1, 0, 0, 1, 0, 0};
+    double corrected[4];
+    EXPECT_STATUS(lorafa_correct(2, 3, 2, dB, A, 0.5, 0, LORAFA_BF16, corrected), LORAFA_OK);
+    EXPECT(4, corrected, 4, 8, -2, 5);
+    /* epsilon 1 beside rows of length 0 and 1: 1 and 1/2. */
+    EXPECT_STATUS(lorafa_correct(1, 1, 2, dB, halves + 2, 1, 1, LORAFA_FP32, corrected), LORAFA_OK);
+    EXPECT(2, corrected, 9, 9);
+    EXPECT_STATUS(lorafa_correct(1, 1, 2, dB, halves + 2, 1, 0, LORAFA_FP32, corrected), LORAFA_ERROR_SINGULAR);
+    EXPECT_STATUS(lorafa_correct(0, 3, 2, NULL, A, 1, 0, LORAFA_FP32, NULL), LORAFA_OK);
+    EXPECT_STATUS(lorafa_correct(-1, 3, 2, dB, A, 1, 0, LORAFA_FP32, corrected), LORAFA_ERROR_SIZE);
+    EXPECT_STATUS(lorafa_correct(2, 3, 2, NULL, A, 1, 0, LORAFA_FP32, corrected), LORAFA_ERROR_NULL);
+    EXPECT_STATUS(lorafa_correct(2, 3, 2, dB, NULL, 1, 0, LORAFA_FP32, corrected), LORAFA_ERROR_NULL);
+    EXPECT_STATUS(lorafa_correct(2, 3, 2, dB, A, 1, 0, (enum lorafa_dtype)4, corrected), LORAFA_ERROR_DTYPE);
+}
+
 int main(void)
 {
     test_round();
@@ -876,6 +894,7 @@ int main(void)
     test_gated_product();
     test_mlp();
     test_rms_norm();
+    test_correct();
     if (failures > 0) {
         printf("test_lorafa_reference: %d failures\n", failures);
         return 1;

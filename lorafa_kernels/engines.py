@@ -6,8 +6,10 @@ None of them is imported here: what they leave can only be there if they were im
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -110,10 +112,44 @@ def manager_of(module: nn.Module, name: str) -> str | None:
     return "fully_shard" if is_dtensor(parameter) or _is_fully_sharded(module) else None
 
 
-def _is_fully_sharded(module: nn.Module) -> bool:
-    """Whether a parameter group of fully_shard holds parameters of `module`. Between a forward and the next
-    one these can be plain tensors, so the groups are asked.
+def is_managed(tensor: Tensor) -> bool:
+    """Whether `tensor` is a parameter that FSDP1 or ZeRO-3 gives other memory in each forward, with nothing
+    that tells whether the values are others, too.
     """
+    return bool(getattr(tensor, "_fsdp_flattened", False)) or is_partitioned(tensor)
+
+
+class GatheredFrom(NamedTuple):
+    """The sharded parameter that fully_shard gathers a tensor from, as it was at some time."""
+
+    # What fully_shard keeps of the parameter.
+    holder: weakref.ref
+    sharded: weakref.ref
+    versions: tuple[int, int]
+
+    def is_unchanged(self) -> bool:
+        """Whether it is the same parameter, and has not been written into since."""
+        holder = self.holder()
+        sharded = None if holder is None else holder.sharded_param
+        return sharded is not None and sharded is self.sharded() and _versions(sharded) == self.versions
+
+
+def gathered_from(tensor: Tensor) -> GatheredFrom | None:
+    """Of a tensor that fully_shard has gathered, what it was gathered from; None for any other."""
+    for holder in _fully_sharded_parameters():
+        if getattr(holder, "_unsharded_param", None) is tensor:
+            sharded = holder.sharded_param
+            return GatheredFrom(weakref.ref(holder), weakref.ref(sharded), _versions(sharded))
+    return None
+
+
+def _versions(sharded: Tensor) -> tuple[int, int]:
+    """Of a DTensor and its shard: an operation on the one does not count in the other."""
+    return sharded._version, sharded._local_tensor._version
+
+
+def _fully_sharded_parameters() -> Iterator[Any]:
+    """What the parameter groups of fully_shard keep of each parameter."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     for reference in list(states.values()):
         state = reference()
@@ -121,10 +157,17 @@ def _is_fully_sharded(module: nn.Module) -> bool:
         if groups is None:
             groups = [getattr(state, "_fsdp_param_group", None)]
         for group in filter(None, groups):
-            for parameter in getattr(group, "fsdp_params", ()):
-                info = getattr(parameter, "_module_info", None)
-                if module is getattr(info, "module", None):
-                    return True
-                if any(module is other for other in getattr(info, "shared_modules", ())):
-                    return True
+            yield from getattr(group, "fsdp_params", ())
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether a parameter group of fully_shard holds parameters of `module`. Between a forward and the next
+    one these can be plain tensors, so the groups are asked.
+    """
+    for parameter in _fully_sharded_parameters():
+        info = getattr(parameter, "_module_info", None)
+        if module is getattr(info, "module", None):
+            return True
+        if any(module is other for other in getattr(info, "shared_modules", ())):
+            return True
     return False

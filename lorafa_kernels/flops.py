@@ -98,6 +98,16 @@ def group_backward_flops(
     return 2 * dys[used[0]][0] * total
 
 
+def gram_inverse_flops(lora_A: Shape, *_, **__) -> int:
+    """Nothing: it is made once, and looked up in each step."""
+    return 0
+
+
+def correct_flops(dB: Shape, inverse: Shape, *_, **__) -> int:
+    N, R = dB
+    return 2 * N * R * R
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "forward": forward_flops,
     "backward": backward_flops,
@@ -105,4 +115,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "backward_lora_B": backward_lora_B_flops,
     "group_forward": group_forward_flops,
     "group_backward": group_backward_flops,
+    "gram_inverse": gram_inverse_flops,
+    "correct": correct_flops,
 }

@@ -140,6 +140,20 @@ def checked_dropout(dropout_p: float, scaling: float = 1.0) -> float:
     return dropout_p
 
 
+def check_correction(gradient_correction: bool, scaling: float) -> None:
+    """Raise TypeError unless gradient_correction is a bool, ValueError where it would divide by a scaling of
+    0.
+    """
+    if gradient_correction is False:
+        return
+    if gradient_correction is not True:
+        raise TypeError(f"gradient_correction must be True or False, got {gradient_correction!r:.80}")
+    if scaling == 0:
+        raise ValueError(
+            "gradient_correction divides by scaling², and scaling is 0: take another, or do without"
+        )
+
+
 def real_number(name: str, value: object) -> float:
     """Return `value` as a float. Raises TypeError, naming it, for what is no real number (a bool, a tensor
     and a string are none), ValueError for one beyond every float.

@@ -34,6 +34,7 @@ SOURCE_NAMES = ("lorafa_reference.c", "lorafa_reference.h", "Makefile")
 DTYPES = {"fp64": 0, "fp32": 1, "bf16": 2, "fp16": 3}
 # enum lorafa_status
 OK, ERROR_SIZE, ERROR_NULL, ERROR_DTYPE, ERROR_MEMORY, ERROR_DROPOUT, ERROR_SHARED, ERROR_KIND = range(8)
+ERROR_SINGULAR = 8
 # enum lorafa_activation
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 # enum lorafa_norm_form
@@ -82,6 +83,7 @@ def library() -> ctypes.CDLL:
         "lorafa_keep_mask": [size, size, word, scalar, word, array],
         "lorafa_forward": [size] * 4 + [array] * 5 + [scalar, scalar, word, dtype] + [array] * 2,
         "lorafa_backward": [size] * 4 + [array] * 5 + [scalar, scalar, word, dtype, dtype] + [array] * 3,
+        "lorafa_correct": [size] * 3 + [array] * 2 + [scalar] * 2 + [dtype, array],
         "lorafa_group_forward": [size] * 3 + [array] * 2 + [flag, dtype] + [array] * 2,
         "lorafa_group_backward": [size] * 3 + [array] * 3 + [flag, dtype] + [array] * 3,
         "lorafa_gated_product": [size] + [array] * 2 + [kind, dtype, array],
@@ -178,6 +180,25 @@ def backward(
     numbers = (scaling, dropout_p, _word(seed), code, lora_B_code)
     _check(library().lorafa_backward(M, N, K, R, *inputs, *numbers, *outputs))
     return dz, dx, dB
+
+
+def correct(
+    dB: np.ndarray,  # (N, R)
+    lora_A: np.ndarray,  # (R, K)
+    scaling: float,
+    lora_B_dtype: str,
+    epsilon: float = 1e-8,
+) -> np.ndarray:
+    """The corrected dB (N, R). RuntimeError where A Aᵀ + εI has no inverse."""
+    code = _code("lora_B_dtype", lora_B_dtype)
+    dB, lora_A = _rounded_matrix("dB", dB, lora_B_dtype), _matrix("lora_A", lora_A)
+    N, R = dB.shape
+    _check_shape("lora_A", lora_A, (R, lora_A.shape[1]), "dB's columns")
+    corrected = np.empty((N, R))
+    numbers = (scaling, epsilon, code)
+    sizes = (N, lora_A.shape[1], R)
+    _check(library().lorafa_correct(*sizes, _address(dB), _address(lora_A), *numbers, _address(corrected)))
+    return corrected
 
 
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:

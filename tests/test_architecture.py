@@ -21,6 +21,7 @@ FLOORS = (
     {"plan"},
     {"kernels"},
     {"dispatch"},
+    {"correction"},
     {"linear"},
     {"group"},
     {"mlp", "norm"},

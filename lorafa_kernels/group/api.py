@@ -12,7 +12,7 @@ from torch import Tensor
 from ..operands import as_rows, draw_seed, shaped_as
 from ..plan.choice import check_impl
 from . import ops
-from .operands import LinearOperands, check_kinds, checked_member
+from .operands import LinearOperands, check_kinds, checked_member, inverses_of
 
 
 def lorafa_linear_group(
@@ -27,16 +27,17 @@ def lorafa_linear_group(
         x: (..., K), fp32, bf16, fp16 or fp64. Any strides.
         members: at least one; weights (N_i, K) of one K, dtype and device. A member without lora_A and
             lora_B is a plain frozen linear layer. Dropout masks are drawn for each member on its own.
-        share_A: the adapted members have the same lora_A object, scaling and dropout: z is computed, and
-            kept, once; they share one dropout mask.
+        share_A: the adapted members have the same lora_A object, scaling, dropout and gradient_correction: z
+            is computed, and kept, once; they share one dropout mask.
         impl: "auto", "triton", "torch" or "reference"; plan/choice.py has the rule of "auto".
 
     Returns:
         y_i (..., N_i) for each member, separate tensors in the dtype of x, or autocast's under autocast.
 
     Raises:
-        ValueError: no members; members that disagree in K, dtype or device; with share_A in lora_A, scaling
-            or dropout; one of lora_A and lora_B without the other; and what lorafa_linear raises it for.
+        ValueError: no members; members that disagree in K, dtype or device; with share_A in lora_A, scaling,
+            dropout or gradient_correction; one of lora_A and lora_B without the other; and what lorafa_linear
+            raises it for.
         TypeError: a share_A that is no bool; members that are no sequence of LinearOperands; and what
             lorafa_linear raises it for.
         RuntimeError: as lorafa_linear.
@@ -45,17 +46,20 @@ def lorafa_linear_group(
     x, members = _checked(x, members, share_A)
     rows = as_rows(x, members[0].weight.shape[1])
 
-    weights, biases, lora_As, lora_Bs, scalings, dropout_ps = map(list, zip(*members, strict=True))
+    weights, biases, lora_As, lora_Bs, scalings, dropout_ps, _ = map(list, zip(*members, strict=True))
     seeds = None
     if any(p and lora_B is not None for p, lora_B in zip(dropout_ps, lora_Bs, strict=True)):
         seeds = draw_seed(x.device, 1 if share_A else len(members))
     if torch.is_grad_enabled() and (
         x.requires_grad or any(B is not None and B.requires_grad for B in lora_Bs)
     ):
+        inverses = inverses_of(members)
         # Each object once: torch.compile takes no tensor twice.
         kept_As = _first(lora_As) if share_A else lora_As
+        if share_A:
+            inverses = _first(inverses) or [None] * len(kept_As)
         ys = ops.LoRAFALinearGroupFunction.apply(
-            rows, seeds, scalings, dropout_ps, share_A, impl, *weights, *lora_Bs, *biases, *kept_As
+            rows, seeds, scalings, dropout_ps, share_A, impl, *weights, *lora_Bs, *biases, *kept_As, *inverses
         )
     else:
         ys, _ = ops.group_forward(
@@ -64,8 +68,8 @@ def lorafa_linear_group(
     return tuple(shaped_as(y, x) for y in ys)
 
 
-def _first(lora_As: Sequence[Tensor | None]) -> list[Tensor]:
-    return [lora_A for lora_A in lora_As if lora_A is not None][:1]
+def _first(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None][:1]
 
 
 def _checked(
@@ -115,7 +119,7 @@ def _check_shared(member: LinearOperands, first: LinearOperands) -> None:
         raise ValueError(
             "share_A=True needs the same lora_A tensor object in all members, this one has another"
         )
-    for name in ("scaling", "dropout_p"):
+    for name in ("scaling", "dropout_p", "gradient_correction"):
         value, expected = getattr(member, name), getattr(first, name)
         if value != expected:
             raise ValueError(

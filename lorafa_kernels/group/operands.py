@@ -9,12 +9,22 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..operands import cast, check_frozen, check_shapes, check_tensors, checked_dropout, checked_scaling
+from ..correction import correct, gram_inverse
+from ..operands import (
+    cast,
+    check_correction,
+    check_frozen,
+    check_shapes,
+    check_tensors,
+    checked_dropout,
+    checked_scaling,
+)
 
 
 class LinearOperands(NamedTuple):
     """weight (N, K), bias (N,) or None, and the adapter lora_A (R, K), lora_B (N, R), or None for both: a
-    plain frozen linear layer. scaling is s of the low-rank term, dropout_p the dropout on its input.
+    plain frozen linear layer. scaling is s of the low-rank term, dropout_p the dropout on its input,
+    gradient_correction whether lora_B's gradient is corrected, as in lorafa_linear.
     """
 
     weight: Tensor
@@ -23,6 +33,27 @@ class LinearOperands(NamedTuple):
     lora_B: Tensor | None = None
     scaling: float = 1.0
     dropout_p: float = 0.0
+    gradient_correction: bool = False
+
+
+def inverses_of(members: Sequence[LinearOperands]) -> list[Tensor | None]:
+    """Return (A Aᵀ + εI)⁻¹ (R, R) of each member whose dB is to be corrected, None for the others."""
+    return [
+        gram_inverse(member.lora_A)
+        if member.gradient_correction and member.lora_B is not None and member.lora_B.requires_grad
+        else None
+        for member in members
+    ]
+
+
+def corrected(
+    dBs: Sequence[Tensor | None], inverses: Sequence[Tensor | None], scalings: Sequence[float]
+) -> list[Tensor | None]:
+    """Return the dB_i (N_i, R_i), corrected where there is an inverse (R_i, R_i)."""
+    return [
+        dB if dB is None or inverse is None else correct(dB, inverse, scaling)
+        for dB, inverse, scaling in zip(dBs, inverses, scalings, strict=True)
+    ]
 
 
 def rank_columns(lora_Bs: Sequence[Tensor | None], share_A: bool) -> list[tuple[int, int]]:
@@ -69,9 +100,10 @@ def checked_member(x: Tensor, member: LinearOperands) -> tuple[Tensor, LinearOpe
     """Return x in the dtype to compute in, and the member with its numbers as floats, after the checks of one
     layer that passed check_kinds.
     """
-    weight, bias, lora_A, lora_B, scaling, dropout_p = member
+    weight, bias, lora_A, lora_B, scaling, dropout_p, gradient_correction = member
     s = checked_scaling(scaling)
     p = checked_dropout(dropout_p, s)
+    check_correction(gradient_correction, s)
     if s is not scaling or p is not dropout_p:
         member = member._replace(scaling=s, dropout_p=p)
     check_shapes(x, weight, lora_A, lora_B, bias)

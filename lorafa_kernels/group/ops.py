@@ -14,7 +14,7 @@ for few rows, which decide between fused kernels and library products, grow in t
 
 The node keeps, through save_for_backward only: one z (M, ΣR), with share_A (M, R), if a lora_B needs a
 gradient; the weight, lora_A and lora_B objects themselves, and the seeds of dropout, if x needs one. It keeps
-neither x nor an output.
+neither x nor an output. For corrected dBs it keeps the inverses (R, R) that correction.py has made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..dispatch import (
 )
 from ..plan.choice import Decision
 from . import library, reference
-from .operands import rank_columns, rank_makers
+from .operands import corrected, rank_columns, rank_makers
 
 
 def _backward_with_one_pass(
@@ -222,15 +222,16 @@ _backward_op = define(
 
 
 class LoRAFALinearGroupFunction(torch.autograd.Function):
-    """The y_i (M, N_i) from x (M, K) and n weights, lora_Bs, biases and lora_As, in this order, with None for
-    what a member lacks, and with share_A a single lora_A if there is one; gradients for x and the lora_Bs
-    only.
+    """The y_i (M, N_i) from x (M, K) and n weights, lora_Bs, biases, lora_As and inverses (A Aᵀ + εI)⁻¹ to
+    correct dB by, in this order, with None for what a member lacks, and with share_A a single lora_A and
+    inverse if there is an adapter; gradients for x and the lora_Bs only.
     """
 
     @staticmethod
     def forward(ctx, x, seeds, scalings, dropout_ps, share_A, impl, *operands):
         n = len(scalings)
-        weights, lora_Bs, biases, kept_As = _parts(operands, n, 3)
+        weights, lora_Bs, biases, kept = _parts(operands, n, 3)
+        kept_As, inverses = _halves(kept)
         lora_As = _lora_As(kept_As, lora_Bs, share_A)
         ys, z = group_forward(
             x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
@@ -239,10 +240,10 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         z = z if any(need_dBs) else None
         if need_dx:
-            ctx.save_for_backward(z, seeds, *lora_Bs, *weights, *kept_As)
+            ctx.save_for_backward(z, seeds, *lora_Bs, *inverses, *weights, *kept_As)
         else:
             # A dB takes its dtype and shape from lora_B, z its columns from all of them, but no value.
-            ctx.save_for_backward(z, None, *lora_Bs)
+            ctx.save_for_backward(z, None, *lora_Bs, *inverses)
         ctx.scalings = scalings
         ctx.dropout_ps = dropout_ps
         ctx.share_A = share_A
@@ -267,10 +268,17 @@ def _parts(tensors: Sequence[Tensor | None], n: int, count: int) -> list[Sequenc
     return [*(tensors[i * n : (i + 1) * n] for i in range(count)), tensors[count * n :]]
 
 
+def _halves(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    middle = len(tensors) // 2
+    return tensors[:middle], tensors[middle:]
+
+
 def _lora_As(
     kept: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], share_A: bool
 ) -> Sequence[Tensor | None]:
-    """Return one lora_A for each member, None where it has no lora_B, from what the node takes and keeps."""
+    """Return one lora_A (or inverse) for each member, None where it has no lora_B, from what the node takes
+    and keeps.
+    """
     return [None if lora_B is None else kept[0] for lora_B in lora_Bs] if share_A else kept
 
 
@@ -281,10 +289,13 @@ def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         return (None,) * (1 + n)
     need_dx, need_dBs = _needs(ctx, n)
     z, seeds, *rest = ctx.saved_tensors
-    lora_Bs = rest[:n]
+    lora_Bs, rest = rest[:n], rest[n:]
     weights = lora_As = [None] * n
+    inverses = rest
     if need_dx:
-        _, weights, kept_As = _parts(rest, n, 2)
+        # Inverses and lora_As, as many as each other, stand before and after the weights.
+        count = (len(rest) - n) // 2
+        inverses, weights, kept_As = rest[:count], rest[count : count + n], rest[count + n :]
         lora_As = _lora_As(kept_As, lora_Bs, ctx.share_A)
     dx, dBs = group_backward(
         dys,
@@ -300,4 +311,4 @@ def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         need_dBs,
         ctx.impl,
     )
-    return dx, *dBs
+    return dx, *corrected(dBs, _lora_As(inverses, lora_Bs, ctx.share_A), ctx.scalings)

@@ -7,9 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..correction import gram_inverse
 from ..operands import (
     as_rows,
     cast,
+    check_correction,
     check_frozen,
     check_shapes,
     check_tensors,
@@ -31,6 +33,7 @@ def lorafa_linear(
     *,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
+    gradient_correction: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Apply a linear layer with a LoRA-FA adapter: y = x weightᵀ + scaling · (x lora_Aᵀ) lora_Bᵀ + bias.
@@ -49,6 +52,9 @@ def lorafa_linear(
         dropout_p: probability p in [0, 1) of dropping an element of x before lora_A; the others are divided
             by 1 − p. Drawn from a seed, which the default generator of x's device gives: 8 bytes are kept for
             backward, and no mask. 0 draws nothing.
+        gradient_correction: lora_B's gradient is multiplied by (1/s²) · (A Aᵀ + 1e-8 I)⁻¹, as LoRA-FA's
+            second version does. The inverse (R, R) is made once for each lora_A, and again when that is
+            changed by anything but a write through `.data`.
         impl: "auto", "triton", "torch" or "reference"; plan/choice.py has the rule of "auto".
 
     Returns:
@@ -56,7 +62,7 @@ def lorafa_linear(
 
     Raises:
         ValueError: shapes that do not fit; a weight, bias or lora_A that requires grad; mixed devices; a
-            scaling or dropout_p out of range; an unknown impl.
+            scaling or dropout_p out of range; gradient_correction with a scaling of 0; an unknown impl.
         TypeError: dtypes that are not floating point or cannot be combined; operands that are no dense
             tensors, or are sharded or quantised ones; a scaling or dropout_p that is no real number.
         RuntimeError: impl="triton" where it cannot run.
@@ -66,13 +72,17 @@ def lorafa_linear(
     check_frozen(weight, lora_A, bias)
     scaling = checked_scaling(scaling)
     dropout_p = checked_dropout(dropout_p, scaling)
+    check_correction(gradient_correction, scaling)
     check_impl(impl)
     x = cast(x, weight, lora_A, lora_B, bias)
 
     rows = as_rows(x, weight.shape[1])
     seed = draw_seed(x.device) if dropout_p else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
-        y = ops.LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+        inverse = gram_inverse(lora_A) if gradient_correction and lora_B.requires_grad else None
+        y = ops.LoRAFALinearFunction.apply(
+            rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed, inverse
+        )
     else:
         y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return shaped_as(y, x)

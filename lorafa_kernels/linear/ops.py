@@ -14,7 +14,8 @@ directly (dispatch.py). The autograd node has the derivative, the operators have
 
 The node keeps, through save_for_backward only: z (M, R) if lora_B needs a gradient; the weight, lora_A and
 lora_B objects themselves if x needs one, and with dropout the seed (8 bytes), from which backward makes the
-mask again. It does not keep x: dB = dyᵀ z needs only z (LoRA-FA, arXiv 2308.03303, section 3.2).
+mask again. It does not keep x: dB = dyᵀ z needs only z (LoRA-FA, arXiv 2308.03303, section 3.2). For a
+corrected dB it keeps the inverse (R, R) that correction.py has made, the object itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..correction import correct
 from ..dispatch import (
     Implementations,
     announce,
@@ -246,7 +248,8 @@ _backward_lora_B_op = define(
 
 class LoRAFALinearFunction(torch.autograd.Function):
     """y (M, N) from x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None; gradients for
-    x and lora_B only. seed: int64 (1,), None where dropout_p is 0.
+    x and lora_B only. seed: int64 (1,), None where dropout_p is 0. inverse: (A Aᵀ + εI)⁻¹ (R, R) to correct
+    dB by, or None.
     """
 
     @staticmethod
@@ -261,14 +264,16 @@ class LoRAFALinearFunction(torch.autograd.Function):
         impl: str,
         dropout_p: float,
         seed: Tensor | None,
+        inverse: Tensor | None,
     ) -> Tensor:
         y, z = forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
         need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
         if need_dx:
-            ctx.save_for_backward(z if need_dB else None, weight, lora_A, lora_B, seed)
+            of_dB = (z, inverse) if need_dB else (None, None)
+            ctx.save_for_backward(*of_dB, weight, lora_A, lora_B, seed)
         else:
             # dB takes its dtype and shape from lora_B, but no value of it; the mask is in z.
-            ctx.save_for_backward(z, None, None, lora_B, None)
+            ctx.save_for_backward(z, inverse, None, None, lora_B, None)
         ctx.scaling = scaling
         ctx.impl = impl
         ctx.dropout_p = dropout_p
@@ -277,15 +282,17 @@ class LoRAFALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         dx, dB = first_order(_gradients, ctx, dy)
-        return dx, None, None, dB, None, None, None, None, None
+        return dx, None, None, dB, None, None, None, None, None, None
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    z, weight, lora_A, lora_B, seed = ctx.saved_tensors
+    z, inverse, weight, lora_A, lora_B, seed = ctx.saved_tensors
     need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
     how = ctx.scaling, ctx.impl, ctx.dropout_p, seed
-    if need_dx and need_dB:
-        return backward(dy, z, weight, lora_A, lora_B, *how)
-    if need_dx:
+    if not need_dB:
         return backward_input(dy, weight, lora_A, lora_B, *how), None
-    return None, backward_lora_B(dy, z, lora_B, ctx.impl)
+    if need_dx:
+        dx, dB = backward(dy, z, weight, lora_A, lora_B, *how)
+    else:
+        dx, dB = None, backward_lora_B(dy, z, lora_B, ctx.impl)
+    return dx, dB if inverse is None else correct(dB, inverse, ctx.scaling)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..group.operands import LinearOperands, check_kinds, checked_member
+from ..group.operands import LinearOperands, check_kinds, checked_member, inverses_of
 from ..operands import as_rows, draw_seed, shaped_as
 from ..plan.choice import check_impl
 from . import ops
@@ -49,15 +49,16 @@ def lorafa_gated_mlp(
     x, (gate, up, down) = _checked(x, gate, up, down)
     rows = as_rows(x, gate.weight.shape[1])
 
-    weights, biases, lora_As, lora_Bs, scalings, dropout_ps = map(list, zip(gate, up, down, strict=True))
+    layers = gate, up, down
+    weights, biases, lora_As, lora_Bs, scalings, dropout_ps, _ = map(list, zip(*layers, strict=True))
     dropout_ps = [0.0 if B is None else p for p, B in zip(dropout_ps, lora_Bs, strict=True)]
     seeds = draw_seed(x.device, 3) if any(dropout_ps) else None
     if torch.is_grad_enabled() and (
         x.requires_grad or any(B is not None and B.requires_grad for B in lora_Bs)
     ):
-        y = ops.LoRAFAGatedMLPFunction.apply(
-            rows, seeds, scalings, dropout_ps, activation, impl, *weights, *lora_Bs, *biases, *lora_As
-        )
+        inverses = inverses_of(layers)
+        tensors = *weights, *lora_Bs, *biases, *lora_As, *inverses
+        y = ops.LoRAFAGatedMLPFunction.apply(rows, seeds, scalings, dropout_ps, activation, impl, *tensors)
     else:
         y = ops.gated_mlp(
             rows, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, activation, impl

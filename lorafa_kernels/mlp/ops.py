@@ -11,7 +11,8 @@ operators directly otherwise (dispatch.py).
 The node keeps, through save_for_backward only: the outputs g and u of gate and up (M, I), z of the two (M,
 ΣR) and z of down (M, R), the weight, lora_A and lora_B objects themselves and the seeds of the dropout masks.
 It keeps neither x nor act(g) nor h = act(g) · u: dB of down needs only its z, and the rest follows from g and
-u. What no requested gradient needs is not kept. Backward makes dh, writes dg over it and du beside it: its
+u. For a corrected dB it keeps the inverse (R, R) that correction.py has made.
+What no requested gradient needs is not kept. Backward makes dh, writes dg over it and du beside it: its
 temporaries are 2·M·I elements.
 """
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import call, define, first_order, open_to_direct_calls
+from ..group.operands import corrected
 from ..group.ops import group_backward, group_forward
 from ..plan.choice import choose
 from . import activation as plain
@@ -113,13 +115,14 @@ def gated_mlp(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds,
 
 
 class LoRAFAGatedMLPFunction(torch.autograd.Function):
-    """y (M, N) from x (M, K) and the weights, lora_Bs, biases and lora_As of gate, up and down, three of each
-    in this order, None for what a layer lacks; gradients for x and the lora_Bs only.
+    """y (M, N) from x (M, K) and the weights, lora_Bs, biases, lora_As and inverses (A Aᵀ + εI)⁻¹ (for a
+    corrected dB) of gate, up and down, three of each in this order, None for what a layer lacks; gradients
+    for x and the lora_Bs only.
     """
 
     @staticmethod
     def forward(ctx, x, seeds, scalings, dropout_ps, activation, impl, *operands):
-        weights, lora_Bs, biases, lora_As = (operands[i : i + 3] for i in range(0, 12, 3))
+        weights, lora_Bs, biases, lora_As, inverses = (operands[i : i + 3] for i in range(0, 15, 3))
         arguments = weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
         (g, u), z = _linears(_INPUTS, x, *arguments)
         (y,), z_down = _linears(_DOWN, gated(g, u, activation, impl), *arguments)
@@ -139,6 +142,7 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
             *_only(lora_Bs, (need_dx or trains_input, need_dx or trains_input, need_dh or need_dBs[2])),
             *_only(weights, reads_values),
             *_only(lora_As, reads_values),
+            *_only(inverses, need_dBs),
         )
         ctx.scalings = scalings
         ctx.dropout_ps = dropout_ps
@@ -149,7 +153,7 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         dx, *dBs = first_order(_gradients, ctx, dy)
-        return dx, *[None] * 8, *dBs, *[None] * 6
+        return dx, *[None] * 8, *dBs, *[None] * 9
 
 
 def _linears(
@@ -186,12 +190,12 @@ def _only(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return dx and the dB of gate, up and down."""
     g, u, z, z_down, seeds, *operands = ctx.saved_tensors
-    lora_Bs, weights, lora_As = (operands[i : i + 3] for i in range(0, 9, 3))
+    lora_Bs, weights, lora_As, inverses = (operands[i : i + 3] for i in range(0, 12, 3))
     need_dx, need_dBs = _needs(ctx)
     need_dg, need_du = need_dx or need_dBs[0], need_dx or need_dBs[1]
 
     def backward(which, dys, z, need_dx):
-        return group_backward(
+        dx, dBs = group_backward(
             dys,
             z,
             weights[which],
@@ -205,6 +209,7 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
             need_dBs[which],
             ctx.impl,
         )
+        return dx, corrected(dBs, inverses[which], ctx.scalings[which])
 
     dh, dB_down = backward(_DOWN, [dy], z_down, need_dg or need_du)
     if dh is None:

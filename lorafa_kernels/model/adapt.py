@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..engines import sharding_engine
+from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
 from .config import LoRAFAConfig, ends_as
 from .names import (
@@ -247,8 +248,10 @@ def apply_adaptation(
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
+                init_seed=seed_for(config.init_seed, name),
+                gradient_correction=config.gradient_correction,
             )
-            for target in adaptation.targets.values()
+            for name, target in adaptation.targets.items()
         }
         clones = clone_tensors(adaptation.saved.values())
         for parameter in model.parameters():

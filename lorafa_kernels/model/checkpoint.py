@@ -259,7 +259,9 @@ def _config_of(model: nn.Module) -> LoRAFAConfig:
 
 def _describes(config: LoRAFAConfig, model: nn.Module, layers: dict[str, LoRAFALinear]) -> bool:
     return target_names(model, config) == list(layers) and all(
-        (layer.r, layer.lora_alpha) == config.rank_and_alpha(name) and layer.use_rslora == config.use_rslora
+        (layer.r, layer.lora_alpha) == config.rank_and_alpha(name)
+        and layer.use_rslora == config.use_rslora
+        and layer.gradient_correction == config.gradient_correction
         for name, layer in layers.items()
     )
 
@@ -280,6 +282,7 @@ def _derived_config(model: nn.Module, layers: dict[str, LoRAFALinear]) -> LoRAFA
         target_modules=_exact_targets(layers, model),
         lora_dropout=common(layer.lora_dropout for layer in layers.values()),
         use_rslora=next(iter(layers.values())).use_rslora,
+        gradient_correction=common(layer.gradient_correction for layer in layers.values()),
         modules_to_save=None if previous is None else previous.modules_to_save,
         rank_pattern={"^" + re.escape(name): layer.r for name, layer in layers.items() if layer.r != r},
         alpha_pattern={
@@ -313,6 +316,15 @@ def _config_json(config: LoRAFAConfig, model: nn.Module) -> bytes:
         "task_type": None,
         "use_dora": False,
     }
+    # PEFT does not know these two, and warns of what it does not know.
+    del fields["init_seed"]
+    if not config.gradient_correction:
+        del fields["gradient_correction"]
+    if config.init_lora_weights == "orthogonal" and any(
+        r % 2 for r in (config.r, *config.rank_pattern.values())
+    ):
+        # PEFT's own initialisation of this name refuses odd ranks, before it loads the values.
+        fields["init_lora_weights"] = True
     # Sorted on the outside only: in rank_pattern and alpha_pattern the first match counts.
     return json.dumps(dict(sorted(fields.items())), indent=2).encode()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nn.linear import INITIALISATIONS, LARGEST_RANK, as_integer, as_number, shown
+from ..nn.linear import INITIALISATIONS, LARGEST_RANK, as_integer, as_number, check_seed, shown
 from .patterns import check_expression, compiled
 
 ALL_LINEAR = "all-linear"
@@ -31,7 +31,11 @@ class LoRAFAConfig:
     rank_pattern, alpha_pattern: {regular expression for the end of a name: r or lora_alpha}; "^" asks for the
         whole name, the first match counts.
     lora_dropout: dropout on the adapter's input, in [0, 1).
-    init_lora_weights: as in `LoRAFALinear`: True, False or "gaussian".
+    init_lora_weights: as in `LoRAFALinear`: True, False, "gaussian" or "orthogonal".
+    init_seed: what each layer draws lora_A from, together with its name: the same values on every device and
+        rank, whatever else is adapted; None: from the default generator. Not saved: the file has lora_A.
+    gradient_correction: correct lora_B's gradient as LoRA-FA's second version does, as in `LoRAFALinear`. Not
+        a field of PEFT's: it is saved only where it is True, and PEFT warns that it ignores it.
 
     Raises ValueError, naming the field, for a value that is none of these.
     """
@@ -48,6 +52,8 @@ class LoRAFAConfig:
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    gradient_correction: bool = False
+    init_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
@@ -64,6 +70,13 @@ class LoRAFAConfig:
         object.__setattr__(self, "lora_dropout", dropout)
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora must be True or False, got {shown(self.use_rslora)}")
+        check_seed(self.init_seed)
+        if not isinstance(self.gradient_correction, bool):
+            raise ValueError(
+                f"gradient_correction must be True or False, got {shown(self.gradient_correction)}"
+            )
+        if self.gradient_correction and 0 in (self.lora_alpha, *self.alpha_pattern.values()):
+            raise ValueError("gradient_correction divides by the scaling: lora_alpha must not be 0")
         # By type as well: 1 equals True, and a config file may hold anything.
         if (
             not isinstance(self.init_lora_weights, (bool, str))

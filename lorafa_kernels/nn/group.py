@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..group.api import lorafa_linear_group
 from ..group.operands import LinearOperands
 from ..operands import check_frozen
-from .linear import LoRAFALinear, is_exported, shown
+from .initialise import seed_for
+from .linear import LoRAFALinear, check_seed, is_exported, shown
 
 
 def operands_of(module: nn.Module) -> LinearOperands:
@@ -42,6 +43,7 @@ def operands_of(module: nn.Module) -> LinearOperands:
             module.lora_B,
             module.scaling,
             module.lora_dropout if module.training else 0.0,
+            module.gradient_correction,
         )
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
@@ -61,11 +63,12 @@ class LoRAFALinearGroup(nn.Module):
     Args:
         members: nn.Linear and LoRAFALinear modules by name, or a sequence of them, which are then called "0",
             "1", …. The parameters of an nn.Linear are frozen.
-        share_A: all LoRAFALinear among them have one lora_A Parameter object, r, scaling and dropout.
+        share_A: all LoRAFALinear among them have one lora_A Parameter object, r, scaling, dropout and
+            gradient_correction.
 
     Raises:
         ValueError: no members; members that disagree in in_features, dtype or device, with share_A in
-            lora_A, scaling or dropout; what LoRAFALinear.check_linear raises it for.
+            lora_A, scaling, dropout or gradient_correction; what LoRAFALinear.check_linear raises it for.
         TypeError: members that are no modules in a mapping or a sequence; a member that is neither an
             nn.Linear nor a LoRAFALinear; a share_A that is no bool.
 
@@ -115,18 +118,21 @@ class LoRAFALinearGroup(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
         share_A: bool = False,
         adapt: Collection[str] | None = None,
     ) -> LoRAFALinearGroup:
         """Build a group around nn.Linear modules, whose Parameter objects it shares: no copy of a weight.
 
-        adapt: names of those that get an adapter, None for all; the others stay as they are, frozen. The
-        remaining arguments as in LoRAFALinear. For members of different rank or scaling, make each with
-        LoRAFALinear.from_linear and pass them to the class. Raises as both, and ValueError for a name in
-        adapt that is not among linears.
+        adapt: names of those that get an adapter, None for all; the others stay as they are, frozen. Each
+        draws from init_seed and its name. The remaining arguments as in LoRAFALinear. For members of
+        different rank or scaling, make each with LoRAFALinear.from_linear and pass them to the class. Raises
+        as both, and ValueError for a name in adapt that is not among linears.
         """
         named = _named("linears", linears)
+        check_seed(init_seed)
         adapt = named if adapt is None else checked_names(adapt, named)
         members: dict[str, nn.Module] = {}
         shared: nn.Parameter | None = None
@@ -142,7 +148,9 @@ class LoRAFALinearGroup(nn.Module):
                     lora_dropout=lora_dropout,
                     use_rslora=use_rslora,
                     init_lora_weights=init_lora_weights,
+                    init_seed=seed_for(init_seed, name),
                     adapter_dtype=adapter_dtype,
+                    gradient_correction=gradient_correction,
                 )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"member {name!r}: {error}") from None
@@ -243,7 +251,7 @@ def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:
         return
     (first_name, first), *others = adapted.items()
     for name, module in others:
-        for what in ("r", "scaling", "lora_dropout"):
+        for what in ("r", "scaling", "lora_dropout", "gradient_correction"):
             value, expected = getattr(module, what), getattr(first, what)
             if value != expected:
                 raise ValueError(

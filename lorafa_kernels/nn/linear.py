@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..correction import as_corrected
 from ..engines import full_shape, manager_of, not_plain
 from ..linear.api import lorafa_linear
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
+from .initialise import draw_into
 
-INITIALISATIONS = (True, False, "gaussian")
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
 _OWN = frozenset(
     {
@@ -24,6 +26,8 @@ _OWN = frozenset(
         "lora_dropout",
         "use_rslora",
         "init_lora_weights",
+        "init_seed",
+        "gradient_correction",
         "scaling",
         "impl",
         "adapter_enabled",
@@ -54,12 +58,21 @@ class LoRAFALinear(nn.Module):
         lora_dropout: probability in [0, 1) of dropping an element of x before lora_A while training. No mask
             is kept, but 8 bytes of a seed; eval() costs nothing.
         init_lora_weights: True, Kaiming-uniform lora_A and zero lora_B (the layer starts as the base
-            layer); "gaussian", lora_A from N(0, 1/r²) and zero lora_B; False, both Kaiming-uniform.
+            layer); "gaussian", lora_A from N(0, 1/r²) and zero lora_B; "orthogonal", lora_A of orthogonal
+            rows as long as Kaiming's in the mean, lora_A lora_Aᵀ = I/3 (if r ≤ in_features, else of
+            orthogonal columns), and zero lora_B; False, both Kaiming-uniform.
+        init_seed: what lora_A (and lora_B, where it is not zero) is drawn from: the same values on every
+            device and rank and whatever was drawn before, rounded to the dtype. None: from the default
+            generator of the device.
         adapter_dtype: dtype of lora_B.
+        gradient_correction: lora_B's gradient is multiplied by (1/s²) · (lora_A lora_Aᵀ + 1e-8 I)⁻¹, s the
+            scaling: the correction of LoRA-FA's second version. The inverse (r, r) is made once, in fp32, and
+            again after lora_A was changed (not through `.data` once training has begun).
 
     Raises:
         ValueError: r below 1 or not an integer, lora_dropout outside [0, 1), lora_alpha not finite, an
-            unknown init_lora_weights, a dtype that is not floating point, a device that does not exist.
+            unknown init_lora_weights, a dtype that is not floating point, a device that does not exist,
+            gradient_correction with a lora_alpha of 0, an init_seed that has no 64 bits.
         TypeError: another argument of a wrong type. numpy's numbers are as good as Python's.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear. With adapter_enabled=False the
@@ -69,6 +82,9 @@ class LoRAFALinear(nn.Module):
     in_features: int
     out_features: int
     merged: bool
+    # Of layers that were pickled before there was a choice.
+    gradient_correction: bool = False
+    init_seed: int | None = None
 
     def __init__(
         self,
@@ -81,9 +97,11 @@ class LoRAFALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         device=None,
         dtype=None,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
     ) -> None:
         in_features = checked_size("in_features", in_features)
         out_features = checked_size("out_features", out_features)
@@ -91,9 +109,19 @@ class LoRAFALinear(nn.Module):
         _check_dtype("dtype", dtype)
         _check_device(device)
         # Before the weight is made, which may be large.
-        check_adapter_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        options = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "use_rslora": use_rslora,
+            "init_lora_weights": init_lora_weights,
+            "init_seed": init_seed,
+            "adapter_dtype": adapter_dtype,
+            "gradient_correction": gradient_correction,
+        }
+        check_adapter_options(**options)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._init_around(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._init_around(base, **options)
 
     @classmethod
     def from_linear(
@@ -105,7 +133,9 @@ class LoRAFALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
     ) -> LoRAFALinear:
         """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks, buffers,
         training flag and whatever else was set on it: no copy. to_linear gives all of it back.
@@ -114,7 +144,17 @@ class LoRAFALinear(nn.Module):
         """
         cls.check_linear(linear)
         layer = cls.__new__(cls)
-        layer._init_around(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        layer._init_around(
+            linear,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            init_seed=init_seed,
+            adapter_dtype=adapter_dtype,
+            gradient_correction=gradient_correction,
+        )
         layer._adopt(linear)
         return layer
 
@@ -190,15 +230,25 @@ class LoRAFALinear(nn.Module):
     def _init_around(
         self,
         base: nn.Linear,
+        *,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
         use_rslora: bool,
         init_lora_weights: bool | str,
+        init_seed: int | None,
         adapter_dtype: torch.dtype,
+        gradient_correction: bool,
     ) -> None:
         r, lora_alpha, lora_dropout = check_adapter_options(
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            init_seed=init_seed,
+            adapter_dtype=adapter_dtype,
+            gradient_correction=gradient_correction,
         )
         nn.Module.__init__(self)
         self.in_features = base.in_features
@@ -208,6 +258,8 @@ class LoRAFALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.init_lora_weights = init_lora_weights
+        self.init_seed = None if init_seed is None else int(init_seed)
+        self.gradient_correction = gradient_correction
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.impl = "auto"
         self.adapter_enabled = True
@@ -242,13 +294,14 @@ class LoRAFALinear(nn.Module):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Initialise lora_A and lora_B anew, as init_lora_weights says; lora_A stays frozen afterwards."""
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        """Initialise lora_A and lora_B anew, as init_lora_weights and init_seed say; lora_A stays frozen
+        afterwards. Raises RuntimeError for a sharded lora_A that is to be orthogonal and has no init_seed.
+        """
+        generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
+        kind = "kaiming" if isinstance(self.init_lora_weights, bool) else self.init_lora_weights
+        draw_into(self.lora_A, kind, generator)
         if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            draw_into(self.lora_B, "kaiming", generator)
         else:
             nn.init.zeros_(self.lora_B)
 
@@ -279,6 +332,7 @@ class LoRAFALinear(nn.Module):
             self.bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
+            gradient_correction=self.gradient_correction,
             impl=self.impl,
         )
 
@@ -288,7 +342,11 @@ class LoRAFALinear(nn.Module):
         dtype = x.dtype
         dropped = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
         z = F.linear(dropped, self.lora_A.to(dtype)) * self.scaling
-        return F.linear(x, self.weight, self.bias) + F.linear(z, self.lora_B.to(z.dtype))
+        lora_B = self.lora_B
+        # Nobody differentiates an ONNX graph.
+        if self.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
+            lora_B = as_corrected(lora_B, self.lora_A, self.scaling)
+        return F.linear(x, self.weight, self.bias) + F.linear(z, lora_B.to(z.dtype))
 
     def merged_weight(self) -> Tensor:
         """Return round(weight + scaling · lora_B lora_A) (N, K), a new tensor in weight's dtype; computed
@@ -447,6 +505,7 @@ class LoRAFALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}"
         )
+        text += ", gradient_correction=True" if self.gradient_correction else ""
         return text + (", merged" if self.merged else "")
 
     def _apply(self, fn, recurse=True):
@@ -472,6 +531,15 @@ class LoRAFALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def check_seed(init_seed: object) -> None:
+    """Raise ValueError unless init_seed is None or an integer that seeds a generator."""
+    if init_seed is None:
+        return
+    seed = as_integer(init_seed)
+    if seed is None or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"init_seed must be None or an integer of 64 bits, got {shown(init_seed)}")
+
+
 def is_exported() -> bool:
     """Whether torch.jit.trace or an ONNX exporter reads off the operations of a forward."""
     if torch.jit.is_tracing():
@@ -488,12 +556,15 @@ def _rebind_hooks(module: nn.Module) -> None:
 
 
 def check_adapter_options(
+    *,
     r: int,
     lora_alpha: float,
     lora_dropout: float,
     use_rslora: bool,
     init_lora_weights: bool | str,
+    init_seed: int | None,
     adapter_dtype: torch.dtype,
+    gradient_correction: bool,
 ) -> tuple[int, float, float]:
     """Return r, lora_alpha and lora_dropout as Python numbers. Raises ValueError or TypeError for an adapter
     option out of its range, naming it.
@@ -508,11 +579,16 @@ def check_adapter_options(
     if dropout is None or not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {shown(lora_dropout)}")
     _check_flag("use_rslora", use_rslora)
+    _check_flag("gradient_correction", gradient_correction)
+    if gradient_correction and alpha == 0:
+        raise ValueError("gradient_correction divides by the scaling: lora_alpha must not be 0")
     # By type as well: 1 equals True.
     if not isinstance(init_lora_weights, (bool, str)) or init_lora_weights not in INITIALISATIONS:
         raise ValueError(
-            f"init_lora_weights must be True, False or 'gaussian', got {shown(init_lora_weights)}"
+            "init_lora_weights must be True, False, 'gaussian' or 'orthogonal', got "
+            f"{shown(init_lora_weights)}"
         )
+    check_seed(init_seed)
     if adapter_dtype is None:
         raise TypeError("adapter_dtype must be a torch.dtype, such as torch.float32, got None")
     _check_dtype("adapter_dtype", adapter_dtype)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..mlp.api import lorafa_gated_mlp
 from .group import checked_names, operands_of
-from .linear import LoRAFALinear, checked_size, is_exported, shown
+from .initialise import seed_for
+from .linear import LoRAFALinear, check_seed, checked_size, is_exported, shown
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -36,9 +37,11 @@ class _GatedMLP(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         device=None,
         dtype=None,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
     ) -> None:
         options = {
             "r": r,
@@ -49,10 +52,14 @@ class _GatedMLP(nn.Module):
             "device": device,
             "dtype": dtype,
             "adapter_dtype": adapter_dtype,
+            "gradient_correction": gradient_correction,
         }
         hidden, intermediate = checked_size("hidden", hidden), checked_size("intermediate", intermediate)
         shapes = (hidden, intermediate), (hidden, intermediate), (intermediate, hidden)
-        self._init_around(*(LoRAFALinear(*shape, bias, **options) for shape in shapes))
+        check_seed(init_seed)
+        seeds = [seed_for(init_seed, name) for name in NAMES]
+        layers = [LoRAFALinear(*s, bias, init_seed=k, **options) for s, k in zip(shapes, seeds, strict=True)]
+        self._init_around(*layers)
 
     @classmethod
     def from_linears(
@@ -66,7 +73,9 @@ class _GatedMLP(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
         adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
         adapt: Collection[str] | None = None,
     ) -> _GatedMLP:
         """Build the MLP around three layers, sharing their Parameter objects: no copy of a weight.
@@ -79,6 +88,7 @@ class _GatedMLP(nn.Module):
             ValueError, TypeError: as LoRAFALinear.from_linear; ValueError also for layers that do not fit
                 together and for a name in adapt that is none of the three.
         """
+        check_seed(init_seed)
         adapt = NAMES if adapt is None else checked_names(adapt, NAMES)
         layers = dict(zip(NAMES, (gate, up, down), strict=True))
         for name, layer in layers.items():
@@ -102,7 +112,9 @@ class _GatedMLP(nn.Module):
                 lora_dropout=lora_dropout,
                 use_rslora=use_rslora,
                 init_lora_weights=init_lora_weights,
+                init_seed=seed_for(init_seed, name),
                 adapter_dtype=adapter_dtype,
+                gradient_correction=gradient_correction,
             )
         mlp = cls.__new__(cls)
         mlp._init_around(*layers.values())
@@ -137,7 +149,8 @@ class LoRAFASwiGLU(_GatedMLP):
     Args:
         hidden, intermediate: features of x and y, and of what gate_proj and up_proj return.
         bias: whether the three layers have one.
-        device, dtype, and the rest: as in LoRAFALinear, for each of the three.
+        device, dtype, and the rest: as in LoRAFALinear, for each of the three, which draws from init_seed and
+            its name.
 
     Raises:
         ValueError: as LoRAFALinear; a hidden or intermediate that is negative or huge.

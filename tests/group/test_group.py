@@ -823,7 +823,7 @@ def operator_arguments(name: str, device: str, impl: str, dtype, share_A=False, 
     group = draw_group(
         10, 12, shapes, dtype, device, share_A=share_A, factor_dtype=torch.float32, dropout_ps=(p, p, p)
     )
-    weights, biases, lora_As, lora_Bs, scalings, ps = map(list, zip(*group.members, strict=True))
+    weights, biases, lora_As, lora_Bs, scalings, ps, _ = map(list, zip(*group.members, strict=True))
     seeds = torch.arange(1 if share_A else len(shapes), device=device) if p else None
     if name == "group_forward":
         return (group.x, weights, lora_As, lora_Bs, biases, scalings, ps, seeds, share_A, impl)

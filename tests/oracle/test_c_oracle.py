@@ -897,7 +897,7 @@ def test_impossible_arguments_return_an_error_and_write_nothing(function, argume
 
 
 def test_every_status_has_its_own_words():
-    words = [c_oracle.library().lorafa_strerror(s) for s in range(-1, c_oracle.ERROR_KIND + 2)]
+    words = [c_oracle.library().lorafa_strerror(s) for s in range(-1, c_oracle.ERROR_SINGULAR + 2)]
     assert words[0] == words[-1] == b"unknown status"
     assert len(set(words)) == len(words) - 1
 

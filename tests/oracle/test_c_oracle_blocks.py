@@ -243,7 +243,7 @@ def columns(members: Sequence[LinearOperands], share_A: bool) -> list[slice]:
 
 
 def group_results(members, x, dys, share_A: bool, impl: str) -> dict[str, Tensor]:
-    weights, biases, lora_As, lora_Bs, scalings, dropout_ps = map(list, zip(*members, strict=True))
+    weights, biases, lora_As, lora_Bs, scalings, dropout_ps, _ = map(list, zip(*members, strict=True))
     seeds = group_seeds(members, share_A)
     seeds = seed_tensor(x.device, *seeds[: 1 if share_A else None]) if any(dropout_ps) else None
     ys, z = group_ops.group_forward(
@@ -326,7 +326,7 @@ def test_a_group_whose_output_nobody_used_is_the_oracles(device, impl):
     members, share_A = draw_group("adapted", torch.float32, device)
     draw = Draw(device, torch.float32, seed=1)
     x, dys = draw(M, K), [draw(M, 40), None, draw(M, 33)]
-    weights, biases, lora_As, lora_Bs, scalings, dropout_ps = map(list, zip(*members, strict=True))
+    weights, biases, lora_As, lora_Bs, scalings, dropout_ps, _ = map(list, zip(*members, strict=True))
     numbers = (scalings, dropout_ps, None, share_A)
     _, z = group_ops.group_forward(x, weights, lora_As, lora_Bs, biases, *numbers, impl)
     dx, dBs = group_ops.group_backward(dys, z, weights, lora_As, lora_Bs, *numbers, True, [True] * 3, impl)

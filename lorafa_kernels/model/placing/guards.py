@@ -73,8 +73,15 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     if not adapted:
         return LinearOperands(weight, parameters.get("bias"))
     dropout_p = attributes["lora_dropout"] if attributes["training"] else 0.0
-    lora_A, lora_B = parameters["lora_A"], parameters["lora_B"]
-    return LinearOperands(weight, parameters.get("bias"), lora_A, lora_B, attributes["scaling"], dropout_p)
+    return LinearOperands(
+        weight,
+        parameters.get("bias"),
+        parameters["lora_A"],
+        parameters["lora_B"],
+        attributes["scaling"],
+        dropout_p,
+        attributes.get("gradient_correction", False),
+    )
 
 
 def drops(operands: LinearOperands) -> bool:

@@ -1,0 +1,176 @@
+"""The gradient correction of LoRA-FA's second version (arXiv 2308.03303v2): of all updates of lora_B, the one
+whose effect on the weight is nearest to that of full fine-tuning.
+
+    dB ← (1/s²) · dB · (A Aᵀ + εI)⁻¹              ε = 1e-8, as in PEFT's create_lorafa_optimizer
+
+Shapes: dB (N, R); A = lora_A (R, K); the inverse (R, R), symmetric; s is the scaling. The weight changes by
+s · ΔB A: along s² · dW Aᵀ A with dB as it is, along dW Aᵀ (A Aᵀ)⁻¹ A with the corrected dB, which is dW
+projected onto the rows of A.
+
+A is frozen, so the inverse is made once and kept as long as lora_A lives, in fp32 (fp64 for an fp64 A). It is
+made anew when lora_A holds other values: after an in-place operation, load_state_dict, `.to()`, another
+tensor in its place, another shard under fully_shard. Values written through `.data` change no version: they
+are seen before the first step, and not after it. What FSDP1 and ZeRO-3 gather cannot be told from another
+tensor, and its inverse is made in every forward.
+
+gram_inverse(lora_A) -> inverse
+correct(dB, inverse, scaling) -> corrected dB
+as_corrected(lora_B, lora_A, scaling) -> lora_B whose gradient autograd corrects
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .dispatch import announce, call, define, open_to_direct_calls, tracing_state, watching_modes
+from .engines import GatheredFrom, gathered_from, is_managed
+from .operands import check_tensor
+
+EPSILON = 1e-8
+set_tracing_state = torch._C._set_tracing_state
+
+
+class _Made(NamedTuple):
+    """An inverse, and what tells whether lora_A is still what it was made of."""
+
+    inverse: Tensor
+    version: int
+    # Another tensor's storage can have the same address, but not while this refers to it.
+    storage: StorageWeakRef
+    place: tuple
+    source: GatheredFrom | None
+
+    def is_of(self, lora_A: Tensor) -> bool:
+        return (
+            self.version == lora_A._version
+            and self.storage.cdata == lora_A.untyped_storage()._cdata
+            and self.place == _place(lora_A)
+            and (self.source is None or self.source.is_unchanged())
+        )
+
+
+# The inverse of each lora_A, which goes when that goes.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def gram_inverse(lora_A: Tensor) -> Tensor:
+    """Return (A Aᵀ + εI)⁻¹ (R, R) on lora_A's device, in fp32, for an fp64 lora_A (R, K) in fp64.
+
+    Directions in which A Aᵀ + εI is zero but for rounding (R > K, rows that depend on each other) are left
+    out, as by torch.linalg.pinv. All NaN if A is not finite. Raises TypeError for a sharded or quantised
+    lora_A. The result is kept and shared: it must not be written into.
+    """
+    if not torch.compiler.is_compiling():
+        if type(lora_A) not in (Tensor, torch.nn.Parameter):
+            check_tensor("lora_A", lora_A)
+        elif not watching_modes():
+            return _kept(lora_A)
+    announce()
+    return _gram_inverse_op(lora_A)
+
+
+def correct(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
+    """Return (1/s²) · dB inverse (N, R) in the dtype of dB, from dB (N, R) and inverse (R, R); multiplied in
+    the wider dtype of both. scaling (s) must not be 0.
+    """
+    if open_to_direct_calls(dB.device.type):
+        return call(_correct, dB.device, dB, inverse, scaling)
+    announce()
+    return _correct_op(dB, inverse, scaling)
+
+
+def as_corrected(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+    """Return lora_B (N, R), of which autograd takes the corrected gradient, by operations that every tracer
+    knows and differentiates: C = B₀ + (B − B₀) · inverse/s², where B₀ is B without its gradient. In a trace
+    the inverse is a constant.
+    """
+    inverse = gram_inverse(lora_A.detach()).to(lora_B.dtype)
+    constant = lora_B.detach()
+    return constant + (lora_B - constant) @ (inverse / scaling / scaling)
+
+
+def _kept(lora_A: Tensor) -> Tensor:
+    if lora_A.is_meta or lora_A.is_inference() or is_managed(lora_A):
+        return _make(lora_A)
+    made: _Made | None = _made.get(lora_A)
+    if made is None or not made.is_of(lora_A):
+        # Before it is read: what changes meanwhile must not pass for what was read.
+        version, source = lora_A._version, gathered_from(lora_A)
+        storage = StorageWeakRef(lora_A.untyped_storage())
+        made = _Made(_make(lora_A), version, storage, _place(lora_A), source)
+        _made[lora_A] = made
+    return made.inverse
+
+
+def _place(lora_A: Tensor) -> tuple:
+    """Where in its storage the matrix is, and of what."""
+    return lora_A.shape, lora_A.stride(), lora_A.storage_offset(), lora_A.dtype, lora_A.device
+
+
+def _make(lora_A: Tensor) -> Tensor:
+    if (traced := tracing_state()) is not None:
+        # A trace gets the inverse as a constant, whether it was made before or not.
+        set_tracing_state(None)
+        try:
+            return _make(lora_A)
+        finally:
+            set_tracing_state(traced)
+    # An inference tensor could not be kept for backward.
+    with torch.inference_mode(False), torch.no_grad():
+        return _made_of(lora_A)
+
+
+def _made_of(lora_A: Tensor) -> Tensor:
+    wide = torch.float64 if lora_A.dtype == torch.float64 else torch.float32
+    R = lora_A.shape[0]
+    if lora_A.is_meta:
+        return lora_A.new_empty((R, R), dtype=wide)
+    # Made once, so that fp64 costs little; the inverse of a small matrix is quicker on the CPU.
+    gram = call(_gram, lora_A.device, lora_A).to("cpu", torch.float64)
+    if not bool(torch.isfinite(gram).all()):
+        return lora_A.new_full((R, R), math.nan, dtype=wide)
+    gram.diagonal().add_(EPSILON)
+    rounding = R * torch.finfo(wide).eps
+    inverse = torch.linalg.pinv(gram, rtol=rounding, hermitian=True)
+    return inverse.to(lora_A.device, wide)
+
+
+def _gram(lora_A: Tensor) -> Tensor:
+    widest = torch.float32 if lora_A.device.type == "mps" else torch.float64
+    wide = lora_A.to(widest)
+    return wide @ wide.T
+
+
+def _gram_inverse(lora_A: Tensor) -> Tensor:
+    # A copy: compilers write over what an operator returns.
+    return _kept(lora_A).clone()
+
+
+def _gram_inverse_fake(lora_A: Tensor) -> Tensor:
+    R = lora_A.shape[0]
+    wide = torch.float64 if lora_A.dtype == torch.float64 else torch.float32
+    return lora_A.new_empty((R, R), dtype=wide)
+
+
+def _correct(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
+    wide = torch.promote_types(dB.dtype, inverse.dtype)
+    corrected = dB.new_empty(dB.shape, dtype=wide)
+    # beta=0 ignores what the new tensor holds. Not scaling ** 2, which may underflow to 0.
+    factor = (1 / scaling) * (1 / scaling)
+    return corrected.addmm_(dB.to(wide), inverse.to(wide), beta=0, alpha=factor).to(dB.dtype)
+
+
+def _correct_fake(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
+    return dB.new_empty(dB.shape)
+
+
+_gram_inverse_op = define("gram_inverse", "(Tensor lora_A) -> Tensor", _gram_inverse, _gram_inverse_fake)
+_correct_op = define(
+    "correct", "(Tensor dB, Tensor inverse, float scaling) -> Tensor", _correct, _correct_fake
+)
