@@ -51,12 +51,29 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    changes, _ = _changes(step)
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def alive_after(forward: Callable[[], object]) -> int:
+    """Return the bytes on the CPU that are alive after forward() while its result is held: what the step
+    keeps for backward and the result. Counts what checkpointing keeps, too, which no hook on saved tensors
+    sees.
+    """
+    changes, _ = _changes(forward)
+    return sum(changes)
+
+
+def _changes(run: Callable[[], object]) -> tuple[list[int], object]:
+    """Return what PyTorch's allocator hands out (+) and takes back (-) on the CPU during run(), in bytes and
+    in order, and the result of run(), alive until then.
+    """
     # Else the profiler notes its start and end on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
-        step()
+        result = run()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
+    return [event.nbytes() for event in changes], result

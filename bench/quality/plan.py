@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
@@ -11,6 +12,7 @@ from .settings import (
     ATTENTION_ONLY,
     CHOOSING_SEED,
     DROPOUT,
+    EXTENSIONS,
     HEAD_LEARNING_RATE,
     LLAMA,
     METHODS,
@@ -71,22 +73,44 @@ def choosing_task(task: str) -> str:
     return next(key for key, other in TASKS.items() if other.model == model)
 
 
-def grid(task: str, method: str) -> list[Run]:
-    """The runs among which the learning rate of a method on a task is chosen."""
-    return [Run(choosing_task(task), method, rate, CHOOSING_SEED) for rate in METHODS[method].rates]
+def grid(task: str, method: str, done: Mapping[str, dict]) -> list[Run]:
+    """Return the runs among which the learning rate of a method on a task is chosen, lowest rate first.
+
+    Three rates; while the best of them is the lowest or highest, one more on that side by the same factor, at
+    most EXTENSIONS times. Which it is shows only when all have been run.
+    """
+    rates = list(METHODS[method].rates)
+    for _ in range(EXTENSIONS):
+        losses = {rate: _validation(task, method, rate, done) for rate in rates}
+        if None in losses.values():
+            break
+        best = min(losses, key=losses.get)
+        if best == rates[0]:
+            rates.insert(0, _rounded(rates[0] * rates[0] / rates[1]))
+        elif best == rates[-1]:
+            rates.append(_rounded(rates[-1] * rates[-1] / rates[-2]))
+        else:
+            break
+    return [Run(choosing_task(task), method, rate, CHOOSING_SEED) for rate in rates]
+
+
+def _validation(task: str, method: str, rate: float, done: Mapping[str, dict]) -> float | None:
+    """The validation loss in nats; infinite for a run that broke, None for one that is missing."""
+    record = done.get(Run(choosing_task(task), method, rate, CHOOSING_SEED).key)
+    if record is None:
+        return None
+    return record["validation"]["nats"] if record["validation"] else math.inf
+
+
+def _rounded(rate: float) -> float:
+    """To two digits, so that a rate reads well."""
+    return float(f"{rate:.1e}")
 
 
 def chosen_rate(task: str, method: str, done: Mapping[str, dict]) -> float | None:
-    """Return the rate with the lowest validation loss, by the one rule; None while a run of the grid is
-    missing. A run that broke counts as infinitely bad.
-    """
-    found = {}
-    for run in grid(task, method):
-        record = done.get(run.key)
-        if record is None:
-            return None
-        found[run.rate] = record["validation"]["nats"] if record["validation"] else float("inf")
-    return min(found, key=found.get)
+    """Return the rate of the grid with the lowest validation loss; None while a run of the grid is missing."""
+    losses = {run.rate: _validation(task, method, run.rate, done) for run in grid(task, method, done)}
+    return None if None in losses.values() else min(losses, key=losses.get)
 
 
 def runs(done: Mapping[str, dict], methods: tuple[str, ...]) -> Iterator[Run]:
@@ -97,14 +121,19 @@ def runs(done: Mapping[str, dict], methods: tuple[str, ...]) -> Iterator[Run]:
     last = [method for method in methods if method in LAST]
     for method in first:
         for task in _choosing_tasks():
-            yield from grid(task, method)
+            yield from _choosing(task, method, done)
     yield from _seeds(done, first, SWEEP_SEEDS)
     yield from sweep(done, [method for method in SWEPT if method in first])
     yield from _seeds(done, first, [seed for seed in SEEDS if seed not in SWEEP_SEEDS])
     for method in last:
         for task in _choosing_tasks():
-            yield from grid(task, method)
+            yield from _choosing(task, method, done)
     yield from _seeds(done, last, SEEDS)
+
+
+def _choosing(task: str, method: str, done: Mapping[str, dict]) -> Iterator[Run]:
+    for _ in range(EXTENSIONS + 1):
+        yield from grid(task, method, done)
 
 
 def _choosing_tasks() -> list[str]:
@@ -134,11 +163,14 @@ def sweep(done: Mapping[str, dict], methods) -> Iterator[Run]:
                     yield Run(SWEEP_TASK, method, rate, seed, **variant)
 
 
-def whole(methods: tuple[str, ...] = tuple(METHODS)) -> int:
-    """How many runs the study has in all."""
-    rates: dict[str, dict] = {}
+def whole(done: Mapping[str, dict], methods: tuple[str, ...] = tuple(METHODS)) -> int:
+    """Return how many runs the study has in all, as far as is known: learning rates that have not been run
+    are taken to need no wider grid.
+    """
+    rates = dict(done)
     for method in methods:
         for task in _choosing_tasks():
-            for number, run in enumerate(grid(task, method)):
-                rates[run.key] = {"validation": {"nats": float(number)}}
+            for number, rate in enumerate(METHODS[method].rates):
+                run = Run(task, method, rate, CHOOSING_SEED)
+                rates.setdefault(run.key, {"validation": {"nats": 100.0 + abs(number - 1)}})
     return len({run.key for run in runs(rates, methods)})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..run.store import RESULTS, Store, read
 from .plan import choosing_task, sizes_hash
-from .settings import METHODS, SIZES, TASKS, Task
+from .settings import METHODS, SIZES, SWEEP_TASK, TASKS, Task
 
 FILE = RESULTS / "quality.jsonl"
-RUN, TASK = "fine-tuning", "quality-task"
+RUN, TASK, MEMORY = "fine-tuning", "quality-task", "quality-memory"
 
 
 def describe(store: Store, about: dict) -> None:
@@ -31,6 +32,18 @@ def describe_task(store: Store, task: Task, about: dict, before: dict, items: in
     key = f"{task.key}/{sizes_hash(task.key)}"
     if key not in {record["key"] for record in read(store.file)[0] if record["kind"] == TASK}:
         store.write(TASK, key=key, task=task.key, items=items, pretraining=about, before=before)
+
+
+def describe_memory(store: Store, measure: Callable[[], list[dict]]) -> None:
+    """Say once a file what a step keeps (memory.py)."""
+    if memory(store.file) is None:
+        store.write(MEMORY, key=sizes_hash(SWEEP_TASK), cases=measure())
+
+
+def memory(path: Path) -> dict | None:
+    """Return the line of describe_memory for the present settings, or None."""
+    lines = [r for r in read(path)[0] if r["kind"] == MEMORY and r["key"] == sizes_hash(SWEEP_TASK)]
+    return lines[0] if lines else None
 
 
 def finished(path: Path) -> dict[str, dict]:

@@ -12,6 +12,8 @@ SEEDS = (0, 1, 2, 3, 4)
 SWEEP_SEEDS = (0, 1, 2)
 # The learning rate is chosen on this seed's validation loss.
 CHOOSING_SEED = 0
+# A grid whose best rate is at its edge grows by one more on that side, at most so often.
+EXTENSIONS = 2
 RANK, SCALING, TARGETS, DROPOUT = 8, 2.0, "all-linear", 0.05
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SCALINGS = (0.5, 2.0, 8.0)

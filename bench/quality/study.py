@@ -12,7 +12,7 @@ from lorafa_kernels import LoRAFAConfig
 
 from ..run.environment import environment
 from ..run.store import Store
-from . import records, texts
+from . import memory, records, texts
 from .methods import prepare
 from .models import Model
 from .plan import Run, runs, whole
@@ -35,7 +35,8 @@ def run_study(path, say: Callable[[str], None], progress, limit: int | None = No
     methods = possible_methods()
     store = Store(path)
     records.describe(store, environment())
-    bar = progress.add_task("runs", total=whole(methods), completed=0, loss="")
+    records.describe_memory(store, memory.cases)
+    bar = progress.add_task("runs", total=whole(done, methods), completed=0, loss="")
     made, seen = 0, set()
     for run in runs(done, methods):
         if run.key in seen:
@@ -53,7 +54,9 @@ def run_study(path, say: Callable[[str], None], progress, limit: int | None = No
         made += 1
         score = record["test"]
         outcome = f"test {score['nats']:.4f} nats, right {score['right']:.4f}" if score else "broke"
-        say(f"{len(seen)}/{whole(methods)} {run.key}: {outcome}, {record['cpu_seconds']:.1f} CPU seconds")
+        say(
+            f"{len(seen)}/{whole(done, methods)} {run.key}: {outcome}, {record['cpu_seconds']:.1f} CPU seconds"
+        )
     progress.update(bar, completed=len(seen))
     return made
 
