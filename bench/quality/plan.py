@@ -35,6 +35,8 @@ from .settings import (
 # The methods whose rank, scaling and targets are varied.
 SWEPT = ("lora", "lorafa")
 LAST = ("lorafa-corrected",)
+# Nats of a run that is missing, where runs are only counted: more than any run has.
+UNKNOWN = 100.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _rounded(rate: float) -> float:
 
 
 def chosen_rate(task: str, method: str, done: Mapping[str, dict]) -> float | None:
-    """Return the rate of the grid with the lowest validation loss; None while a run of the grid is missing."""
+    """Return the rate of the grid with the lowest validation loss; None while one of its runs is missing."""
     losses = {run.rate: _validation(task, method, run.rate, done) for run in grid(task, method, done)}
     return None if None in losses.values() else min(losses, key=losses.get)
 
@@ -169,8 +171,10 @@ def whole(done: Mapping[str, dict], methods: tuple[str, ...] = tuple(METHODS)) -
     """
     rates = dict(done)
     for method in methods:
+        middle = METHODS[method].rates[1]
         for task in _choosing_tasks():
-            for number, rate in enumerate(METHODS[method].rates):
-                run = Run(task, method, rate, CHOOSING_SEED)
-                rates.setdefault(run.key, {"validation": {"nats": 100.0 + abs(number - 1)}})
+            for _ in range(EXTENSIONS + 1):
+                for run in grid(task, method, rates):
+                    worse = UNKNOWN if run.rate == middle else 2 * UNKNOWN
+                    rates.setdefault(run.key, {"validation": {"nats": worse}})
     return len({run.key for run in runs(rates, methods)})

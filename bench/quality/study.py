@@ -52,11 +52,9 @@ def run_study(path, say: Callable[[str], None], progress, limit: int | None = No
         progress.remove_task(steps)
         done[run.key] = record
         made += 1
-        score = record["test"]
+        score, seconds = record["test"], record["cpu_seconds"]
         outcome = f"test {score['nats']:.4f} nats, right {score['right']:.4f}" if score else "broke"
-        say(
-            f"{len(seen)}/{whole(done, methods)} {run.key}: {outcome}, {record['cpu_seconds']:.1f} CPU seconds"
-        )
+        say(f"{len(seen)}/{whole(done, methods)} {run.key}: {outcome}, {seconds:.1f} CPU seconds")
     progress.update(bar, completed=len(seen))
     return made
 
