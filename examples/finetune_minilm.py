@@ -140,9 +140,9 @@ def run(options: Options) -> int:
             )
             return ADAPTER_NOT_REPRODUCED
         chosen = {name: value for name, value in asdict(options).items() if name != "out"}
-        chosen["dropout"] = compare.DROPOUT
-        words = report.subtitle(chosen, report.device_words(device))
-        report.plot(runs, one_step, staging / "memory_and_losses.png", words)
+        chosen |= {"dropout": compare.DROPOUT, "one_step_snippets": compare.ONE_STEP_SNIPPETS}
+        picture = staging / "memory_and_losses.png"
+        report.plot(runs, one_step, picture, chosen, report.device_words(device))
         report.write_json(
             staging / "results.json",
             options=chosen,

@@ -166,7 +166,7 @@ def plot(runs: Sequence[Run], one_step: Sequence[OneStep], path: Path, subtitle:
     lower.invert_yaxis()
     lower.set_xlim(0, 1.25 * max(row.saved_activation_bytes for row in shown) / MIB)
     lower.set_title("Kept for backward, not trained", fontsize=11)
-    lower.set_xlabel("MiB, one step of a few snippets")
+    lower.set_xlabel(f"MiB, one step of {snippets} snippets")
 
     for run in runs:
         steps = range(1, len(run.losses) + 1)
@@ -185,7 +185,7 @@ def plot(runs: Sequence[Run], one_step: Sequence[OneStep], path: Path, subtitle:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, axis="both" if axes is curves else "x")
         axes.set_axisbelow(True)
-    figure.supxlabel(subtitle, fontsize=9, color="#4b5563")
+    figure.supxlabel(subtitle(options, device), fontsize=9, color="#4b5563")
     figure.savefig(path, dpi=110, metadata={"Software": None, "Source": mark})
     plt.close(figure)
 

@@ -295,7 +295,7 @@ def test_the_demo_runs_end_to_end(demo, capsys: pytest.CaptureFixture) -> None:
     assert len(kept) == 9
     for precision in ("fp32", "bf16", "autocast to bf16"):
         assert kept[precision, LIBRARY] < kept[precision, PLAIN] < kept[precision, "LoRA"]
-    assert results["options"]["dropout"] == 0.05
+    assert results["options"]["dropout"] == 0.05 and results["options"]["one_step_snippets"] == 8
     assert results["reloaded_adapter"]["accuracy"] == results["runs"][-1]["test_accuracy"]
 
 

@@ -90,6 +90,7 @@ def batches(kind: Model, items: Sequence, batch: int, steps: int, seed: int) -> 
 
 @torch.inference_mode()
 def test(model: nn.Module, kind: Model, items: Sequence) -> Score:
+    """Return the scores on `items`. Raises FloatingPointError when the loss is not finite."""
     model.eval()
     nats, right, count = 0.0, 0, 0
     ordered = sorted(items, key=kind.length)
@@ -98,4 +99,6 @@ def test(model: nn.Module, kind: Model, items: Sequence) -> Score:
         nats += of_batch.double().sum().item()
         right += int(correct.sum())
         count += of_batch.numel()
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"the test loss is {nats}")
     return Score(nats / count, right / count)
