@@ -132,10 +132,14 @@ def one_step_table(one_step: Sequence[OneStep], snippets: int) -> Table:
     return result
 
 
-def plot(runs: Sequence[Run], one_step: Sequence[OneStep], path: Path, subtitle: str, mark: str = "") -> None:
-    """Draw kept and peak bytes, bytes in lower precision, and the loss curves into a PNG file. mark: what the
-    file itself says of its source.
+def plot(
+    runs: Sequence[Run], one_step: Sequence[OneStep], path: Path, options: dict, device: str, mark: str = ""
+) -> None:
+    """Draw kept and peak bytes, bytes in lower precision, and the loss curves into a PNG file.
+
+    options: of the demo, as results.json has them; device: in words; mark: what the file says of its source.
     """
+    snippets = options["one_step_snippets"]
     figure, (bars, lower, curves) = plt.subplots(
         1, 3, figsize=(14, 4.6), width_ratios=(5, 5, 5), layout="constrained"
     )
