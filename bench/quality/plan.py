@@ -117,20 +117,18 @@ def chosen_rate(task: str, method: str, done: Mapping[str, dict]) -> float | Non
 
 def runs(done: Mapping[str, dict], methods: tuple[str, ...]) -> Iterator[Run]:
     """Yield the runs in their order, those done too; `done` is read again at each, so that what was learnt
-    of learning rates counts. Seeds are the outer loop: cut anywhere, all cells have had the same number.
+    of learning rates counts. Three seeds of all come first, then rank, scaling and targets, then the other
+    seeds. Seeds are the outer loop: cut anywhere, the cells that were begun have had the same number.
     """
     first = [method for method in methods if method not in LAST]
     last = [method for method in methods if method in LAST]
-    for method in first:
-        for task in _choosing_tasks():
-            yield from _choosing(task, method, done)
-    yield from _seeds(done, first, SWEEP_SEEDS)
+    for group in (first, last):
+        for method in group:
+            for task in _choosing_tasks():
+                yield from _choosing(task, method, done)
+        yield from _seeds(done, group, SWEEP_SEEDS)
     yield from sweep(done, [method for method in SWEPT if method in first])
-    yield from _seeds(done, first, [seed for seed in SEEDS if seed not in SWEEP_SEEDS])
-    for method in last:
-        for task in _choosing_tasks():
-            yield from _choosing(task, method, done)
-    yield from _seeds(done, last, SEEDS)
+    yield from _seeds(done, methods, [seed for seed in SEEDS if seed not in SWEEP_SEEDS])
 
 
 def _choosing(task: str, method: str, done: Mapping[str, dict]) -> Iterator[Run]:
