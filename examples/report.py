@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -192,6 +192,17 @@ def plot(
     figure.supxlabel(subtitle(options, device), fontsize=9, color="#4b5563")
     figure.savefig(path, dpi=110, metadata={"Software": None, "Source": mark})
     plt.close(figure)
+
+
+def plot_result(result: dict, path: Path, mark: str) -> None:
+    """Draw what results.json holds, as plot does."""
+    runs, one_step = (
+        [kind(**{name.name: row[name.name] for name in fields(kind)}) for row in result[part]]
+        for kind, part in ((Run, "runs"), (OneStep, "one_step"))
+    )
+    machine = result["machine"]
+    device = f"CPU with {machine['threads']} threads" if machine["device"] == "cpu" else machine["device"]
+    plot(runs, one_step, path, result["options"], device, mark)
 
 
 def _pairs(axes, rows: Sequence[tuple[str, int, int]]) -> None:

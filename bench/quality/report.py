@@ -16,7 +16,8 @@ from .plan import choosing_task, whole
 from .reading import missing
 from .settings import SIZES, TASKS, VALIDATION, Sizes
 
-PLOTS = ROOT / "docs" / "plots"
+# Not in docs/plots: what lies there is of docs/performance.md.
+PLOTS = ROOT / "docs" / "images"
 PAGES = {
     "docs/quality.md": ("verdict", "score", "difference", "rate", "rank", "task", "missing"),
     "docs/choosing.md": ("rank", "rate", "scaling", "targets"),
