@@ -3,6 +3,7 @@
 import sys
 
 from .gate.host import main
+from .run.shell import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("python -m bench.host_time", main))

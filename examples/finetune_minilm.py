@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from examples import DemoError, movie_reviews
+from lorafa_kernels.command_line import exit_code
 
 CACHE = Path(__file__).resolve().parent.parent / ".demo"
 TRAIN_SNIPPETS = 2048
@@ -214,4 +215,4 @@ def _is_device_name(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("examples.finetune_minilm", main))

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .flops import tell_flop_counters
-from .operands import autocast_enabled
+from .operands import any_autocast, autocast_enabled
 from .plan.choice import Decision, choose, choose_plan
 from .plan.pin import pinned
 
@@ -48,22 +49,30 @@ def define(name: str, schema: str, operation: Callable, fake: Callable) -> Calla
     return getattr(torch.ops.lorafa_kernels, name).default
 
 
-def open_to_direct_calls(device_type: str) -> bool:
+def open_to_direct_calls() -> bool:
     """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
     watches.
     """
-    return not (torch.compiler.is_compiling() or autocast_enabled(device_type) or watching_modes())
+    return not (is_compiling() or any_autocast() or watching_modes())
 
 
 def watched() -> bool:
     """Whether a TorchDispatchMode sees what is called now."""
-    return not torch.compiler.is_compiling() and watching_modes() > 0
+    return not is_compiling() and watching_modes() > 0
 
 
 def announce() -> None:
     """Prepare what watches for an operator that is about to be called."""
     if watched():
         tell_flop_counters()
+
+
+def settled(impl: str, device: torch.device, dtype: torch.dtype) -> Decision | None:
+    """Return what decide() returns where nothing is pinned and no size matters, else None."""
+    if impl in ("auto", "triton") and pinned() is not None:
+        return None
+    choice = choose(impl, device, dtype)
+    return None if choice.impl == "triton" else choice.without_plan
 
 
 def decide(

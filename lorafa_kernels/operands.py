@@ -15,6 +15,54 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Numbers reach the kernels as fp32.
 LARGEST_NUMBER = torch.finfo(torch.float32).max
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+# For one type of device or more; asked for each call.
+any_autocast = torch._C._is_any_autocast_enabled
+
+
+def fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
+    """Whether the operands of one layer pass all checks of this module and x needs no cast, as nearly always.
+
+    What it does not vouch for goes through the checks one by one, which name what is wrong.
+    """
+    if not (
+        type(x) in _PLAIN_TENSORS
+        and type(weight) in _PLAIN_TENSORS
+        and type(lora_A) in _PLAIN_TENSORS
+        and type(lora_B) in _PLAIN_TENSORS
+        and (bias is None or type(bias) in _PLAIN_TENSORS)
+        and not (x.is_nested or weight.is_nested or lora_A.is_nested or lora_B.is_nested)
+        and not (weight.requires_grad or lora_A.requires_grad)
+    ):
+        return False
+    dtype, device, shape, strided = x.dtype, x.device, weight.shape, torch.strided
+    if bias is not None and not (
+        bias.dtype is dtype
+        and bias.device == device
+        and bias.shape == shape[:1]
+        and bias.layout is strided
+        and not bias.requires_grad
+    ):
+        return False
+    of_A, of_B, of_x = lora_A.shape, lora_B.shape, x.shape
+    return (
+        len(shape) == len(of_A) == len(of_B) == 2
+        and len(of_x) > 0
+        and of_x[-1] == shape[1] == of_A[1]
+        and of_B[0] == shape[0]
+        and of_B[1] == of_A[0] >= 1
+        and dtype in FLOAT_DTYPES
+        and weight.dtype is dtype
+        and lora_A.dtype is dtype
+        and (lora_B.dtype is dtype or lora_B.dtype is torch.float32)
+        and weight.device == device
+        and lora_A.device == device
+        and lora_B.device == device
+        and x.layout is strided
+        and weight.layout is strided
+        and lora_A.layout is strided
+        and lora_B.layout is strided
+        and not any_autocast()
+    )
 
 
 def check_tensors(

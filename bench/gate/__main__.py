@@ -2,7 +2,8 @@
 
 import sys
 
+from ..run.shell import run_command
 from .compile import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("python -m bench.gate", main))

@@ -74,7 +74,7 @@ from lorafa_kernels.plan.specialised import ws_configs
 
 from ..measure.cases import DTYPES
 from ..run.environment import environment
-from ..run.shell import write_rows, write_whole
+from ..run.shell import run_command, write_rows, write_whole
 from . import specialised
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -828,4 +828,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("python -m bench.gate.compile", main))

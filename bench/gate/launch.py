@@ -44,7 +44,7 @@ from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
 from ..measure.cases import DTYPES
 from ..run.environment import ROOT, environment
-from ..run.shell import write_rows
+from ..run.shell import run_command, write_rows
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 PLANS = {
@@ -456,4 +456,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("python -m bench.gate.launch", main))

@@ -18,6 +18,7 @@ from ..operands import (
     checked_dropout,
     checked_scaling,
     draw_seed,
+    fit,
     shaped_as,
 )
 from ..plan.choice import check_impl
@@ -67,14 +68,17 @@ def lorafa_linear(
             tensors, or are sharded or quantised ones; a scaling or dropout_p that is no real number.
         RuntimeError: impl="triton" where it cannot run.
     """
-    check_tensors(x, weight, lora_A, lora_B, bias)
-    check_shapes(x, weight, lora_A, lora_B, bias)
-    check_frozen(weight, lora_A, bias)
+    fitting = fit(x, weight, lora_A, lora_B, bias)
+    if not fitting:
+        check_tensors(x, weight, lora_A, lora_B, bias)
+        check_shapes(x, weight, lora_A, lora_B, bias)
+        check_frozen(weight, lora_A, bias)
     scaling = checked_scaling(scaling)
     dropout_p = checked_dropout(dropout_p, scaling)
     check_correction(gradient_correction, scaling)
     check_impl(impl)
-    x = cast(x, weight, lora_A, lora_B, bias)
+    if not fitting:
+        x = cast(x, weight, lora_A, lora_B, bias)
 
     rows = as_rows(x, weight.shape[1])
     seed = draw_seed(x.device) if dropout_p else None

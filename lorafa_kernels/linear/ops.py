@@ -36,6 +36,7 @@ from ..dispatch import (
     define,
     first_order,
     open_to_direct_calls,
+    settled,
 )
 from ..plan.choice import Decision
 from ..plan.kernels import KernelConfigs
@@ -125,13 +126,15 @@ def _direct(
 
     factor: lora_A (R, K), or lora_B (N, R) where there is no weight. dropout: whether there is one.
     """
-    if not open_to_direct_calls(x.device.type):
-        return None
     dtype = x.dtype
-    if weight is not None and weight.dtype != dtype:
+    if (
+        not open_to_direct_calls()
+        or (weight is not None and weight.dtype is not dtype)
+        or (bias is not None and bias.dtype is not dtype)
+    ):
         return None
-    if bias is not None and bias.dtype != dtype:
-        return None
+    if decision := settled(impl, x.device, dtype):
+        return _IMPLEMENTATIONS.find(op, decision)
     return _IMPLEMENTATIONS.direct(op, _decide(op, impl, x, factor, weight, bias, dropout), x)
 
 

@@ -39,7 +39,7 @@ _DIRECT = {
 
 def gated(g: Tensor, u: Tensor, activation: str, impl: str) -> Tensor:
     """Compute h (M, I), new and contiguous, in the dtype of g."""
-    if open_to_direct_calls(g.device.type) and (functions := _DIRECT.get(_choose(g, impl))):
+    if open_to_direct_calls() and (functions := _DIRECT.get(_choose(g, impl))):
         return functions[0](g, u, activation)
     return _gated_op(g, u, activation, impl)
 
@@ -51,7 +51,7 @@ def gated_backward(
 
     u=None: dg is not wanted, and dg is None. need_du=False: du is None. One of the two must be wanted.
     """
-    if open_to_direct_calls(dh.device.type) and (functions := _DIRECT.get(_choose(dh, impl))):
+    if open_to_direct_calls() and (functions := _DIRECT.get(_choose(dh, impl))):
         du = functions[1](dh, g, u, activation, need_du)
     else:
         du = _gated_backward_op(dh, g, u, activation, need_du, impl)
