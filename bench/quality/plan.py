@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .settings import (
@@ -117,18 +117,23 @@ def chosen_rate(task: str, method: str, done: Mapping[str, dict]) -> float | Non
 
 def runs(done: Mapping[str, dict], methods: tuple[str, ...]) -> Iterator[Run]:
     """Yield the runs in their order, those done too; `done` is read again at each, so that what was learnt
-    of learning rates counts. Three seeds of all come first, then rank, scaling and targets, then the other
-    seeds. Seeds are the outer loop: cut anywhere, the cells that were begun have had the same number.
+    of learning rates counts. Three seeds come first, then rank, scaling and targets, then the methods of
+    LAST, then the other seeds. Seeds are the outer loop: cut anywhere, the cells that were begun have had
+    the same number.
     """
     first = [method for method in methods if method not in LAST]
     last = [method for method in methods if method in LAST]
-    for group in (first, last):
-        for method in group:
-            for task in _choosing_tasks():
-                yield from _choosing(task, method, done)
-        yield from _seeds(done, group, SWEEP_SEEDS)
+    yield from _begun(done, first)
     yield from sweep(done, [method for method in SWEPT if method in first])
+    yield from _begun(done, last)
     yield from _seeds(done, methods, [seed for seed in SEEDS if seed not in SWEEP_SEEDS])
+
+
+def _begun(done: Mapping[str, dict], methods: Sequence[str]) -> Iterator[Run]:
+    for method in methods:
+        for task in _choosing_tasks():
+            yield from _choosing(task, method, done)
+    yield from _seeds(done, methods, SWEEP_SEEDS)
 
 
 def _choosing(task: str, method: str, done: Mapping[str, dict]) -> Iterator[Run]:
@@ -140,7 +145,7 @@ def _choosing_tasks() -> list[str]:
     return list(dict.fromkeys(choosing_task(task) for task in reversed(TASKS)))
 
 
-def _seeds(done: Mapping[str, dict], methods, seeds) -> Iterator[Run]:
+def _seeds(done: Mapping[str, dict], methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
     for seed in seeds:
         # Quick ones first.
         for task in reversed(TASKS):
@@ -150,7 +155,7 @@ def _seeds(done: Mapping[str, dict], methods, seeds) -> Iterator[Run]:
                     yield Run(task, method, rate, seed)
 
 
-def sweep(done: Mapping[str, dict], methods) -> Iterator[Run]:
+def sweep(done: Mapping[str, dict], methods: Sequence[str]) -> Iterator[Run]:
     """Rank, scaling and targets on one task, one varied at a time, at the learning rate of the rest."""
     variants = [{"rank": rank} for rank in RANKS]
     variants += [{"scaling": scaling} for scaling in SCALINGS]
