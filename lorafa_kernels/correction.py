@@ -10,8 +10,9 @@ projected onto the rows of A.
 A is frozen, so the inverse is made once and kept as long as lora_A lives, in fp32 (fp64 for an fp64 A). It is
 made anew when lora_A holds other values: after an in-place operation, load_state_dict, `.to()`, another
 tensor in its place, another shard under fully_shard. Values written through `.data` change no version: they
-are seen before the first step, and not after it. What FSDP1 and ZeRO-3 gather cannot be told from another
-tensor, and its inverse is made in every forward.
+are seen before the first step, and not after it. A CUDA graph that was recorded by hand reads the inverse
+that was made last. What FSDP1 and ZeRO-3 gather cannot be told from another tensor, and its inverse is made
+in every forward.
 
 gram_inverse(lora_A) -> inverse
 correct(dB, inverse, scaling) -> corrected dB
@@ -79,7 +80,7 @@ def correct(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
     """Return (1/s²) · dB inverse (N, R) in the dtype of dB, from dB (N, R) and inverse (R, R); multiplied in
     the wider dtype of both. scaling (s) must not be 0.
     """
-    if open_to_direct_calls(dB.device.type):
+    if open_to_direct_calls():
         return call(_correct, dB.device, dB, inverse, scaling)
     announce()
     return _correct_op(dB, inverse, scaling)
@@ -103,9 +104,17 @@ def _kept(lora_A: Tensor) -> Tensor:
         # Before it is read: what changes meanwhile must not pass for what was read.
         version, source = lora_A._version, gathered_from(lora_A)
         storage = StorageWeakRef(lora_A.untyped_storage())
-        made = _Made(_make(lora_A), version, storage, _place(lora_A), source)
-        _made[lora_A] = made
+        inverse = _make(lora_A)
+        if made is not None and _kind(made.inverse) == _kind(inverse):
+            # Into the same memory, whose address a CUDA graph may have recorded.
+            with torch.no_grad():
+                inverse = made.inverse.copy_(inverse)
+        made = _made[lora_A] = _Made(inverse, version, storage, _place(lora_A), source)
     return made.inverse
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _place(lora_A: Tensor) -> tuple:
@@ -142,8 +151,9 @@ def _made_of(lora_A: Tensor) -> Tensor:
 
 
 def _gram(lora_A: Tensor) -> Tensor:
-    widest = torch.float32 if lora_A.device.type == "mps" else torch.float64
-    wide = lora_A.to(widest)
+    # Other devices than these may have no fp64.
+    device = lora_A.device if lora_A.device.type in ("cpu", "cuda") else "cpu"
+    wide = lora_A.to(device, torch.float64)
     return wide @ wide.T
 
 
@@ -170,7 +180,14 @@ def _correct_fake(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
     return dB.new_empty(dB.shape)
 
 
-_gram_inverse_op = define("gram_inverse", "(Tensor lora_A) -> Tensor", _gram_inverse, _gram_inverse_fake)
+# A replayed CUDA graph would not look whether lora_A has changed.
+_gram_inverse_op = define(
+    "gram_inverse",
+    "(Tensor lora_A) -> Tensor",
+    _gram_inverse,
+    _gram_inverse_fake,
+    tags=tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None),
+)
 _correct_op = define(
     "correct", "(Tensor dB, Tensor inverse, float scaling) -> Tensor", _correct, _correct_fake
 )

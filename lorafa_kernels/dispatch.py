@@ -41,9 +41,13 @@ _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def define(name: str, schema: str, operation: Callable, fake: Callable) -> Callable:
-    """Register an operator and return it. operation: its body; fake: the same on shapes and dtypes alone."""
-    _library.define(f"{name}{schema}", tags=_TAGS)
+def define(
+    name: str, schema: str, operation: Callable, fake: Callable, tags: tuple[torch.Tag, ...] = ()
+) -> Callable:
+    """Register an operator and return it. operation: its body; fake: the same on shapes and dtypes alone;
+    tags: besides those of every operator.
+    """
+    _library.define(f"{name}{schema}", tags=(*_TAGS, *tags))
     _library.impl(name, operation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafa_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.lorafa_kernels, name).default

@@ -33,6 +33,7 @@ TOLERANCES = {"rtol", "atol", "rel", "abs_tol", "rel_tol", "tol"}
 WRITTEN = "a number of a report beside the one it was rounded from"
 MODELLED = "times and rates of a model of the cost, floats of Python beside published figures"
 COUNTED = "a quotient of byte counts beside the number that the documents print"
+PROMISED = "what docs/design.md promises of fp64 beside another implementation, or of 50 steps"
 ALLOWED = {
     ("tests/bench/test_bench_cases.py", "test_floor_is_the_larger_of_arithmetic_and_bytes"): MODELLED,
     ("tests/bench/test_bench_memory.py", "test_units_of_a_llama_block"): COUNTED,
@@ -48,6 +49,8 @@ ALLOWED = {
     ("tests/plan/test_cost.py", "test_ceilings_of_the_reference_gpu_are_those_measured_there"): MODELLED,
     ("tests/plan/test_cost.py", "test_a_guess_is_near_the_published_figures_of_a_relative"): MODELLED,
     ("tests/plan/test_cost.py", "test_a_mask_made_again_in_every_column_of_blocks_costs_more"): MODELLED,
+    ("tests/model/test_paper_models.py", "check_near"): PROMISED,
+    ("tests/nn/test_correction.py", "assert_near"): PROMISED,
     ("tests/model/test_placing_models.py", "test_a_llama_layer_keeps_at_most_11_6_units"): COUNTED,
 }
 

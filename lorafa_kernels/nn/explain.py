@@ -312,12 +312,19 @@ def _plan_steps(
 def _for_layer(
     layer: LoRAFALinear | None, dtype: torch.dtype, forward: tuple[Step, ...], backward: tuple[Step, ...]
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """Adapt the steps to a layer without a bias, or with a weight in another dtype than x."""
+    """Adapt the steps to a layer without a bias, with a weight in another dtype than x, or whose dB is
+    corrected.
+    """
     if layer is not None and layer.bias is None:
         forward = tuple(Step(call, formula.replace(" + bias", "")) for call, formula in forward)
     if layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")
         forward, backward = (cast, *forward), (cast, *backward)
+    if layer is not None and layer.gradient_correction and any("dB =" in step.formula for step in backward):
+        backward = (
+            *backward,
+            Step("addmm_", "dB = dB @ inverse(lora_A @ lora_A.T) / s^2, the inverse made once"),
+        )
     return forward, backward
 
 

@@ -29,7 +29,7 @@ def draw_into(tensor: Tensor, kind: str, generator: torch.Generator | None) -> N
     """
     draw = _DRAW[kind]
     if generator is not None:
-        drawn = torch.empty(tensor.shape, dtype=torch.float64)
+        drawn = torch.empty(tensor.shape, dtype=torch.float64, device="cpu")
     elif kind != "orthogonal":
         draw(tensor, None)
         return

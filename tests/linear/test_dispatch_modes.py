@@ -48,7 +48,7 @@ def layer_case(device: str, dropout_p: float = 0.0):
     (layer,) = layers([(N, K)], device, dropout_p=dropout_p)
 
     def ours(x, impl):
-        weight, bias, lora_A, lora_B, scaling, p = layer
+        weight, bias, lora_A, lora_B, scaling, p, _ = layer
         return lorafa_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=p, impl=impl)
 
     return [layer], ours, lambda x: plain_linear(x, layer)

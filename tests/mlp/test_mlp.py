@@ -522,7 +522,7 @@ def test_autocast(device, impl, backward_inside):
 
     by_hand = Case(device, torch.bfloat16, factor_dtype=torch.float32)
     for name, layer in case.layers.items():
-        weight, bias, lora_A, lora_B, scaling, _ = layer
+        weight, bias, lora_A, lora_B, scaling, *_ = layer
         by_hand.layers[name] = LinearOperands(weight.bfloat16(), bias.bfloat16(), lora_A, lora_B, scaling)
     by_hand.x, by_hand.dy = case.x.detach().bfloat16().requires_grad_(), case.dy
     for name, tensor in by_hand.results(impl).items():
@@ -603,7 +603,7 @@ def test_fewer_launches_than_separate_layers(triton_device, monkeypatch):
 
     def separate():
         def linear(name, rows):
-            weight, bias, lora_A, lora_B, scaling, _ = case.layers[name]
+            weight, bias, lora_A, lora_B, scaling, *_ = case.layers[name]
             return lorafa_linear(rows, weight, lora_A, lora_B, bias, scaling=scaling, impl="triton")
 
         return linear("down", F.silu(linear("gate", case.x)) * linear("up", case.x))

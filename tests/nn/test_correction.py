@@ -46,7 +46,7 @@ def formula(dB: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
 
 
 def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
-    """What issue and documents promise of fp64: 1e-6 relative."""
+    """What docs/design.md promises of fp64: 1e-6 relative."""
     for one, other in zip(got, want, strict=True):
         assert one.dtype == other.dtype == torch.float64
         assert (one - other).norm() / other.norm() < 1e-6
@@ -181,26 +181,16 @@ def test_error_is_within_the_budget(device, impl, dtype):
 def test_c_oracle_agrees(R, dtype):
     of = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype]
     draw = torch.Generator().manual_seed(5)
-    dB = torch.randn(64, R, generator=draw).to(of)
+    dB = torch.randn(256, R, generator=draw).to(of)
     A = torch.randn(R, 20, generator=draw, dtype=torch.float64 if dtype == "fp64" else torch.float32)
     got = correct(dB, gram_inverse(A), 0.7)
-    want = c_oracle.correct(dB.double().numpy(), A.double().numpy(), 0.7, dtype)
+    want = torch.from_numpy(c_oracle.correct(dB.double().numpy(), A.double().numpy(), 0.7, "fp64"))
     if dtype == "fp64":
-        assert_near([got], [torch.from_numpy(want)])
+        assert_near([got], [want])
         return
     assert got.dtype == of
-    inverse = torch.linalg.inv(A @ A.T + EPSILON * torch.eye(R))
-    own = (dB.float() @ inverse / 0.7**2).to(of)
-    pooled = 256 // dB.numel() + 1
-    check_budget(
-        {"dB": got.repeat(pooled, 1)},
-        {
-            "dB": torch.from_numpy(
-                c_oracle.correct(dB.double().numpy(), A.double().numpy(), 0.7, "fp64")
-            ).repeat(pooled, 1)
-        },
-        {"dB": own.repeat(pooled, 1)},
-    )
+    own = (dB.float() @ torch.linalg.inv(A @ A.T + EPSILON * torch.eye(R)) / 0.7**2).to(of)
+    check_budget({"dB": got}, {"dB": want}, {"dB": own})
 
 
 @pytest.mark.numerics
@@ -481,6 +471,17 @@ def test_copies_correct_by_their_own_lora_A(block, copied):
     assert not any(torch.equal(a, b) for a, b in zip(changed[:1], want, strict=False))
 
 
+def test_inverse_stays_where_it_is():
+    """A CUDA graph has recorded its address."""
+    model, x = build("layer"), data()
+    gradients(model, x)
+    inverse = gram_inverse(model.lora_A)
+    before = inverse.clone()
+    in_place(model)
+    gradients(model, x)
+    assert gram_inverse(model.lora_A) is inverse and not torch.equal(inverse, before)
+
+
 def test_inverse_goes_with_its_lora_A():
     import gc
     import weakref
@@ -515,13 +516,23 @@ def test_kept_for_backward_is_what_is_kept_anyway_and_the_inverse_itself(block, 
     assert len(more) == corrected
 
 
-def test_frozen_lora_B_and_no_grad_make_no_inverse():
+@pytest.mark.parametrize("block", ["layer", "group", "mlp"])
+def test_frozen_lora_B_and_no_grad_make_no_inverse(block, monkeypatch):
     made = []
-    model, x = build("layer"), data().requires_grad_()
-    model.lora_B.requires_grad_(False)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: made.append(t) or t, lambda t: t):
+    for user in ("linear.api", "group.operands"):
+        monkeypatch.setattr(
+            f"lorafa_kernels.{user}.gram_inverse", lambda A: made.append(A) or gram_inverse(A)
+        )
+    model, x = build(block), data().requires_grad_()
+    with torch.no_grad():
         model(x)
-    assert not any(t.shape == (R, R) for t in made)
+    for one in layers_of(model):
+        one.lora_B.requires_grad_(False)
+    model(x)
+    assert not made
+    layers_of(model)[0].lora_B.requires_grad_()
+    model(x)
+    assert len(made) == 1
 
 
 # ---- autocast, compilers, checkpointing, engines ----
@@ -608,7 +619,8 @@ WORLD = 2
 
 def _engine_steps(engine: str, rank: int, world: int) -> dict[str, list]:
     """What each of some changes of lora_A leaves: corrected gradients, plain ones, and the whole lora_A."""
-    model = deep(torch.float32)
+    # The gradients have 416 elements together.
+    model = deep(torch.float32, r=8, lora_alpha=20)
     # As ranks that were seeded each by itself, or from the file system, have them.
     torch.manual_seed(rank)
     for one in layers_of(model):
@@ -671,19 +683,18 @@ def _worker(rank: int, world: int, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_engines_correct_by_the_lora_A_that_they_gathered(tmp_path):
     mp.spawn(_worker, (WORLD, str(tmp_path)), nprocs=WORLD)
-    scaling = 10 / 4
+    scaling = 20 / 8
     for engine, found in torch.load(tmp_path / "result").items():
         for name, (first, second, plain, As) in found.items():
             assert_same(second, first, name=f"{engine}, {name}")
-            # The gradient is corrected before ranks are summed, here after it: rounding apart the same.
+            # The gradient is corrected before ranks are summed, here after it: other roundings, as many.
             own = [
                 dB @ torch.linalg.inv(A @ A.T + EPSILON * torch.eye(len(A))) / scaling**2
                 for dB, A in zip(plain, As, strict=True)
             ]
             want = [formula(dB, A, scaling) for dB, A in zip(plain, As, strict=True)]
-            flat = [torch.cat([t.flatten() for t in of]).double() for of in (first, want, own)]
-            apart = [(flat[i] - flat[1]).norm() / flat[1].norm() for i in (0, 2)]
-            assert apart[0] < 4 * apart[1] + 8 * torch.finfo(torch.float32).eps, f"{engine}, {name}: {apart}"
+            of_kinds = ({"dB": torch.cat([t.flatten() for t in kind])} for kind in (first, want, own))
+            check_budget(*of_kinds)
 
 
 # ---- configuration, files, errors ----

@@ -62,9 +62,11 @@ def run(layer, dtype=torch.float32, autocast=None) -> tuple[list[str], list[str]
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["dx-and-dB", "dx-alone"])
+@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"])
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_library_products_are_those_that_run(impl, frozen, bias):
-    layer = LoRAFALinear(K, N, bias=bias, r=R)
+def test_library_products_are_those_that_run(impl, corrected, frozen, bias):
+    layer = LoRAFALinear(K, N, bias=bias, r=R, gradient_correction=corrected)
+    layer(torch.randn(M, K))  # makes the inverse, once
     layer.impl = impl
     layer.lora_B.requires_grad_(not frozen)
     told = explain(layer, M=M)
@@ -72,6 +74,7 @@ def test_library_products_are_those_that_run(impl, frozen, bias):
     assert (products(told.forward, bias), products(told.backward, bias)) == run(layer)
     assert told.limits is None and not told.plans
     assert ("bias" in str(told)) == bias
+    assert ("inverse" in str(told)) == (corrected and not frozen)
 
 
 def test_autocast_casts_the_weight_each_time(monkeypatch):
