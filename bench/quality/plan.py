@@ -14,6 +14,7 @@ from .settings import (
     DROPOUT,
     EXTENSIONS,
     HEAD_LEARNING_RATE,
+    HIGH_RANKS,
     LLAMA,
     METHODS,
     RANK,
@@ -22,6 +23,7 @@ from .settings import (
     SCALINGS,
     SEEDS,
     SIZES,
+    SLOWER,
     SWEEP_SEEDS,
     SWEEP_TASK,
     T5,
@@ -156,16 +158,24 @@ def _seeds(done: Mapping[str, dict], methods: Sequence[str], seeds: Sequence[int
 
 
 def sweep(done: Mapping[str, dict], methods: Sequence[str]) -> Iterator[Run]:
-    """Rank, scaling and targets on one task, one varied at a time, at the learning rate of the rest."""
-    variants = [{"rank": rank} for rank in RANKS]
+    """Rank, scaling and targets on one task, one varied at a time, at the learning rate of the rest; high
+    ranks at a lower one as well.
+    """
+    variants: list[dict] = [{"rank": rank} for rank in RANKS]
     variants += [{"scaling": scaling} for scaling in SCALINGS]
     variants += [{"targets": ATTENTION_ONLY}]
+    variants += [{"rank": rank, "slower": SLOWER} for rank in HIGH_RANKS]
     for seed in SWEEP_SEEDS:
         for variant in variants:
             for method in methods:
                 rate = chosen_rate(SWEEP_TASK, method, done)
                 if rate is not None:
-                    yield Run(SWEEP_TASK, method, rate, seed, **variant)
+                    yield varied(method, rate, seed, **variant)
+
+
+def varied(method: str, rate: float, seed: int, slower: float = 1, **variant) -> Run:
+    """Return a run of the sweep: `variant` is what differs, the rate is divided by `slower`."""
+    return Run(SWEEP_TASK, method, _rounded(rate / slower), seed, **variant)
 
 
 def whole(done: Mapping[str, dict], methods: tuple[str, ...] = tuple(METHODS)) -> int:

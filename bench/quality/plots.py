@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .plan import SWEPT, choosing_task, chosen_rate
 from .reading import Done, measure_of, rates, scores, swept
-from .settings import METHODS, RANKS, SWEEP_TASK, TASKS
+from .settings import HIGH_RANKS, METHODS, RANKS, SLOWER, SWEEP_TASK, TASKS
 from .statistics import mean_of
 
 STYLES = {
@@ -84,17 +84,26 @@ def rank(done: Done):
     figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     for method in SWEPT:
         colour, marker = STYLES[method]
-        found = {r: mean_of(list(v.values())) for r in RANKS if (v := swept(done, method, rank=r))}
-        if found:
+        for slower, style in ((1, "-"), (SLOWER, ":")):
+            ranks = RANKS if slower == 1 else HIGH_RANKS
+            found = {
+                r: mean_of(list(v.values()))
+                for r in ranks
+                if (v := swept(done, method, rank=r, slower=slower))
+            }
+            rate = chosen_rate(SWEEP_TASK, method, done)
+            if not found or rate is None:
+                continue
             shift = 0.97 if method == "lora" else 1.03
             axes.errorbar(
                 [r * shift for r in found],
                 [mean.value for mean in found.values()],
                 yerr=[mean.half or 0.0 for mean in found.values()],
-                fmt=f"-{marker}",
+                fmt=f"{style}{marker}",
                 color=colour,
+                markerfacecolor=colour if slower == 1 else "white",
                 capsize=3,
-                label=METHODS[method].title,
+                label=f"{METHODS[method].title}, learning rate {rate / slower:g}",
             )
     full = list(scores(done, SWEEP_TASK, "full").values())
     if full:
@@ -103,7 +112,7 @@ def rank(done: Done):
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(RANKS, [str(r) for r in RANKS])
-    axes.set_xlabel("rank R, at the learning rate chosen for R = 8")
+    axes.set_xlabel("rank R (solid: at the learning rate chosen for R = 8)")
     axes.set_ylabel("bits a byte (less is better)")
     axes.set_title(TASKS[SWEEP_TASK].title, fontsize=11)
     if axes.get_legend_handles_labels()[0]:

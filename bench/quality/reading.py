@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .plan import SWEPT, Run, chosen_rate, grid, sweep
+from .plan import SWEPT, Run, chosen_rate, grid, sweep, varied
 from .settings import METHODS, SEEDS, SWEEP_TASK, TASKS
 
 Done = Mapping[str, dict]
@@ -17,6 +17,7 @@ class Measure:
     """What a task is judged by. better: +1 where more is better, -1 where less is."""
 
     title: str
+    unit: str
     better: int
     places: int
 
@@ -24,8 +25,8 @@ class Measure:
         return 100 * score["right"] if self.better > 0 else score["nats"] / math.log(2)
 
 
-ACCURACY = Measure("test accuracy, %", +1, 1)
-BITS = Measure("bits a byte", -1, 3)
+ACCURACY = Measure("test accuracy, %", "%", +1, 1)
+BITS = Measure("bits a byte", "bits a byte", -1, 3)
 
 
 def measure_of(task: str) -> Measure:
@@ -47,7 +48,7 @@ def swept(done: Done, method: str, **variant) -> dict[int, float]:
     rate = chosen_rate(SWEEP_TASK, method, done)
     if rate is None:
         return {}
-    runs = {seed: Run(SWEEP_TASK, method, rate, seed, **variant) for seed in SEEDS}
+    runs = {seed: varied(method, rate, seed, **variant) for seed in SEEDS}
     return _by_seed(done, runs, measure_of(SWEEP_TASK))
 
 

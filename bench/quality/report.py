@@ -90,10 +90,11 @@ def origin(path: Path) -> str:
     date = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     named = "bench/results/quality.jsonl"
     machine = {"cpu": f"CPU ({chips})", "threads": 1}
-    text = provenance(named, machine, "", last["versions"], commits[0]).replace("; ;", f"; {date};")
-    text = text.replace(", 1 threads", ", one thread")
-    others = f" and {', '.join(commits[1:])}" if len(commits) > 1 else ""
-    return f"{text[:-1]}{others}; `python -m bench quality`."
+    text = provenance(named, machine, "", last["versions"], "").replace("; ;", f"; {date};")
+    text = text.replace(", 1 threads", ", one thread").replace(
+        "commit unknown.", f"commits {', '.join(commits)};"
+    )
+    return f"{text} `python -m bench quality`."
 
 
 def task_table(about: dict[str, dict]) -> str:

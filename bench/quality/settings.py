@@ -16,6 +16,8 @@ CHOOSING_SEED = 0
 EXTENSIONS = 2
 RANK, SCALING, TARGETS, DROPOUT = 8, 2.0, "all-linear", 0.05
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+# Ranks that are also trained at a learning rate so many times lower than the one chosen for RANK.
+HIGH_RANKS, SLOWER = (16, 32, 64), 4
 SCALINGS = (0.5, 2.0, 8.0)
 ATTENTION_ONLY = "attention q, v"
 WARM_UP = 0.1

@@ -8,10 +8,13 @@ from .plan import SWEPT, choosing_task, chosen_rate
 from .reading import BITS, Done, Measure, measure_of, rates, scores, swept
 from .settings import (
     ATTENTION_ONLY,
+    HIGH_RANKS,
     METHODS,
     RANK,
     RANKS,
     SCALINGS,
+    SLOWER,
+    SWEEP_TASK,
     TARGETS,
     TASKS,
 )
@@ -97,7 +100,7 @@ def verdicts(done: Done) -> list[str]:
 
 def _verdict(measure: Measure, lora: Mean, own: Mean) -> str:
     interval = f"LoRA's interval, {lora.value - lora.half:.{measure.places}f} to "
-    interval += f"{lora.value + lora.half:.{measure.places}f} {measure.title} ({lora.count} seeds)"
+    interval += f"{lora.value + lora.half:.{measure.places}f} {measure.unit} ({lora.count} seeds)"
     value = f"LoRA-FA's mean, {own.value:.{measure.places}f}"
     if lora.holds(own.value):
         return f"{value}, is within {interval}."
@@ -135,8 +138,20 @@ def rate_table(done: Done) -> str:
 
 
 def rank_table(done: Done) -> str:
-    rows = [[str(rank), *(_cell(swept(done, m, rank=rank), BITS.places) for m in SWEPT)] for rank in RANKS]
-    return markdown(["R", *(METHODS[method].title for method in SWEPT)], rows)
+    """A row a rank: at the rate that was chosen for RANK, and high ranks at a lower one."""
+    rows = []
+    for rank in RANKS:
+        cells = []
+        for method in SWEPT:
+            cells.append(_cell(swept(done, method, rank=rank), BITS.places))
+            slow = swept(done, method, rank=rank, slower=SLOWER)
+            cells.append(_cell(slow, BITS.places) if rank in HIGH_RANKS else "–")
+        rows.append([str(rank), *cells])
+    header = []
+    for method in SWEPT:
+        rate = chosen_rate(SWEEP_TASK, method, done)
+        header += [f"{METHODS[method].title}, rate {rate or 0:g}", f"rate {(rate or 0) / SLOWER:g}"]
+    return markdown(["R", *header], rows)
 
 
 def scaling_table(done: Done) -> str:

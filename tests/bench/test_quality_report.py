@@ -113,7 +113,7 @@ def test_plots_are_of_the_committed_file(name):
 
 def test_the_committed_file_says_where_it_comes_from():
     text = report.origin(records.FILE)
-    assert "CPU (" in text and "commit " in text and "unknown" not in text and "torch " in text
+    assert "CPU (" in text and "commits " in text and "unknown" not in text and "torch " in text
 
 
 def test_a_file_without_runs_is_refused(tmp_path):

@@ -102,6 +102,11 @@ def test_a_grid_grows_while_its_edge_is_best():
     assert grid(TASK, "lora", falling)[0].rate == 0.00025
 
 
+def test_high_ranks_are_trained_at_a_lower_rate_as_well():
+    rates = {r.rate for r in simulated() if r.method == "lorafa" and r.rank == 64 and r.seed == 2}
+    assert rates == {METHODS["lorafa"].rates[1], METHODS["lorafa"].rates[1] / settings.SLOWER}
+
+
 def test_a_model_has_the_rates_of_its_first_task():
     done = done_with("minilm-movies", "lora", dict.fromkeys(METHODS["lora"].rates, 1.0))
     middle = METHODS["lora"].rates[1]
