@@ -128,12 +128,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure_quick(options: argparse.Namespace) -> int:
     setting = make_setting(options)
     jobs = jobs_of(grid("quick"), QUICK_KINDS, setting, compiled=False)
-    if not options.no_report and options.budget:
+    if options.no_report:
+        return measure(options, jobs, setting, "quick")
+    if options.budget:
         options.budget = max(options.budget - REPORT_SECONDS, options.budget / 2)
     code = measure(options, jobs, setting, "quick")
-    if code == 0 and not options.no_report:
-        return make_report(argparse.Namespace(compare=None, results=RESULTS))
-    return code
+    return code or make_report(argparse.Namespace(compare=None, results=RESULTS))
 
 
 def measure_chosen(options: argparse.Namespace) -> int:
@@ -149,9 +149,7 @@ def measure_chosen(options: argparse.Namespace) -> int:
         chosen = find_layers(options.layers)
         wanted = cases(chosen, options.rows, options.ranks, dtypes, (options.dropout,))
     else:
-        wanted = grid(name)
-        if options.dropout:
-            wanted = with_dropout(wanted, options.dropout)
+        wanted = with_dropout(grid(name), options.dropout) if options.dropout else grid(name)
     for case in wanted:
         if case.M < 1 or case.R < 1 or not 0 <= case.dropout < 1:
             raise ValueError(f"{case.label}: rows and rank must be at least 1, dropout in [0, 1)")
@@ -208,19 +206,12 @@ def measure(
     console = make_console()
     if about["commit"] is None:
         console.print("no commit is known: set BENCH_COMMIT to publish these results", style="yellow")
-    command = f"python -m bench {options.name}"
+    how = {"grid": name, "command": f"python -m bench {options.name}", "about": about, "console": console}
+    how |= {"budget": options.budget, "started": STARTED}
+    if elsewhere:
+        how["elsewhere"] = (*elsewhere, path.parent)
     try:
-        outcome = run(
-            jobs,
-            path,
-            grid=name,
-            command=command,
-            budget=options.budget,
-            started=STARTED,
-            elsewhere=(*elsewhere, path.parent) if elsewhere else (),
-            console=console,
-            about=about,
-        )
+        outcome = run(jobs, path, **how)
         if outcome.records:
             show(outcome.records, console)
         return conclude(outcome, path, console)
@@ -243,18 +234,16 @@ def conclude(outcome: Outcome, path: Path, console) -> int:
         console.print(f"{path}: everything is measured already (--fresh measures again)", highlight=False)
         return 0
     console.print(f"{len(outcome.records)} measurements in {path}", highlight=False, soft_wrap=True)
+    why = {
+        "budget": "the budget was too small for",
+        "interrupted": "interrupted before",
+        "device lost": "the GPU no longer answers, before",
+    }
     if outcome.left:
-        why = {
-            "budget": "the budget was too small for",
-            "interrupted": "interrupted before",
-            "device lost": "the GPU no longer answers, before",
-        }
-        console.print(
-            f"{why[outcome.stopped]} {len(outcome.left)} more; the same command goes on with them",
-            highlight=False,
-        )
+        text = f"{why[outcome.stopped]} {len(outcome.left)} more; the same command goes on with them"
+        console.print(text, highlight=False)
     if outcome.stopped == "interrupted":
-        return 130
+        return INTERRUPTED
     if outcome.stopped == "device lost":
         return 1
     failed = [row for record in outcome.records for row in record["rows"] if row.get("status") == "failed"]
@@ -294,14 +283,15 @@ def list_names(options: argparse.Namespace) -> int:
     print("contenders of blocks (kinds block-time, block and family) and training:")
     for key, title in models.TITLES.items():
         print(f"  {key}: {title} ({', '.join(models.CONTENDERS[key].scopes)})")
-    for kind, known in (
-        ("block-time", sum(blocks.CASES.values(), ())),
-        ("block", sum(memory.BLOCKS.values(), ())),
-        ("family", memory.FAMILIES.values()),
-        ("training", dict.fromkeys(sum(training.TRAININGS.values(), ()))),
-    ):
+    known = {
+        "block-time": sum(blocks.CASES.values(), ()),
+        "block": sum(memory.BLOCKS.values(), ()),
+        "family": memory.FAMILIES.values(),
+        "training": dict.fromkeys(sum(training.TRAININGS.values(), ())),
+    }
+    for kind, some in known.items():
         print(f"cases of kind {kind}:")
-        print("\n".join(f"  {case.label}" for case in known))
+        print("\n".join(f"  {case.label}" for case in some))
     return 0
 
 

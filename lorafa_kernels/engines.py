@@ -54,6 +54,14 @@ def sharding_engine(module: nn.Module) -> str | None:
     return None
 
 
+def plain_class(module: nn.Module) -> type:
+    """The class of `module` without those that fully_shard and fused blocks derive from it."""
+    for kind in type(module).__mro__:
+        if "lorafa_original" not in vars(kind) and not any(c.__name__ == "FSDPModule" for c in kind.__mro__):
+            return kind
+    return type(module)
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor, which full_tensor() gathers with all ranks taking part."""
     return hasattr(tensor, "device_mesh")

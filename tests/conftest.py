@@ -98,7 +98,10 @@ def import_everything() -> None:
 
     of_triton = ("lorafa_kernels.kernels.", "lorafa_kernels.linear.fused", "lorafa_kernels.group.fused")
     for module in pkgutil.walk_packages(lorafa_kernels.__path__, "lorafa_kernels."):
-        if module.name != "lorafa_kernels.__main__" and (TRITON or not module.name.startswith(of_triton)):
+        # What is built on another library is imported when it is used: peft takes seconds.
+        if module.name in ("lorafa_kernels.__main__", "lorafa_kernels.integrations.peft_layers"):
+            continue
+        if TRITON or not module.name.startswith(of_triton):
             # What an optional package is missing for is tested where it is needed; so is a name that another
             # Triton does not have in Gluon.
             of_gluon = module.name.startswith("lorafa_kernels.kernels.expand_ws")

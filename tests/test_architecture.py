@@ -27,7 +27,7 @@ FLOORS = (
     {"mlp", "norm"},
     {"nn"},
     {"model"},
-    {"checks", "memory"},
+    {"checks", "integrations", "memory"},
     {"tune"},
     {"__main__"},
 )
@@ -35,7 +35,15 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
-OPTIONAL = {"tune.command": {"rich"}, "checks.doctor": {"numpy"}}
+OPTIONAL = {
+    "tune.command": {"rich"},
+    "checks.doctor": {"numpy"},
+    "integrations.peft": {"peft"},
+    "model.targets": {"peft"},
+    "model.layouts": {"transformers"},
+}
+# Written on top of a library, and imported by a function of the module beside them.
+BUILT_ON = {"integrations.peft_layers": {"peft", "transformers"}}
 # They compose kernels, and are imported where those are.
 COMPOSED = ("linear.fused", "group.fused")
 
@@ -169,6 +177,7 @@ def test_no_underscore_name_crosses_a_file(name):
 def test_third_party_imports(name):
     names = {n.split(".")[0] for n in imported(name, modules()[name])}
     third_party = names - set(sys.stdlib_module_names) - {"lorafa_kernels"}
+    third_party -= BUILT_ON.get(name, set())
     assert third_party - OPTIONAL.get(name, set()) <= ALLOWED_THIRD_PARTY
     top = {n.split(".")[0] for n in imported(name, modules()[name], top_level_only=True)}
     assert not top & OPTIONAL.get(name, set())

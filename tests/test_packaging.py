@@ -216,12 +216,13 @@ def metadata_of(dist: Path):
 
 
 def test_the_requirements_are_what_is_imported(dist):
-    from test_architecture import OPTIONAL, imported, modules
+    from test_architecture import BUILT_ON, OPTIONAL, imported, modules
 
     needed = set()
     for name, path in modules().items():
         roots = {found.split(".")[0] for found in imported(name, path)}
-        needed |= roots - set(sys.stdlib_module_names) - {"lorafa_kernels"} - OPTIONAL.get(name, set())
+        roots -= OPTIONAL.get(name, set()) | BUILT_ON.get(name, set())
+        needed |= roots - set(sys.stdlib_module_names) - {"lorafa_kernels"}
     required = [line for line in metadata_of(dist).get_all("Requires-Dist") if "extra ==" not in line]
     # An extra of a requirement is what that one imports for us: safetensors saves through numpy.
     assert {re.match(r"[\w-]+", line)[0] for line in required} | {"triton"} == needed

@@ -44,8 +44,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from lorafa_kernels.kernels import expand, gated, grad, group, recompute, shrink
 from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
 from lorafa_kernels.kernels.gated import NUM_WARPS as GATED_WARPS
+from lorafa_kernels.kernels.launch import forget_launches
 from lorafa_kernels.kernels.tile import INTERPRETED
 from lorafa_kernels.mlp.activation import ACTIVATIONS
 from lorafa_kernels.plan.config import (
@@ -73,8 +75,8 @@ from lorafa_kernels.plan.defaults import (
 from lorafa_kernels.plan.specialised import ws_configs
 
 from ..measure.cases import DTYPES
-from ..run.environment import environment
-from ..run.shell import run_command, write_rows, write_whole
+from ..run.environment import origin
+from ..run.shell import write_rows, write_whole
 from . import specialised
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -102,7 +104,7 @@ GATED_RESULTS = ("h", "dg, du", "dg", "du")
 WAITS_FIRST = "waits before its first product"
 WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
 MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
-SPECIALISED = ("expand_ws", "expand_ws_z")
+MODULES += ("expand_ws", "expand_ws_z")
 KERNELS = (*OPS, "group", "gated")
 # By its name alone: no heuristic picks it.
 ASKED_FOR = ("ws",)
@@ -143,18 +145,18 @@ class LauncherCall:
         operand_bytes = DTYPES[self.dtype].itemsize
         aligned = rows_aligned(operand_bytes, *SIZES[self.sizes])
         limits = KNOWN_DEVICES[self.arch]
+        split = limits, operand_bytes, self.M, self.R
         if self.op == "shrink_group":
             return self._shrink_group[0]
         if self.op == "shrink_total":
-            return shrink_total_config(limits, operand_bytes, self.M, self.R)
+            return shrink_total_config(*split)
         if self.op == "expand_total":
-            return expand_total_config(limits, operand_bytes, self.M, self.R, aligned, self.dropout)
+            return expand_total_config(*split, aligned, self.dropout)
         if self.op == "gated":
             return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
         if self.op == "grad" and self.beside:
-            return beside_config(limits, operand_bytes, self.M, self.R)
-        rest = aligned, self.recompute, self.dropout
-        return default_config(self.op, limits, operand_bytes, self.M, self.R, *rest)
+            return beside_config(*split)
+        return default_config(self.op, *split, aligned, self.recompute, self.dropout)
 
     @property
     def _shrink_group(self) -> tuple[KernelConfig, int]:
@@ -213,9 +215,7 @@ class Recorder:
 
 def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
     """Run the launcher of a case and return the launches it makes: kernel, arguments, keyword arguments."""
-    modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in (*MODULES, *SPECIALISED)]
-    shrink, expand, _, recompute, grad, group, _, gated, *_ = modules
-    launch = importlib.import_module("lorafa_kernels.kernels.launch")
+    modules = [importlib.import_module(f"lorafa_kernels.kernels.{name}") for name in MODULES]
     calls: list = []
     K, N = SIZES[case.sizes]
     dtype, factor_dtype = DTYPES[case.dtype], DTYPES[case.factor_dtype]
@@ -277,8 +277,8 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
                 patches["device_limits"] = lambda device: KNOWN_DEVICES[case.arch]
             stack.enter_context(mock.patch.multiple(module, **patches))
         # What was kept launches other kernels, for another device.
-        launch.forget_launches()
-        stack.callback(launch.forget_launches)
+        forget_launches()
+        stack.callback(forget_launches)
         calls_of[case.layout]()
     return calls
 
@@ -367,7 +367,7 @@ def measure(
             print(f"{describe({**row, 'failures': ['does not compile']})}\n{error}", file=sys.stderr)
             return {**row, "failures": [f"does not compile: {type(error).__name__}"]}
         if cache:
-            write_cached(cache, key, found)
+            write_whole(cache / f"{key}.json", json.dumps({"sum": checksum(found), "code": found}))
     row |= {**found, "estimate": case.shared_memory, "seconds": round(time.perf_counter() - begin, 2)}
     return {**row, "failures": failures(case, row)}
 
@@ -405,9 +405,8 @@ def key_of(arch: str, src: ASTSource, options: dict) -> str:
     calls, signature, constants and alignment (all in src.hash()), options, Triton, ptxas, and this file.
     """
     tools = triton.__version__, triton.knobs.nvidia.ptxas.version, hash_of_these_files()
-    return hashlib.sha256(
-        repr((arch, src.hash(), sorted(options.items(), key=str), tools)).encode()
-    ).hexdigest()
+    known = arch, src.hash(), sorted(options.items(), key=str), tools
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 @functools.cache
@@ -423,10 +422,6 @@ def read_cached(cache: Path, key: str) -> dict | None:
         return entry["code"] if entry["sum"] == checksum(entry["code"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def write_cached(cache: Path, key: str, code: dict) -> None:
-    write_whole(cache / f"{key}.json", json.dumps({"sum": checksum(code), "code": code}))
 
 
 def checksum(code: dict) -> str:
@@ -536,24 +531,14 @@ def overlap_failures(case: LauncherCall, row: dict) -> list[str]:
 
 def all_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[LauncherCall]:
     """Every configuration, in the layouts and dtypes that change the code, without dropout and with it."""
-    for arch, op in itertools.product(archs, ops):
-        for dtype, layout in itertools.product(PRECISIONS, LAYOUTS[op]):
-            yield from itertools.chain(*configured(variants_with_dropout, arch, op, dtype, layout, True))
-    for arch, op in itertools.product(archs, ops):
-        for dtype, layout in itertools.product(PRECISIONS, LAYOUTS[op]):
-            yield from itertools.chain(*configured(variants, arch, op, dtype, layout, False))
-
-
-def configured(
-    make, arch: str, op: str, dtype: str, layout: str, dropout: bool
-) -> Iterator[Iterator[LauncherCall]]:
-    """Yield make(case, configuration, whether it is the first) for each that the heuristics can pick."""
-    configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize, dropout=dropout)
-    for index, (config, (M, R, aligned, recompute)) in enumerate(configs.items()):
-        case = LauncherCall(
-            arch, op, dtype, "fp32", layout, "even" if aligned else "odd", M, R, layout == "y"
-        )
-        yield make(replace(case, recompute=recompute, dropout=dropout), config, index == 0)
+    for make, dropout in ((variants_with_dropout, True), (variants, False)):
+        for arch, op, dtype in itertools.product(archs, ops, PRECISIONS):
+            configs = all_default_configs(op, KNOWN_DEVICES[arch], DTYPES[dtype].itemsize, dropout=dropout)
+            for layout, (index, (config, key)) in itertools.product(LAYOUTS[op], enumerate(configs.items())):
+                M, R, aligned, recompute = key
+                sizes = "even" if aligned else "odd"
+                case = LauncherCall(arch, op, dtype, "fp32", layout, sizes, M, R, layout == "y")
+                yield from make(replace(case, recompute=recompute, dropout=dropout), config, index == 0)
 
 
 def variants(case: LauncherCall, config: KernelConfig, first: bool) -> Iterator[LauncherCall]:
@@ -614,9 +599,8 @@ def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Launche
         seen = set()
         shapes = (8192, SPLIT_ROWS, 64), (16, 64, 128), (1, 2, 3, 4), ("even", "ragged", "odd"), masked
         for M, R, members, sizes, dropout in itertools.product(*shapes):
-            case = LauncherCall(
-                arch, op, dtype, "fp32", layout, sizes, M, R, dropout=dropout, members=members
-            )
+            many = {"dropout": dropout, "members": members}
+            case = LauncherCall(arch, op, dtype, "fp32", layout, sizes, M, R, **many)
             if members not in (2, 3) and case.config.variant != "tma":
                 continue
             key = (case.config, members, sizes, dropout, case.shared_memory)
@@ -639,9 +623,8 @@ def beside_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Launch
         for R, sizes in itertools.product(ranks, layouts):
             yield LauncherCall(arch, "grad", "bf16", "fp32", "dB", sizes, 8192, R, beside=True)
         for R, dropout in itertools.product(ranks[::2], (False, True)):
-            yield LauncherCall(
-                arch, "expand", "bf16", "fp32", "dx", "even", 8192, R, dropout=dropout, beside=True
-            )
+            both = {"dropout": dropout, "beside": True}
+            yield LauncherCall(arch, "expand", "bf16", "fp32", "dx", "even", 8192, R, **both)
 
 
 def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[LauncherCall]:
@@ -656,9 +639,8 @@ def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[Launch
                 yield LauncherCall(arch, op, "bf16", "fp32", layout, "even", 8192, R, bias=layout == "y")
         if op == "expand":
             yield LauncherCall(arch, op, "bf16", "fp32", "y", "even", 16, 64, bias=True, recompute=True)
-        for layout, M in {"shrink": [("z", 8192)], "expand": [("dx", 8192), ("y", 16), ("dx", 16)]}.get(
-            op, ()
-        ):
+        dropped = {"shrink": [("z", 8192)], "expand": [("dx", 8192), ("y", 16), ("dx", 16)]}
+        for layout, M in dropped.get(op, ()):
             drops = LauncherCall(arch, op, "bf16", "fp32", layout, "even", M, 64, layout == "y", dropout=True)
             yield replace(drops, recompute=M == 16)
         if hopper:
@@ -677,9 +659,8 @@ def ws_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCa
     for variant, R in itertools.product(WS_SUMS, ranks) if "sm_90" in archs else ():
         for config in ws_configs(limits, 2, R, variant)[: 1 if quick else None]:
             for layout, factor_dtype in itertools.product(LAYOUTS["expand"], ("fp32", "bf16")):
-                case = LauncherCall(
-                    "sm_90", "expand", "bf16", factor_dtype, layout, "even", 8192, R, given=config
-                )
+                shape = layout, "even", 8192, R
+                case = LauncherCall("sm_90", "expand", "bf16", factor_dtype, *shape, given=config)
                 yield replace(case, bias=layout == "y")
                 if quick:
                     continue
@@ -696,9 +677,8 @@ def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Launche
     quick: h and both gradients by the commonest activation and the one with the rarest function.
     """
     for arch, result, activation in itertools.product(archs, GATED_RESULTS, ACTIVATIONS):
-        case = LauncherCall(
-            arch, "gated", "bf16", "bf16", f"{result}: {activation}", "even", 8192, 0, pdl=False
-        )
+        layout = f"{result}: {activation}"
+        case = LauncherCall(arch, "gated", "bf16", "bf16", layout, "even", 8192, 0, pdl=False)
         usual = result in ("h", "dg, du")
         if quick:
             if usual and activation in ("silu", "gelu"):
@@ -707,9 +687,8 @@ def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Launche
         yield case
         if usual and arch not in NEIGHBOURS:
             yield replace(case, sizes="odd")
-            yield replace(case, dtype="fp32", factor_dtype="fp32")
-            yield replace(case, dtype="fp32", factor_dtype="fp32", sizes="odd")
-            yield replace(case, dtype="fp16", factor_dtype="fp16")
+            wide = replace(case, dtype="fp32", factor_dtype="fp32")
+            yield from (wide, replace(wide, sizes="odd"), replace(case, dtype="fp16", factor_dtype="fp16"))
 
 
 def distinct_launches(cases: Iterator[LauncherCall]) -> list[tuple[LauncherCall, int]]:
@@ -736,12 +715,12 @@ def compile_all(
 ) -> list[dict]:
     """Compile in worker processes what is not in the cache and return the rows in the order of `launches`."""
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows: dict[int, dict] = {}
+    rows: list[dict | None] = [None] * len(launches)
     if cache:
-        known = {index: measure(*launch, cache, known_only=True) for index, launch in enumerate(launches)}
-        rows = {index: row for index, row in known.items() if row is not None}
-        if len(rows) == len(launches):
-            return list(rows.values())
+        rows = [measure(*launch, cache, known_only=True) for launch in launches]
+    lacking = [index for index, row in enumerate(rows) if row is None]
+    if not lacking:
+        return rows
     with (
         tempfile.TemporaryDirectory(prefix="compile-gate-") as cache_dir,
         ProcessPoolExecutor(
@@ -749,29 +728,21 @@ def compile_all(
         ) as pool,
         Progress(*columns, console=console) as progress,
     ):
-        task = progress.add_task("", total=len(launches) - len(rows))
         try:
-            futures = {
-                pool.submit(measure, *launch, cache): index
-                for index, launch in enumerate(launches)
-                if index not in rows
-            }
-            for future in as_completed(futures):
+            futures = {pool.submit(measure, *launches[index], cache): index for index in lacking}
+            for future in progress.track(as_completed(futures), total=len(lacking)):
                 row = rows[futures[future]] = future.result()
                 if row["failures"]:
                     progress.console.print(describe(row), style="red", highlight=False, soft_wrap=True)
-                progress.advance(task)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return [rows[index] for index in range(len(launches))]
+    return rows
 
 
 def describe(row: dict) -> str:
-    what = (
-        f"{row['arch']} {row['kernel']} {row['layout']} {row['dtype']}/{row['factor_dtype']} {row['sizes']}"
-    )
-    return f"{what} M={row['M']} R={row['R']} {tuple(row['config'].values())}: {'; '.join(row['failures'])}"
+    what = "{arch} {kernel} {layout} {dtype}/{factor_dtype} {sizes} M={M} R={R}".format(**row)
+    return f"{what} {tuple(row['config'].values())}: {'; '.join(row['failures'])}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -779,53 +750,44 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--arch", nargs="+", choices=sorted(KNOWN_DEVICES), default=ARCHS)
     parser.add_argument("--kernel", nargs="+", choices=(*KERNELS, *ASKED_FOR), default=KERNELS)
-    parser.add_argument(
-        "--quick", action="store_true", help="only the defaults for many rows at R = 16 and 64"
-    )
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="take from here, and put here, what compiled before"
-    )
+    few = "only the defaults for many rows at R = 16 and 64"
+    parser.add_argument("--quick", action="store_true", help=few)
+    before = "take from here, and put here, what compiled before"
+    parser.add_argument("--cache", type=Path, metavar="DIR", help=before)
     parser.add_argument("--workers", type=int, default=2, help="compiles at a time")
     options = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted; unset it to compile them")
     console = Console(stderr=True)
     begin = time.perf_counter()
-    archs, ops = tuple(options.arch), tuple(op for op in options.kernel if op in OPS)
-    cases = (quick_cases if options.quick else all_cases)(archs, ops)
-    if "group" in options.kernel:
-        cases = itertools.chain(cases, group_cases(archs, options.quick))
-    if {"expand", "grad"} <= set(options.kernel):
-        cases = itertools.chain(cases, beside_cases(archs, options.quick))
-    if "ws" in options.kernel:
-        cases = itertools.chain(cases, ws_cases(archs, options.quick))
-    if "gated" in options.kernel:
-        cases = itertools.chain(cases, gated_cases(archs, options.quick))
+    archs, kernels = tuple(options.arch), set(options.kernel)
+    ops = tuple(op for op in options.kernel if op in OPS)
+    more = {"group": group_cases, "expand grad": beside_cases, "ws": ws_cases, "gated": gated_cases}
+    cases = itertools.chain(
+        (quick_cases if options.quick else all_cases)(archs, ops),
+        *(make(archs, options.quick) for names, make in more.items() if set(names.split()) <= kernels),
+    )
     try:
         rows = compile_all(distinct_launches(cases), options.workers, console, options.cache)
     except KeyboardInterrupt:
         console.print("interrupted; nothing written")
         return 130
     failed = [row for row in rows if row["failures"]]
-    now = environment()
+    seconds = round(time.perf_counter() - begin)
+    now = origin("triton", "torch")
+    now["versions"]["ptxas"] = triton.knobs.nvidia.ptxas.version
     result = {
         "what": "kernels compiled for GPUs that were not present: resources and instructions of the code",
         "command": "python -m bench.gate",
         "kernels": options.kernel,
         "quick": options.quick,
-        **{key: now[key] for key in ("date", "commit", "dirty")},
-        "versions": {name: now["versions"][name] for name in ("triton", "torch")}
-        | {"ptxas": triton.knobs.nvidia.ptxas.version},
-        "seconds": round(time.perf_counter() - begin),
+        **now,
+        "seconds": seconds,
         "failed": len(failed),
         "rows": rows,
     }
     write_rows(options.out, result)
     for row in failed:
         print(describe(row))
-    print(f"{len(rows)} kernels compiled in {result['seconds']} s, {len(failed)} failed: {options.out}")
+    print(f"{len(rows)} kernels compiled in {seconds} s, {len(failed)} failed: {options.out}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("python -m bench.gate.compile", main))

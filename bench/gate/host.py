@@ -23,8 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..run.environment import ROOT, environment, write_json
-from ..run.shell import run_command
+from ..run.environment import ROOT, origin, write_json
 
 EMPTY = "an empty kernel of 20 arguments"
 # Small matrices cost the allocator little; many rows of them have the plan of large ones.
@@ -60,9 +59,8 @@ def subjects() -> dict[str, Callable[[], object]]:
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         dys = [torch.ones_like(y) for y in outputs]
         found[f"{name}, forward"] = lambda: call(x)
-        found[f"{name}, backward"] = lambda: torch.autograd.grad(
-            outputs, (x, *trained), dys, retain_graph=True
-        )
+        wanted = outputs, (x, *trained), dys
+        found[f"{name}, backward"] = lambda: torch.autograd.grad(*wanted, retain_graph=True)
 
     found |= pieces(weight, lora_A, lora_B.detach())
     for M in (FEW, MANY):
@@ -96,15 +94,13 @@ def pieces(weight, lora_A, lora_B) -> dict[str, Callable[[], object]]:
     plan = choose_plan("triton", "forward", x.device, x.dtype, WHOLE, N, K, RANK, False).kernels
     down, base, up = lora_A.t(), weight.t(), lora_B.t()
     both = {"config": plan.expand, "unaligned": plan.expand_unaligned}
+    forward = x, weight, lora_A, lora_B, None, 1.0, "triton"
+    backward = dy, z, weight, lora_A, lora_B, 1.0, "triton"
     return {
         "shrink, one launch": lambda: shrink(x, down, 1.0, config=plan.shrink),
         "expand by descriptors, one launch": lambda: expand(x, base, z, up, **both),
-        "forward of a layer, the operation, two launches": lambda: ops.forward(
-            x, weight, lora_A, lora_B, None, 1.0, "triton"
-        ),
-        "backward of a layer, the operation, three launches": lambda: ops.backward(
-            dy, z, weight, lora_A, lora_B, 1.0, "triton"
-        ),
+        "forward of a layer, the operation, two launches": lambda: ops.forward(*forward),
+        "backward of a layer, the operation, three launches": lambda: ops.backward(*backward),
     }
 
 
@@ -136,9 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host_time", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--rounds", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument(
-        "--before", type=Path, help="a result of an earlier commit, to be kept beside this one"
-    )
+    kept = "a result of an earlier commit, to be kept beside this one"
+    parser.add_argument("--before", type=Path, help=kept)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     stub = importlib.import_module("tests.stub_gpu")
@@ -154,12 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     command = [sys.executable, "-m", "bench.host_time", "--worker", "--rounds", str(options.rounds)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     rows = json.loads(done.stdout)
-    now = environment()
+    now = origin("triton", "torch", "python", more=("machine",))
     result = {
         "what": "host time beside a stub driver for a GPU that was not present: nothing was computed",
         "command": "python -m bench.host_time",
-        **{key: now[key] for key in ("date", "commit", "dirty", "machine")},
-        "versions": {name: now["versions"][name] for name in ("triton", "torch", "python")},
+        **now,
         "rounds": options.rounds,
         "rows": rows,
     }
@@ -173,7 +167,3 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         write_json(options.out, result)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("python -m bench.gate.host", main))

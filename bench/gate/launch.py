@@ -20,6 +20,7 @@ import importlib
 import itertools
 import json
 import os
+import pkgutil
 import random
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import torch
 
+from lorafa_kernels import kernels as library
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
@@ -43,8 +45,8 @@ from lorafa_kernels.plan.pin import pin_plan
 from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
 from ..measure.cases import DTYPES
-from ..run.environment import ROOT, environment
-from ..run.shell import run_command, write_rows
+from ..run.environment import ROOT, origin
+from ..run.shell import write_rows
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 PLANS = {
@@ -209,42 +211,35 @@ def ws_cases() -> list[Scenario]:
     return list(dict.fromkeys((*WS_CORE, *pairwise(WS_LAYERS))))
 
 
-def operands(
-    case: Scenario, N: int, K: int, dtype: torch.dtype, adapted: bool, lora_A=None
-) -> LinearOperands:
+def operands(case: Scenario, N: int, K: int, adapted: bool, lora_A=None) -> LinearOperands:
     """One layer; its values are zeros, which nothing reads."""
-    factor_dtype = dtype if case.factor_dtype == "own" else DTYPES[case.factor_dtype]
-    weight = tensor(case, N, K, dtype=dtype)
-    bias = torch.zeros(N, dtype=dtype) if case.bias else None
+    dtype = DTYPES[case.dtype]
+    weight, bias = tensor(case, N, K), torch.zeros(N, dtype=dtype) if case.bias else None
     if not adapted:
         return LinearOperands(weight, bias)
-    if lora_A is None:
-        lora_A = tensor(case, case.R, K, dtype=dtype)
-    lora_B = torch.zeros((N, case.R), dtype=factor_dtype, requires_grad="dB" in case.needs)
+    factor = {"dtype": DTYPES.get(case.factor_dtype, dtype), "requires_grad": "dB" in case.needs}
+    lora_A = tensor(case, case.R, K) if lora_A is None else lora_A
+    lora_B = torch.zeros((N, case.R), **factor)
     return LinearOperands(weight, bias, lora_A, lora_B, 2.0, 0.1 if case.dropout else 0.0)
 
 
-def tensor(case: Scenario, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def tensor(case: Scenario, rows: int, columns: int) -> torch.Tensor:
     """A matrix as case.sizes says; one at an offset begins 8 bytes behind a multiple of 16."""
-    if case.sizes != "offset":
-        return torch.zeros((rows, columns), dtype=dtype)
-    skipped = 8 // dtype.itemsize
+    dtype = DTYPES[case.dtype]
+    skipped = 8 // dtype.itemsize if case.sizes == "offset" else 0
     return torch.zeros(rows * columns + skipped, dtype=dtype)[skipped:].view(rows, columns)
 
 
 def step(case: Scenario) -> None:
     """Run the forward and backward of a case."""
-    dtype = DTYPES[case.dtype]
     K, N = SIZES[case.sizes]
-    recipe = (PLANS | WS_PLANS)[case.plan]
-    if case.what == "llama":
-        with pin_plan(dict.fromkeys(OPERATIONS, recipe)):
-            return llama_step()
-    x = tensor(case, case.M, K, dtype=dtype).requires_grad_("dx" in case.needs)
     last = case.members - (case.adapted != "all")
-    with pin_plan(dict.fromkeys(OPERATIONS, recipe)):
+    with pin_plan(dict.fromkeys(OPERATIONS, (PLANS | WS_PLANS)[case.plan])):
+        if case.what == "llama":
+            return llama_step()
+        x = tensor(case, case.M, K).requires_grad_("dx" in case.needs)
         if case.what == "layer":
-            layer = operands(case, N, K, dtype, True)
+            layer = operands(case, N, K, True)
             more = {"scaling": layer.scaling, "dropout_p": layer.dropout_p}
             ys = [lorafa_linear(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, **more)]
         elif case.what == "group":
@@ -252,11 +247,11 @@ def step(case: Scenario) -> None:
             for index in range(case.members):
                 shared = members[0].lora_A if case.share_A and members else None
                 # Of several widths, as with grouped queries.
-                members.append(operands(case, N if index == 0 else N // 2, K, dtype, index < last, shared))
+                members.append(operands(case, N if index == 0 else N // 2, K, index < last, shared))
             ys = list(lorafa_linear_group(x, members, share_A=case.share_A))
         else:
-            gate, up = operands(case, N, K, dtype, True), operands(case, N, K, dtype, True)
-            down = operands(case, K, N, dtype, case.adapted == "all")
+            gate, up = operands(case, N, K, True), operands(case, N, K, True)
+            down = operands(case, K, N, case.adapted == "all")
             ys = [lorafa_gated_mlp(x, gate, up, down, activation=case.activation)]
         if case.unused and len(ys) > 1:
             del ys[0]
@@ -348,14 +343,11 @@ def _asked(launch) -> tuple:
 
 def kernels() -> set[str]:
     """The names of the library's kernels, as launches have them."""
-    modules = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
-    specialised = ("expand_ws", "expand_ws_z")
-    found = set()
-    for name in (*modules, *specialised):
-        for key in vars(importlib.import_module(f"lorafa_kernels.kernels.{name}")):
-            if key.endswith("_kernel"):
-                found.add(key.strip("_"))
-    return found
+    modules = [
+        importlib.import_module(f"{library.__name__}.{one.name}")
+        for one in pkgutil.iter_modules(library.__path__)
+    ]
+    return {key.strip("_") for module in modules for key in vars(module) if key.endswith("_kernel")}
 
 
 def not_launched(rows: list[dict], archs: tuple[str, ...], ws: bool = False) -> list[str]:
@@ -371,20 +363,12 @@ def not_launched(rows: list[dict], archs: tuple[str, ...], ws: bool = False) -> 
     return missing
 
 
-def run_cases(cases: list[Scenario], arch: str, out: Path) -> None:
-    """Write the rows of some cases, one a line, to `out`. In a process beside a stub driver."""
-    torch.set_num_threads(1)
-    with out.open("w") as file:
-        for case in cases:
-            print(json.dumps(judge(case, arch)), file=file, flush=True)
-
-
-def run_worker(arch: str, core: bool, ws: bool, part: int, parts: int, folder: Path) -> list[dict]:
+def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, folder: Path) -> list[dict]:
     """Run every parts-th case for an architecture in a process of its own, and return the rows."""
     out = folder / f"{arch}-{part}.jsonl"
     stub = (sys.executable, "-m", "tests.stub_gpu", "--arch", arch, "-m", "bench.launch_gate")
     command = [*stub, "--out", str(out), "--part", str(part), str(parts)]
-    command += ["--core"] * core + ["--ws"] * ws
+    command += ["--core"] * options.core + ["--ws"] * options.ws
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     unset = ("TRITON_INTERPRET", "LORAFA_KERNELS_PLAN")
     kept = {key: value for key, value in os.environ.items() if key not in unset} | {"PYTHONPATH": path}
@@ -392,15 +376,14 @@ def run_worker(arch: str, core: bool, ws: bool, part: int, parts: int, folder: P
     kept["LORAFA_KERNELS_CACHE"] = str(folder / "no-cache")
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    if len(rows) < len(part_of(arch, core, ws, part, parts)):
+    if len(rows) < len(part_of(arch, options, part, parts)):
         raise RuntimeError(f"the process for {arch} ended early:\n{done.stdout}{done.stderr}")
     return rows
 
 
-def part_of(arch: str, core: bool, ws: bool, part: int, parts: int) -> list[Scenario]:
-    if ws:
-        return (list(WS_CORE) if core else ws_cases())[part::parts]
-    return (list(CORE) if core else all_cases(arch))[part::parts]
+def part_of(arch: str, options: argparse.Namespace, part: int, parts: int) -> list[Scenario]:
+    core, whole = (WS_CORE, ws_cases) if options.ws else (CORE, lambda: all_cases(arch))
+    return list(core if options.core else whole())[part::parts]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -413,18 +396,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.part:
+        # In a process beside a stub driver.
         arch = os.environ["LORAFA_STUB_GPU"]
-        run_cases(part_of(arch, options.core, options.ws, *options.part), arch, options.out)
+        torch.set_num_threads(1)
+        with options.out.open("w") as file:
+            for case in part_of(arch, options, *options.part):
+                print(json.dumps(judge(case, arch)), file=file, flush=True)
         return 0
     if lacks := importlib.import_module("tests.stub_gpu").missing():
         parser.error(lacks)
     begin = time.perf_counter()
-    now = environment()
+    now = origin("triton", "torch", "transformers")
     archs, workers = ("sm_90",) if options.ws else tuple(options.arch), options.workers
     parts = 1 if options.core else workers
     with tempfile.TemporaryDirectory(prefix="launch-gate-") as folder, ThreadPoolExecutor(workers) as pool:
         jobs = [
-            pool.submit(run_worker, arch, options.core, options.ws, part, parts, Path(folder))
+            pool.submit(run_worker, arch, options, part, parts, Path(folder))
             for arch in archs
             for part in range(parts)
         ]
@@ -435,8 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         "what": "kernels launched into a stub driver for GPUs that were not present: nothing was computed",
         "command": "python -m bench.launch_gate" + " --ws" * options.ws,
         "core": options.core,
-        **{key: now[key] for key in ("date", "commit", "dirty")},
-        "versions": {name: now["versions"][name] for name in ("triton", "torch", "transformers")},
+        **now,
         "archs": list(archs),
         "seconds": round(time.perf_counter() - begin),
         "launched": sum(len(row["launches"]) for row in rows),
@@ -446,14 +432,8 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     write_rows(options.out, result)
-    for row in failed:
-        print(f"{row['arch']} {row['case']}: {'; '.join(row['faults'])}")
-    for line in missing:
-        print(line)
+    print("".join(f"{row['arch']} {row['case']}: {'; '.join(row['faults'])}\n" for row in failed), end="")
+    print("".join(f"{line}\n" for line in missing), end="")
     done = f"{len(rows)} cases, {result['launched']} launches in {result['seconds']} s"
     print(f"{done}, {result['failed']} failed: {options.out}")
     return 1 if result["failed"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("python -m bench.gate.launch", main))

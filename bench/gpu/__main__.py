@@ -32,34 +32,21 @@ LARGEST_FILE = 16 * 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [stage.name for stage in STAGES]
-    parser.add_argument("--out", type=Path, help="folder for what is found (default: $OUT, else .gpu)")
-    parser.add_argument(
-        "--stages",
-        nargs="+",
-        choices=names,
-        metavar="STAGE",
-        help=f"only these of {', '.join(names)} (default: all)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=TOTAL,
-        metavar="SECONDS",
-        help="for all of them (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--past", type=Path, nargs="*", metavar="FOLDER", help=f"of earlier calls (default: {PAST.name})"
-    )
+    where = "folder for what is found (default: $OUT, else .gpu)"
+    parser.add_argument("--out", type=Path, help=where)
+    some = {"nargs": "+", "choices": names, "metavar": "STAGE"}
+    parser.add_argument("--stages", help=f"only these of {', '.join(names)} (default: all)", **some)
+    seconds = {"type": float, "default": TOTAL, "metavar": "SECONDS"}
+    parser.add_argument("--budget", help="for all of them (default: %(default)g)", **seconds)
+    folders = {"type": Path, "nargs": "*", "metavar": "FOLDER"}
+    parser.add_argument("--past", help=f"of earlier calls (default: {PAST.name})", **folders)
     parser.add_argument("--again", action="store_true", help="do again what earlier calls completed")
 
 
 def main(argv: list[str] | None = None) -> int:
     def command() -> int:
-        parser = Parser(
-            prog="python -m bench.gpu",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        parser = Parser(prog="python -m bench.gpu", description=__doc__, formatter_class=raw)
         add_arguments(parser)
         return run(parser.parse_args(argv))
 
@@ -93,8 +80,8 @@ def run(options: argparse.Namespace) -> int:
         done=frozenset() if options.again or options.stages else done,
         tree=about["tree"],
     )
-    own = os.environ.get("TRITON_CACHE_DIR")
-    folder = Path(own or Path(tempfile.gettempdir()) / f"lorafa-gpu-triton-{os.getuid()}")
+    elsewhere = Path(tempfile.gettempdir()) / f"lorafa-gpu-triton-{os.getuid()}"
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or elsewhere)
     call.environment["TRITON_CACHE_DIR"] = str(folder)
     call.write("run", command="python -m bench.gpu", grid="gpu", identity="", environment=about)
     driver.say(call, f"{device}, driver {about['machine']['gpu'].get('driver')}; results in {out}")

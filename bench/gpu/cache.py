@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -40,25 +39,16 @@ def pack(cache: Path, out: Path, part_bytes: int = PART_BYTES, most_parts: int =
     Each part appears whole; parts of an earlier call that are no longer needed are removed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    waiting = list(entries(cache))
-    parts = 0
+    waiting, parts = list(entries(cache)), 0
+    room = part_bytes - min(LARGEST_ENTRY, part_bytes // 4)
     while waiting and parts < most_parts:
-        descriptor, name = tempfile.mkstemp(prefix=".triton-cache", dir=out)
-        aside = Path(name)
-        try:
-            with (
-                os.fdopen(descriptor, "wb") as raw,
-                tarfile.open(fileobj=raw, mode="w:gz", compresslevel=1) as tar,
-            ):
-                room = part_bytes - min(LARGEST_ENTRY, part_bytes // 4)
-                while waiting and raw.tell() < room:
-                    files = waiting.pop(0)
-                    for path in files:
-                        tar.add(path, f"{path.parent.name}/{path.name}", recursive=False)
-            aside.chmod(0o644)
-            os.replace(aside, out / NAME.format(parts))
-        finally:
-            aside.unlink(missing_ok=True)
+        # The command removes what an earlier one left of these.
+        aside = out / f".triton-cache-{parts}"
+        with aside.open("wb") as raw, tarfile.open(fileobj=raw, mode="w:gz", compresslevel=1) as tar:
+            while waiting and raw.tell() < room:
+                for path in waiting.pop(0):
+                    tar.add(path, f"{path.parent.name}/{path.name}", recursive=False)
+        os.replace(aside, out / NAME.format(parts))
         parts += 1
     for path in out.glob(PATTERN):
         if path.name not in {NAME.format(number) for number in range(parts)}:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from ..run.environment import ROOT
 from ..run.shell import INTERRUPTED, Lines
+from ..run.store import read
 from ..run.stub import stub_name
 
 # What a stage is told, and the file with the tests that are not to be run again.
@@ -71,12 +73,13 @@ RESERVE = 15.0
 
 @dataclass
 class Call(Lines):
-    """One call of the command. file: of JSON lines; past: folders of earlier calls; cache: Triton's folder;
-    done: names of stages that earlier calls completed.
+    """One call of the command, for its driver and, as told, for the process of a stage. file: of JSON lines;
+    log: of everything that is printed, or None; budget: seconds from `started`; past: folders of earlier
+    calls; done: names of stages that they completed; tree: the hash of the files.
     """
 
     file: Path
-    log: Path
+    log: Path | None
     run: str
     budget: float
     started: float
@@ -88,6 +91,22 @@ class Call(Lines):
     @property
     def left(self) -> float:
         return self.budget - (time.monotonic() - self.started)
+
+    def for_stage(self, seconds: float) -> str:
+        """Return what a stage's process is told, for VARIABLE; it should end within so many seconds."""
+        past = [str(folder) for folder in self.past]
+        about = {"file": str(self.file), "run": self.run, "past": past, "tree": self.tree}
+        return json.dumps(about | {"seconds": seconds})
+
+    @classmethod
+    def told(cls) -> Call:
+        about = json.loads(os.environ[VARIABLE])
+        rest = {"past": tuple(map(Path, about["past"])), "tree": about["tree"]}
+        return cls(Path(about["file"]), None, about["run"], about["seconds"], time.monotonic(), **rest)
+
+    def before(self, device: str | None) -> list[dict]:
+        """Return the lines of earlier calls with these files, and of this call."""
+        return earlier((*self.past, self.file.parent), self.tree, device)[1]
 
 
 def say(call: Call, text: str) -> None:
@@ -123,16 +142,15 @@ def run(stages: tuple[Stage, ...], call: Call) -> int:
         limit = room if stage.stretches else min(own[stage.name], room)
         if code == 2 or limit < min(5.0, own[stage.name]):
             why = "there is no GPU" if code == 2 else "no time was left"
-            conclude(call, stage, "not run", why, 0.0, None)
+            conclude(call, stage, "not run", why)
             continue
         say(call, f"{stage.name}: {stage.answers} (at most {limit:.0f} s)")
         try:
             verdict, exit_code = run_stage(stage, call, limit)
         except KeyboardInterrupt:
-            conclude(call, stage, "interrupted", "", 0.0, None)
-            say(
-                call, f"interrupted; what was found is in {call.file}; the same command goes on with the rest"
-            )
+            conclude(call, stage, "interrupted", "")
+            found = f"what was found is in {call.file}"
+            say(call, f"interrupted; {found}; the same command goes on with the rest")
             return INTERRUPTED
         verdicts[stage.name] = verdict
         if exit_code == NO_GPU:
@@ -150,44 +168,33 @@ def run_stage(stage: Stage, call: Call, limit: float) -> tuple[str, int | None]:
     broke: list[str] = []
     call.write("stage", name=stage.name, verdict="begun", limit=round(limit, 1))
     for attempt in range(stage.restarts + 1):
-        seconds = limit - (time.monotonic() - began)
-        code, verdict, last = watch(stage, call, seconds, attempt)
+        code, verdict, last = watch(stage, call, limit - (time.monotonic() - began))
+        said = verdict or last or "nothing was said"
         if code in (0, 1, UNFINISHED, NO_GPU) or code is None:
             break
         broke.append(verdict or last or ended(code))
+        said = f"its process {ended(code)}: {said}"
         if limit - (time.monotonic() - began) < 2 * GRACE:
             break
         if attempt < stage.restarts:
             say(call, f"{stage.name}: its process {ended(code)}; started again for the rest")
-    seconds = time.monotonic() - began
     if code is None:
-        said = (
-            f"did not end by itself within {limit:.0f} s and was killed; last: {verdict or last or 'nothing'}"
-        )
-    elif code in (0, 1, UNFINISHED, NO_GPU):
-        said = verdict or last or "nothing was said"
-    else:
-        said = f"its process {ended(code)}: {verdict or last or 'nothing was said'}"
+        last = verdict or last or "nothing"
+        said = f"did not end by itself within {limit:.0f} s and was killed; last: {last}"
     found = {0: PASSED, UNFINISHED: LEFT}.get(code, FAILED)
     if broke:
         found = FAILED
         said += f"; its process broke {len(broke)} times, first: {broke[0]}"
-    conclude(call, stage, found, said, seconds, code)
+    conclude(call, stage, found, said, time.monotonic() - began, code)
     return found, code
 
 
-def conclude(call: Call, stage: Stage, verdict: str, said: str, seconds: float, code: int | None) -> None:
+def conclude(
+    call: Call, stage: Stage, verdict: str, said: str, seconds: float = 0.0, code: int | None = None
+) -> None:
     """Write a stage's verdict down, and print it."""
-    rounded = round(seconds, 1)
-    call.write(
-        "stage",
-        name=stage.name,
-        verdict=verdict,
-        said=said[:2000],
-        seconds=rounded,
-        code=code,
-        tree=call.tree,
-    )
+    about = {"said": said[:2000], "seconds": round(seconds, 1), "code": code, "tree": call.tree}
+    call.write("stage", name=stage.name, verdict=verdict, **about)
     say(call, f"{stage.name}: {verdict.upper()} in {seconds:.0f} s{f': {said[:400]}' if said else ''}")
 
 
@@ -212,57 +219,48 @@ def command_of(stage: Stage) -> list[str]:
     return [sys.executable, "-u", *through, *own]
 
 
-def watch(stage: Stage, call: Call, limit: float, attempt: int) -> tuple[int | None, str, str]:
+def watch(stage: Stage, call: Call, limit: float) -> tuple[int | None, str, str]:
     """Run a stage's process for at most `limit` seconds, with its output in the log. Return its exit code, or
     None if it had to be killed, its verdict, and its last line.
     """
     began = time.monotonic()
     grace = min(GRACE, limit / 4)
-    about = {
-        "file": str(call.file),
-        "run": call.run,
-        "past": [str(folder) for folder in call.past],
-        "tree": call.tree,
-        "attempt": attempt,
-        "seconds": limit - grace,
-    }
-    environment = {**os.environ, **call.environment, VARIABLE: json.dumps(about), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **call.environment, VARIABLE: call.for_stage(limit - grace)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         command_of(stage),
         cwd=ROOT,
-        env=environment,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=os.setpgrp,
+        # A group of its own, with all that it starts.
+        start_new_session=True,
     )
-    output = Output(call.log)
-    asked = killed = False
-    told = began
-    try:
-        with selectors.DefaultSelector() as selector:
-            os.set_blocking(process.stdout.fileno(), False)
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while process.poll() is None:
-                if selector.select(timeout=0.2) and not output.read(process.stdout):
-                    time.sleep(0.05)  # Its output is closed; it has not ended yet.
+    output = Output()
+    reader = threading.Thread(target=output.follow, args=(process.stdout, call.log))
+    reader.start()
+
+    def ends_within(seconds: float) -> bool:
+        while (left := seconds - (time.monotonic() - began)) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(left, PROGRESS_S))
+                return True
+            if left > PROGRESS_S:
                 passed = time.monotonic() - began
-                if passed > limit - grace and not asked:
-                    asked = True
-                    send(process, signal.SIGINT)
-                if passed > limit:
-                    killed = True
-                    break
-                if time.monotonic() - told > PROGRESS_S:
-                    told = time.monotonic()
-                    say(call, f"{stage.name}: {passed:.0f} of {limit:.0f} s; {output.last[:100]}")
+                say(call, f"{stage.name}: {passed:.0f} of {limit:.0f} s; {output.last[:100]}")
+        return False
+
+    killed = False
+    try:
+        if not ends_within(limit - grace):
+            send(process, signal.SIGINT)
+            killed = not ends_within(limit)
     finally:
         # Also what the process has started, and after Ctrl-C.
         send(process, signal.SIGKILL)
         process.wait()
-        output.read(process.stdout)
-        output.close()
+        reader.join()
         process.stdout.close()
     return (None if killed else process.returncode), output.verdict, output.last
 
@@ -276,81 +274,40 @@ def send(process: subprocess.Popen, number: int) -> None:
 class Output:
     """What a stage prints: into the log, up to LOG_BYTES of it, with its verdict and its last line kept."""
 
-    def __init__(self, path: Path):
-        self.file = path.open("ab")
-        self.rest = b""
-        self.verdict = self.last = ""
+    verdict = last = ""
 
-    def read(self, stream) -> bool:
-        """Take what there is; return whether there can be more."""
-        while True:
-            try:
-                data = stream.read(65536)
-            except (BlockingIOError, ValueError):
-                return True
-            if data is None:
-                return True
-            if not data:
-                return False
-            self.take(data)
-
-    def take(self, data: bytes) -> None:
-        room = LOG_BYTES - self.file.tell()
-        if room > 0:
-            self.file.write(data[:room])
-            if len(data) >= room:
-                self.file.write(b"\n(the log ends here: it is full)\n")
-            self.file.flush()
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        self.rest = self.rest[-4096:]
-        for line in lines:
-            text = line.decode("utf-8", "replace").strip()
-            if text.startswith(VERDICT):
-                self.verdict = text.removeprefix(VERDICT)
-            elif text and not text.startswith("STUB "):
-                self.last = text
-
-    def close(self) -> None:
-        if self.rest:
-            self.take(b"\n")
-        self.file.close()
+    def follow(self, stream: BinaryIO, path: Path) -> None:
+        """Take all lines until everybody who writes them has ended."""
+        with path.open("ab") as log:
+            for line in stream:
+                room = LOG_BYTES - log.tell()
+                # A full disk must not keep a stage from printing.
+                with contextlib.suppress(OSError):
+                    log.write(line[: max(0, room)])
+                    if 0 < room <= len(line):
+                        log.write(b"\n(the log ends here: it is full)\n")
+                    log.flush()
+                text = line[-4096:].decode("utf-8", "replace").strip()
+                if text.startswith(VERDICT):
+                    self.verdict = text.removeprefix(VERDICT)
+                elif text and not text.startswith("STUB "):
+                    self.last = text
 
 
 def earlier(folders: tuple[Path, ...], tree: str, device: str | None) -> tuple[frozenset[str], list[dict]]:
     """Return the names of the stages that earlier calls completed with these files on this device, and all
     their lines. folders: where those calls wrote.
     """
-    found: list[dict] = []
-    for path in sorted({path.resolve() for folder in folders for path in folder.glob("*.jsonl")}):
-        runs: set[str] = set()
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if not isinstance(record, dict):
-                continue
-            if record.get("kind") == "run" and device_in(record) == device and tree_in(record) == tree:
-                runs.add(record.get("run"))
-            elif record.get("run") in runs:
-                found.append(record)
-    done = {
-        r["name"] for r in found if r.get("kind") == "stage" and r.get("verdict") == PASSED and "name" in r
-    }
-    return frozenset(done), found
 
+    def fits(about: dict) -> bool:
+        return about.get("tree") == tree and (about["machine"].get("gpu") or {}).get("name") == device
 
-def device_in(run: dict) -> str | None:
-    """Return the name of the GPU in a record of kind "run"."""
-    with contextlib.suppress(KeyError, TypeError):
-        return run["environment"]["machine"]["gpu"]["name"]
-    return None
-
-
-def tree_in(run: dict) -> str | None:
-    with contextlib.suppress(KeyError, TypeError):
-        return run["environment"]["tree"]
-    return None
+    files = sorted({path.resolve() for folder in folders for path in folder.glob("*.jsonl")})
+    records = [record for file in files for record in read(file)[0]]
+    runs = {r["run"] for r in records if r["kind"] == "run" and fits(r["environment"])}
+    found = [r for r in records if r["kind"] != "run" and r["run"] in runs]
+    passed = (r for r in found if r["kind"] == "stage" and r.get("verdict") == PASSED)
+    return frozenset(r["name"] for r in passed if "name" in r), found
 
 
 def answers() -> bool:

@@ -18,53 +18,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..run.shell import Lines
 from ..run.stub import stub_name
-from .driver import DONE, FAILED, NO_GPU, RESTART, UNFINISHED, VARIABLE, VERDICT, answers, earlier
+from .driver import DONE, NO_GPU, RESTART, UNFINISHED, VERDICT, Call
 
 REPEATS = 200
+# Of one check, mostly compiling.
+CHECK_SECONDS = 3.0
 # Memory of a worker that runs tests: they leave 5 GiB and less, and each has a context of its own.
 WORKER_GIB, MOST_WORKERS = 6, 12
 # A test past 2^31 elements takes 8.6 GB, and as much again for its reference.
 MEMORY_WORKER_GIB = 22
 TEST_SECONDS = 100
-
-
-@dataclass(frozen=True)
-class Told(Lines):
-    """What driver.py tells its stage. end: when to have ended (time.monotonic)."""
-
-    file: Path
-    run: str
-    past: tuple[Path, ...]
-    tree: str
-    attempt: int
-    end: float
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def before(self, device: str | None) -> list[dict]:
-        """Return the lines of earlier calls with these files, and of this call."""
-        folders = (*self.past, self.file.parent)
-        return earlier(folders, self.tree, device)[1]
-
-
-def told() -> Told:
-    found = json.loads(os.environ[VARIABLE])
-    return Told(
-        Path(found["file"]),
-        found["run"],
-        tuple(map(Path, found["past"])),
-        found["tree"],
-        found["attempt"],
-        time.monotonic() + found["seconds"],
-    )
 
 
 def verdict(text: str, code: int) -> int:
@@ -75,7 +43,7 @@ def verdict(text: str, code: int) -> int:
 # environment
 
 
-def environment(call: Told) -> int:
+def environment(call: Call) -> int:
     """Import everything, and say what is here."""
     import torch
 
@@ -85,11 +53,8 @@ def environment(call: Told) -> int:
     if not torch.cuda.is_available():
         return verdict("PyTorch finds no GPU here (torch.cuda.is_available() is False)", NO_GPU)
     problems: dict[str, str] = {}
-    names = []
-    for package in (lorafa_kernels, bench):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):
-                names.append(module.name)
+    walked = [pkgutil.walk_packages(of.__path__, f"{of.__name__}.") for of in (lorafa_kernels, bench)]
+    names = [one.name for modules in walked for one in modules if not one.name.endswith("__main__")]
     for name in names:
         try:
             importlib.import_module(name)
@@ -99,14 +64,12 @@ def environment(call: Told) -> int:
 
     about = describe()
     call.write("run", command="python -m bench.gpu", grid="gpu", identity="", environment=about)
-    call.write(
-        "check", key="imports", status="failed" if problems else "ok", modules=len(names), failed=problems
-    )
+    status = "failed" if problems else "ok"
+    call.write("check", key="imports", status=status, modules=len(names), failed=problems)
     gpu, versions = about["machine"]["gpu"], about["versions"]
     text = ", ".join(f"{name} {value}" for name, value in versions.items())
-    state = (
-        f"driver {gpu.get('driver')}, SM clock {gpu.get('sm_clock_mhz')} of {gpu.get('sm_clock_max_mhz')} MHz"
-    )
+    clocks = f"SM clock {gpu.get('sm_clock_mhz')} of {gpu.get('sm_clock_max_mhz')} MHz"
+    state = f"driver {gpu.get('driver')}, {clocks}"
     if problems:
         first = next(iter(problems.items()))
         return verdict(f"{len(problems)} of {len(names)} modules fail, first {first[0]}: {first[1]}", 1)
@@ -116,15 +79,9 @@ def environment(call: Told) -> int:
 # kernels
 
 
-@dataclass(frozen=True)
-class Check:
-    """A composition of kernels: compute(pdl) -> results, exact and plain -> what they are compared with.
-    pdls: with dependent launch, and without, where it makes a difference.
-    """
-
-    key: str
-    make: Callable[[], tuple[Callable[[bool], dict], dict, dict]]
-    pdls: tuple[bool, ...] = (True, False)
+# A composition of kernels: its name; how to make compute(pdl) -> results, and the exact and the plain ones;
+# and with and without dependent launch, where it makes a difference.
+Check = tuple[str, Callable[[], tuple[Callable[[bool], dict], dict, dict]], tuple[bool, ...]]
 
 
 def checks(device: str, small: bool) -> list[Check]:
@@ -132,14 +89,11 @@ def checks(device: str, small: bool) -> list[Check]:
     import torch
 
     from lorafa_kernels.checks.blocks import block_results, draw_block, plain_block
-    from lorafa_kernels.checks.budget import draw_operands, plain_formula
+    from lorafa_kernels.checks.budget import draw_operands, lorafa_results, plain_formula
     from lorafa_kernels.kernels.gated import gated, gated_backward
-    from lorafa_kernels.linear import fused as linear
-    from lorafa_kernels.operands import draw_seed
-    from lorafa_kernels.plan.choice import planned_device
     from lorafa_kernels.plan.config import KernelPlan
-    from lorafa_kernels.plan.kernels import all_configs
-    from lorafa_kernels.plan.recipe import Problem
+    from lorafa_kernels.plan.pin import pin_plan
+    from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
     from ..measure.kernels import PORTABLE_CONFIG
 
@@ -149,38 +103,22 @@ def checks(device: str, small: bool) -> list[Check]:
     def layer(name: str, M: int, K: int, N: int, R: int, dtype, dropout: float = 0.0, **plan) -> Check:
         def make():
             o = draw_operands(M, K, N, R, dtype, device, factor_dtype=fp32, dropout_p=dropout)
-            with o.seeded():
-                seed = draw_seed(o.x.device) if dropout else None
-            more = (o.scaling, dropout, seed)
 
             def compute(pdl: bool) -> dict:
-                limits = planned_device(o.x.device).limits
-                forward, backward = (
-                    all_configs(
-                        KernelPlan(pdl=pdl, **plan),
-                        Problem(op, dtype, M, N, K, R, dropout=dropout > 0),
-                        limits,
-                    )
-                    for op in ("forward", "backward")
-                )
-                y, z = linear.forward(o.x, o.weight, o.lora_A, o.lora_B, o.bias, *more, plan=forward)
-                dx, dB = linear.backward(o.dy, z, o.weight, o.lora_A, o.lora_B, *more, plan=backward)
-                return {"y": y, "dx": dx, "dB": dB}
+                with pin_plan(dict.fromkeys(OPERATIONS, Recipe("fused", KernelPlan(pdl=pdl, **plan)))):
+                    return lorafa_results(o, "triton")
 
             return compute, plain_formula(o, torch.float64), plain_formula(o)
 
-        return Check(f"layer {name} {M}x{K}x{N} R={R}", make)
+        return f"layer {name} {M}x{K}x{N} R={R}", make, (True, False)
 
     def block(name: str, dtype, text: str) -> Check:
         def make():
             o = draw_block(name, many, 512, 512, 16, dtype, device)
-            return (
-                lambda pdl: block_results(name, o, "triton"),
-                plain_block(name, o, torch.float64),
-                plain_block(name, o),
-            )
+            exact, plain = plain_block(name, o, torch.float64), plain_block(name, o)
+            return lambda pdl: block_results(name, o, "triton"), exact, plain
 
-        return Check(f"{name} {text} {many}x512x512 R=16", make, (True,))
+        return f"{name} {text} {many}x512x512 R=16", make, (True,)
 
     def activation(kind: str) -> Check:
         def make():
@@ -195,13 +133,11 @@ def checks(device: str, small: bool) -> list[Check]:
 
             def compute(pdl: bool) -> dict:
                 dg = dh.clone()
-                h = gated(g, u, kind)
-                du = gated_backward(dg, g, u, kind, True)
-                return {"h": h, "dg": dg, "du": du}
+                return {"h": gated(g, u, kind), "dg": dg, "du": gated_backward(dg, g, u, kind, True)}
 
             return compute, formula(torch.float64), formula(bf16)
 
-        return Check(f"gated {kind} {many}x512", make, (True,))
+        return f"gated {kind} {many}x512", make, (True,)
 
     found = [
         layer("bf16", many, 1024, 1536, 16, bf16),
@@ -224,62 +160,49 @@ def checks(device: str, small: bool) -> list[Check]:
     return found[:2] + found[8:9] if small else found
 
 
-def checked_before(call: Told, device: str) -> tuple[set, dict[str, int]]:
-    """Return which checks are done, (key, pdl), and how many of this call and others came out how."""
-    found = [r for r in call.before(device) if r.get("kind") == "check" and "pdl" in r]
-    # What this call has begun already broke the process, or is done; of earlier calls what was right.
-    known = {(r["key"], r["pdl"]) for r in found if r.get("run") == call.run or r.get("status") == "ok"}
-    counts = {"ok": 0, "failed": 0}
-    for r in found:
-        if r.get("status") in counts:
-            counts[r["status"]] += 1
-    begun = {(r["key"], r["pdl"]) for r in found if r.get("run") == call.run}
-    ended = {(r["key"], r["pdl"]) for r in found if r.get("status") in counts}
-    for key, pdl in sorted(begun - ended):
-        counts["failed"] += 1
-        call.write("check", key=key, pdl=pdl, status=FAILED, reason="it took its process along")
-    return known, counts
+def check_job(key: str, make: Callable, pdl: bool, stub: bool):
+    """A check as a job of the runner, which knows what is done and what took its process along. What was
+    wrong is tried again in a later call.
+    """
+    from ..measure.layers import recorded, verdict_of
+    from ..run.runner import Job
+
+    def run(tick) -> dict:
+        row = {"contender": "triton", **verdict_of(None), "repeats": 0, "equal": None}
+        with recorded(row, key=key):
+            run_check(make(), pdl, row, stub)
+        found = {"pdl": pdl, "rows": [row]}
+        return found if row["status"] == "ok" else {**found, "retry": row["reason"]}
+
+    name = f"{key}, {'with' if pdl else 'without'} dependent launch"
+    return Job(name, "check", CHECK_SECONDS, run, contenders=("triton",))
 
 
-def kernels(call: Told) -> int:
+def kernels(call: Call) -> int:
     """Run each check once against fp64, and 200 times for the same bits."""
     import torch
 
-    stub = stub_name() is not None
-    known, counts = checked_before(call, torch.cuda.get_device_name(0))
-    first = None
-    left = 0
-    for check in checks("cuda", small=stub):
-        wanted = [pdl for pdl in check.pdls if (check.key, pdl) not in known]
-        if wanted and call.left < 5:
-            left += len(wanted)
-            continue
-        made = None
-        for pdl in wanted:
-            began = time.monotonic()
-            call.write("check", key=check.key, pdl=pdl, status="begun")
-            row = {"status": "ok", "errors": {}, "reason": None, "repeats": 0, "equal": None}
-            lost = False
-            try:
-                made = made or check.make()
-                run_check(made, pdl, row, stub)
-            except Exception as error:
-                row.update(status=FAILED, reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
-                lost = not answers()
-            call.write("check", key=check.key, pdl=pdl, **row, seconds=round(time.monotonic() - began, 2))
-            if lost:
-                return verdict(f"{check.key}: {row['reason']}", RESTART)
-            counts[row["status"]] += 1
-            if row["status"] == FAILED and first is None:
-                first = f"{check.key}, {'with' if pdl else 'without'} dependent launch: {row['reason']}"
-            print(f"{check.key} pdl={pdl}: {row['status']} {row['reason'] or ''}", flush=True)
-    done = sum(counts.values())
-    if counts["failed"]:
-        of_before = "of an earlier process"
-        return verdict(f"{counts['failed']} of {done} wrong, first {first or of_before}", 1)
-    how = "launched through the stub, no value compared" if stub else f"{REPEATS} times alike"
-    text = f"{counts['ok']} of {done} right, each {how}"
-    return verdict(f"{text}; {left} left, no time", UNFINISHED) if left else verdict(text, 0)
+    small = stub_name() is not None
+    # Of this call all that was begun: what broke the process is not tried twice.
+    mine = [r for r in call.before(torch.cuda.get_device_name(0)) if r["run"] == call.run and "key" in r]
+    begun = {r["key"] for r in mine}
+    wrong = {r["key"]: r["retry"] for r in mine if r.get("retry")}
+    for key in sorted(begun - {r["key"] for r in mine if r["kind"] == "check"}):
+        wrong[key] = "it took its process along"
+        row = {"contender": "triton", "status": "failed", "reason": wrong[key]}
+        call.write("check", key=key, rows=[row], retry=wrong[key])
+    every = [
+        check_job(key, make, pdl, small) for key, make, pdls in checks("cuda", small=small) for pdl in pdls
+    ]
+    outcome, code = measured(call, [job for job in every if job.key not in begun], "gpu-kernels")
+    wrong |= {record["key"]: record["retry"] for record in outcome.records if record.get("retry")}
+    if code == RESTART or wrong:
+        first = next((f"first {key}: {reason}" for key, reason in wrong.items()), "")
+        return verdict(f"{len(wrong)} of {len(every)} wrong, {first}", code if code == RESTART else 1)
+    left = len(outcome.left)
+    how = "launched through the stub, no value compared" if small else f"{REPEATS} times alike"
+    text = f"{len(every) - left} of {len(every)} right, each {how}"
+    return verdict(f"{text}; {left} left, no time" if left else text, code)
 
 
 def run_check(made: tuple, pdl: bool, row: dict, stub: bool) -> None:
@@ -289,7 +212,7 @@ def run_check(made: tuple, pdl: bool, row: dict, stub: bool) -> None:
     import torch
 
     from ..measure.judge import poisoned_memory
-    from ..measure.kernels import Subject
+    from ..measure.kernels import errors_of
     from ..measure.layers import settle
 
     compute, exact, plain = made
@@ -298,7 +221,7 @@ def run_check(made: tuple, pdl: bool, row: dict, stub: bool) -> None:
     if stub:
         row["reason"] = "launched; values are not compared in the stub"
     else:
-        settle(row, Subject(lambda: compute(pdl), exact, plain).errors_of(got))
+        settle(row, errors_of(got, exact, plain))
     same = True
     for _ in range(2 if stub else REPEATS):
         again = compute(pdl)
@@ -306,13 +229,13 @@ def run_check(made: tuple, pdl: bool, row: dict, stub: bool) -> None:
         same = same and (stub or all(torch.equal(again[name], got[name]) for name in got))
     row["equal"] = None if stub else same
     if not same:
-        row.update(status=FAILED, reason="not the same bits each time")
+        row.update(status="failed", reason="not the same bits each time")
 
 
 # measurements
 
 
-def measured(call: Told, jobs, setting, name: str) -> tuple[object, int]:
+def measured(call: Call, jobs, name: str) -> tuple[object, int]:
     """Run jobs of bench into the call's file, and print their tables."""
     from ..report.console import show
     from ..run.runner import make_console, run
@@ -325,6 +248,7 @@ def measured(call: Told, jobs, setting, name: str) -> tuple[object, int]:
         call.file,
         grid=name,
         command="python -m bench.gpu",
+        run_id=call.run,
         budget=max(1.0, call.left),
         started=time.monotonic(),
         elsewhere=(*folders, *call.past, call.file.parent),
@@ -370,7 +294,7 @@ def setting_here(small: bool):
     return Setting("cuda")
 
 
-def ceilings(call: Told) -> int:
+def ceilings(call: Call) -> int:
     """Measure what this GPU can do at best, then the kernels of two layers of Llama-3-8B."""
     from ..measure import kernels as kernel_jobs
     from ..measure.cases import Case, cases, find_layers
@@ -387,26 +311,23 @@ def ceilings(call: Told) -> int:
         (case,) = shapes
         timed = partial(kernel_jobs.time_kernels, case, "cuda", rounds=2, interpreted=True)
         wanted[1:] = [replace(job, run=lambda tick: timed(tick=tick)) for job in wanted[1:]]
-    outcome, code = measured(call, wanted, setting, "gpu-ceilings")
+    outcome, code = measured(call, wanted, "gpu-ceilings")
     rates = []
-    for record in outcome.records:
-        for row in record["rows"]:
-            if row.get("what") == "copy":
-                rates.append(f"copy {row['gb_per_s']['median']:.0f} GB/s")
-            elif row.get("what") == "product":
-                rates.append(f"{row['dtype']} {row['size'][0]}^3 {row['tflops']['median']:.0f} TFLOP/s")
-            elif row.get("contender") == "triton" and row.get("ratios", {}).get("cublas"):
-                shape = record["case"]["label"].split(" R=")[0]
-                rates.append(
-                    f"{shape} {row['part']} {row['ratios']['cublas']['median']:.3f} of the library's time"
-                )
+    for record, row in ((of, row) for of in outcome.records for row in of["rows"]):
+        if row.get("what") == "copy":
+            rates.append(f"copy {row['gb_per_s']['median']:.0f} GB/s")
+        elif row.get("what") == "product":
+            rates.append(f"{row['dtype']} {row['size'][0]}^3 {row['tflops']['median']:.0f} TFLOP/s")
+        elif row.get("contender") == "triton" and (over := row.get("ratios", {}).get("cublas")):
+            shape = record["case"]["label"].split(" R=")[0]
+            rates.append(f"{shape} {row['part']} {over['median']:.3f} of the library's time")
     text = "; ".join(rates) or "measured by an earlier call"
     if not rates and (outcome.records or outcome.left):
         text = "nothing could be measured"
     return verdict(f"{'STUB, no numbers: ' if small else ''}{text}", code)
 
 
-def suite(call: Told) -> int:
+def suite(call: Call) -> int:
     """Go on with the suite of bench for the time that is left."""
     from ..run import jobs
 
@@ -415,7 +336,7 @@ def suite(call: Told) -> int:
     wanted = jobs.suite(setting, tests=False)
     if small:
         wanted = [jobs.ceilings_job(setting)]
-    outcome, code = measured(call, wanted, setting, "gpu-suite")
+    outcome, code = measured(call, wanted, "gpu-suite")
     return verdict(f"{len(outcome.records)} measurements, {len(outcome.left)} left for a later call", code)
 
 
@@ -433,30 +354,29 @@ def workers(each_gib: float, most: int) -> int:
     return max(1, min(most, cores - 2, int(free // each_gib)))
 
 
-def tests(call: Told) -> int:
+def tests(call: Call) -> int:
     """Run the tests that need a GPU, but those of much memory."""
     return run_tests(call, "gpu and not memory", workers(WORKER_GIB, MOST_WORKERS))
 
 
-def memory(call: Told) -> int:
+def memory(call: Call) -> int:
     """Run the tests past 2^31 elements, as many at a time as the memory carries."""
     count = workers(MEMORY_WORKER_GIB, 3)
     return run_tests(call, "gpu and memory", count if count > 1 else 0)
 
 
-def run_tests(call: Told, marks: str, count: int, folder: str = "tests") -> int:
+def run_tests(call: Call, marks: str, count: int, folder: str = "tests") -> int:
     """Run the tests with these marks that no earlier call has seen pass."""
     import pytest
     import torch
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    lines = [r for r in call.before(device) if r.get("kind") == "test" and "name" in r]
-    of_others = [r for r in lines if r.get("run") != call.run]
-    passed = {r["name"] for r in of_others if r.get("outcome") in ("passed", "skipped")}
+    lines = [r for r in call.before(device) if r["kind"] == "test" and "name" in r]
+    mine = [r for r in lines if r["run"] == call.run]
+    passed = {r["name"] for r in lines if r not in mine and r.get("outcome") in ("passed", "skipped")}
     # Of this call all that was begun: what broke the process is not tried twice.
-    seen = {r["name"] for r in lines if r.get("run") == call.run}
-    ended = {r["name"] for r in lines if r.get("run") == call.run and r.get("outcome") != "begun"}
-    for name in sorted(seen - ended):
+    seen = {r["name"] for r in mine}
+    for name in sorted(seen - {r["name"] for r in mine if r.get("outcome") != "begun"}):
         call.write("test", name=name, outcome="failed", text="it took its process along")
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(sorted(passed | seen), file)
@@ -465,12 +385,7 @@ def run_tests(call: Told, marks: str, count: int, folder: str = "tests") -> int:
         folder,
         "-m",
         marks,
-        "-q",
-        "-p",
-        "bench.gpu.recorder",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
+        *["-q", "-p", "bench.gpu.recorder", "-p", "no:cacheprovider", "--tb=short"],
     ]
     if importlib.util.find_spec("pytest_timeout"):
         arguments += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
@@ -481,7 +396,7 @@ def run_tests(call: Told, marks: str, count: int, folder: str = "tests") -> int:
         code = int(pytest.main(arguments))
     finally:
         Path(file.name).unlink(missing_ok=True)
-    lines = [r for r in call.before(device) if r.get("kind") == "test" and r.get("run") == call.run]
+    lines = [r for r in call.before(device) if r["kind"] == "test" and r["run"] == call.run]
     counts = {name: sum(r.get("outcome") == name for r in lines) for name in ("passed", "failed", "skipped")}
     text = ", ".join(f"{number} {name}" for name, number in counts.items())
     if passed:
@@ -492,12 +407,12 @@ def run_tests(call: Told, marks: str, count: int, folder: str = "tests") -> int:
         return verdict(f"{text}; no test was left to run", 0 if passed or stub_name() else 1)
     if code == pytest.ExitCode.INTERRUPTED:
         return verdict(f"{text}; the time was up, a later call does the rest", UNFINISHED)
-    return verdict(
-        f"{text}, {count or 1} at a time" if code == 0 else f"{text}; pytest ended with {code}", min(code, 1)
-    )
+    if code == 0:
+        return verdict(f"{text}, {count or 1} at a time", 0)
+    return verdict(f"{text}; pytest ended with {code}", 1)
 
 
-STAGES: dict[str, Callable[[Told], int]] = {
+STAGES: dict[str, Callable[[Call], int]] = {
     "environment": environment,
     "kernels": kernels,
     "ceilings": ceilings,
@@ -512,7 +427,7 @@ def main() -> int:
         # If the driver is killed, its stage must not go on by itself (PR_SET_PDEATHSIG).
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     try:
-        return STAGES[sys.argv[1]](told())
+        return STAGES[sys.argv[1]](Call.told())
     except KeyboardInterrupt:
         return verdict("the time was up", UNFINISHED)
 

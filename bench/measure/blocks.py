@@ -17,7 +17,7 @@ from . import models
 from .contenders import LORAFA, Contender
 from .layers import checked, parted, timed_parts
 from .models import PIECES, BlockCase
-from .timing import SAMPLE_SECONDS, Step
+from .timing import Step
 
 PARTS = ("forward", "both")
 CASES = {
@@ -44,13 +44,6 @@ def adapt_modules(module: nn.Module, linears: tuple[str, ...], rank: int) -> nn.
     if isinstance(module, models.Block):
         return models.adapt_lorafa(module, linears, rank)
     return LoRAFASwiGLU.from_linears(module.gate_proj, module.up_proj, module.down_proj, **options)
-
-
-def obstacle_of(contender: Contender, case: BlockCase, device: str) -> str | None:
-    """Say what keeps a contender from running, or None if nothing does."""
-    if contender.key == "liger" and case.piece == "qkv":
-        return "there is no SwiGLU in this piece"
-    return contender.obstacle(device)
 
 
 def steps_of(module: Callable, wanted: tuple[Tensor, ...], dy: Tensor) -> dict[str, Step]:
@@ -85,38 +78,23 @@ def time_block(
         # Here, and not before: without transformers there is nothing to build.
         reference = reference or models.reference(case, device)
         adapt = adapt_modules if contender.key == LORAFA else contender.build
-        module = _unwrapped(adapt(models.build(case, device), case.linears, case.rank))
+        module = adapt(models.build(case, device), case.linears, case.rank)
+        if wrapper := getattr(module, "base_model", None):
+            # PEFT's, whose own call does more than the module's.
+            module = wrapper.model
         called = models.ready(module, contender, case.dtype)
         errors = reference.errors(contender, module, lambda _, x: models.joined(called, x))
         x, dy = reference.x.to(device).requires_grad_(), reference.dy.to(device)
         wanted = (x, *(parameter for parameter in module.parameters() if parameter.requires_grad))
         return errors, partial(steps_of, called, wanted, dy)
 
-    steps, verdicts = checked(
-        models.select(keys, "time"), lambda contender: obstacle_of(contender, case, device), check, tick
-    )
+    def obstacle(contender: Contender) -> str | None:
+        if contender.key == "liger" and case.piece == "qkv":
+            return "there is no SwiGLU in this piece"
+        return contender.obstacle(device)
+
+    steps, verdicts = checked(models.select(keys, "time"), obstacle, check, tick)
     reference = None
     models.free()
     rows = timed_parts(*parted(PARTS, steps, verdicts), device, "eager", rounds, tick, sitting)
     return {"case": case.as_record(), "mode": "block", "rounds": rounds, "rows": rows}
-
-
-def _unwrapped(adapted: nn.Module) -> nn.Module:
-    """Return the module that PEFT wrapped, whose own call does more than the module's."""
-    inner = getattr(adapted, "base_model", None)
-    return adapted if inner is None else inner.model
-
-
-def estimate(case: BlockCase, keys: Iterable[str], device: str, rounds: int) -> float:
-    """Return roughly how many seconds time_block takes, for budgets and progress bars."""
-    keys = list(keys)
-    flops = case.flops()
-    rate, exact_rate, fixed, compiling = {"cuda": (3e14, 1e13, 0.5, 20.0), "cpu": (4e10, 1e10, 0.1, 20.0)}[
-        device
-    ]
-    sample = flops / rate + {"cuda": 2e-3, "cpu": 1e-2}[device]
-    if device == "cpu":
-        sample = max(sample, SAMPLE_SECONDS)
-    compiling *= "compiled-lorafa" in keys
-    timed = len(keys) * (len(PARTS) * sample * rounds + 4 * flops / rate + fixed)
-    return timed + 4 * flops / exact_rate + compiling

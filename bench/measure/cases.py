@@ -40,12 +40,9 @@ def layers_of(model: str) -> list[Layer]:
         raise unknown("model", model, MODELS)
     found = []
     for first in distinct_shapes(model):
-        alike = tuple(
-            projection.name.removesuffix("_proj")
-            for projection in MODELS[model]
-            if projection[1:] == first[1:]
-        )
-        found.append(Layer(alike[0], *first[1:], alike))
+        alike = (other.name.removesuffix("_proj") for other in MODELS[model] if other[1:] == first[1:])
+        names = tuple(alike)
+        found.append(Layer(names[0], *first[1:], names))
     return found
 
 
@@ -114,15 +111,11 @@ HOST_CASES = tuple(
 
 def layers(models: Iterable[str] = MODELS) -> list[tuple[str, Layer]]:
     """Return (model, layer) of these models, every distinct shape once, under the first model that has it."""
-    seen: set[tuple] = set()
-    found = []
+    found: dict[tuple, tuple[str, Layer]] = {}
     for model in models:
         for layer in layers_of(model):
-            shape = (layer.K, layer.N, layer.bias)
-            if shape not in seen:
-                seen.add(shape)
-                found.append((model, layer))
-    return found
+            found.setdefault((layer.K, layer.N, layer.bias), (model, layer))
+    return list(found.values())
 
 
 def cases(
@@ -133,11 +126,10 @@ def cases(
     dropouts: Iterable[float] = (0.0,),
 ) -> list[Case]:
     """Return all combinations, layers varying fastest; dtypes are pairs (base, lora_B)."""
+    combined = itertools.product(rows, ranks, dtypes, dropouts, chosen)
     return [
         Case(model, layer.name, M, layer.K, layer.N, R, layer.bias, dtype, adapter, dropout)
-        for M, R, (dtype, adapter), dropout, (model, layer) in itertools.product(
-            rows, ranks, dtypes, dropouts, chosen
-        )
+        for M, R, (dtype, adapter), dropout, (model, layer) in combined
     ]
 
 

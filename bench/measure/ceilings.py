@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .cases import DTYPES
-from .timing import WARM_UP, CPUTimer, EventTimer, digits, interleave, summary
+from .timing import WARM_UP, CallTimer, EventTimer, digits, interleave, summary
 
 # Sizes of square products by dtype, of which the best is the ceiling; bytes that are copied.
 SIZES = {
@@ -40,7 +40,7 @@ def measure(device: str, clocks: Callable[[], dict], rounds: int = ROUNDS) -> di
     for name, step in steps.items():
         for _ in range(WARM_UP):
             step()
-        timer = EventTimer() if device == "cuda" else CPUTimer()
+        timer = EventTimer() if device == "cuda" else CallTimer(cold=True)
         samples |= interleave({name: step}, rounds, timer, lambda: None)[0]
     reached = clocks() if device == "cuda" else None
     raw = {name: [digits(seconds * 1e3) for seconds in found] for name, found in samples.items()}

@@ -106,10 +106,6 @@ def _factor(operands: Operands, name: str, case: Case, trained: bool) -> Tensor:
     return getattr(operands, name).to(DTYPES[case.adapter if trained else case.dtype], copy=True)
 
 
-def build_frozen(operands: Operands, case: Case) -> Layer:
-    return Layer(frozen_linear(operands))
-
-
 def build_lorafa(operands: Operands, case: Case, impl: str = "auto") -> Layer:
     layer = LoRAFALinear.from_linear(
         frozen_linear(operands),
@@ -215,22 +211,14 @@ def build_peft(operands: Operands, case: Case, train_A: bool = False) -> Layer:
 FROZEN, LORAFA = "frozen", "lorafa"
 NO_DROPOUT = "this arrangement has no dropout"
 NOT_DRAWN_AGAIN = "its dropout mask cannot be drawn again, so its values cannot be checked"
+_OURS = {"mask_dtype": SEEDED}
 _PEFT = {"needs": ("peft",), "mask_dtype": "adapter"}
 _ALL = (
-    Contender(FROZEN, "frozen nn.Linear", build_frozen, adapted=False),
-    Contender(LORAFA, "lorafa_kernels", build_lorafa, mask_dtype=SEEDED),
+    Contender(FROZEN, "frozen nn.Linear", lambda o, case: Layer(frozen_linear(o)), adapted=False),
+    Contender(LORAFA, "lorafa_kernels", build_lorafa, **_OURS),
+    Contender("triton", "lorafa_kernels, Triton", partial(build_lorafa, impl="triton"), triton=True, **_OURS),
     Contender(
-        "triton",
-        "lorafa_kernels, Triton",
-        partial(build_lorafa, impl="triton"),
-        triton=True,
-        mask_dtype=SEEDED,
-    ),
-    Contender(
-        "library",
-        "lorafa_kernels, library products (d′)",
-        partial(build_lorafa, impl="torch"),
-        mask_dtype=SEEDED,
+        "library", "lorafa_kernels, library products (d′)", partial(build_lorafa, impl="torch"), **_OURS
     ),
     Contender("eager-lorafa", "eager LoRA-FA", build_eager),
     Contender("eager-lora", "eager LoRA", partial(build_eager, train_A=True)),

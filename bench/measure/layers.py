@@ -21,13 +21,10 @@ from .cases import Case
 from .contenders import FROZEN, OURS, Contender, Layer, gradients, layer_contenders
 from .judge import Judge, broken, draw
 from .timing import (
-    SAMPLE_SECONDS,
     WARM_UP,
-    CPUTimer,
+    CallTimer,
     EventTimer,
-    HostTimer,
     Step,
-    WallTimer,
     captured,
     digits,
     interleave,
@@ -60,22 +57,6 @@ def steps_of(layer: Layer, operands: Operands, parts: Iterable[str]) -> dict[str
     return {part: steps[part] for part in parts}
 
 
-def estimate(case: Case, keys: Iterable[str], device: str, mode: str, rounds: int) -> float:
-    """Return roughly how many seconds time_case takes, for budgets and progress bars."""
-    if mode == "graph" and device != "cuda":
-        return 0.1
-    flops = sum(case.flops().values())
-    rate = {"cuda": 5e14, "cpu": 4e10}[device]
-    sample = flops / rate + {"cuda": 2e-3, "cpu": 1e-2}[device]
-    if mode in ("host", "wall") or device == "cpu":
-        sample = max(sample, SAMPLE_SECONDS)
-    keys = list(keys)
-    compiling = (15 if device == "cpu" else 10) * ("compiled-lorafa" in keys)
-    # Kernels are compiled when they are first called.
-    checking = 4 * flops / (rate / 10 if device == "cuda" else rate) + {"cuda": 0.3, "cpu": 0.1}[device]
-    return len(keys) * (len(PARTS_OF[mode]) * sample * rounds * 2 / 3 + checking) + compiling
-
-
 def time_case(
     case: Case,
     keys: Iterable[str],
@@ -101,7 +82,18 @@ def time_case(
         if device == "cuda" and mode == "graph":
             # All on one stream: a capture must not meet a graph that another stream built.
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-        rows = rows_of(case, contenders, device, mode, rounds, tick, sitting)
+        judge = Judge(case, draw(case, device))
+        steps, verdicts = check(judge, contenders, device, mode, tick)
+        judged = partial(judged_replay, judge, contenders) if mode == "graph" else None
+        # Its fp64 tensors are as large as everything else together.
+        del judge
+        by_part = parted(PARTS_OF[mode], steps, verdicts)
+        rows = timed_parts(*by_part, device, mode, rounds, tick, sitting, judged=judged)
+    return timed_payload(case, mode, rounds, ceilings, rows)
+
+
+def timed_payload(case: Case, mode: str, rounds: int, ceilings: dict | None, rows: list[dict]) -> dict:
+    """Return the payload of a layer's times, with the least that its work can take on these ceilings."""
     ceilings = ceilings or {}
     return {
         "case": case.as_record(),
@@ -112,25 +104,6 @@ def time_case(
         "floor_ms": case.floor_ms(ceilings.get("product"), ceilings.get("copy")),
         "rows": rows,
     }
-
-
-def rows_of(
-    case: Case,
-    contenders: dict[str, Contender],
-    device: str,
-    mode: str,
-    rounds: int,
-    tick: Callable[[float], object],
-    sitting: int = 0,
-) -> list[dict]:
-    """Check everybody, then time who passed, part by part; return a row for each contender and part."""
-    judge = Judge(case, draw(case, device))
-    steps, verdicts = check(judge, contenders, device, mode, tick)
-    judged = partial(judged_replay, judge, contenders) if mode == "graph" else None
-    # Its fp64 tensors are as large as everything else together.
-    del judge
-    by_part = parted(PARTS_OF[mode], steps, verdicts)
-    return timed_parts(*by_part, device, mode, rounds, tick, sitting, judged=judged)
 
 
 def parted(parts: Iterable[str], steps: dict[str, dict[str, Step]], verdicts: dict[str, dict]) -> tuple:
@@ -169,7 +142,7 @@ def timed_parts(
         samples, raised = interleave(
             ready,
             rounds,
-            timer_for(device, mode)(),
+            timer_for(device, mode),
             lambda number=number, done=done: tick((number + next(done) / rounds) / len(verdicts)),
             sitting,
         )
@@ -287,11 +260,11 @@ def prepare(step: Step, mode: str) -> Step:
     return captured(step, torch.cuda.current_stream()) if mode == "graph" else step
 
 
-def timer_for(device: str, mode: str) -> Callable[[], Callable[[Step], float]]:
-    """Return the clock for this device and mode."""
+def timer_for(device: str, mode: str) -> Callable[[Step], float]:
+    """Return a clock for this device and mode."""
     if mode in ("host", "wall"):
-        return HostTimer if mode == "host" else WallTimer
-    return EventTimer if device == "cuda" else CPUTimer
+        return CallTimer(waits=mode == "wall")
+    return EventTimer() if device == "cuda" else CallTimer(cold=True)
 
 
 def row_of(

@@ -24,8 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorafa_kernels.checks.budget import Operands
-
 from . import contenders as layer_level
 from . import models
 from .cases import Case
@@ -85,42 +83,36 @@ def layer_memory(
     """
     found = known or layer_level.layer_contenders(keys)
     operands = draw(case, device)
-    verdicts = _checked_layers(case, operands, found, device)
-    models.free()
-    rows = {key: _row(key, verdict) for key, verdict in verdicts.items()}
-
-    own = (operands.weight, operands.lora_A, operands.lora_B, operands.bias)
-    for key, contender in found.items():
-        row = rows[key]
-        if row["status"] != "ok":
-            continue
-        with recorded(row, key=key):
-            layer = contender.build(operands, case)
-            module = layer.module if isinstance(layer.module, nn.Module) else None
-            row.update(
-                measure(
-                    lambda layer=layer: layer.module(operands.x),
-                    lambda y, layer=layer: layer_level.gradients(layer, y, operands),
-                    device,
-                    {"input": [operands.x]},
-                    own=[*own, layer.lora_A, layer.lora_B, *_tensors_of(module)],
-                )
-            )
-        layer = module = None
-        models.free()
-    return {"scope": "layer", "case": case.as_record(), "rows": list(rows.values())}
-
-
-def _checked_layers(
-    case: Case, operands: Operands, found: dict[str, Contender], device: str
-) -> dict[str, dict]:
-    """Return everybody's verdict. What judges ends here: its fp64 tensors would be in every peak."""
     judge = Judge(case, operands)
 
     def check(contender: Contender) -> tuple[dict, Callable]:
         return judge.errors(contender, contender.build(operands, case)), lambda: None
 
-    return checked(found.values(), lambda contender: contender.obstacle(device, case), check)[1]
+    _, verdicts = checked(found.values(), lambda contender: contender.obstacle(device, case), check)
+    # Its fp64 tensors would be in every peak.
+    judge = None
+    models.free()
+    rows = []
+    own = (operands.weight, operands.lora_A, operands.lora_B, operands.bias)
+    for key, contender in found.items():
+        row = _row(key, verdicts[key])
+        rows.append(row)
+        if row["status"] != "ok":
+            continue
+        with recorded(row, key=key):
+            layer = contender.build(operands, case)
+            tensors = _tensors_of(layer.module) if isinstance(layer.module, nn.Module) else []
+            numbers = measure(
+                lambda layer=layer: layer.module(operands.x),
+                lambda y, layer=layer: layer_level.gradients(layer, y, operands),
+                device,
+                {"input": [operands.x]},
+                own=[*own, layer.lora_A, layer.lora_B, *tensors],
+            )
+            row.update(numbers)
+        layer = tensors = None
+        models.free()
+    return {"scope": "layer", "case": case.as_record(), "rows": rows}
 
 
 @one_thread()
@@ -132,7 +124,9 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
     rows = []
     reference = None
     for contender in chosen:
-        obstacle = contender.obstacle(device) or _not_compiled(case, contender)
+        obstacle = contender.obstacle(device)
+        if contender.compiled and not case.compiled:
+            obstacle = obstacle or "torch.compile is left out of this case, it takes a minute on a CPU"
         own_rows = [
             {**_row(contender.key, verdict_of(obstacle)), "checkpointing": checkpointing, "units": None}
             for checkpointing in case.checkpointing
@@ -146,12 +140,6 @@ def block_memory(case: BlockCase, keys: Iterable[str], device: str) -> dict:
             _measure_block(own_rows, case, contender, reference)
         models.free()
     return {"scope": case.scope, "case": case.as_record(), "unit_bytes": case.unit_bytes(), "rows": rows}
-
-
-def _not_compiled(case: BlockCase, contender: Contender) -> str | None:
-    if contender.compiled and not case.compiled:
-        return "torch.compile is left out of this case, it takes a minute on a CPU"
-    return None
 
 
 def _measure_block(
@@ -187,8 +175,8 @@ def _row(key: str, verdict: dict) -> dict:
     return {"contender": key, **verdict, **dict.fromkeys(NUMBERS)}
 
 
-def _tensors_of(module: nn.Module | None) -> list[Tensor]:
-    return [] if module is None else [*module.parameters(), *module.buffers()]
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def measure(
@@ -271,13 +259,9 @@ def _saved_by(node: torch.autograd.graph.Node) -> list[Tensor]:
     if hasattr(node, "saved_tensors"):
         return [tensor for tensor in node.saved_tensors if tensor is not None]
     values = (getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
-    return [
-        tensor
-        for value in values
-        for tensor in (value if isinstance(value, (tuple, list)) else (value,))
-        # Without dimensions: numbers of the program.
-        if isinstance(tensor, Tensor) and tensor.dim()
-    ]
+    found = itertools.chain(*(value if isinstance(value, (tuple, list)) else (value,) for value in values))
+    # Without dimensions: numbers of the program.
+    return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.dim()]
 
 
 def _address(tensor: Tensor) -> tuple:
@@ -348,20 +332,3 @@ def peaks(forward: Forward, backward: Backward, device: str) -> tuple[int | None
     torch.cuda.synchronize()
     del gradients
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-
-
-def estimate(case: Case | BlockCase, keys: Iterable[str], device: str) -> float:
-    """Return roughly how many seconds layer_memory or block_memory takes, for budgets and progress bars."""
-    keys = list(keys)
-    if isinstance(case, Case):
-        product = 2 * case.M * case.K * case.N
-        rows, compiled, fixed = len(keys), 2 * ("compiled-lorafa" in keys), 0.05
-    else:
-        product = case.flops() // 2
-        compiled = sum(key.startswith("compiled") for key in keys)
-        rows = len(case.checkpointing) * (len(keys) - (0 if case.compiled else compiled))
-        compiled *= case.compiled
-        fixed = 0.2
-    # Four forwards and backwards a row beside the check, and the fp64 reference.
-    rate, exact_rate, compiling = {"cuda": (3e14, 1e13, 15.0), "cpu": (1e11, 2e10, 20.0)}[device]
-    return rows * (10 * product / rate + fixed) + 8 * product / exact_rate + compiled * compiling

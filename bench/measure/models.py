@@ -97,34 +97,27 @@ class Size:
         import transformers
 
         family = FAMILIES[self.kind]
-        make = getattr(transformers, family.config)
-        common = {"vocab_size": self.vocab, "attn_implementation": family.attention}
-        if self.kind == "t5":
-            return make(
-                **common,
-                d_model=self.hidden,
-                d_ff=self.intermediate,
-                d_kv=self.head_dim or self.hidden // self.heads,
-                num_layers=self.layers,
-                num_heads=self.heads,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-            )
-        common |= {
+        sizes = {
+            "vocab_size": self.vocab,
+            "attn_implementation": family.attention,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
         }
-        if family.products == 2:
-            return make(**common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        common |= {"num_key_value_heads": self.kv_heads, "max_position_embeddings": 8192}
-        common |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-        if self.head_dim:
-            common["head_dim"] = self.head_dim
+        if self.kind == "t5":
+            own = {"d_ff": sizes.pop("intermediate_size"), "feed_forward_proj": "gated-gelu"}
+            own |= {"d_kv": self.head_dim or self.hidden // self.heads, "dropout_rate": 0.0}
+        elif family.products == 2:
+            own = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        else:
+            own = {"num_key_value_heads": self.kv_heads, "max_position_embeddings": 8192}
+            own |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+            own |= {"head_dim": self.head_dim} if self.head_dim else {}
+            own |= {"tie_word_embeddings": self.tied}
         if self.kind == "llama":
-            common["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
-        return make(**common, tie_word_embeddings=self.tied)
+            own["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+        return getattr(transformers, family.config)(**sizes, **own)
 
 
 SIZES = {
@@ -271,12 +264,17 @@ class Block(nn.Module):
     """
 
     def __init__(self, size: Size, batch: int, sequence: int, padding: bool):
+        from transformers import AutoModel, T5EncoderModel
+
         super().__init__()
         # Of two layers the second: in a T5 the first makes the position bias.
-        model = _bare_model(replace(size, layers=2, vocab=512))
+        config, dtype = replace(size, layers=2, vocab=512).config(), torch.get_default_dtype()
+        encoder = size.kind == "t5"
+        make = T5EncoderModel._from_config if encoder else AutoModel.from_config
+        model = make(config, dtype=dtype)
         layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
         self.layer = layers[1]
-        self.dtype = torch.get_default_dtype()
+        self.dtype = dtype
         self.arguments: tuple[tuple, dict] = ((), {})
 
         def keep(module, arguments, keywords):
@@ -285,12 +283,10 @@ class Block(nn.Module):
             raise _Reached
 
         hook = self.layer.register_forward_pre_hook(keep, with_kwargs=True)
-        mask = {}
+        mask = {} if encoder else {"use_cache": False}
         if padding:
             mask["attention_mask"] = torch.ones(batch, sequence, dtype=torch.long)
             mask["attention_mask"][0, -sequence // 4 :] = 0
-        if size.kind != "t5":
-            mask["use_cache"] = False
         with torch.no_grad(), contextlib.suppress(_Reached):
             model(inputs_embeds=torch.randn(batch, sequence, size.hidden), **mask)
         hook.remove()
@@ -312,6 +308,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         arguments, keywords = self.arguments
+        # Where it is timed nothing is looked at.
         if x.dtype != self.dtype:
             arguments, keywords = tree_map_only(
                 Tensor,
@@ -320,16 +317,6 @@ class Block(nn.Module):
             )
         y = self.layer(x, *arguments, **keywords)
         return y[0] if isinstance(y, tuple) else y
-
-
-def _bare_model(size: Size) -> nn.Module:
-    """Build a model without a head; of a T5 its encoder."""
-    from transformers import AutoModel, T5EncoderModel
-
-    config = size.config()
-    return (T5EncoderModel._from_config if size.kind == "t5" else AutoModel.from_config)(
-        config, dtype=torch.get_default_dtype()
-    )
 
 
 class Projections(nn.Module):
@@ -625,7 +612,12 @@ class Reference:
         found = {}
         for name, tensor in got.items():
             found |= verdict({name: tensor}, {name: exact[name].to(tensor.device)}, plain)
-        worst = max((name for name in found if name.startswith("dB ")), default=None, key=_badness(found))
+
+        def badness(name: str) -> float:
+            error = found[name]["error"]
+            return float("inf") if error is None else error / found[name]["allowed"]
+
+        worst = max((name for name in found if name.startswith("dB ")), default=None, key=badness)
         shown = {name: found[name] for name in ("y", "dx")}
         return shown if worst is None else {**shown, "dB": found[worst]}
 
@@ -653,14 +645,6 @@ def pooled(errors: dict[str, float]) -> dict[str, float]:
     own = [error for name, error in errors.items() if name.startswith("dB ")]
     common = (sum(error * error for error in own) / len(own)) ** 0.5 if own else 0.0
     return {name: max(error, common) if name.startswith("dB ") else error for name, error in errors.items()}
-
-
-def _badness(errors: dict[str, dict]) -> Callable[[str], float]:
-    def of(name: str) -> float:
-        error = errors[name]["error"]
-        return float("inf") if error is None else error / errors[name]["allowed"]
-
-    return of
 
 
 @contextlib.contextmanager

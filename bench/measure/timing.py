@@ -66,71 +66,39 @@ class EventTimer:
         return self.start.elapsed_time(self.end) * 1e-3
 
 
-class CPUTimer:
-    """Seconds of one call on the CPU, the mean of so many that a sample is long against the clock's
-    resolution; the first of them starts with cold caches.
+class CallTimer:
+    """Seconds of one call by the host's clock, the mean of so many that a sample is long against the clock's
+    resolution. On a GPU a call ends when its work is queued, and not when it is done.
+
+    cold: the first call of a sample starts with cold caches of the CPU. waits: a sample ends when the work of
+    its last call is done, so that nothing is hidden in a queue: the time that a program sees.
     """
 
-    def __init__(self):
-        self.flush = torch.ones(FLUSH_BYTES["cpu"] // 4)
+    def __init__(self, cold: bool = False, waits: bool = False):
+        self.flush = torch.ones(FLUSH_BYTES["cpu"] // 4 if cold else 1)
+        self.waits = waits
         self.calls: dict[Step, int] = {}
 
     def __call__(self, step: Step) -> float:
         if step not in self.calls:
-            self.calls[step] = calls_per_sample(step)
+            self.calls[step] = max(1, math.ceil(SAMPLE_SECONDS / self.seconds(step, 1)))
         self.flush.sum()
-        return host_seconds(step, self.calls[step])
+        return self.seconds(step, self.calls[step])
 
-
-class HostTimer:
-    """Seconds that the host takes for one call: on a GPU, until the work is queued and not until it is
-    done.
-    """
-
-    def __init__(self):
-        self.calls: dict[Step, int] = {}
-
-    def __call__(self, step: Step) -> float:
-        if step not in self.calls:
-            self.calls[step] = calls_per_sample(step)
-        synchronize()
-        return host_seconds(step, self.calls[step])
-
-
-class WallTimer(HostTimer):
-    """Seconds of one call as a program sees them: so many calls that nothing is hidden in a queue, until the
-    last is done.
-    """
-
-    def __call__(self, step: Step) -> float:
-        if step not in self.calls:
-            self.calls[step] = calls_per_sample(step)
+    def seconds(self, step: Step, calls: int) -> float:
         synchronize()
         begin = time.perf_counter()
-        for _ in range(self.calls[step]):
+        for _ in range(calls):
             step()
-        synchronize()
-        return (time.perf_counter() - begin) / self.calls[step]
+        if self.waits:
+            synchronize()
+        return (time.perf_counter() - begin) / calls
 
 
 def synchronize() -> None:
     """Wait for the GPU, where there is one in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def host_seconds(step: Step, calls: int) -> float:
-    """Return the seconds of one call by the host's clock, as the mean of `calls`."""
-    begin = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - begin) / calls
-
-
-def calls_per_sample(step: Step) -> int:
-    """Choose so many calls that a sample takes SAMPLE_SECONDS."""
-    synchronize()
-    return max(1, math.ceil(SAMPLE_SECONDS / host_seconds(step, 1)))
 
 
 def interleave(

@@ -14,6 +14,7 @@ With `largest` everybody trains at the largest batch that fits into the GPU's me
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -76,6 +77,14 @@ class TrainingCase(ModelCase):
             return super().tokens
         return f"largest batchx{self.sequence} tokens R={self.rank} {self.dtype}"
 
+    def flops(self) -> float:
+        """Return roughly the FLOPs of a contender's training, forward and dx; with checkpointing the forward
+        again; one step more to count what is kept. The search for a batch of eight or so tries twenty.
+        """
+        a_token = sum(6 if again else 4 for again in self.checkpointing) * self.size.parameters()
+        sequences = (self.steps + 1) * 8 + 20 if self.largest else (self.steps + 1) * self.batch
+        return sequences * self.sequence * a_token
+
     def as_record(self) -> dict:
         own = {name: getattr(self, name) for name in ("steps", "lr", "largest")}
         return {**super().as_record(), **own, "cpu_threads": 1}
@@ -122,39 +131,30 @@ def train(
         for contender in chosen
         for checkpointing in case.checkpointing
     ]
-    by_contender = [(of, [row for row in rows if row["contender"] == of.key]) for of in chosen]
-    obstacles = {contender.key: _obstacle(case, contender, device) for contender in chosen}
+    obstacles = {contender.key: contender.obstacle(device) for contender in chosen}
+    if case.needs_gpu and device != "cuda":
+        obstacles = dict.fromkeys(obstacles, "a model of this size needs a GPU")
     base = None
-    for number, (contender, own_rows) in enumerate(by_contender):
+    for number, contender in enumerate(chosen):
 
         def part_done(fraction: float, number=number) -> None:
-            tick((number + fraction) / len(by_contender))
+            tick((number + fraction) / len(chosen))
 
+        own_rows = [row for row in rows if row["contender"] == contender.key]
+        found = {"status": "not run", "reason": obstacles[contender.key]}
         try:
-            if obstacle := obstacles[contender.key]:
-                _settle(own_rows, {"status": "not run", "reason": obstacle})
-                continue
-            base = base or _Base(case, device)
-            _train_contender(case, contender, base, own_rows, part_done)
+            if not found["reason"]:
+                base = base or _Base(case, device)
+                _train_contender(case, contender, base, own_rows, part_done)
         except Exception as error:
-            _settle(own_rows, _failure(error))
-        finally:
-            models.free()
-            part_done(1.0)
+            found = _failure(error)
+        if found["reason"]:
+            for row in own_rows:
+                if row["losses"] is None and row["status"] == "ok":
+                    row.update(found)
+        models.free()
+        part_done(1.0)
     return {"case": case.as_record(), "rows": rows}
-
-
-def _obstacle(case: TrainingCase, contender: Contender, device: str) -> str | None:
-    if case.needs_gpu and device != "cuda":
-        return "a model of this size needs a GPU"
-    return contender.obstacle(device)
-
-
-def _settle(rows: list[dict], found: dict) -> None:
-    """Give the rows that have no numbers yet a status and a reason."""
-    for row in rows:
-        if row["losses"] is None and row["status"] == "ok":
-            row.update(found)
 
 
 def _failure(error: Exception) -> dict:
@@ -183,13 +183,13 @@ class _Base:
             generator = torch.Generator(device).manual_seed(models.SEED)
             shape = (*x.shape[:-1], case.size.vocab)
             dy = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-            self.reference = models.Reference(short, case.dtype, _logits, x.detach(), dy)
+
+            def logits(model: nn.Module, embedded: Tensor) -> Tensor:
+                return model(inputs_embeds=embedded, use_cache=False).logits
+
+            self.reference = models.Reference(short, case.dtype, logits, x.detach(), dy)
         del model, short
         models.free()
-
-
-def _logits(model: nn.Module, embedded: Tensor) -> Tensor:
-    return model(inputs_embeds=embedded, use_cache=False).logits
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -265,26 +265,14 @@ def _at_the_largest_batch(
         tick(0.0)
         return _fits(model, batches(replace(case, batch=batch, steps=WARM_UP_STEPS + 1), device)[0])
 
-    batch = largest_batch(fits, case.batch)
-    while batch:
+    # Several steps leave the memory in more pieces than the one that was tried.
+    for batch in range(largest_batch(fits, case.batch), 0, -1):
         own = replace(case, batch=batch)
-        numbers = _unless_out_of_memory(
-            lambda own=own: _steps(own, model, start(), batches(own, device), tick)
-        )
-        if numbers is not None:
-            return {**numbers, "batch": batch}, first
-        # Several steps leave the memory in more pieces than one.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return {**_steps(own, model, start(), batches(own, device), tick), "batch": batch}, first
         model.zero_grad()
         models.free()
-        batch -= 1
     raise torch.OutOfMemoryError(f"a batch of {case.batch} does not fit")
-
-
-def _unless_out_of_memory(compute: Callable[[], dict]) -> dict | None:
-    try:
-        return compute()
-    except torch.OutOfMemoryError:
-        return None
 
 
 def largest_batch(fits: Callable[[int], bool], first: int = 1) -> int:
@@ -305,15 +293,13 @@ def largest_batch(fits: Callable[[int], bool], first: int = 1) -> int:
 
 def _fits(model: nn.Module, tokens: Tensor) -> bool:
     """Whether the memory suffices for the forward and backward of one step."""
-
-    def step() -> dict:
+    fitted = False
+    with contextlib.suppress(torch.OutOfMemoryError):
         _loss(model, tokens).backward()
-        return {}
-
-    done = _unless_out_of_memory(step)
+        fitted = True
     model.zero_grad()
     models.free()
-    return done is not None
+    return fitted
 
 
 def _wrong_losses(case: TrainingCase, losses: list[float], base_loss: float) -> str | None:
@@ -346,19 +332,27 @@ def _steps(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
 
-    losses, clocks = [], [_now(on_gpu)]
+    def now() -> float | torch.cuda.Event:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    losses, clocks = [], [now()]
     for step in range(case.steps):
         loss = _loss(model, tokens[step])
         loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        clocks.append(_now(on_gpu))
+        clocks.append(now())
         losses.append(loss.detach())
         tick((step + 1) / case.steps)
     if on_gpu:
         torch.cuda.synchronize()
-    seconds = [_between(*pair) for pair in itertools.pairwise(clocks)][WARM_UP_STEPS:]
+    pairs = list(itertools.pairwise(clocks))[WARM_UP_STEPS:]
+    seconds = [begin.elapsed_time(end) * 1e-3 if on_gpu else end - begin for begin, end in pairs]
     step_ms = summary(seconds, 1e3)
     return {
         "step_ms": step_ms,
@@ -370,30 +364,3 @@ def _steps(
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "losses": [round(loss.item(), 6) for loss in losses],
     }
-
-
-def _now(on_gpu: bool):
-    if not on_gpu:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(begin, end) -> float:
-    """Return seconds between two clocks of _now."""
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) * 1e-3
-
-
-def estimate(case: TrainingCase, keys: Iterable[str], device: str) -> float:
-    """Return roughly how many seconds train takes, for budgets and progress bars."""
-    if case.needs_gpu and device != "cuda":
-        return 0.1
-    weights = case.size.parameters()
-    # Forward and dx; with checkpointing the forward again; one step more to count what is kept. The search
-    # for a batch of eight or so tries twenty sequences.
-    a_token = sum(6 if checkpointing else 4 for checkpointing in case.checkpointing) * weights
-    sequences = (case.steps + 1) * 8 + 20 if case.largest else (case.steps + 1) * case.batch
-    flops = sequences * case.sequence * a_token
-    rate, building, fixed = {"cuda": (3e14, 1e10, 1.5), "cpu": (4e10, 1e8, 0.4)}[device]
-    return (len(list(keys)) + 1) * (flops / rate + weights / building + fixed)

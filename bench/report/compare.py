@@ -11,8 +11,8 @@ A change is beyond the spread if the intervals p20–p80 do not overlap.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -20,42 +20,64 @@ from rich.table import Table
 
 from ..run.environment import ROOT
 from ..run.shell import git
-from ..run.store import RESULTS, parse
+from ..run.store import MEASURED, RESULTS, parse
 from .reading import Record, device_of, full_title, label_of, newest, ratio, size, status, titles_of, usable
 
 SHOWN_WITHIN = 20
 BYTES = ("saved_bytes", "peak_allocated_bytes", "forward_temporary_bytes", "backward_temporary_bytes")
-
-
-@dataclass(frozen=True)
-class Name:
-    """What was measured: equal in both sets."""
-
-    device: str
-    kind: str
-    key: str
-    contender: str
-    part: str | None = None
-    baseline: str | None = None
-    what: str = "ratio"
-    checkpointing: bool = False
+STYLES = {"worse": "red", "better": "green", "failed": "red"}
 
 
 @dataclass(frozen=True)
 class Change:
     """One measurement in both sets, or in one of them (`old` or `new` is then None).
 
-    old, new: a ratio or a time in ms with its spread, a number of bytes, or a status. percent: new / old − 1.
-    beyond: whether the change is beyond the spread (bytes and statuses: whether they differ at all).
+    what: measured, in a few words; sort: what its contenders, parts and baselines are ordered by. old, new: a
+    ratio or a time in ms with its spread, a number of bytes, or a status. percent: new / old − 1. beyond:
+    whether the change is beyond the spread (bytes and statuses: whether they differ at all).
     """
 
-    name: Name
-    label: str
+    kind: str  # "ratio", "step_ms", one of BYTES, or "status"
+    what: str
     title: str
+    sort: tuple
     old: dict | int | str | None
     new: dict | int | str | None
-    percent: float | None = None
-    beyond: bool = False
+
+    @property
+    def percent(self) -> float | None:
+        if isinstance(self.old, dict):
+            return 100 * (self.new["median"] / self.old["median"] - 1)
+        if isinstance(self.old, int):
+            return 100 * (self.new / self.old - 1) if self.old else 0.0 if self.new == self.old else math.inf
+        return None
+
+    @property
+    def beyond(self) -> bool:
+        if isinstance(self.old, dict):
+            return self.new["p20"] > self.old["p80"] or self.new["p80"] < self.old["p20"]
+        return self.old != self.new
+
+    @property
+    def weight(self) -> tuple:
+        """Changed statuses first, then what is beyond the spread, then by size."""
+        changed_status = self.kind == "status" and self.beyond
+        return not changed_status, not self.beyond, -abs(self.percent or 0), *self.sort
+
+    @property
+    def verdict(self) -> str:
+        if self.kind == "status":
+            return {"ok": "better", "failed": "failed"}.get(self.new, "changed")
+        direction = "worse" if self.percent > 0 else "better"
+        if isinstance(self.new, dict):
+            return f"{direction}, beyond the spread" if self.beyond else "within the spread"
+        return direction
+
+    def text(self, value: dict | int | str | None) -> str:
+        if isinstance(value, dict):
+            digits = (2 if self.kind == "ratio" else 1) + (value["median"] < 10)
+            return "{median:.{d}f} ({p20:.{d}f}–{p80:.{d}f})".format(d=digits, **value)
+        return size(value) if isinstance(value, int) else str(value)
 
 
 @dataclass(frozen=True)
@@ -100,18 +122,22 @@ def load_old(source: str, root: Path = RESULTS) -> list[Record]:
 
 def compare(new: Iterable[Record], old: Iterable[Record]) -> Comparison:
     """Compare what counts in both sets: of several runs of a measurement, the newest."""
-    latest_new, latest_old = newest(new), newest(old)
-    after, before = _values(latest_new.values()), _values(latest_old.values())
-    changes = [
-        _change(name, after[name].label, after[name].title, before[name].new, after[name].new)
-        for name in after
-        if name in before
-    ]
+    latest_new, latest_old = newest(new).values(), newest(old).values()
+    after, before = ({name: rest for name, *rest in _values(some)} for some in (latest_new, latest_old))
+
+    def change(name: tuple) -> Change:
+        (words, title, sort, value), (*_, was) = after.get(name) or before[name], before.get(name) or [None]
+        return Change(name[-1], words, title, sort, was, value if name in after else None)
+
+    changes = [change(name) for name in after if name in before]
+    # A row that is there and lost its numbers is a changed status: what one side lacks is told by statuses.
+    only_old, only_new = (
+        sorted((change(name) for name in a if name not in b and name[-1] == "status"), key=lambda c: c.sort)
+        for a, b in ((before, after), (after, before))
+    )
+    differences = tuple(_differences(_environments(latest_new), _environments(latest_old)))
     return Comparison(
-        tuple(sorted(changes, key=_weight)),
-        _missing({name: change for name, change in before.items() if name not in after}, old=True),
-        _missing({name: change for name, change in after.items() if name not in before}, old=False),
-        tuple(_differences(latest_new.values(), latest_old.values())),
+        tuple(sorted(changes, key=lambda c: c.weight)), tuple(only_old), tuple(only_new), differences
     )
 
 
@@ -123,115 +149,65 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print("same machine, versions and commit", highlight=False)
     changed = [change for change in comparison.changes if change.beyond]
     within = [change for change in comparison.changes if change.percent and not change.beyond]
-    changed += within[:SHOWN_WITHIN]
     table = Table("what", "contender", "old", "new", "change", "", title="changes, biggest first")
-    for change in changed:
+    for change in (*changed, *within[:SHOWN_WITHIN]):
         percent = "" if change.percent is None else f"{change.percent:+.1f} %"
-        words = _verdict(change)
-        style = {"worse": "red", "better": "green", "failed": "red"}.get(words.split(",")[0])
-        values = (_text(change, change.old), _text(change, change.new))
-        table.add_row(describe(change), change.title, *values, percent, words, style=style)
-    if changed:
+        cells = change.text(change.old), change.text(change.new), percent, change.verdict
+        table.add_row(change.what, change.title, *cells, style=STYLES.get(change.verdict.split(",")[0]))
+    if table.rows:
         console.print(table)
     if len(within) > SHOWN_WITHIN:
         console.print(f"and {len(within) - SHOWN_WITHIN} smaller changes within the spread", highlight=False)
-    statuses = sum(change.name.what == "status" for change in comparison.changes)
-    beyond = sum(change.beyond for change in comparison.changes)
+    statuses = sum(change.kind == "status" for change in comparison.changes)
     console.print(
-        f"compared: {len(comparison.changes) - statuses} values and {statuses} statuses; {beyond} changed, "
-        "ratios and times beyond the spread",
+        f"compared: {len(comparison.changes) - statuses} values and {statuses} statuses; {len(changed)} "
+        "changed, ratios and times beyond the spread",
         highlight=False,
     )
     for words, only in (("old", comparison.only_old), ("new", comparison.only_new)):
         if only:
             console.print(f"only in the {words} results:", highlight=False)
-            for line in dict.fromkeys(f"  {describe(change)}: {change.title}" for change in only):
+            for line in dict.fromkeys(f"  {change.what}: {change.title}" for change in only):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def describe(change: Change) -> str:
-    """Say what was measured, in a few words."""
-    name = change.name
-    words = [f"{name.device}: {change.label}"]
-    if name.what == "ratio":
-        words.append(f"{name.part}: time / {name.baseline}")
-    else:
-        words.append(name.what.replace("_", " ") + (f" ({name.part})" if name.part else ""))
-    return ", ".join(words)
-
-
-def _values(records: Iterable[Record]) -> dict[Name, Change]:
-    """Return everything that can be compared, as changes with `new` alone."""
-    found: dict[Name, Change] = {}
-    for record in records:
-        if record["kind"] not in ("time", "memory", "training"):
-            continue
-        titles = titles_of(record)
-        place = (device_of(record), record["kind"], record["key"])
-        words = record["key"] if record["kind"] == "time" else f"{record['kind']} {record['case']['label']}"
+def _values(records: Iterable[Record]) -> Iterator[tuple]:
+    """Yield everything that can be compared: (name, words, title, sort, value). The name is equal in both
+    sets, and ends with what kind of value it is.
+    """
+    for record in (record for record in records if record["kind"] in MEASURED):
+        titles, device = titles_of(record), device_of(record)
+        timed = record["kind"] == "time"
+        label = label_of({"label": record["key"] if timed else f"{record['kind']} {record['case']['label']}"})
         for row in record["rows"]:
-
-            def add(value, row=row, words=words, place=place, titles=titles, **rest) -> None:
-                name = Name(*place, row["contender"], checkpointing=bool(row.get("checkpointing")), **rest)
-                text = label_of({"label": words})
-                found[name] = Change(name, text, full_title(row, titles), None, value)
-
-            add(status(row), part=row.get("part"), what="status")
-            if status(row) != "ok":
-                continue
-            if record["kind"] == "time":
-                for baseline in row.get("ratios") or {}:
-                    if value := ratio(record, row["contender"], row["part"], baseline):
-                        add(value, part=row["part"], baseline=titles.get(baseline, baseline))
-            if step := usable(row.get("step_ms")):
-                add(step, what="step_ms")
-            for name in BYTES:
-                if row.get(name) is not None:
-                    add(row[name], what=name)
-    return found
-
-
-def _change(name: Name, label: str, title: str, old, new) -> Change:
-    percent, beyond = None, old != new
-    if isinstance(old, dict):
-        percent = 100 * (new["median"] / old["median"] - 1)
-        beyond = new["p20"] > old["p80"] or new["p80"] < old["p20"]
-    elif isinstance(old, int):
-        percent = 100 * (new / old - 1) if old else (0.0 if new == old else math.inf)
-    return Change(name, label, title, old, new, percent, beyond)
+            title, part = full_title(row, titles), row.get("part")
+            found = [("status", part, None, status(row))]
+            if status(row) == "ok":
+                named = row.get("ratios") or {} if timed else ()
+                found += [
+                    ("ratio", part, titles.get(baseline, baseline), value)
+                    for baseline in named
+                    if (value := ratio(record, row["contender"], part, baseline))
+                ]
+                found += [("step_ms", None, None, step) for step in [usable(row.get("step_ms"))] if step]
+                found += [(name, None, None, row[name]) for name in BYTES if row.get(name) is not None]
+            place = device, record["kind"], record["key"], row["contender"], bool(row.get("checkpointing"))
+            for kind, of_part, baseline, value in found:
+                words = kind.replace("_", " ") + (f" ({of_part})" if of_part else "")
+                if kind == "ratio":
+                    words = f"{of_part}: time / {baseline}"
+                sort = label, title, of_part or "", baseline or "", kind
+                yield (*place, of_part, baseline, kind), f"{device}: {label}, {words}", title, sort, value
 
 
-def _weight(change: Change) -> tuple:
-    """Changed statuses first, then what is beyond the spread, then by size."""
-    is_status = change.name.what == "status"
-    return (
-        not (is_status and change.beyond),
-        not change.beyond,
-        -abs(change.percent or 0),
-        change.label,
-        change.title,
-        change.name.part or "",
-        change.name.baseline or "",
-        change.name.what,
-    )
-
-
-def _missing(values: dict[Name, Change], old: bool) -> tuple[Change, ...]:
-    """Rows that one side lacks. A row that is there and lost its numbers is a changed status instead."""
-    rows = [change for name, change in values.items() if name.what == "status"]
-    return tuple(replace(row, old=row.new, new=None) if old else row for row in sorted(rows, key=_weight))
-
-
-def _differences(new: Iterable[Record], old: Iterable[Record]) -> list[str]:
+def _differences(after: dict[str, dict], before: dict[str, dict]) -> Iterator[str]:
     """Say where machines, versions and commits differ, device by device."""
-    after, before = _environments(new), _environments(old)
-    lines = []
     for device in sorted(after.keys() & before.keys()):
         for name in dict.fromkeys((*before[device], *after[device])):
-            was, now = before[device].get(name, set()), after[device].get(name, set())
+            was, now = (found[device].get(name, set()) for found in (before, after))
             if was != now:
-                lines.append(f"{device}: {name} was {_joined(was)}, now {_joined(now)}")
-    return lines
+                was, now = (" / ".join(sorted(values)) or "not there" for values in (was, now))
+                yield f"{device}: {name} was {was}, now {now}"
 
 
 def _environments(records: Iterable[Record]) -> dict[str, dict[str, set[str]]]:
@@ -253,24 +229,3 @@ def _environments(records: Iterable[Record]) -> dict[str, dict[str, set[str]]]:
             if value is not None:
                 found.setdefault(device_of(record), {}).setdefault(name, set()).add(str(value))
     return found
-
-
-def _joined(values: Sequence[str]) -> str:
-    return " / ".join(sorted(values)) or "not there"
-
-
-def _verdict(change: Change) -> str:
-    if change.name.what == "status":
-        return {"ok": "better", "failed": "failed"}.get(change.new, "changed")
-    direction = "worse" if change.percent > 0 else "better"
-    if isinstance(change.new, dict):
-        return f"{direction}, beyond the spread" if change.beyond else "within the spread"
-    return direction
-
-
-def _text(change: Change, value: dict | int | str | None) -> str:
-    if isinstance(value, dict):
-        digits = 2 if change.name.what == "ratio" else 1
-        digits = digits + 1 if value["median"] < 10 else digits
-        return "{median:.{d}f} ({p20:.{d}f}–{p80:.{d}f})".format(d=digits, **value)
-    return size(value) if isinstance(value, int) else str(value)

@@ -119,9 +119,8 @@ def _page(
     if (root / HOST_TIME).is_file():
         sections.append(host_section(json.loads((root / HOST_TIME).read_text(encoding="utf-8"))))
     if warnings:
-        sections.append(
-            "## Skipped\n\n" + "\n".join(f"- {_without_folders(text, root)}" for text in warnings)
-        )
+        lines = "\n".join(f"- {_without_folders(text, root)}" for text in warnings)
+        sections.append(f"## Skipped\n\n{lines}")
     return wrapped("\n\n".join([INTRODUCTION, *sections])) + "\n", drawn
 
 
@@ -130,12 +129,11 @@ def host_section(result: dict) -> str:
     before = result.get("before", {"rows": {}, "commit": None})
     rows = []
     for name, row in result["rows"].items():
-        old = before["rows"].get(name)
-        cells = ["–", "–"]
-        if old:
+        line = [name, f"{row['median_us']:.0f}", f"{row['empty_launches']:.1f}", "–", "–"]
+        if old := before["rows"].get(name):
             share = row["empty_launches"] / old["empty_launches"]
-            cells = [f"{old['empty_launches']:.1f}", f"{share:.0%}"]
-        rows.append([name, f"{row['median_us']:.0f}", f"{row['empty_launches']:.1f}", *cells])
+            line[3:] = f"{old['empty_launches']:.1f}", f"{share:.0%}"
+        rows.append(line)
     source = provenance(
         f"bench/results/{HOST_TIME}", result["machine"], result["date"], result["versions"], result["commit"]
     )
@@ -173,9 +171,8 @@ def readme_table(records: Sequence[Record]) -> str:
     header = ["M×K×N", "frozen nn.Linear, ms", *shown.values()]
     lines = [" ".join([note, *(origin(sources.runs[name], name[0]) for name in sources.order)])]
     lines.append(markdown(header, rows))
-    for record in sorted(
-        (r for r in found if r["kind"] == "memory" and r["scope"] == "block"), key=case_order
-    ):
+    kept_by = [r for r in found if r["kind"] == "memory" and r["scope"] == "block"]
+    for record in sorted(kept_by, key=case_order):
         kept = [
             f"{full_title(row, MODEL_TITLES)} {number(row['units']) if status(row) == 'ok' else status(row)}"
             for row in arranged(record["rows"], MODEL_TITLES)

@@ -60,6 +60,8 @@ OTHER = ("#999999", ".")
 SAME_MATHEMATICS = ("lorafa", "peft-lorafa", "peft-lorafa-16bit")
 NAME_WIDTH = 30
 INK, FAINT = "#222222", "#6b7280"
+# What the marks of reading.Sources say of some of a plot's points.
+ADMITTED = {"†": "some not committed", "‡": "some with uncommitted changes", "§": "some of no commit"}
 
 
 class Point(NamedTuple):
@@ -85,15 +87,10 @@ def draw(device: str, records: list[Record], sources: reading.Sources, folder: P
     def subtitle(kind: str, remark: str = "") -> str:
         used = [r for r in shown if r["kind"] == kind]
         marks = {mark for r in used for mark in sources.marks(r)}
-        words = {
-            "†": "† some not committed",
-            "‡": "‡ some with uncommitted changes",
-            "§": "§ some of no commit",
-        }
         dates = sorted({r["date"][:10] for r in used})
         days = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
         title = reading.device_title(device, records)[0]
-        admitted = [text for mark, text in words.items() if mark in marks]
+        admitted = [f"{mark} {text}" for mark, text in ADMITTED.items() if mark in marks]
         return "; ".join(word for word in (title, days, remark, *admitted) if word)
 
     points, remark = overhead_points(shown)
@@ -251,17 +248,11 @@ def overhead(
     contenders = {point.contender: point.title for point in points}
     pitch = 0.8 / max(1, len(contenders) - 1)
     height = max(2.0, len(shapes) * max(0.5, 0.1 * len(contenders)))
-    figure, grid = plt.subplots(
-        1,
-        len(facets),
-        figsize=(max(8.5, 4.6 + 2.7 * len(facets)), height + 2.6),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    width = max(8.5, 4.6 + 2.7 * len(facets))
+    figure, panels = _panels(1, len(facets), width, height + 2.6, sharey=True)
     top = max(point.value["p80"] for point in points)
     bottom = min(point.value["p20"] for point in points)
-    for axes, facet in zip(grid[0], facets, strict=True):
+    for axes, facet in zip(panels, facets, strict=True):
         axes.axvline(1, color=INK, linewidth=1)
         for row in range(0, len(shapes), 2):
             axes.axhspan(row - 0.5, row + 0.5, color="#f3f4f6", zorder=0)
@@ -270,20 +261,14 @@ def overhead(
                 continue
             offset = list(contenders).index(point.contender) * pitch - 0.4 if len(contenders) > 1 else 0
             colour, marker = STYLES.get(point.contender, OTHER)
-            axes.errorbar(
-                point.value["median"],
-                shapes.index(point.place) + offset,
-                xerr=_both_sides(point.value),
-                fmt=marker,
-                color=colour,
-                markersize=5.5,
-                elinewidth=1.4,
-            )
+            place = point.value["median"], shapes.index(point.place) + offset
+            style = {"fmt": marker, "color": colour, "markersize": 5.5, "elinewidth": 1.4}
+            axes.errorbar(*place, xerr=_both_sides(point.value), **style)
         _ratio_axis(axes, bottom, top)
         axes.set_xlabel(f"time / time of {baseline}\nforward + backward (bars: p20–p80)")
         axes.set_title(facet, fontsize=11)
-    grid[0][0].set_yticks(range(len(shapes)), shapes)
-    grid[0][0].set_ylim(len(shapes) - 0.5, -0.5)
+    panels[0].set_yticks(range(len(shapes)), shapes)
+    panels[0].set_ylim(len(shapes) - 0.5, -0.5)
     handles = [_dot(*STYLES.get(key, OTHER), title) for key, title in contenders.items()]
     _finish(figure, f"Overhead of adapters over {baseline}", subtitle, path, handles, 3)
 
@@ -297,10 +282,8 @@ def roofline(
     dtypes = [dtype for dtype in dict.fromkeys(point.facet for point in points) if dtype in products]
     if not dtypes or not copied:
         return
-    figure, grid = plt.subplots(
-        1, len(dtypes), figsize=(max(7.5, 5.2 * len(dtypes)), 5.4), squeeze=False, layout="constrained"
-    )
-    for axes, dtype in zip(grid[0], dtypes, strict=True):
+    figure, panels = _panels(1, len(dtypes), max(7.5, 5.2 * len(dtypes)), 5.4)
+    for axes, dtype in zip(panels, dtypes, strict=True):
         own = [point for point in points if point.facet == dtype]
         product, copy = products[dtype], copied / 1e3
         ridge = product / copy
@@ -314,16 +297,10 @@ def roofline(
         axes.annotate(text, (middle, middle * copy), (10, -12), ha="left", **words)
         for point in own:
             colour, forward = _colour(point.contender), point.place == "forward"
-            axes.errorbar(
-                point.intensity,
-                point.value["median"],
-                yerr=_both_sides(point.value),
-                fmt=">" if forward else "<",
-                color=colour,
-                markerfacecolor=colour if forward else "white",
-                markersize=7,
-                elinewidth=1.2,
-            )
+            style = {"fmt": ">", "color": colour, "markersize": 7, "elinewidth": 1.2}
+            style |= {} if forward else {"fmt": "<", "markerfacecolor": "white"}
+            place = point.intensity, point.value["median"]
+            axes.errorbar(*place, yerr=_both_sides(point.value), **style)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(low, high)
@@ -336,7 +313,7 @@ def roofline(
         axes.set_xlabel("FLOPs a byte\n(every operand read once, every result written once)")
         axes.set_title(dtype, fontsize=11)
         _plain(axes)
-    grid[0][0].set_ylabel("achieved TFLOP/s")
+    panels[0].set_ylabel("achieved TFLOP/s")
     contenders = {point.contender: point.title for point in points}
     handles = [Patch(color=_colour(key), label=title) for key, title in contenders.items()]
     handles += [_dot(FAINT, ">", "forward"), _dot(FAINT, "<", "backward", markerfacecolor="white")]
@@ -349,15 +326,9 @@ def blocks(panels: dict[str, Sequence[Row]], path: Path, subtitle: str) -> None:
     if not panels:
         return
     counts = [len({bar["contender"] for bar in bars}) for bars in panels.values()]
-    figure, grid = plt.subplots(
-        len(panels),
-        1,
-        figsize=(9, 1.9 + sum(0.52 * count + 0.9 for count in counts)),
-        height_ratios=counts,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, (title, bars) in zip(grid[:, 0], panels.items(), strict=True):
+    height = 1.9 + sum(0.52 * count + 0.9 for count in counts)
+    figure, places = _panels(len(panels), 1, 9, height, height_ratios=counts)
+    for axes, (title, bars) in zip(places, panels.items(), strict=True):
         texts = [f"{bar['units']:.3g}  ({_bytes(bar['saved_bytes'])})" for bar in bars]
         _pairs(axes, bars, [bar["units"] for bar in bars], texts)
         axes.set_title(title, fontsize=11)
@@ -423,17 +394,18 @@ def training(runs: Sequence[Row], path: Path, subtitle: str) -> None:
     _finish(figure, "Training", subtitle, path, _hatches(runs), 2)
 
 
+def _panels(rows: int, columns: int, width: float, height: float, **rest) -> tuple:
+    """Return a figure and its panels in one row or column."""
+    size = {"figsize": (width, height), "squeeze": False, "layout": "constrained"}
+    figure, grid = plt.subplots(rows, columns, **size, **rest)
+    return figure, list(grid.flat)
+
+
 def _losses(run: Row) -> list[float]:
     return [math.nan if loss is None else loss for loss in run.get("losses") or ()]
 
 
-def _pairs(
-    axes,
-    bars: Sequence[Row],
-    values: Sequence[float],
-    texts: Sequence[str],
-    spreads: Sequence[dict[str, float]] | None = None,
-) -> None:
+def _pairs(axes, bars: Sequence[Row], values: Sequence[float], texts: Sequence[str], spreads=None) -> None:
     """A row for each contender, in it a bar without checkpointing and, hatched, one with it."""
     rows = list(dict.fromkeys(bar["contender"] for bar in bars))
     both = len({bool(bar.get("checkpointing")) for bar in bars}) > 1

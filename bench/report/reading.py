@@ -214,15 +214,14 @@ def wrapped(text: str) -> str:
     """Return Markdown with its paragraphs and items broken into lines of WIDTH; tables and links to pictures
     stay as they are.
     """
-    found = []
-    for line in text.split("\n"):
-        if len(line) > WIDTH and not line.startswith(("|", "#", "!")):
-            indent = "  " if line.startswith("- ") else ""
-            line = textwrap.fill(
-                line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-            )
-        found.append(line)
-    return "\n".join(found)
+    how = {"break_long_words": False, "break_on_hyphens": False}
+
+    def broken(line: str) -> str:
+        if len(line) <= WIDTH or line.startswith(("|", "#", "!")):
+            return line
+        return textwrap.fill(line, WIDTH, subsequent_indent="  " * line.startswith("- "), **how)
+
+    return "\n".join(map(broken, text.split("\n")))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -267,11 +266,6 @@ def main_loop_lines(record: Record) -> list[str]:
     ]
 
 
-def _loss_cell(row: Row) -> str:
-    losses = row.get("losses")
-    return f"{number(losses[0], 4)} → {number(losses[-1], 4)}" if losses else "–"
-
-
 LOSS = "loss, first → last"
 # What a table of memory or training says of a row that is "ok".
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -287,17 +281,19 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "trained parameters": lambda row: (
         "–" if row.get("trained_parameters") is None else f"{row['trained_parameters']:,}"
     ),
-    LOSS: _loss_cell,
+    LOSS: lambda row: (
+        f"{number(losses[0], 4)} → {number(losses[-1], 4)}" if (losses := row.get("losses")) else "–"
+    ),
 }
 
 
 def reason_of(row: Row) -> str:
     """Return why a row has no numbers, with the errors outside their budget."""
     errors = [
-        f"{name}: error {number(error['error']) if error['error'] is not None else 'not finite'}, "
-        f"allowed {number(error['allowed'])}"
-        for name, error in (row.get("errors") or {}).items()
-        if not error["kept"]
+        f"{name}: error {number(one['error']) if one['error'] is not None else 'not finite'}, "
+        f"allowed {number(one['allowed'])}"
+        for name, one in (row.get("errors") or {}).items()
+        if not one["kept"]
     ]
     text = row.get("reason") or ("outside the error budget" if errors else "no reason given")
     return f"{text} ({'; '.join(errors)})" if errors else text
@@ -418,6 +414,16 @@ def provenance(path: str, machine: dict, date: str, versions: dict, commit: str 
     return f"From `{path}`: {chip}; {date[:10]}; {named}; commit {(commit or 'unknown')[:12]}."
 
 
+# Of a GPU, as environment.py names it.
+GPU_STATE = {
+    "driver": "driver {}",
+    "runtime": "CUDA {}",
+    "sm_clock_mhz": "SM clock {} MHz",
+    "memory_clock_mhz": "memory clock {} MHz",
+    "power_limit_w": "power limit {} W",
+}
+
+
 def origin(record: Record, path: str) -> str:
     """Say where a run's numbers come from, in one line."""
     run = record["_run"]
@@ -425,18 +431,8 @@ def origin(record: Record, path: str) -> str:
     text = provenance(path, now["machine"], run["date"], now["versions"], now.get("commit"))
     tree = {True: " with uncommitted changes", False: "", None: " (tree not checked)"}[now.get("dirty")]
     gpu = now["machine"].get("gpu") or {}
-    state = [
-        f"{words} {gpu[name]}{unit}"
-        for name, words, unit in (
-            ("driver", "driver", ""),
-            ("runtime", "CUDA", ""),
-            ("sm_clock_mhz", "SM clock", " MHz"),
-            ("memory_clock_mhz", "memory clock", " MHz"),
-            ("power_limit_w", "power limit", " W"),
-        )
-        if gpu.get(name)
-    ]
-    return "; ".join([f"{text[:-1]}{tree}", *([", ".join(state)] if state else []), f"`{run['command']}`."])
+    state = ", ".join(words.format(gpu[name]) for name, words in GPU_STATE.items() if gpu.get(name))
+    return "; ".join([f"{text[:-1]}{tree}", *([state] if state else []), f"`{run['command']}`."])
 
 
 def committed_lines(file: Path) -> set[str] | None:

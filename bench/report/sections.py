@@ -7,7 +7,7 @@ A section without records is empty or says that nothing was measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..measure.cases import LLAMA_3, TARGET_RANKS, target_grid
 from ..measure.contenders import FROZEN, LORAFA, OURS
@@ -105,6 +105,11 @@ def device_section(
     return joined(f"## {title}", remark, lines, sources.legend(), body)
 
 
+def pairs(records: Iterable[Record]) -> Iterator[tuple[Record, Row]]:
+    """Every row, with its record."""
+    return ((record, row) for record in records for row in record["rows"])
+
+
 def joined(*chunks: str | None) -> str:
     return "\n\n".join(chunk for chunk in chunks if chunk)
 
@@ -129,21 +134,18 @@ def columns(records: Sequence[Record], baseline: str | None = FROZEN) -> tuple[d
     ran nowhere.
     """
     titles = titles_of(records[0]) if records else {}
-    rows = [row for record in records for row in record["rows"] if row["contender"] != baseline]
-    here = ordered((row["contender"] for row in rows if status(row) != "not run"), titles)
-    absent = [key for key in ordered((row["contender"] for row in rows), titles) if key not in here]
-    named = listed([titles.get(key, key) for key in absent]) if absent else ""
-    shown = {key: titles.get(key, key) for key in here}
-    return shown, f" Not run: {named} (reasons below)." if named else ""
+    rows = [row for _, row in pairs(records) if row["contender"] != baseline]
+    here = {row["contender"] for row in rows if status(row) != "not run"}
+    known = {key: titles.get(key, key) for key in ordered((row["contender"] for row in rows), titles)}
+    absent = [title for key, title in known.items() if key not in here]
+    shown = {key: title for key, title in known.items() if key in here}
+    return shown, f" Not run: {listed(absent)} (reasons below)." if absent else ""
 
 
 def rounds_text(records: Sequence[Record]) -> str:
     counts = sorted({record["rounds"] for record in records if record.get("rounds")}) or ["no"]
     sittings = sorted({record.get("sittings") or 1 for record in records}) or [1]
-    rounds, sat = (
-        " to ".join(str(count) for count in dict.fromkeys((found[0], found[-1])))
-        for found in (counts, sittings)
-    )
+    rounds, sat = (" to ".join(map(str, dict.fromkeys((n[0], n[-1])))) for n in (counts, sittings))
     return f"{rounds} interleaved rounds" + (f" in {sat} sittings" if sittings[-1] > 1 else "")
 
 
@@ -215,14 +217,10 @@ def directions_text(records: list[Record], sources: Sources, picture: str | None
 
 def ours_text(records: list[Record], sources: Sources) -> str:
     """lorafa_kernels over each of the others."""
-    if not (ours := ours_table(records, sources, "M×K×N")):
-        return ""
-    return joined(
-        "### lorafa_kernels against the others: its time / theirs, forward + backward",
-        "The baseline is the column's: below 1, lorafa_kernels takes less time than it. Same rounds as "
-        "above.",
-        ours,
-    )
+    ours = ours_table(records, sources, "M×K×N")
+    title = "### lorafa_kernels against the others: its time / theirs, forward + backward"
+    note = "The baseline is the column's: below 1, lorafa_kernels takes less time than it."
+    return joined(title, f"{note} Same rounds as above.", ours) if ours else ""
 
 
 def ours_table(records: list[Record], sources: Sources, first: str) -> str:
@@ -323,20 +321,25 @@ def blocks_text(records: list[Record], sources: Sources, picture: str | None) ->
     )
 
 
+def marked(title: str, lines: Iterable[tuple[str, Record]], sources: Sources) -> str:
+    """A list, each line with the marks of the record that it is from."""
+    found = [f"- {line} {sources.marks(record)}".rstrip() for line, record in lines]
+    return f"{title}\n\n" + "\n".join(found) if found else ""
+
+
 def tests_text(records: list[Record], sources: Sources) -> str:
     """What became of the test suite in the run."""
-    lines = [
-        f"- {row['contender']}: {status(row)}. {row.get('reason') or ''} {sources.marks(record)}".rstrip()
-        for record in records
-        for row in record["rows"]
-    ]
-    return "### Tests\n\n" + "\n".join(lines) if lines else ""
+    lines = (
+        (f"{row['contender']}: {status(row)}. {row.get('reason') or ''}", record)
+        for record, row in pairs(records)
+    )
+    return marked("### Tests", lines, sources)
 
 
 def ceilings_text(records: list[Record], sources: Sources) -> str:
     """The rates that the machine reached in the run."""
     rows = []
-    for record, row in ((each, row) for each in records for row in each["rows"]):
+    for record, row in pairs(records):
         if row["what"] == "product":
             what = f"product {'×'.join(f'{n}' for n in row['size'])} {row['dtype']}, TFLOP/s"
         else:
@@ -351,12 +354,8 @@ def ceilings_text(records: list[Record], sources: Sources) -> str:
 
 def main_loop_text(records: list[Record], sources: Sources) -> str:
     """The number of the model of the cost that decides most."""
-    lines = [
-        f"- {line} {sources.marks(record)}".rstrip()
-        for record in records
-        for line in reading.main_loop_lines(record)
-    ]
-    return "### The rate of expand beside the library's product\n\n" + "\n".join(lines) if lines else ""
+    lines = ((line, record) for record in records for line in reading.main_loop_lines(record))
+    return marked("### The rate of expand beside the library's product", lines, sources)
 
 
 # The target
@@ -421,8 +420,7 @@ def slower_cells(measured: dict[str, Record]) -> tuple[int, list[str]]:
     """
     compared, slower = 0, []
     for record in sorted(measured.values(), key=case_order):
-        times = {key: time_of(record, key, "both") for key in ARRANGEMENTS}
-        times = {key: value["median"] for key, value in times.items() if value}
+        times = {key: value["median"] for key in ARRANGEMENTS if (value := time_of(record, key, "both"))}
         fastest = min(times, key=times.get, default=None)
         found = ratio(record, LORAFA, "both", fastest) if fastest else None
         compared += bool(found)
@@ -511,16 +509,11 @@ def deviation_text(record: Record) -> str:
     names = " and ".join(MODEL_TITLES.get(key, key) for key in LOSSES)
     for checkpointing, how in ((False, ""), (True, " with checkpointing")):
         pair = [row_of(record, key, checkpointing=checkpointing) for key in LOSSES]
-        if any(status(row) != "ok" for row in pair):
-            continue
-        curves = [row.get("losses") or [] for row in pair]
+        curves = [(row.get("losses") or []) if status(row) == "ok" else [] for row in pair]
         gaps = [abs(a - b) for a, b in zip(*curves, strict=False) if a is not None and b is not None]
         if gaps:
-            step = gaps.index(max(gaps)) + 1
-            lines.append(
-                f"Losses of {names}{how}: at most {number(max(gaps), 2)} apart in {len(gaps)} steps (at step "
-                f"{step})."
-            )
+            most = f"at most {number(max(gaps), 2)} apart in {len(gaps)} steps"
+            lines.append(f"Losses of {names}{how}: {most} (at step {gaps.index(max(gaps)) + 1}).")
     return " ".join(lines) or f"Losses of {names}: not compared, since not both of them ran."
 
 
@@ -536,12 +529,10 @@ def where(record: Record) -> str:
 def not_run_text(records: list[Record]) -> str:
     """Every contender that did not run somewhere, with the reason and where."""
     found: dict[tuple[str, str], dict[str, set[str]]] = {}
-    for record in records:
-        for row in record["rows"]:
-            if status(row) == "not run":
-                name = (title_of(record, row), row.get("reason") or "no reason given")
-                places = found.setdefault(name, {})
-                places.setdefault(where(record), set()).add(record["case"]["label"])
+    for record, row in pairs(records):
+        if status(row) == "not run":
+            name = (title_of(record, row), row.get("reason") or "no reason given")
+            found.setdefault(name, {}).setdefault(where(record), set()).add(record["case"]["label"])
     together: dict[tuple[str, str], list[str]] = {}
     for (title, reason), places in sorted(found.items()):
         texts = [f"{place} ({counted(len(cases), 'case')})" for place, cases in sorted(places.items())]
@@ -553,12 +544,10 @@ def not_run_text(records: list[Record]) -> str:
 def failed_text(records: list[Record]) -> str:
     """Every red row, with its reason and its errors."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for record in records:
-        for row in record["rows"]:
-            if status(row) == "failed":
-                reason = reading.reason_of(row)
-                name = (title_of(record, row), where(record), label_of(record["case"]), reason)
-                found.setdefault(name, []).append(row.get("part") or "")
+    for record, row in pairs(records):
+        if status(row) == "failed":
+            name = (title_of(record, row), where(record), label_of(record["case"]), reading.reason_of(row))
+            found.setdefault(name, []).append(row.get("part") or "")
     lines = [
         f"- The whole measurement: {where(record)}, {label_of(record['case'])}: {record['failed']}."
         for record in records

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,12 +173,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def fill_all(argv: list[str] | None) -> int:
     parser = Parser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a table is out of date"
-    )
-    parser.add_argument(
-        "--take-demo", type=Path, metavar="FILE", help="results.json of a run of the demo to keep"
-    )
+    stale = "write nothing; exit 1 if a table is out of date"
+    parser.add_argument("--check", action="store_true", help=stale)
+    demo = "results.json of a run of the demo to keep"
+    parser.add_argument("--take-demo", type=Path, metavar="FILE", help=demo)
     options = parser.parse_args(argv)
     check = options.check
     if options.take_demo:
@@ -193,11 +190,6 @@ def fill_all(argv: list[str] | None) -> int:
             stale.append(f"{table.page}: {name}")
             if not check:
                 write_whole(path, after)
-    print(
-        "\n".join(f"{'out of date' if check else 'written'}: {entry}" for entry in stale) or "all up to date"
-    )
+    word = "out of date" if check else "written"
+    print("\n".join(f"{word}: {entry}" for entry in stale) or "all up to date")
     return 1 if check and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,7 +30,8 @@ def environment(with_torch: bool = True) -> dict:
     Call it before measuring: it notes how busy the machine is with other work. with_torch: else nothing of
     it is imported, and what only it knows is None.
     """
-    gpu = _stub_gpu() or (_gpu() if with_torch else _gpu_of_smi())
+    gpu = _gpu(with_torch)
+    torch = importlib.import_module("torch") if with_torch else None
     stub = stub_name() is not None or (gpu is not None and gpu["name"].startswith(START))
     return {
         **({"stub": True} if stub else {}),
@@ -38,7 +39,7 @@ def environment(with_torch: bool = True) -> dict:
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": _threads() if with_torch else None,
+            "threads": torch.get_num_threads() if torch else None,
             "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
             "gpu": gpu,
         },
@@ -49,6 +50,15 @@ def environment(with_torch: bool = True) -> dict:
         **_commit(),
         "tree": tree_hash(ROOT),
     }
+
+
+def origin(*packages: str, more: tuple[str, ...] = ()) -> dict:
+    """Return what the result of a gate says of where it is from: date, commit, and the versions of packages;
+    more: other keys of environment().
+    """
+    now = environment()
+    versions = {name: now["versions"][name] for name in packages}
+    return {key: now[key] for key in ("date", "commit", "dirty", *more)} | {"versions": versions}
 
 
 def write_json(path: Path, result: dict) -> None:
@@ -64,28 +74,18 @@ def _cpu_model() -> str | None:
     return platform.processor() or platform.machine() or None
 
 
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _stub_gpu() -> dict | None:
-    # Nothing of a GPU that may be there as well.
-    about = {"capability": None, "smi_name": None, **dict.fromkeys(_GPU_STATE.values())}
-    return {"name": name, **about} if (name := stub_name()) else None
-
-
 def _smi(what: str) -> str | None:
     return _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", "--id=0")
 
 
-def _gpu_of_smi() -> dict:
-    name = _smi("name")
-    return {"name": name or "an unnamed GPU", "capability": None, "smi_name": name, **gpu_state()}
-
-
-def _gpu() -> dict | None:
+def _gpu(with_torch: bool) -> dict | None:
+    name = stub_name()
+    if name:
+        # Nothing of a GPU that may be there as well.
+        return {"name": name, "capability": None, "smi_name": None, **dict.fromkeys(_GPU_STATE.values())}
+    if not with_torch:
+        name = _smi("name")
+        return {"name": name or "an unnamed GPU", "capability": None, "smi_name": name, **gpu_state()}
     import torch
 
     if not torch.cuda.is_available():

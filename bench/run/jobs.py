@@ -14,6 +14,7 @@ from ..measure import blocks, ceilings, kernels, layers, main_loop, memory, mode
 from ..measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
 from ..measure.cases import layers as distinct_layers
 from ..measure.contenders import CONTENDERS
+from ..measure.timing import SAMPLE_SECONDS
 from .environment import ROOT, gpu_state
 from .runner import Job
 
@@ -50,6 +51,49 @@ class Setting:
         return math.ceil(self.rounds / self.sittings)
 
 
+def seconds_of(
+    device: str,
+    keys: Iterable[str],
+    flops: float,
+    samples: float,
+    least: float = 0.0,
+    fixed: float = 0.2,
+    exact: float = 4,
+) -> float:
+    """Return roughly how many seconds a measurement takes, for budgets and progress: each contender computes
+    `flops` so many times, none of them in less than `least` seconds, and takes `fixed` seconds beside; the
+    reference computes them `exact` times in fp64, and compilers come on top.
+    """
+    keys = list(keys)
+    rate, exact_rate, compiling = {"cuda": (3e14, 3e13, 12.0), "cpu": (4e10, 1e10, 17.0)}[device]
+    compiled = sum(key.startswith("compiled") for key in keys)
+    each = samples * max(flops / rate, least) + fixed
+    return len(keys) * each + exact * flops / exact_rate + compiled * compiling
+
+
+def job(
+    key: str,
+    kind: str,
+    seconds: float,
+    measure: Callable[..., dict],
+    describe: dict,
+    keys: tuple[str, ...],
+    left_out: dict[str, str] | None = None,
+    rounds: int = 0,
+    sittings: int = 1,
+) -> Job:
+    """rounds: of each sitting; left_out: contenders that are named as not run, with the reason."""
+
+    def run(tick, sitting: int | None = None) -> dict:
+        how = {} if sitting is None else {"sitting": sitting}
+        return with_left_out(measure(tick=tick, **how), left_out or {})
+
+    rounds *= sittings
+    if kind == "time":
+        describe |= {"rounds": rounds}
+    return Job(key, kind, seconds, run, describe, keys, rounds, sittings=sittings)
+
+
 def ceilings_job(setting: Setting) -> Job:
     def run(tick) -> dict:
         setting.ceilings = ceilings.measure(setting.device, gpu_state)
@@ -59,34 +103,9 @@ def ceilings_job(setting: Setting) -> Job:
 
 
 def main_loop_job(setting: Setting) -> Job:
-    def run(tick) -> dict:
-        return main_loop.measure(setting.device)
-
-    return Job("main-loop", "main-loop", main_loop.ESTIMATE, run, contenders=(kernels.TRITON,))
-
-
-def timed_job(
-    mode: str,
-    case: Case | models.BlockCase,
-    measure: Callable[..., dict],
-    seconds: float,
-    keys: tuple[str, ...],
-    rounds: int,
-    sittings: int = 1,
-    left_out: dict[str, str] | None = None,
-) -> Job:
-    """A job of kind "time". rounds: of each sitting; left_out: contenders that are named as not run, with the
-    reason.
-    """
-
-    def run(tick, sitting: int | None = None) -> dict:
-        how = {} if sitting is None else {"sitting": sitting}
-        return with_left_out(measure(tick=tick, **how), left_out or {})
-
-    rounds *= sittings
-    describe = {"case": case.as_record(), "mode": mode, "rounds": rounds}
-    key = f"{'block-time' if mode == 'block' else mode} {case.label}"
-    return Job(key, "time", seconds, run, describe, keys, rounds, sittings=sittings)
+    keys, seconds = (kernels.TRITON,), main_loop.ESTIMATE
+    run = partial(main_loop.measure, setting.device)
+    return Job("main-loop", "main-loop", seconds, lambda tick: run(), contenders=keys)
 
 
 def with_left_out(payload: dict, left_out: dict[str, str]) -> dict:
@@ -105,16 +124,21 @@ def with_left_out(payload: dict, left_out: dict[str, str]) -> dict:
 def time_job(
     case: Case, setting: Setting, mode: str = "eager", left_out: dict[str, str] | None = None
 ) -> Job:
-    keys = without(setting.contenders, left_out)
+    keys, device = without(setting.contenders, left_out), setting.device
     # Without a GPU nothing is captured: once is enough to say so.
     sittings, rounds = (1, setting.rounds) if mode == "graph" else (setting.sittings, setting.rounds_each)
 
     def measure(**how) -> dict:
         rates = ceilings.rates(setting.ceilings, case.dtype)
-        return layers.time_case(case, keys, setting.device, mode=mode, rounds=rounds, ceilings=rates, **how)
+        return layers.time_case(case, keys, device, mode=mode, rounds=rounds, ceilings=rates, **how)
 
-    seconds = layers.estimate(case, keys, setting.device, mode, rounds)
-    return timed_job(mode, case, measure, seconds, keys, rounds, sittings, left_out)
+    long = device == "cpu" or mode in ("host", "wall")
+    # Each part is about two thirds of a step.
+    samples = len(layers.PARTS_OF[mode]) * rounds * 2 / 3
+    times = seconds_of(device, keys, sum(case.flops().values()), samples, SAMPLE_SECONDS if long else 2e-3)
+    seconds = 0.1 if mode == "graph" and device != "cuda" else times
+    describe = {"case": case.as_record(), "mode": mode}
+    return job(f"{mode} {case.label}", "time", seconds, measure, describe, keys, left_out, rounds, sittings)
 
 
 def kernel_job(case: Case, setting: Setting) -> Job:
@@ -122,15 +146,21 @@ def kernel_job(case: Case, setting: Setting) -> Job:
         rates = ceilings.rates(setting.ceilings, case.dtype)
         return kernels.time_kernels(case, setting.device, rounds=setting.rounds, ceilings=rates, tick=tick)
 
-    seconds = kernels.estimate(case, setting.rounds) if setting.device == "cuda" else 0.1
-    return timed_job("kernel", case, measure, seconds, kernels.KERNELS, setting.rounds)
+    keys, flops = kernels.KERNELS, sum(case.flops().values())
+    times = seconds_of(setting.device, keys, flops, 2 * setting.rounds, fixed=1.2)
+    seconds = times if setting.device == "cuda" else 0.1
+    describe = {"case": case.as_record(), "mode": "kernel"}
+    return job(f"kernel {case.label}", "time", seconds, measure, describe, keys, None, setting.rounds)
 
 
 def block_time_job(case: models.BlockCase, setting: Setting, left_out: dict[str, str]) -> Job:
-    keys, rounds = without(models.TIME_KEYS, left_out), setting.rounds_each
-    measure = partial(blocks.time_block, case, keys, setting.device, rounds=rounds)
-    seconds = blocks.estimate(case, keys, setting.device, rounds)
-    return timed_job("block", case, measure, seconds, keys, rounds, setting.sittings, left_out)
+    keys, rounds, device = without(models.TIME_KEYS, left_out), setting.rounds_each, setting.device
+    measure = partial(blocks.time_block, case, keys, device, rounds=rounds)
+    least = {"cuda": 2e-3, "cpu": SAMPLE_SECONDS}[device]
+    seconds = seconds_of(device, keys, case.flops(), len(blocks.PARTS) * rounds, least)
+    describe = {"case": case.as_record(), "mode": "block"}
+    key = f"block-time {case.label}"
+    return job(key, "time", seconds, measure, describe, keys, left_out, rounds, setting.sittings)
 
 
 def without(keys: Iterable[str], left_out: dict[str, str] | None) -> tuple[str, ...]:
@@ -141,33 +171,32 @@ def memory_job(case: Case, setting: Setting) -> Job:
     left_out = {COMPILED: NOT_ON_A_CPU} if setting.device == "cpu" and COMPILED in setting.contenders else {}
     keys = without(setting.contenders, left_out)
 
-    def run(tick) -> dict:
-        return with_left_out(memory.layer_memory(case, keys, setting.device), left_out)
-
+    measure = partial(memory.layer_memory, case, keys, setting.device)
     describe = {"scope": "layer", "case": case.as_record()}
-    seconds = memory.estimate(case, keys, setting.device)
-    return Job(f"memory {case.label}", "memory", seconds, run, describe, keys)
+    seconds = seconds_of(setting.device, keys, sum(case.flops().values()), 5, fixed=0.05)
+    key = f"memory {case.label}"
+    return job(key, "memory", seconds, lambda tick: measure(), describe, keys, left_out)
 
 
 def block_job(block: models.BlockCase, setting: Setting) -> Job:
     keys = models.BLOCK_KEYS if block.scope == "block" else models.FAMILY_KEYS
-
-    def run(tick) -> dict:
-        return memory.block_memory(block, keys, setting.device)
-
-    seconds = memory.estimate(block, keys, setting.device)
+    measure = partial(memory.block_memory, block, keys, setting.device)
+    run = [key for key in keys if block.compiled or not models.CONTENDERS[key].compiled]
+    seconds = seconds_of(setting.device, run, block.flops(), 5 * len(block.checkpointing))
     describe = {"scope": block.scope, "case": block.as_record()}
-    return Job(f"{block.scope} {block.label}", "memory", seconds, run, describe, keys)
+    return job(f"{block.scope} {block.label}", "memory", seconds, lambda tick: measure(), describe, keys)
 
 
 def training_job(case: training.TrainingCase, setting: Setting) -> Job:
-    keys = training.LARGEST_KEYS if case.largest else models.TRAINING_KEYS
-
-    def run(tick) -> dict:
-        return training.train(case, keys, setting.device, tick)
-
-    seconds = training.estimate(case, keys, setting.device)
-    return Job(f"training {case.label}", "training", seconds, run, {"case": case.as_record()}, keys)
+    keys, device = training.LARGEST_KEYS if case.largest else models.TRAINING_KEYS, setting.device
+    # Building a model draws its weights. One contender more is the base.
+    fixed = {"cuda": case.size.parameters() / 1e10 + 1.5, "cpu": case.size.parameters() / 1e8 + 0.4}[device]
+    seconds = seconds_of(device, ("", *keys), case.flops(), 1, fixed=fixed, exact=0)
+    if case.needs_gpu and device != "cuda":
+        seconds = 0.1
+    describe = {"case": case.as_record()}
+    measure = partial(training.train, case, keys, device)
+    return job(f"training {case.label}", "training", seconds, measure, describe, keys)
 
 
 def tests_job() -> Job:
@@ -178,10 +207,9 @@ def tests_job() -> Job:
         # Workers compile beside each other; the tests leave memory enough for as many.
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--maxfail=20", *workers]
+        how = {"capture_output": True, "text": True, "timeout": 1.5 * TESTS_SECONDS}
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=1.5 * TESTS_SECONDS
-            )
+            done = subprocess.run(command, cwd=ROOT, **how)
         except subprocess.TimeoutExpired as error:
             printed = (error.stdout or b"").decode(errors="replace")
             reason = f"stopped after {error.timeout:.0f} s: {printed[-200:]}"

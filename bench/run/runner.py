@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..measure.layers import DeviceLost
 from .environment import environment, identity
@@ -108,6 +107,7 @@ def run(
     elsewhere: tuple[Path, ...] = (),
     console: Console | None = None,
     about: dict | None = None,
+    run_id: str | None = None,
 ) -> Outcome:
     """Measure what is lacking of `jobs`, append each result to `path` at once, and return the new records.
 
@@ -115,7 +115,7 @@ def run(
     estimate scaled with how the others did, is left out; one that takes longer than that is cut when the
     budget is spent. elsewhere: folders whose results of the same identity count as measured; without any,
     those of the unfinished run in `path` do. What took an earlier call along comes last. Ctrl-C keeps what
-    was measured.
+    was measured. run_id: of the lines, where no run is gone on with.
     """
     started = time.monotonic() if started is None else started
     about = about or environment()
@@ -131,54 +131,53 @@ def run(
     todo.sort(key=lambda job: job.key in past.suspect)
     book = {job.key: _Sittings(job, past.partial(job.key, job.contenders)) for job in todo}
     order = turns([replace(job, sittings=book[job.key].lacking) for job in todo])
-    store = Store(path, past.run, stub=bool(about.get("stub")))
+    store = Store(path, past.run or run_id, stub=bool(about.get("stub")))
     # Also when it goes on: the machine may be busier now.
     store.write("run", command=command, grid=grid, identity=own, environment=about)
     records, left, stopped = [], [job.key for job in todo], "complete"
     spent = expected = 0.0
     end = None if budget is None else started + budget
-    with _Shown(console, order, started, end) as shown:
-        shown.say(f"measuring {grid} into {path}: {len(order)} steps, about {shown.total:.0f} s")
-        try:
-            for number, job in enumerate(order):
-                sittings = book[job.key]
-                # Half the trust in what was seen so far, so that one odd job does not decide.
-                pace = (spent + expected + 5) / (2 * expected + 5)
-                now = time.monotonic()
-                late = budget is not None and now - started + job.seconds * pace > budget
-                if late or sittings.given_up:
-                    shown.done(job)
-                    continue
-                shown.begin(number, job)
+    log = _Log(console, len(order), started, end)
+    total = sum(job.seconds for job in order)
+    log.say(f"measuring {grid} into {path}: {len(order)} steps, about {total:.0f} s")
+    try:
+        for number, job in enumerate(order):
+            sittings = book[job.key]
+            # Half the trust in what was seen so far, so that one odd job does not decide.
+            pace = (spent + expected + 5) / (2 * expected + 5)
+            now = time.monotonic()
+            late = budget is not None and now - started + job.seconds * pace > budget
+            if late or sittings.given_up:
+                continue
+            log.begin(number, job)
 
-                def tick(fraction: float, job=job) -> None:
-                    shown.advance(job, fraction)
-                    if end is not None and time.monotonic() > end:
-                        raise BudgetSpent
+            def tick(fraction: float, job=job) -> None:
+                log.advance(job, fraction)
+                if end is not None and time.monotonic() > end:
+                    raise BudgetSpent
 
-                store.write("begin", key=job.key)
-                try:
-                    with alarm(end):
-                        payload = sittings.sit(tick)
-                except BudgetSpent:
-                    break
-                except DeviceLost as error:
-                    payload, stopped = _failed(job, error, "not run"), "device lost"
-                except Exception as error:
-                    payload = _failed(job, error, "failed")
-                seconds = time.monotonic() - now
-                if sittings.add(payload, seconds):
-                    records.append(sittings.write(store))
-                    if not payload.get("retry"):
-                        left.remove(job.key)
-                else:
-                    store.write("sitting", key=job.key, seconds=round(seconds, 2), **bare(payload))
-                spent, expected = spent + seconds, expected + job.seconds
-                shown.done(job)
-                if stopped != "complete":
-                    break
-        except KeyboardInterrupt:
-            stopped = "interrupted"
+            store.write("begin", key=job.key)
+            try:
+                with alarm(end):
+                    payload = sittings.sit(tick)
+            except BudgetSpent:
+                break
+            except DeviceLost as error:
+                payload, stopped = _failed(job, error, "not run"), "device lost"
+            except Exception as error:
+                payload = _failed(job, error, "failed")
+            seconds = time.monotonic() - now
+            if sittings.add(payload, seconds):
+                records.append(sittings.write(store))
+                if not payload.get("retry"):
+                    left.remove(job.key)
+            else:
+                store.write("sitting", key=job.key, seconds=round(seconds, 2), **bare(payload))
+            spent, expected = spent + seconds, expected + job.seconds
+            if stopped != "complete":
+                break
+    except KeyboardInterrupt:
+        stopped = "interrupted"
     records += [sittings.write(store) for sittings in book.values() if sittings.unwritten]
     if left and stopped == "complete":
         stopped = "budget"
@@ -229,59 +228,29 @@ def _failed(job: Job, error: Exception, status: str) -> dict:
     return {**job.describe, "rows": rows, "retry": reason}
 
 
-class _Shown:
-    """The progress of a run: a bar on a terminal; in a log a line for what begins, and one every ten seconds
-    while it lasts. end: when the budget is spent (time.monotonic), or None.
+class _Log:
+    """The lines about a run: what begins, at most one a second, and one every ten seconds while it lasts.
+    end: when the budget is spent (time.monotonic), or None.
     """
 
-    def __init__(self, console: Console | None, order: list[Job], started: float, end: float | None):
+    def __init__(self, console: Console | None, count: int, started: float, end: float | None):
         self.console = console or make_console()
-        self.count, self.total = len(order), sum(job.seconds for job in order)
-        self.started, self.end = started, end
-        self.base, self.said = 0.0, 0.0
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-        )
-        # Refreshed between samples only: a thread of its own would take time from them.
-        self.progress = Progress(*columns, console=self.console, transient=True, auto_refresh=False)
-        self.bar = self.progress.add_task("", total=self.total)
-
-    def __enter__(self) -> _Shown:
-        if self.console.is_terminal:
-            self.progress.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.console.is_terminal:
-            self.progress.stop()
+        self.count, self.started, self.end, self.said = count, started, end, 0.0
 
     def say(self, text: str) -> None:
         """Print a line with the seconds that have passed and, with a budget, those that are left."""
-        now = time.monotonic()
+        now = self.said = time.monotonic()
         left = "" if self.end is None else f", {max(0.0, self.end - now):.0f} s left"
         words = f"[{now - self.started:.0f} s{left}] {text}"
         self.console.print(words, highlight=False, markup=False, soft_wrap=True)
-        self.said = now
 
     def begin(self, number: int, job: Job) -> None:
-        text = f"{number + 1}/{self.count} {job.key[:60]}"
-        self.progress.update(self.bar, description=text, refresh=self.console.is_terminal)
-        if not self.console.is_terminal and (job.seconds >= LINE_S or time.monotonic() - self.said >= LINE_S):
-            self.say(f"{text}: about {job.seconds:.0f} s")
+        if job.seconds >= LINE_S or time.monotonic() - self.said >= LINE_S:
+            self.say(f"{number + 1}/{self.count} {job.key[:60]}: about {job.seconds:.0f} s")
 
     def advance(self, job: Job, fraction: float) -> None:
-        completed = self.base + fraction * job.seconds
-        self.progress.update(self.bar, completed=completed, refresh=self.console.is_terminal)
-        if not self.console.is_terminal and time.monotonic() - self.said >= HEARTBEAT_S:
+        if time.monotonic() - self.said >= HEARTBEAT_S:
             self.say(f"{job.key[:60]}: {100 * fraction:.0f} %")
-
-    def done(self, job: Job) -> None:
-        self.base += job.seconds
-        self.progress.update(self.bar, completed=self.base, refresh=self.console.is_terminal)
 
 
 class _Console(Console):

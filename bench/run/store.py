@@ -16,7 +16,6 @@ from pathlib import Path
 
 from .environment import ROOT
 from .shell import Lines
-from .sittings import merged
 
 RESULTS = ROOT / "bench" / "results"
 MEASURED = ("time", "memory", "training")
@@ -132,6 +131,9 @@ def history(records: Iterable[dict], identity: str, grid: str | None = None) -> 
     """Return the history of this identity; with a grid, only of its last run, and only if that was not
     completed.
     """
+    # The stages of bench.gpu read results where PyTorch may be broken.
+    from .sittings import merged
+
     own = [record for record in records if record["_run"]["identity"] == identity]
     run = None
     if grid is not None:

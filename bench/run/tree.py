@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -46,22 +47,15 @@ def hash_of(blobs: Iterable[tuple[str, str]]) -> str:
 
 def tree_hash(root: Path) -> str:
     """Return the hash of the files below `root` as they are now."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        here = Path(folder).relative_to(root).as_posix()
-        start = "" if here == "." else f"{here}/"
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith((".", "__pycache__"))
-            and (start or name in FOLDERS)
-            and f"{start}{name}" != RESULTS
-        )
-        for name in files:
-            path = Path(folder) / name
-            if counts(f"{start}{name}") and not path.is_symlink():
-                found.append((f"{start}{name}", blob_of(path.read_bytes())))
-    return hash_of(found)
+    files = [root / name for name in FILES]
+    for folder, folders, names in itertools.chain(*(os.walk(root / name) for name in FOLDERS)):
+        hidden = (".", "__pycache__")
+        folders[:] = (name for name in folders if not name.startswith(hidden))
+        files += [Path(folder) / name for name in names]
+    paths = {path.relative_to(root).as_posix(): path for path in files}
+    there = {name: path for name, path in paths.items() if counts(name) and path.is_file()}
+    blobs = {name: path.read_bytes() for name, path in there.items() if not path.is_symlink()}
+    return hash_of((name, blob_of(content)) for name, content in blobs.items())
 
 
 def blob_of(content: bytes) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..engines import sharding_engine
+from ..nn.conv1d import is_conv1d, layer_class, sizes
 from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
 from .config import LoRAFAConfig, ends_as
@@ -33,12 +34,16 @@ from .names import (
     unwrap,
 )
 from .patterns import limited
+from .peft_config import as_config
 from .placing.bypass import check_calls
 from .placing.first_steps import watch_first_steps
 from .placing.place import Block, place_blocks
+from .pretrained import guard_save
 from .report import AdaptedLayer, AdapterReport
 from .saved import ASIDE, clone_tensors, lorafa_parameters, swap
+from .targets import HEADS, new_parameters, resolved
 from .ties import ties_told
+from .vocabulary import vocabulary_of
 
 _LOG = logging.getLogger("lorafa_kernels")
 # What modules keep parameters, children and hooks in, and LSTMs their weights.
@@ -49,9 +54,15 @@ _HOLDERS = (dict, OrderedDict, set, list)
 class Target:
     """A linear layer that gets an adapter of rank r: lora_A (r, in_features), lora_B (out_features, r)."""
 
-    linear: nn.Linear
+    linear: nn.Module
     r: int
     lora_alpha: float
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Those of lora_A and lora_B."""
+        in_features, out_features = sizes(self.linear)
+        return (self.r, in_features), (out_features, self.r)
 
 
 @dataclass(frozen=True)
@@ -66,12 +77,19 @@ class Adaptation:
     doubts: tuple[str, ...] = ()
 
 
-def adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
-    """Check `config` against `model` without touching it; the errors are those of `apply_lorafa`."""
+def adaptation_of(model: nn.Module, config: LoRAFAConfig, *, strict: bool = True) -> Adaptation:
+    """Check `config` against `model` without touching it; the errors are those of `apply_lorafa`.
+
+    strict: what matches target_modules and is no linear layer is an error, and not left out.
+    """
     check_module(model)
-    if not isinstance(config, LoRAFAConfig):
-        raise TypeError(f"config must be a LoRAFAConfig, got {type(config).__name__}")
+    config = as_config(config)
     for name, module in model.named_modules():
+        if _is_of_peft(module):
+            raise ValueError(
+                f"{name or 'the model'} is PEFT's already: to run its LoRA layers on these kernels call "
+                "lorafa_kernels.integrations.peft.accelerate_peft(model)"
+            )
         if engine := sharding_engine(module):
             raise ValueError(
                 f"{name or 'the model'} is under {engine} already, which would not see the adapter's "
@@ -86,10 +104,17 @@ def adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
             "LoRAFALinear.from_linear(model)"
         )
     with limited():
-        return _adaptation_of(model, config)
+        return _adaptation_of(model, resolved(model, config), strict)
 
 
-def _adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(
+        c.__name__ in ("PeftModel", "BaseTuner", "BaseTunerLayer") and c.__module__.startswith("peft.")
+        for c in type(module).__mro__
+    )
+
+
+def _adaptation_of(model: nn.Module, config: LoRAFAConfig, strict: bool) -> Adaptation:
     saved = _plan_saved(model, config)
     inside_saved = {id(inner): name for name, module in saved.items() for inner in module.modules()}
     modules = modules_by_name(model)
@@ -101,13 +126,15 @@ def _adaptation_of(model: nn.Module, config: LoRAFAConfig) -> Adaptation:
                 f"{name} matches target_modules, and modules_to_save trains it whole as part of "
                 f"{inside_saved[id(module)]}: leave it out of one of the two"
             )
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            if not strict:
+                continue
             raise ValueError(
-                f"target_modules matches {name}, a {type(module).__name__}: only torch.nn.Linear can be "
-                "adapted (leave it out with exclude_modules)"
+                f"target_modules matches {name}, a {type(module).__name__}: only torch.nn.Linear and "
+                "transformers' Conv1D can be adapted (leave it out with exclude_modules)"
             )
         try:
-            LoRAFALinear.check_linear(module)
+            layer_class(module).check_linear(module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error} (leave it out with exclude_modules)") from error
         targets[name] = Target(module, *config.rank_and_alpha(name))
@@ -137,7 +164,7 @@ def _plan_saved(model: nn.Module, config: LoRAFAConfig) -> dict[str, nn.Module]:
                     "cannot be trained"
                 )
         saved[name] = module
-    if entries and not saved:
+    if not saved and set(entries) - set(HEADS.get(config.task_type, ())):
         raise ValueError(f"modules_to_save matches no module: {entries}")
     inner = {id(module) for outer in saved.values() for module in outer.modules()}
     for name, module in modules.items():
@@ -155,7 +182,7 @@ def _nothing_matches(modules: dict[str, nn.Module], config: LoRAFAConfig) -> str
     for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
         if getattr(config, name) is not None:
             message += f", with {name}={getattr(config, name)!r}"
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linears = [n for n, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
     leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears))
     asked = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     close = [
@@ -171,11 +198,13 @@ def _nothing_matches(modules: dict[str, nn.Module], config: LoRAFAConfig) -> str
 def _warn_unused(model: nn.Module, adaptation: Adaptation) -> None:
     """An entry that matches nothing is most likely a slip, though PEFT's configs may hold some on purpose."""
     config, names = adaptation.config, list(adaptation.targets)
-    saved = config.modules_to_save or []
+    saved = set(config.modules_to_save or []) - set(HEADS.get(config.task_type, ()))
     unused = {
         "rank_pattern": [key for key in config.rank_pattern if not any(ends_as(n, key) for n in names)],
         "alpha_pattern": [key for key in config.alpha_pattern if not any(ends_as(n, key) for n in names)],
-        "modules_to_save": [entry for entry in saved if not any(n.endswith(entry) for n in adaptation.saved)],
+        "modules_to_save": [
+            entry for entry in sorted(saved) if not any(n.endswith(entry) for n in adaptation.saved)
+        ],
     }
     ends = {end for name in modules_by_name(unwrap(model)) for end in ends_of(name)}
     for name in ("target_modules", "exclude_modules"):
@@ -185,6 +214,19 @@ def _warn_unused(model: nn.Module, adaptation: Adaptation) -> None:
         if entries:
             listed = ", ".join(map(repr, entries))
             warnings.warn(f"{name} has no effect for {listed}: no module matches", stacklevel=3)
+
+
+def _warn_new(model: nn.Module, adaptation: Adaptation) -> None:
+    """What a checkpoint did not hold was drawn at random, and would stay so."""
+    new = [name for name in new_parameters(unwrap(model)) if not is_inside(name, adaptation.saved)]
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
+    modules = [name for name in modules if name not in adaptation.targets]
+    if modules:
+        warnings.warn(
+            f"the checkpoint of the model had no values for {', '.join(modules[:8])}: they are random and "
+            f"stay frozen, unless modules_to_save={modules[:8]} names them (or a task_type does)",
+            stacklevel=3,
+        )
 
 
 def _warn_tied(model: nn.Module, adaptation: Adaptation) -> None:
@@ -203,12 +245,13 @@ def _warn_tied(model: nn.Module, adaptation: Adaptation) -> None:
 def apply_lorafa(
     model: nn.Module, config: LoRAFAConfig, *, fuse: bool = True, norm: bool = True
 ) -> nn.Module:
-    """Adapt `model` in place and return it.
+    """Adapt `model` in place and return it. config: a LoRAFAConfig or a `peft.LoraConfig`.
 
-    Every `nn.Linear` that `config` matches becomes a `LoRAFALinear` that shares its weight and bias; a module
-    under several names becomes one shared `LoRAFALinear`. All parameters are frozen but lora_B and those of
-    `modules_to_save`. What was done is logged at INFO to the logger "lorafa_kernels" and kept as
-    `model.lorafa_report` (an `AdapterReport`), the config as `model.lorafa_config`. Source: arXiv 2308.03303.
+    Every `nn.Linear` that `config` matches, and transformers' `Conv1D`, becomes a `LoRAFALinear` that shares
+    its weight and bias; a module under several names becomes one shared `LoRAFALinear`. All parameters are
+    frozen but lora_B and those of `modules_to_save`. What was done is logged at INFO to the logger
+    "lorafa_kernels" and kept as `model.lorafa_report` (an `AdapterReport`), the config, with what it left to
+    the model filled in, as `model.lorafa_config`. Source: arXiv 2308.03303.
 
     fuse: gated MLPs, and adapted layers of one module that are fed the same tensor (q/k/v, gate/up), compute
     in one autograd node. norm: RMS norms keep their input instead of an fp32 copy of it. Both are recognised
@@ -218,16 +261,19 @@ def apply_lorafa(
 
     Warns of adapters that may not act everywhere (the report's `doubts`), since the model reads the weight of
     their layer in some places without calling it, and in the third backward pass of those that got no
-    gradient.
+    gradient; of layers that share their weight, and of parameters that were not in the model's checkpoint and
+    would stay random.
 
     Raises ValueError or TypeError, and leaves the model untouched, if nothing matches (close names are
-    listed), a matched module is not a plain nn.Linear, is never called by its model, or was compiled by
-    itself, a module is both adapted and saved, or the model is a Linear itself, is sharded or wrapped in DDP,
-    or holds LoRA-FA layers already. Any other error while the model is adapted leaves it untouched as well.
+    listed), the model is PEFT's already, a matched module is not a plain nn.Linear or Conv1D, is never called
+    by its model, or was compiled by itself, a module is both adapted and saved, or the model is a Linear
+    itself, is sharded or wrapped in DDP, or holds LoRA-FA layers already. Any other error while the model is
+    adapted leaves it untouched as well.
     """
     adaptation = adaptation_of(model, config)
     _warn_unused(model, adaptation)
     _warn_tied(model, adaptation)
+    _warn_new(model, adaptation)
     for text in adaptation.doubts:
         warnings.warn(text, stacklevel=2)
     apply_adaptation(model, adaptation, fuse=fuse, norm=norm)
@@ -241,13 +287,14 @@ def apply_adaptation(
     model, config = unwrap(model), adaptation.config
     with all_or_nothing(model), ties_told(model):
         layers = {
-            id(target.linear): LoRAFALinear.from_linear(
+            id(target.linear): layer_class(target.linear).from_linear(
                 target.linear,
                 r=target.r,
                 lora_alpha=target.lora_alpha,
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
+                adapter_dtype=config.adapter_dtype,
                 init_seed=seed_for(config.init_seed, name),
                 gradient_correction=config.gradient_correction,
             )
@@ -263,6 +310,7 @@ def apply_adaptation(
         blocks = place_blocks(modules_by_name(model), fuse=fuse, norm=norm)
         model.lorafa_config = config
         model.lorafa_report = _report(model, adaptation, blocks)
+        guard_save(model)
         watch_first_steps(lorafa_layers(model))
     _LOG.info("%s", model.lorafa_report)
 
@@ -316,4 +364,17 @@ def _report(model: nn.Module, adaptation: Adaptation, blocks: tuple[Block, ...])
         sum(parameter.numel() for parameter in model.parameters()),
         blocks,
         adaptation.doubts,
+        tuple(_left_out(model)) if adaptation.config.all_linear else (),
+        vocabulary_of(model),
     )
+
+
+def _left_out(model: nn.Module) -> Iterator[str]:
+    """Modules that are no layers of torch and own matrices, or a stack of them: experts, routers."""
+    for module in modules_by_name(model).values():
+        if isinstance(module, LoRAFALinear) or type(module).__module__.startswith("torch."):
+            continue
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.dim() > 1 and tensor.shape[0] > 1:
+                kind = "a stack of matrices" if tensor.dim() > 2 else "a matrix"
+                yield f"{type(module).__name__}.{name}, {kind} {tuple(tensor.shape)} that no nn.Linear holds"

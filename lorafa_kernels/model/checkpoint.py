@@ -21,7 +21,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,19 +29,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..engines import full_shape, is_dtensor, is_partitioned, whole
+from ..engines import full_shape, is_dtensor, is_partitioned, plain_class, whole
+from ..nn.conv1d import LoRAFAConv1D
 from ..nn.linear import LoRAFALinear, shown
 from .adapt import Adaptation, adaptation_of, all_or_nothing, apply_adaptation
+from .card import CARD_FILE, card_of
 from .config import LoRAFAConfig
 from .exchange import locked, replace_files
+from .layouts import present_names
 from .names import lorafa_layers, modules_by_name, target_names, unwrap
 from .patterns import limited
+from .peft_config import FIELDS, from_fields
 from .saved import lorafa_parameters, original_shapes, persistent_tensors, saved_tensors
+from .vocabulary import base_vocabulary, embedding_tensors, vocabulary_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
-_FIELDS = tuple(field.name for field in dataclasses.fields(LoRAFAConfig))
 _LARGEST_CONFIG = 16 << 20
 # safetensors itself stops at 100 MB; an entry has some 150 bytes.
 _LARGEST_HEADER = 32 << 20
@@ -60,21 +64,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-# Fields of PEFT 0.21's LoraConfig that say nothing about the computation.
-_INFORMATIVE = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
-# Fields with a neutral value that is not None, False or empty; the last two only matter beside another field.
-_NEUTRAL = {"peft_type": "LORA", "bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 def lorafa_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -172,6 +161,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` into the folder `path`, so that `load_adapter` and PEFT can load it.
 
+    The config says the task, the base model and, without a task, its class, so that PEFT's
+    AutoPeftModelForCausalLM.from_pretrained(path) and the like load both. A README.md, the card that hubs
+    read, is written where there is none.
+
     Both files change at once: after an error those that were there before are as they were, and after a crash
     or power failure at any moment a reader, PEFT too, finds the old pair or the new one (exchange.py; where
     the file system has no symbolic links, a crash may leave none). Two saves into one folder wait for each
@@ -186,7 +179,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model = unwrap(model)
     tensors = lorafa_state_dict(model)
     with limited():
-        config = _config_json(_config_of(model), model)
+        described = _config_of(model)
+        base = _base_of(described, model)
+        config = _config_json(described, base, model)
+    tensors |= _extended_embeddings(model, base, tensors)
     for key, tensor in tensors.items():
         _check_storage(key, tensor)
     _warn_unsaved(model)
@@ -208,6 +204,32 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+    card = card_of(described, base, of_transformers=hasattr(getattr(model, "config", None), "model_type"))
+    # One that is there is the author's. The adapter is whole without it.
+    with contextlib.suppress(OSError), open(folder / CARD_FILE, "xb") as file:
+        file.write(card)
+
+
+def _extended_embeddings(
+    model: nn.Module, base: str | None, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The embeddings by key, if the base model on disk, or that of apply_lorafa, had another vocabulary."""
+    now, report = vocabulary_of(model), model.__dict__.get("lorafa_report")
+    before = base_vocabulary(base) or getattr(report, "vocabulary", None)
+    if now is None or before is None or now == before:
+        return {}
+    found = {
+        key: _gathered(tensor.detach())
+        for name, tensor in embedding_tensors(model).items()
+        if (key := _PREFIX + name) not in tensors
+    }
+    if found:
+        warnings.warn(
+            f"the vocabulary has {now} tokens, the base model's {before}: the embeddings are saved with the "
+            "adapter. New rows are not trained unless modules_to_save names the embeddings",
+            stacklevel=3,
+        )
+    return found
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -276,14 +298,18 @@ def _derived_config(model: nn.Module, layers: dict[str, LoRAFALinear]) -> LoRAFA
     r = common(layer.r for layer in layers.values())
     alpha = common(layer.lora_alpha for layer in layers.values())
     previous = getattr(model, "lorafa_config", None)
-    return LoRAFAConfig(
+    return dataclasses.replace(
+        previous or LoRAFAConfig(),
         r=r,
         lora_alpha=alpha,
         target_modules=_exact_targets(layers, model),
         lora_dropout=common(layer.lora_dropout for layer in layers.values()),
         use_rslora=next(iter(layers.values())).use_rslora,
+        # What chose other layers than there are now.
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         gradient_correction=common(layer.gradient_correction for layer in layers.values()),
-        modules_to_save=None if previous is None else previous.modules_to_save,
         rank_pattern={"^" + re.escape(name): layer.r for name, layer in layers.items() if layer.r != r},
         alpha_pattern={
             "^" + re.escape(name): layer.lora_alpha
@@ -302,18 +328,20 @@ def _exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _config_json(config: LoRAFAConfig, model: nn.Module) -> bytes:
-    base = getattr(getattr(model, "config", None), "name_or_path", None)
-    fields = {
-        **dataclasses.asdict(config),
-        "auto_mapping": None,
-        "base_model_name_or_path": base if isinstance(base, str) and base else None,
-        "bias": "none",
-        "fan_in_fan_out": False,
+def _base_of(config: LoRAFAConfig, model: nn.Module) -> str | None:
+    """Name or folder of the base model, where it is known."""
+    base = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None)
+    return base if isinstance(base, str) and base else None
+
+
+def _config_json(config: LoRAFAConfig, base: str | None, model: nn.Module) -> bytes:
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name in FIELDS} | {
+        # A task says which class to load with, otherwise this does.
+        "auto_mapping": None if config.task_type else _class_of(model),
+        "base_model_name_or_path": base,
+        "fan_in_fan_out": any(isinstance(layer, LoRAFAConv1D) for layer in lorafa_layers(model).values()),
         "inference_mode": True,
         "peft_type": "LORA",
-        "revision": None,
-        "task_type": None,
         "use_dora": False,
     }
     # PEFT does not know these two, and warns of what it does not know.
@@ -329,13 +357,24 @@ def _config_json(config: LoRAFAConfig, model: nn.Module) -> bytes:
     return json.dumps(dict(sorted(fields.items())), indent=2).encode()
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def _class_of(model: nn.Module) -> dict[str, str]:
+    """PEFT's auto_mapping: the class to load the base model with."""
+    kind = plain_class(model)
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> nn.Module:
     """Load the adapter in the folder `path`, written by `save_adapter` or by PEFT, and return `model`.
 
     A model without LoRA-FA layers is adapted first, as the file's config says, with fused blocks as in
     `apply_lorafa`; one that has them must agree with the file in layers, ranks and scalings. Values are cast
-    to the dtype of the parameter they go to and follow its device. A lora_A that PEFT trained is taken over,
-    and stays frozen here.
+    to the dtype of the parameter they go to and follow its device; a lora_A in fp32 stays so in a
+    model that is adapted here, and is rounded, with a warning, in one that is adapted already. A lora_A that
+    PEFT trained is taken over, and stays frozen here. Embeddings in the file, of a vocabulary that was
+    extended, go into the model's own. Names of modules in earlier versions of transformers are understood.
+
+    strict: False leaves out, with a warning, what cannot be adapted here (experts of mixtures, which PEFT has
+    as target_parameters) and keys that the model has no tensor for.
 
     Everything is checked before the model is touched. Raises FileNotFoundError for a missing folder or file,
     RuntimeError while merged, TypeError or ValueError for a `path` that is none, and ValueError for a damaged
@@ -346,12 +385,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: pass the local folder that holds the adapter")
     with limited(), locked(folder, shared=True), all_or_nothing(core):
-        _load(model, core, folder)
+        _load(model, core, folder, strict)
     return model
 
 
-def _load(model: nn.Module, core: nn.Module, folder: Path) -> None:
-    config = _read_config(folder)
+def _load(model: nn.Module, core: nn.Module, folder: Path, strict: bool) -> None:
+    config, experts = _read_config(folder)
+    config = _present_targets(core, config)
     with _open_weights(folder) as weights:
         adaptation = None
         if isinstance(core, LoRAFALinear) or lorafa_layers(core):
@@ -360,19 +400,97 @@ def _load(model: nn.Module, core: nn.Module, folder: Path) -> None:
             _check_whole(core, tensors)
             slots = {key: _Slot.of(tensor) for key, tensor in tensors.items()}
         else:
-            adaptation = adaptation_of(model, config)
+            adaptation = adaptation_of(model, config, strict=strict and not experts)
             slots = _planned_slots(adaptation)
-        _check_entries(weights.entries, slots, weights.path)
-        values = weights.read()
+        names = _keys_here(core, weights.entries, slots)
+        entries = {names.get(key, key): entry for key, entry in weights.entries.items()}
+        embeddings = _embedding_slots(core, adaptation, entries, slots)
+        slots |= {key: _Slot.of(tensor) for key, tensor in embeddings.items()}
+        surplus = [key for key in entries if key not in slots]
+        if experts and strict:
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: target_parameters={shown(experts)} is not supported: they are "
+                f"stacks of matrices that no nn.Linear holds ({', '.join(surplus[:4])}). strict=False loads "
+                "the rest"
+            )
+        if surplus and not strict:
+            warnings.warn(f"left out, the model has no such tensor: {', '.join(surplus[:8])}", stacklevel=4)
+            entries = {key: entry for key, entry in entries.items() if key in slots}
+        _check_entries(entries, slots, weights.path, embeddings)
+        values = {names.get(key, key): value for key, value in weights.read().items()}
     _check_twins(values, slots, weights.path)
     if adaptation is not None:
         apply_adaptation(core, adaptation)
-    targets = _tensors(core)
+        _widen(core, values)
+    else:
+        _warn_rounded(core, values)
+    targets = _tensors(core) | embeddings
     # Whatever can fail does so before the first is written.
     ready = {key: _for(target, values[key]) for key, target in targets.items()}
     with whole(targets.values(), writing=True), torch.no_grad():
         for key, target in targets.items():
             target.copy_(ready[key])
+
+
+def _present_targets(model: nn.Module, config: LoRAFAConfig) -> LoRAFAConfig:
+    """`config` with modules that it lists by names of earlier versions under those they have now."""
+    if not isinstance(config.target_modules, list):
+        return config
+    names = present_names(model, [name for name in config.target_modules if "." in name])
+    if not names:
+        return config
+    return dataclasses.replace(config, target_modules=[names.get(n, n) for n in config.target_modules])
+
+
+def _keys_here(model: nn.Module, keys: Iterable[str], slots: Mapping[str, Any]) -> dict[str, str]:
+    """{key of the file: key here} of keys whose module has another name by now."""
+    pattern = re.compile(re.escape(_PREFIX) + r"(.+?)((?:\.lora_[AB]|\.base_layer)?\.[^.]+)")
+    strange = {key: found for key in keys if key not in slots and (found := pattern.fullmatch(key))}
+    names = present_names(model, {found[1] for found in strange.values()})
+    return {key: _PREFIX + names[found[1]] + found[2] for key, found in strange.items() if found[1] in names}
+
+
+def _embedding_slots(
+    model: nn.Module, adaptation: Adaptation | None, entries: Mapping[str, Any], slots: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """{key: tensor} of the model's embeddings that the file holds beside the adapter."""
+    found = {}
+    for name, tensor in embedding_tensors(model).items():
+        module, _, part = name.rpartition(".")
+        # PEFT's name of a layer that is about to be adapted.
+        planned = f"{module}.base_layer.{part}" if adaptation and module in adaptation.targets else name
+        key = _PREFIX + planned
+        if key in entries and key not in slots:
+            found[key] = tensor
+    return found
+
+
+def _rounded(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, LoRAFALinear]:
+    """The layers whose lora_A in the file has bits that the parameter in the model cannot hold."""
+    found = {}
+    for name, layer in lorafa_layers(model).items():
+        value = values[_adapter_keys(name)[0]]
+        if not torch.equal(value.to(layer.lora_A.dtype).to(value.dtype), value):
+            found[name] = layer
+    return found
+
+
+def _widen(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Make lora_A fp32 where it was trained so for a weight of 16 bits, so that saving gives it back."""
+    for layer in _rounded(model, values).values():
+        if layer.lora_A.element_size() == 2:
+            wide = torch.empty_like(layer.lora_A, dtype=torch.float32)
+            layer.lora_A = nn.Parameter(wide, requires_grad=False)
+
+
+def _warn_rounded(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    if rounded := list(_rounded(model, values)):
+        more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+        warnings.warn(
+            f"lora_A of {rounded[0]}{more} has fewer bits in the model than in the file and is rounded: load "
+            "into a model without LoRA-FA layers to keep it as it is",
+            stacklevel=5,
+        )
 
 
 def _for(target: Tensor, value: Tensor) -> Tensor:
@@ -401,7 +519,8 @@ def _open_regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _read_config(folder: Path) -> LoRAFAConfig:
+def _read_config(folder: Path) -> tuple[LoRAFAConfig, Any]:
+    """The config, and PEFT's target_parameters, which it leaves out."""
     path = folder / CONFIG_FILE
     with _open_regular(path) as file:
         content = file.read(_LARGEST_CONFIG + 1)
@@ -413,15 +532,14 @@ def _read_config(folder: Path) -> LoRAFAConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} does not hold a JSON object")
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(f'{path}: peft_type is {shown(fields.get("peft_type"))}, expected "LORA"')
-    for name, value in fields.items():
-        if not (name in _FIELDS or name in _INFORMATIVE or not value or value == _NEUTRAL.get(name)):
-            raise ValueError(f"{path}: {name}={shown(value)} is not supported by lorafa_kernels")
     try:
-        return LoRAFAConfig(**{name: fields[name] for name in _FIELDS if name in fields})
+        experts = fields.pop("target_parameters", None)
+        config = from_fields(fields, loaded=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if config.target_modules is None:
+        raise ValueError(f"{path}: target_modules is missing, it says which layers the adapter belongs to")
+    return config, experts
 
 
 class _Entry(NamedTuple):
@@ -537,9 +655,8 @@ def _planned_slots(adaptation: Adaptation) -> dict[str, _Slot]:
     """The slots that the model will have once the adaptation is carried out."""
     slots: dict[str, _Slot] = {}
     for name, target in adaptation.targets.items():
-        linear, is_meta = target.linear, target.linear.weight.is_meta
-        shapes = (target.r, linear.in_features), (linear.out_features, target.r)
-        for key, shape in zip(_adapter_keys(name), shapes, strict=True):
+        is_meta = target.linear.weight.is_meta
+        for key, shape in zip(_adapter_keys(name), target.shapes, strict=True):
             slots[key] = _Slot(shape, True, is_meta, key)
     for name, outer in adaptation.saved.items():
         for inner_name, inner in modules_by_name(outer, aliases=True).items():
@@ -550,13 +667,18 @@ def _planned_slots(adaptation: Adaptation) -> dict[str, _Slot]:
     return slots
 
 
-def _check_entries(entries: dict[str, _Entry], slots: dict[str, _Slot], path: Path) -> None:
+def _check_entries(
+    entries: dict[str, _Entry], slots: dict[str, _Slot], path: Path, embeddings: Collection[str]
+) -> None:
     for key, slot in slots.items():
         if key not in entries:
             raise ValueError(f"{path}: {key} is missing, expected shape {slot.shape}")
         entry = entries[key]
         if entry.shape != slot.shape:
-            raise ValueError(f"{path}: {key} has shape {entry.shape}, expected {slot.shape}")
+            rows = (
+                f": call model.resize_token_embeddings({entry.shape[0]}) first" if key in embeddings else ""
+            )
+            raise ValueError(f"{path}: {key} has shape {entry.shape}, expected {slot.shape}{rows}")
         if entry.is_floating_point != slot.is_floating_point:
             dtype = _DTYPES.get(entry.dtype, entry.dtype)
             expected = "a floating-point dtype" if slot.is_floating_point else "no floating-point one"

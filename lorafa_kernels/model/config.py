@@ -10,19 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..nn.linear import INITIALISATIONS, LARGEST_RANK, as_integer, as_number, check_seed, shown
+from .fields import FurtherFields
 from .patterns import check_expression, compiled
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
-class LoRAFAConfig:
+class LoRAFAConfig(FurtherFields):
     """Which linear layers get an adapter, and what kind (fields, defaults and rules of PEFT 0.21's
     `LoraConfig`).
 
     r, lora_alpha: rank and numerator of the scaling, lora_alpha / r, or lora_alpha / √r with `use_rslora`.
     target_modules: list: modules whose name is an entry or ends in "." + entry. str: a regular expression for
-        the whole name, or "all-linear": every linear layer but the output embedding.
+        the whole name, or "all-linear": every linear layer but the output embedding. None: the default of
+        the model's architecture, from PEFT's own table where PEFT is installed, else "all-linear".
     exclude_modules: list or str like target_modules; these modules are left alone all the same.
     modules_to_save: modules whose name ends in an entry are trained whole and saved with the adapter.
     layers_to_transform: int or list: only layers of these indices. Goes with a list of target_modules, and
@@ -36,6 +38,10 @@ class LoRAFAConfig:
         rank, whatever else is adapted; None: from the default generator. Not saved: the file has lora_A.
     gradient_correction: correct lora_B's gradient as LoRA-FA's second version does, as in `LoRAFALinear`. Not
         a field of PEFT's: it is saved only where it is True, and PEFT warns that it ignores it.
+    task_type and the other fields of `LoraConfig` are keywords: those that change nothing here are kept and
+        written back, of the others the default is accepted. For SEQ_CLS, TOKEN_CLS and QUESTION_ANS the
+        model's head (classifier, score, qa_outputs) is trained whole, as by PEFT.
+    adapter_dtype: dtype of lora_B.
 
     Raises ValueError, naming the field, for a value that is none of these.
     """
@@ -55,7 +61,8 @@ class LoRAFAConfig:
     gradient_correction: bool = False
     init_seed: int | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *unsupported: Any) -> None:
+        self.check_further(unsupported)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         object.__setattr__(self, "layers_to_transform", _indices(self.layers_to_transform))
@@ -85,7 +92,7 @@ class LoRAFAConfig:
             raise ValueError(
                 f"init_lora_weights must be one of {INITIALISATIONS}, got {shown(self.init_lora_weights)}"
             )
-        if not self.target_modules:
+        if self.target_modules is not None and not self.target_modules:
             raise ValueError(
                 "target_modules must say which layers to adapt: a list of module names, a regular "
                 f'expression, or "{ALL_LINEAR}"; got {self.target_modules!r}'

@@ -14,6 +14,7 @@ from torch import nn
 from ..nn.linear import LoRAFALinear
 from .names import adapted_layers, named_layers, owners_of, unwrap
 from .placing.place import remove_blocks
+from .pretrained import release_save
 from .saved import ASIDE, check_originals, saved_modules, swap
 from .ties import UNTIED, ties_told
 
@@ -92,6 +93,7 @@ def unload_adapter(model: nn.Module, merge: bool = True, *, safe_merge: bool = F
         check_originals(model)
     with ties_told(model):
         _unload(model, list(layers.values()), merge)
+    release_save(unwrap(model))
     for name in ("lorafa_config", "lorafa_report", UNTIED):
         unwrap(model).__dict__.pop(name, None)
     return model
@@ -119,27 +121,33 @@ def _unload(model: nn.Module, layers: list[LoRAFALinear], merge: bool) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the model computes as the frozen base model does, modules_to_save included.
 
-    On leaving, by an exception too, every layer gets back the flag that it had on entering, so that contexts
-    nest. No requires_grad changes. Raises ValueError without a LoRA-FA layer, RuntimeError if one is merged
-    or the originals of modules_to_save cannot come back.
+    Merged layers are unmerged for it, and merged again on leaving, with the adapter as it is then. Whatever
+    ends the context, every layer gets back the flag that it had on entering, so that contexts nest. No
+    requires_grad changes. Raises ValueError without a LoRA-FA layer, RuntimeError if the originals of
+    modules_to_save cannot come back, or a merged weight cannot.
     """
     layers = adapted_layers(model)
-    if any(layer.merged for layer in layers):
-        raise RuntimeError(
-            "the adapter is merged into the weights: call unmerge_adapter(model) before disable_adapter"
-        )
     flags = [(layer, layer.adapter_enabled) for layer in layers]
+    merged: list[tuple[LoRAFALinear, str]] = []
     trained = [module for module in saved_modules(model) if getattr(module, ASIDE).holds_originals]
     check_originals(model)
     try:
         with ties_told(model):
             for layer in layers:
+                if layer.merged:
+                    keep = layer.kept_where()
+                    layer.unmerge()
+                    merged.append((layer, keep))
                 layer.adapter_enabled = False
             for module in trained:
                 swap(module)
         yield model
     finally:
         with ties_told(model):
+            for layer, keep in merged:
+                # Which merging asks for.
+                layer.adapter_enabled = True
+                layer.merge(keep)
             for layer, flag in flags:
                 layer.adapter_enabled = flag
             for module in trained:

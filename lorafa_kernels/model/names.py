@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ..engines import wrapped_child
+from ..nn.conv1d import is_conv1d
 from ..nn.linear import LoRAFALinear
 from .config import LoRAFAConfig, expression_of
 from .patterns import compiled
@@ -50,13 +51,6 @@ def _layer_filter(config: LoRAFAConfig) -> Callable[[str], bool]:
     return lambda name: name in full_names or _layer_index(name, patterns) in indices
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, a Linear with a transposed weight, recognised without importing transformers."""
-    return any(
-        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__
-    )
-
-
 def target_names(model: nn.Module, config: LoRAFAConfig) -> list[str]:
     """Names of the modules that `config` adapts, in the model's order; a shared one by its first name."""
     is_excluded = _matcher(config.exclude_modules)
@@ -66,7 +60,7 @@ def target_names(model: nn.Module, config: LoRAFAConfig) -> list[str]:
 
         def is_target(name: str, module: nn.Module) -> bool:
             return module is not output and (
-                isinstance(module, (nn.Linear, LoRAFALinear)) or _is_conv1d(module)
+                isinstance(module, (nn.Linear, LoRAFALinear)) or is_conv1d(module)
             )
     else:
         matches, in_layers = _matcher(config.target_modules), _layer_filter(config)

@@ -35,9 +35,9 @@ def operands_of(module: nn.Module) -> LinearOperands:
             )
         if module.merged or not module.adapter_enabled:
             check_frozen(module.weight, module.lora_A, module.bias)
-            return LinearOperands(module.weight, module.bias)
+            return LinearOperands(module.weight_matrix(), module.bias)
         return LinearOperands(
-            module.weight,
+            module.weight_matrix(),
             module.bias,
             module.lora_A,
             module.lora_B,

@@ -15,6 +15,7 @@ from ..correction import as_corrected
 from ..engines import full_shape, manager_of, not_plain
 from ..linear.api import lorafa_linear
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
+from .hooked import computing_device, give_hook, hook_of, is_patched, take_hook
 from .initialise import draw_into
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -140,10 +141,14 @@ class LoRAFALinear(nn.Module):
         """Build the layer around `linear`, sharing its Parameter objects (which are frozen), hooks, buffers,
         training flag and whatever else was set on it: no copy. to_linear gives all of it back.
 
+        A hook of accelerate (device_map, cpu_offload) goes to the layer, and moves its weight and bias as
+        before.
+
         Arguments and errors as in the class, and those of check_linear.
         """
         cls.check_linear(linear)
         layer = cls.__new__(cls)
+        hook = take_hook(linear)
         layer._init_around(
             linear,
             r=r,
@@ -154,8 +159,10 @@ class LoRAFALinear(nn.Module):
             init_seed=init_seed,
             adapter_dtype=adapter_dtype,
             gradient_correction=gradient_correction,
+            device=computing_device(hook, linear.weight),
         )
         layer._adopt(linear)
+        give_hook(layer, hook, linear)
         return layer
 
     def _adopt(self, linear: nn.Linear) -> None:
@@ -165,6 +172,8 @@ class LoRAFALinear(nn.Module):
             if name in ("_parameters", "_buffers", "_modules"):
                 for key, entry in value.items():
                     own[name].setdefault(key, entry)
+            elif name == "forward":
+                continue
             elif name in _OWN:
                 # What bears the name of an attribute of ours waits until the layer is a Linear again.
                 self._shadowed[name] = value
@@ -202,10 +211,10 @@ class LoRAFALinear(nn.Module):
                 f"{kind.__module__}.{kind.__name__} has a forward of its own: only plain nn.Linear can be "
                 "adapted"
             )
-        if "forward" in vars(linear):
+        if is_patched(linear) and hook_of(linear) is None:
             raise ValueError(
-                "the layer's forward was patched on the instance (by an offloading hook, for example): "
-                "adapt the model before that"
+                "the layer's forward was patched on the instance (not by accelerate alone): adapt the model "
+                "before that"
             )
         for name in ("lora_A", "lora_B"):
             if name in linear._parameters or name in linear._buffers or name in linear._modules:
@@ -239,6 +248,7 @@ class LoRAFALinear(nn.Module):
         init_seed: int | None,
         adapter_dtype: torch.dtype,
         gradient_correction: bool,
+        device: torch.device | None = None,
     ) -> None:
         r, lora_alpha, lora_dropout = check_adapter_options(
             r=r,
@@ -272,7 +282,7 @@ class LoRAFALinear(nn.Module):
         weight = base.weight
         self.weight = weight.requires_grad_(False)
         self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
-        empty = {"device": weight.device}
+        empty = {"device": weight.device if device is None else device}
         lora_A = torch.empty(r, self.in_features, dtype=weight.dtype, **empty)
         lora_B = torch.empty(self.out_features, r, dtype=adapter_dtype, **empty)
         self.lora_A = nn.Parameter(lora_A, requires_grad=False)
@@ -321,12 +331,12 @@ class LoRAFALinear(nn.Module):
                 )
         if self.merged or not self.adapter_enabled:
             check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, self.weight_matrix(), self.bias)
         if is_exported():
             return self._plain_formula(input)
         return lorafa_linear(
             input,
-            self.weight,
+            self.weight_matrix(),
             self.lora_A,
             self.lora_B,
             self.bias,
@@ -346,11 +356,19 @@ class LoRAFALinear(nn.Module):
         # Nobody differentiates an ONNX graph.
         if self.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
             lora_B = as_corrected(lora_B, self.lora_A, self.scaling)
-        return F.linear(x, self.weight, self.bias) + F.linear(z, lora_B.to(z.dtype))
+        return F.linear(x, self.weight_matrix(), self.bias) + F.linear(z, lora_B.to(z.dtype))
+
+    def weight_matrix(self) -> Tensor:
+        """Return weight as (out_features, in_features), as it is stored here."""
+        return self.weight
+
+    def weight_shape(self) -> tuple[int, int]:
+        """The shape that weight is stored in."""
+        return self.out_features, self.in_features
 
     def merged_weight(self) -> Tensor:
-        """Return round(weight + scaling · lora_B lora_A) (N, K), a new tensor in weight's dtype; computed
-        in fp32 or wider, under autocast too.
+        """Return round(weight + scaling · lora_B lora_A), a new tensor in weight's dtype and shape (N, K);
+        computed in fp32 or wider, under autocast too.
         """
         device = self.lora_B.device
         # An inference tensor could never be trained on again.
@@ -366,7 +384,10 @@ class LoRAFALinear(nn.Module):
         # lora_B acts rounded to weight's dtype in forward, so it is merged as it acts.
         B = self.lora_B.to(weight.dtype).to(wide)
         base = weight.to(device=device, dtype=wide)
-        return torch.addmm(base, B, self.lora_A.to(wide), alpha=self.scaling).to(weight.dtype)
+        return self._plus_product(base, B, self.lora_A.to(wide)).to(weight.dtype)
+
+    def _plus_product(self, weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return torch.addmm(weight, B, A, alpha=self.scaling)
 
     def check_mergeable(self, name: str = "the layer") -> None:
         """Raise RuntimeError, naming the layer, if it cannot be merged as it is: its adapter is disabled, or
@@ -391,7 +412,7 @@ class LoRAFALinear(nn.Module):
 
     def _check_owned(self, name: str, done: str) -> None:
         shapes = {
-            "weight": (self.out_features, self.in_features),
+            "weight": self.weight_shape(),
             "lora_A": (self.r, self.in_features),
             "lora_B": (self.out_features, self.r),
         }
@@ -429,6 +450,10 @@ class LoRAFALinear(nn.Module):
         self._unmerged = [kept]
         self.weight = merged
         self.merged = True
+
+    def kept_where(self) -> str:
+        """Where a merged layer keeps the weight that unmerge puts back: "device" or "cpu", as for merge."""
+        return "device" if self._base().device == self.weight.device else "cpu"
 
     def finite_merged_weight(self, name: str = "the layer") -> Tensor:
         """Return merged_weight(). Raises ValueError, naming the layer, if it is not finite everywhere."""
@@ -481,7 +506,8 @@ class LoRAFALinear(nn.Module):
             del parameters[name]
         parameters["weight"] = weight
         for name, value in self.__dict__.items():
-            if name not in _OWN and name != "_parameters":
+            # A forward of the instance is this class's own, which check_unloadable has seen to.
+            if name not in _OWN and name not in ("_parameters", "forward"):
                 linear.__dict__[name] = value
         linear._parameters.update(parameters)
         linear.__dict__.update(self._shadowed)
@@ -493,7 +519,7 @@ class LoRAFALinear(nn.Module):
         if merge:
             self.check_mergeable(name)
         self._check_owned(name, "unloaded")
-        if "forward" in self.__dict__:
+        if is_patched(self):
             raise RuntimeError(
                 f"the forward of {name} was patched on the instance (by an offloading hook, for example), "
                 "and would be lost in an nn.Linear: remove the patch first"

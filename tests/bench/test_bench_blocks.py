@@ -173,11 +173,3 @@ def test_flops_are_those_of_the_layers():
         module = models.build(case, "cpu")
         weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
         assert case.flops() == 2 * 2 * case.batch * case.sequence * weights
-
-
-@pytest.mark.parametrize("which", blocks.CASES)
-def test_estimates(which):
-    for case in blocks.CASES[which]:
-        for device in ("cpu", "cuda"):
-            one = blocks.estimate(case, ("frozen",), device, 5)
-            assert 0 < one < blocks.estimate(case, ("frozen", "compiled-lorafa"), device, 5)

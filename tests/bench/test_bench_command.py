@@ -239,3 +239,17 @@ def test_suite_measures_only_what_no_committed_file_has(tmp_path, monkeypatch, c
         "time",
         "end",
     ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_job_says_roughly_how_long_it_takes(device):
+    """A budget that is planned with a zero would start what it cannot finish."""
+    few, many = (
+        {job.key: job.seconds for job in jobs.jobs_of(grid("quick"), KINDS, Setting(device, keys))}
+        for keys in (("frozen",), ("frozen", "lorafa", COMPILED))
+    )
+    assert few.keys() == many.keys() and all(0 < few[key] <= many[key] for key in few)
+    layers = [key for key in few if key.startswith(("eager", "host", "memory"))]
+    assert layers and all(few[key] < many[key] for key in layers)
+    one, all_of_them = (jobs.seconds_of(device, keys, 1e9, 5) for keys in (("a",), ("a", "compiled-a")))
+    assert 0 < one < all_of_them

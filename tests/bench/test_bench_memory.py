@@ -409,13 +409,6 @@ def test_too_small_outputs_are_refused():
         models.reference(BlockCase("Llama block, GQA 512", 1, 4, rank=1), "cpu")
 
 
-@pytest.mark.parametrize("case", [LAYER, *sum(memory.BLOCKS.values(), ())], ids=lambda case: case.label)
-def test_estimates(case):
-    for device in ("cpu", "cuda"):
-        one = memory.estimate(case, ("lorafa",), device)
-        assert 0 < one < memory.estimate(case, ("lorafa", "frozen", "compiled-lorafa"), device)
-
-
 def test_error_of_one_gradient_in_a_chain_is_pooled():
     errors = {"y": 0.1, "dx": 0.2, "dB a": 0.01, "dB b": 0.07}
     common = 0.05

@@ -714,7 +714,8 @@ def both(root: Path, new: list[dict], old: list[dict], **rest) -> compare.Compar
 
 
 def find(comparison: compare.Comparison, contender: str, what: str = "ratio") -> list[compare.Change]:
-    return [c for c in comparison.changes if (c.name.contender, c.name.what) == (contender, what)]
+    title = contenders.TITLES[contender]
+    return [c for c in comparison.changes if (c.title, c.kind) == (title, what)]
 
 
 @pytest.mark.parametrize("factor, beyond", [(1.0, False), (1.015, False), (1.03, True), (0.97, True)])
@@ -729,7 +730,7 @@ def test_a_change_is_beyond_the_spread_if_the_intervals_are_apart(root, factor, 
     text = shown(compare.show, comparison)
     assert ("beyond the spread\x1b" in text or "beyond the spread " in text.split("compared:")[0]) == beyond
     if beyond:
-        assert comparison.changes[0].name.contender == "eager-lora"
+        assert comparison.changes[0].title == contenders.TITLES["eager-lora"]
 
 
 def test_bytes_and_statuses_are_compared(root):
@@ -749,8 +750,10 @@ def test_what_only_one_side_has_is_listed(root):
     first, second = (time_record(case, 1.0, False) for case in CPU_CASES[:2])
     comparison = both(root, [first], [second])
     assert not comparison.changes
-    assert {c.name.key for c in comparison.only_new} == {first["key"]}
-    assert {c.name.key for c in comparison.only_old} == {second["key"]}
+    for only, record in ((comparison.only_new, first), (comparison.only_old, second)):
+        assert only and {c.what for c in only} == {
+            f"cpu: {reading.label_of({'label': record['key']})}, status ({part})" for part in PARTS
+        }
     assert "only in the old results" in shown(compare.show, comparison)
 
 

@@ -170,5 +170,5 @@ def test_comparison_is_of_the_samples_of_all_sittings(tmp_path):
     for name in ("old", "new"):
         run([job("one", [])], tmp_path / f"{name}.jsonl")
     old, new = (results.read(tmp_path / f"{name}.jsonl")[0] for name in ("old", "new"))
-    changes = [change for change in compare(new, old).changes if change.name.what == "ratio"]
+    changes = [change for change in compare(new, old).changes if change.kind == "ratio"]
     assert [(change.new["median"], change.beyond) for change in changes] == [(3.0, False)]

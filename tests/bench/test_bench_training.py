@@ -221,12 +221,3 @@ def test_names_and_sizes_are_checked():
         replace(CASE, steps=2)
     with pytest.raises(ValueError, match=r"unknown model 'tiny'.*tiny Llama"):
         replace(CASE, model="tiny")
-
-
-@pytest.mark.parametrize(
-    "case", dict.fromkeys(sum(training.TRAININGS.values(), ())), ids=lambda case: case.label
-)
-def test_estimates(case):
-    for device in ("cpu", "cuda"):
-        one = training.estimate(case, ("lorafa",), device)
-        assert 0 < one <= training.estimate(case, ("lorafa", "frozen"), device)

@@ -202,8 +202,8 @@ def test_time_that_is_left_over_goes_to_a_stage_that_stretches(tmp_path, capsys)
 @linux
 def test_a_stage_that_is_done_is_not_done_again(tmp_path):
     call = make_call(tmp_path, tree="t")
-    about = {"machine": {"gpu": {"name": "a GPU"}}, "tree": "t"}
-    call.write("run", environment=about)
+    about = {"machine": {"gpu": {"name": "a GPU"}}, "versions": {}, "tree": "t"}
+    call.write("run", environment=about, identity="", grid="gpu", command="c")
     driver.run((planted("right"), planted("unfinished")), call)
     for tree, device, done in (("t", "a GPU", {"right"}), ("u", "a GPU", set()), ("t", "another", set())):
         assert driver.earlier((tmp_path,), tree, device)[0] == done

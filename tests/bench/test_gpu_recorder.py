@@ -50,9 +50,10 @@ CRASH = "def test_crash():\n    os._exit(9)"
 def folder(tmp_path) -> Path:
     (tmp_path / "cases").mkdir()
     (tmp_path / "cases" / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    memory\n")
-    about = {"machine": {"gpu": None}, "tree": "t"}
+    about = {"machine": {"gpu": None}, "versions": {}, "tree": "t"}
     for run in ("one", "two"):
         line = {"kind": "run", "run": run, "date": "d", "environment": about}
+        line |= dict.fromkeys(("identity", "grid", "command"), "")
         with (tmp_path / "gpu.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
     return tmp_path
@@ -65,11 +66,10 @@ def run(folder: Path, name: str, marks: str = "gpu and not memory", workers: int
         "run": name,
         "past": [],
         "tree": "t",
-        "attempt": 0,
         "seconds": 90,
     }
-    text = "import sys; from bench.gpu.stages import run_tests, told\n"
-    text += f"sys.exit(run_tests(told(), {marks!r}, {workers}, {str(folder / 'cases')!r}))"
+    text = "import sys; from bench.gpu.driver import Call; from bench.gpu.stages import run_tests\n"
+    text += f"sys.exit(run_tests(Call.told(), {marks!r}, {workers}, {str(folder / 'cases')!r}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), VARIABLE: json.dumps(about)}
     environment.pop("LORAFA_STUB_GPU", None)
     environment.pop("PYTEST_XDIST_WORKER", None)

@@ -152,7 +152,7 @@ def test_all_linear_is_that_of_peft_on_transformers_models(kind):
 def test_defaults_are_those_of_peft():
     peft = pytest.importorskip("peft", reason="PEFT is the reference for defaults")
     theirs, ours = peft.LoraConfig(target_modules="q"), LoRAFAConfig(target_modules="q")
-    for name in vars(ours).keys() - {"gradient_correction", "init_seed"}:
+    for name in vars(ours).keys() - {"adapter_dtype", "gradient_correction", "init_seed"}:
         assert getattr(ours, name) == getattr(theirs, name), name
     # What PEFT has not is off.
     assert ours.gradient_correction is False and ours.init_seed is None
@@ -175,7 +175,6 @@ def test_defaults_are_those_of_peft():
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", 1),
         ("init_lora_weights", None),
-        ("target_modules", None),
         ("target_modules", []),
         ("target_modules", ""),
         ("target_modules", [3]),
@@ -401,10 +400,11 @@ def test_an_error_leaves_the_model_untouched(case):
     assert snapshot(model) == before
 
 
-def test_conv1d_is_named():
+def test_a_conv1d_that_is_none_is_named():
     utils = pytest.importorskip("transformers.pytorch_utils", reason="Conv1D is transformers'")
     model = nn.Sequential(nn.Linear(2, 2), utils.Conv1D(2, 2))
-    with pytest.raises(ValueError, match="1, a Conv1D"):
+    model[1].weight = nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="1: weight is a Parameter, expected a floating-point"):
         apply_lorafa(model, LoRAFAConfig(target_modules="all-linear"))
 
 
@@ -525,11 +525,23 @@ def test_disable_restores_what_it_found_when_nested_and_after_an_error(config):
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-def test_disable_refuses_a_merged_model():
-    model = merge_adapter(adapted())
-    with pytest.raises(RuntimeError, match="unmerge_adapter"), disable_adapter(model):
-        pass
+@pytest.mark.numerics
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+def test_disable_unmerges_a_merged_model_and_merges_it_again(keep):
+    model = adapted().eval()
+    before = model(TOKENS)
+    with disable_adapter(model):
+        base = model(TOKENS)
+    merge_adapter(model, keep=keep)
+    merged = model(TOKENS)
+    with pytest.raises(KeyError), disable_adapter(model):
+        assert not any(layer.merged for layer in lorafa_layers(model).values())
+        assert torch.equal(model(TOKENS), base)
+        raise KeyError
+    assert all(layer.merged for layer in lorafa_layers(model).values())
+    assert torch.equal(model(TOKENS), merged)
     unmerge_adapter(model)
+    assert torch.equal(model(TOKENS), before)
 
 
 @pytest.mark.numerics

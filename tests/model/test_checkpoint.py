@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lorafa_kernels.model.adapt import apply_lorafa
+from lorafa_kernels.model.card import CARD_FILE
 from lorafa_kernels.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -124,7 +125,7 @@ def test_the_files_are_those_that_are_documented(saved):
     with safe_open(saved / WEIGHTS_FILE, "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
-    assert sorted(path.name for path in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in saved.iterdir()) == [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE]
     prefix = "base_model.model."
     assert shapes[prefix + "blocks.1.up.lora_A.weight"] == (4, 6)
     assert shapes[prefix + "blocks.1.up.lora_B.weight"] == (8, 4)
@@ -472,7 +473,6 @@ def test_a_bad_file_leaves_the_model_untouched(case, target, saved):
 
 UNSUPPORTED = {
     "use_dora": True,
-    "fan_in_fan_out": True,
     "lora_bias": True,
     "bias": "lora_only",
     "target_parameters": ["blocks.0.q.weight"],
@@ -481,18 +481,12 @@ UNSUPPORTED = {
     "alora_invocation_tokens": [1, 2],
     "trainable_token_indices": [3],
     "megatron_config": {"x": 1},
-    "megatron_core": "other.core",
-    "loftq_config": {"loftq_bits": 4},
-    "eva_config": {"rho": 2.0},
-    "corda_config": {"x": 1},
-    "lora_ga_config": {"direction": "ArB2r"},
     "kasa_config": {"x": 1},
     "velora_config": {"num_groups": 64},
     "monteclora_config": {"num_samples": 8},
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
-    "qalora_group_size": 32,
     "ensure_weight_tying": True,
     "a_field_of_tomorrow": "on",
     "target_modules": None,
@@ -500,6 +494,27 @@ UNSUPPORTED = {
     "lora_alpha": "8",
     "lora_dropout": 1.5,
 }
+
+
+# What PEFT writes whether it is used or not, and how it drew the values that the file has.
+HARMLESS = {
+    "fan_in_fan_out": True,
+    "megatron_core": "other.core",
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"x": 1},
+    "lora_ga_config": {"direction": "ArB2r"},
+    "qalora_group_size": 32,
+    "init_lora_weights": "eva",
+    "inference_mode": True,
+    "bias": None,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_difference_is_taken(name, saved):
+    edit_config(saved, **{name: HARMLESS[name]})
+    assert_same_adapter(load_adapter(toy(), saved), trained())
 
 
 @pytest.mark.parametrize("target", [toy, lambda: apply_lorafa(toy(), CONFIG)], ids=["fresh", "adapted"])

@@ -26,6 +26,7 @@ from lorafa_kernels import (
     save_adapter,
 )
 from lorafa_kernels.model import exchange
+from lorafa_kernels.model.card import CARD_FILE
 from lorafa_kernels.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from lorafa_kernels.model.names import lorafa_layers
 
@@ -193,7 +194,7 @@ def test_a_save_that_dies_leaves_the_old_or_the_new(case, tmp_path, monkeypatch)
         save_adapter(new, folder)
         assert pair(folder) == pair(after) and not (folder / CONFIG_FILE).is_symlink()
         assert sorted(os.listdir(folder)) == sorted(
-            [CONFIG_FILE, WEIGHTS_FILE, "trainer_state.json", ".adapter_config.json.tmp"]
+            [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, "trainer_state.json", ".adapter_config.json.tmp"]
         )
     assert n > 8, "too few moments to tell anything"
     order = [state == pair(after) for state in found]
@@ -269,7 +270,7 @@ def test_an_error_at_any_step_leaves_the_old_or_completes_the_new(step, tmp_path
             expected = tmp_path / "new"
         monkeypatch.setattr(os, step, known)
         assert pair(folder) == pair(expected), n
-        assert sorted(os.listdir(folder)) == sorted([CONFIG_FILE, WEIGHTS_FILE])
+        assert sorted(os.listdir(folder)) == sorted([CARD_FILE, CONFIG_FILE, WEIGHTS_FILE])
         if left[0] > 0:
             break
     assert 1 < n < 99
@@ -296,7 +297,7 @@ def test_without_links_there_is_the_old_the_new_or_nothing_but_no_mixture(tmp_pa
         assert state in pairs or state[0] is None, f"a mixture at moment {n}"
         save(folder)
         assert pair(folder) == pairs[1]
-        assert sorted(os.listdir(folder)) == sorted([CONFIG_FILE, WEIGHTS_FILE])
+        assert sorted(os.listdir(folder)) == sorted([CARD_FILE, CONFIG_FILE, WEIGHTS_FILE])
     assert n > 8 and pair(folder) == pairs[1]
 
 
@@ -336,7 +337,7 @@ def test_savers_of_one_folder_wait_for_each_other(tmp_path):
     for child in children:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert described(load_adapter(base(), folder)) in known[1:]
-    assert sorted(os.listdir(folder)) == sorted([CONFIG_FILE, WEIGHTS_FILE])
+    assert sorted(os.listdir(folder)) == sorted([CARD_FILE, CONFIG_FILE, WEIGHTS_FILE])
 
 
 def test_threads_that_save_into_one_folder_wait_for_each_other(tmp_path):
@@ -358,7 +359,7 @@ def test_threads_that_save_into_one_folder_wait_for_each_other(tmp_path):
         thread.join()
     assert not errors
     assert described(load_adapter(base(), folder)) in [described(model) for model in models]
-    assert sorted(os.listdir(folder)) == sorted([CONFIG_FILE, WEIGHTS_FILE])
+    assert sorted(os.listdir(folder)) == sorted([CARD_FILE, CONFIG_FILE, WEIGHTS_FILE])
 
 
 def test_a_folder_that_stays_locked_is_an_error(tmp_path, monkeypatch):

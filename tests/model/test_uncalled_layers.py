@@ -332,7 +332,7 @@ def test_a_layer_whose_weight_is_computed_is_refused(wrap):
 def test_a_scripted_layer_is_refused(make):
     layer = nn.Linear(WIDTH, WIDTH)
     scripted = torch.jit.script(layer) if make == "script" else torch.jit.trace(layer, torch.ones(1, WIDTH))
-    with pytest.raises(ValueError, match=r"only torch\.nn\.Linear can be adapted"):
+    with pytest.raises(ValueError, match=r"only torch\.nn\.Linear and transformers' Conv1D can be adapted"):
         apply_lorafa(nn.Sequential(scripted), LoRAFAConfig(target_modules=["0"]))
 
 

@@ -12,12 +12,39 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ...group.operands import LinearOperands
+from ...nn.hooked import is_patched
 from ...nn.linear import LoRAFALinear, is_exported
 from ...operands import FLOAT_DTYPES, autocast_enabled
 
 # Classes whose forward is what operands_for describes, and that forward: kernel libraries put another into
-# the class. members.py adds its own.
+# the class. members.py adds its own, and integrations/ theirs.
 LINEARS: dict[type, Callable] = {kind: kind.forward for kind in (nn.Linear, LoRAFALinear)}
+
+
+class AdaptedLinear:
+    """What a layer of another library inherits from so that blocks take it for an adapted linear layer. Its
+    class is to be registered in LINEARS, and has in_features and out_features.
+    """
+
+    impl = "auto"
+
+    def block_operands(self, x: Tensor) -> LinearOperands | None:
+        """As operands_for, whose checks of the class and of hooks on the layer itself are done."""
+        raise NotImplementedError
+
+    def trained_names(self) -> frozenset[str]:
+        """Names of the parameters that are meant to be trained."""
+        raise NotImplementedError
+
+
+ADAPTED = (LoRAFALinear, AdaptedLinear)
+
+
+def trained_names(linear: nn.Module) -> frozenset[str]:
+    """Names of the parameters of a linear layer that a block gives gradients to."""
+    if isinstance(linear, AdaptedLinear):
+        return linear.trained_names()
+    return frozenset({"lora_B"}) if isinstance(linear, LoRAFALinear) else frozenset()
 
 
 def is_quiet(module: nn.Module) -> bool:
@@ -27,7 +54,7 @@ def is_quiet(module: nn.Module) -> bool:
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and is_patched(module))
     )
 
 
@@ -42,8 +69,8 @@ def is_plain(x: object) -> bool:
 
 
 def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
-    """Return what a block needs of `linear`, an nn.Linear or LoRAFALinear, to compute it from x; None where
-    its own forward must.
+    """Return what a block needs of `linear`, of a class in LINEARS, to compute it from x; None where its own
+    forward must.
 
     Which is so if it has hooks or is patched, merged or disabled; if a parameter is elsewhere than x
     (offloaded ones are on meta), sharded, empty or of a subclass; if a frozen one was thawed, which that
@@ -52,6 +79,8 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     kind = type(linear)
     if kind not in LINEARS or kind.forward is not LINEARS[kind] or not is_quiet(linear):
         return None
+    if isinstance(linear, AdaptedLinear):
+        return linear.block_operands(x)
     # Read past nn.Module's __getattr__, which takes longer than all the rest.
     attributes, parameters = linear.__dict__, linear._parameters
     adapted = kind is not nn.Linear
@@ -91,5 +120,5 @@ def drops(operands: LinearOperands) -> bool:
 
 def common_impl(linears: tuple[nn.Module, ...]) -> str | None:
     """The `impl` that all adapted ones have, "auto" if none is adapted, None if they differ."""
-    impls = {linear.impl for linear in linears if isinstance(linear, LoRAFALinear)}
+    impls = {linear.impl for linear in linears if isinstance(linear, ADAPTED)}
     return None if len(impls) > 1 else next(iter(impls), "auto")

@@ -1,6 +1,6 @@
 """Adapted layers of a model that are fed the same tensor and are computed together: q/k/v, gate/up.
 
-Each stays a LoRAFALinear of its own, called by its own name. The first one called with some x computes the
+Each stays a layer of its own, called by its own name. The first one called with some x computes the
 outputs of all; the others, called with the same x, find theirs waiting. The outputs wait per thread, until
 they are taken, until x is gone, or until the next call with another x. A layer takes an output only if
 nothing has changed since it was computed: x is the same object at the same version, the layer's parameters
@@ -38,8 +38,8 @@ _CALLS = frozenset({nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.
 
 
 def is_called_by(code: types.CodeType) -> bool:
-    """Whether the module whose forward asks was called by a function of this code."""
-    frame = sys._getframe(2)
+    """Whether the module whose forward called what asks was called by a function of this code."""
+    frame = sys._getframe(3)
     while frame is not None and frame.f_code in _CALLS:
         frame = frame.f_back
     return frame is not None and frame.f_code is code
@@ -93,13 +93,13 @@ class Group:
     def __reduce__(self):
         return Group, (len(self.members), self.kind)
 
-    def enter(self, member: GroupMember) -> None:
+    def enter(self, member: Member) -> None:
         """Take `member` in at its place, if nobody is there."""
         place = member.__dict__[_PLACE]
         if self.members[place] is None or self.members[place]() is None:
             self.members[place] = weakref.ref(member)
 
-    def compute(self, member: GroupMember, x: Tensor) -> Tensor | None:
+    def compute(self, member: Member, x: Tensor) -> Tensor | None:
         """Return the output of `member` for x, or None where it must compute by itself."""
         place, state = member.__dict__[_PLACE], _state(x)
         if not no_global_hooks():
@@ -167,33 +167,51 @@ def _versions(operands: LinearOperands) -> tuple[int, ...]:
     return tuple(0 if t is None or t.is_inference() else t._version for t in operands[:4])
 
 
-class GroupMember(LoRAFALinear):
-    """A LoRAFALinear that belongs to a Group."""
+class Member:
+    """What the class of a layer that belongs to a Group inherits from besides its own."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As LoRAFALinear."""
-        if not torch.compiler.is_compiling() and is_plain(input) and not input.is_inference():
-            group: Group | None = self.__dict__.get(_GROUP)
-            if group is not None and is_called_by(group.code):
-                y = group.compute(self, input)
-                if y is not None:
-                    return y
-        # By name: whoever kept this method may call it after the layer has left its group.
-        return LoRAFALinear.forward(self, input)
+    def output_of_group(self, input: Tensor) -> Tensor | None:
+        """y for the input of forward, which calls this itself; None where it must compute by itself."""
+        if torch.compiler.is_compiling() or not is_plain(input) or input.is_inference():
+            return None
+        group: Group | None = self.__dict__.get(_GROUP)
+        return group.compute(self, input) if group is not None and is_called_by(group.code) else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__[_GROUP].enter(self)
 
 
-LINEARS[GroupMember] = GroupMember.forward
+class GroupMember(Member, LoRAFALinear):
+    """A LoRAFALinear that belongs to a Group."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As LoRAFALinear."""
+        # By name: whoever kept this method may call it after the layer has left its group.
+        y = Member.output_of_group(self, input)
+        return LoRAFALinear.forward(self, input) if y is None else y
 
 
-def group_layers(layers: list[LoRAFALinear], kind: type) -> None:
-    """Compute the layers, all of class LoRAFALinear, together when forward of the class `kind` calls them."""
+# The class of a layer in a group by its class outside of one.
+MEMBERS: dict[type, type] = {}
+
+
+def register_member(alone: type, member: type) -> None:
+    """Let layers of the class `alone` form groups, in which they are of the class `member`, a Member."""
+    MEMBERS[alone] = member
+    LINEARS[member] = member.forward
+
+
+register_member(LoRAFALinear, GroupMember)
+
+
+def group_layers(layers: list[nn.Module], kind: type) -> None:
+    """Compute the layers, all of one class in MEMBERS, together when forward of the class `kind` calls
+    them.
+    """
     group = Group(len(layers), kind)
     for place, layer in enumerate(layers):
-        layer.__class__ = GroupMember
+        layer.__class__ = MEMBERS[type(layer)]
         layer.__dict__.update({_GROUP: group, _PLACE: place})
         group.enter(layer)
 
@@ -203,5 +221,7 @@ def ungroup_layer(layer: nn.Module) -> None:
     layer.__dict__.pop(_GROUP, None)
     layer.__dict__.pop(_PLACE, None)
     # A class that was derived from it since, as fully_shard does, stays; it computes by itself now.
-    if type(layer) is GroupMember:
-        layer.__class__ = LoRAFALinear
+    for alone, member in MEMBERS.items():
+        if type(layer) is member:
+            layer.__class__ = alone
+            return

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...nn.linear import LoRAFALinear
 from .fused import fuse_module, restore_module
-from .guards import LINEARS, is_quiet
-from .members import group_layers, ungroup_layer
+from .guards import ADAPTED, LINEARS, is_quiet, trained_names
+from .members import MEMBERS, group_layers, ungroup_layer
 from .projections import obstacle_between, shared_inputs
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
 from .shield import Untraceable
@@ -55,7 +54,7 @@ def place_blocks(modules: Mapping[str, nn.Module], *, fuse: bool, norm: bool) ->
     blocks: list[Block] = []
     for name, module in modules.items():
         linears = _linears(module) if fuse else []
-        if any(isinstance(module._modules[linear], LoRAFALinear) for linear in linears):
+        if any(isinstance(module._modules[linear], ADAPTED) for linear in linears):
             blocks += _place_layers(name, module, linears)
         elif len(linears) > 2:
             blocks += _place_mlp(name, module)
@@ -131,21 +130,24 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
         child = module._modules[name]
         if not is_quiet(child):
             return f"{name} has hooks or a patched forward"
-        trained = [n for n, p in child.named_parameters() if p.requires_grad and n != "lora_B"]
+        trained = [
+            n for n, p in child.named_parameters() if p.requires_grad and n not in trained_names(child)
+        ]
         if trained:
             return f"{name}.{trained[0]} is trained"
     return None
 
 
 def _linears(module: nn.Module) -> list[str]:
-    return [n for n, child in module._modules.items() if isinstance(child, (nn.Linear, LoRAFALinear))]
+    return [n for n, child in module._modules.items() if isinstance(child, (nn.Linear, *ADAPTED))]
 
 
 def _groupable(module: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of `names` that are adapted layers of the same width and belong to no other group."""
-    layers = {n: c for n in names if type(c := module._modules.get(n)) is LoRAFALinear}
+    """Those of `names` that are adapted layers of one kind and width and belong to no other group."""
+    layers = {n: c for n in names if type(c := module._modules.get(n)) in MEMBERS}
     first = next(iter(layers.values()), None)
-    distinct = {id(layer): n for n, layer in layers.items() if layer.in_features == first.in_features}
+    kind = type(first), getattr(first, "in_features", None)
+    distinct = {id(layer): n for n, layer in layers.items() if (type(layer), layer.in_features) == kind}
     return tuple(distinct.values())
 
 

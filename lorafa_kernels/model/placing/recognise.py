@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...nn.linear import LoRAFALinear
+from .guards import ADAPTED
 from .shield import Guards, Reads, Untraceable
 from .symbolic import Child, Slot, Symbol, Trace, input_name, original_class, run, trace_forward
 
@@ -193,7 +193,7 @@ def _surplus(module: nn.Module, trace: Trace, template: Trace) -> str:
     more = []
     for symbol in trace.values:
         if symbol.operation == "child" and isinstance(
-            module._modules[symbol.arguments[0]], (nn.Linear, LoRAFALinear)
+            module._modules[symbol.arguments[0]], (nn.Linear, *ADAPTED)
         ):
             linears -= 1
             if linears < 0:
@@ -232,7 +232,7 @@ def recognise_mlp(module: nn.Module) -> MLP:
     roles, trace, read = _bound(module, _gated, "a gated MLP")
     for role in ("gate", "up", "down"):
         child = module._modules[roles[role]]
-        if type(child) is not nn.Linear and not isinstance(child, LoRAFALinear):
+        if type(child) is not nn.Linear and not isinstance(child, ADAPTED):
             raise Untraceable(f"calls a layer of another class, {roles[role]} ({type(child).__name__})")
     activation, others = roles["activation"], tuple(dict.fromkeys(trace.identities))
     guards = None
