@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A worker that is done takes tests from the other one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-everywhere test-oldest dist test-dist gate gate-3.6 gpu lint format doctor host-time bench bench-cpu memory quality report tables clean
+.PHONY: help demo test test-all test-everywhere test-oldest dist test-dist gate gate-3.6 gpu lint format doctor host-time bench bench-cpu memory memory-paper quality report tables clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on movie reviews: LoRA, LoRA-FA in plain PyTorch, lorafa_kernels"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of docs/results.md, measured again (minutes; an idle machine)"
 	@echo "make host-time    what a call costs the host, beside a stub driver (docs/performance.md)"
+	@echo "make memory-paper the paper's models in the memory planner"
 	@echo "make memory       the tables of docs/memory.md, measured again (minutes; torch.compile on a CPU)"
 	@echo "make quality      the accuracy study: runs that are missing (hours; may be stopped), then docs/quality.md"
 	@echo "make report       docs/performance.md and its plots from bench/results"
@@ -137,6 +138,10 @@ memory: $(VENV)/.dev
 quality: $(VENV)/.dev $(VENV)/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench quality
 	$(BIN)/python -m bench quality --report
+
+memory-paper: $(VENV)/.dev
+	$(BIN)/python -m bench.memory_paper
+	$(BIN)/python -m bench.tables
 
 report: $(VENV)/.dev
 	$(BIN)/python -m bench report

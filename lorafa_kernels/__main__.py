@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from . import __version__
 from .checks import doctor
 from .command_line import Parser, exit_code
-from .memory import planner as memory
+from .memory import command as memory
 from .tune import command as tune
 
 # Each has add_command(subparsers), which sets `run`: parsed arguments -> exit code.

@@ -16,9 +16,11 @@ second decision. Under a compiler the plan is chosen when the operator runs, for
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -34,9 +36,10 @@ from .plan.choice import Decision, choose, choose_plan
 from .plan.pin import pinned
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
-watching_modes = torch._C._len_torch_dispatch_stack
+_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 functorch_level = torch._C._functorch.peek_interpreter_stack
+_onlookers = threading.local()
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -53,6 +56,28 @@ def define(
     return getattr(torch.ops.lorafa_kernels, name).default
 
 
+def watching_modes() -> int:
+    """How many TorchDispatchModes are on that operators must be called for."""
+    count = _modes()
+    return count if not count or not getattr(_onlookers, "see_inside", False) else 0
+
+
+@contextlib.contextmanager
+def only_looked_on(operators: bool) -> Iterator[None]:
+    """Within it, dispatch modes of this thread change nothing of what runs: they only look on.
+
+    operators: the operators are called all the same, as where kernels run of which a mode sees nothing.
+    Selective checkpointing and FLOP counters are no onlookers: they read or keep what is called.
+    """
+    before = vars(_onlookers).copy()
+    _onlookers.there, _onlookers.see_inside = True, not operators
+    try:
+        yield
+    finally:
+        vars(_onlookers).clear()
+        vars(_onlookers).update(before)
+
+
 def open_to_direct_calls() -> bool:
     """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
     watches.
@@ -61,8 +86,8 @@ def open_to_direct_calls() -> bool:
 
 
 def watched() -> bool:
-    """Whether a TorchDispatchMode sees what is called now."""
-    return not is_compiling() and watching_modes() > 0
+    """Whether a TorchDispatchMode that does more than look on sees what is called now."""
+    return not is_compiling() and watching_modes() > 0 and not getattr(_onlookers, "there", False)
 
 
 def announce() -> None:

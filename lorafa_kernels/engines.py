@@ -22,6 +22,7 @@ _HOLDERS = {
     "PipelineEngine": "deepspeed.",
     "InferenceEngine": "deepspeed.",
 }
+_PLAIN = (Tensor, nn.Parameter)
 # Components that torch.compile, FSDP1 and activation checkpointing put into module names.
 _COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -91,6 +92,23 @@ def whole(tensors: Iterable[Tensor], *, writing: bool = False) -> Iterator[None]
         yield
 
 
+def is_plain_tensor(tensor: object) -> bool:
+    """Whether `tensor` is torch's own Tensor or Parameter, or the fake of one (torch._subclasses), which has
+    its shape, dtype and device and no data. What else is derived from Tensor holds other tensors, or a part.
+    """
+    return type(tensor) in _PLAIN or _is_fake(type(tensor))
+
+
+def is_plain_parameter(tensor: object) -> bool:
+    """Whether `tensor` is a Parameter of torch's own class, or the fake of one."""
+    return type(tensor) is nn.Parameter or (_is_fake(type(tensor)) and isinstance(tensor, nn.Parameter))
+
+
+def _is_fake(kind: type) -> bool:
+    # By name: a module that is not imported has made no fake.
+    return kind.__name__ == "FakeTensor" and kind.__module__ == "torch._subclasses.fake_tensor"
+
+
 def not_plain(tensor: Tensor) -> str | None:
     """Why `tensor` is none that the operations compute with, or None. A fake tensor, which stands for a
     plain one, is plain.
@@ -98,9 +116,7 @@ def not_plain(tensor: Tensor) -> str | None:
     kind = type(tensor)
     if is_dtensor(tensor):
         return "a DTensor: adapt the model before it is sharded (fully_shard, parallelize_module)"
-    if kind in (Tensor, nn.Parameter) or (
-        kind.__name__ == "FakeTensor" and kind.__module__.startswith("torch.")
-    ):
+    if is_plain_tensor(tensor):
         return None
     return (
         f"a {kind.__module__}.{kind.__name__}, a subclass of Tensor that is not supported: quantise or wrap "

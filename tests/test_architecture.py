@@ -35,12 +35,15 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 ALLOWED_THIRD_PARTY = {"torch", "safetensors", "triton"}
 # The command `tune` shows its progress with it, and says so where it is missing.
 # doctor says whether Triton's interpreter can run, which needs numpy.
+# The planner of memory builds transformers' models, and draws with matplotlib where asked.
 OPTIONAL = {
     "tune.command": {"rich"},
     "checks.doctor": {"numpy"},
     "integrations.peft": {"peft"},
     "model.targets": {"peft"},
     "model.layouts": {"transformers"},
+    "memory.models": {"transformers"},
+    "memory.plot": {"matplotlib"},
 }
 # Written on top of a library, and imported by a function of the module beside them.
 BUILT_ON = {"integrations.peft_layers": {"peft", "transformers"}}

@@ -266,6 +266,7 @@ def test_the_demo_runs_end_to_end(demo, capsys: pytest.CaptureFixture) -> None:
     assert code == 0
     assert files_in(out) == [
         "adapter",
+        "adapter/README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "memory_and_losses.png",

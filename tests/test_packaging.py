@@ -246,4 +246,5 @@ def test_the_metadata_names_the_script_the_licence_and_the_types(dist):
     assert found["License-Expression"] == "Apache-2.0" and found["Requires-Python"] == ">=3.10"
     assert "Typing :: Typed" in found.get_all("Classifier")
     assert found["Description-Content-Type"] == "text/markdown" and found.get_payload().startswith("# lorafa")
-    assert {"triton", "interpreter", "tune", "demo", "bench", "dev"} == set(found.get_all("Provides-Extra"))
+    extras = {"triton", "interpreter", "tune", "memory", "demo", "bench", "dev"}
+    assert extras == set(found.get_all("Provides-Extra"))

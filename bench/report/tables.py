@@ -20,6 +20,7 @@ from ..run.shell import Parser, run_command, write_whole
 from ..run.stub import refuse_stub
 from .families import kept_table, memory_table
 from .page import readme_table
+from .paper import PAPER_RESULTS, paper_table
 from .reading import markdown, provenance, wrapped
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
@@ -154,6 +155,7 @@ TABLES = {
     "cpu-table": Table("docs/results.md", CPU_RESULTS, read_lines, readme_table),
     "kept-table": Table("README.md", MEMORY_RESULTS, read_lines, kept_table),
     "memory-table": Table("docs/memory.md", MEMORY_RESULTS, read_lines, memory_table),
+    "paper-memory-table": Table("docs/memory.md", PAPER_RESULTS, read_json, paper_table),
     "demo-table": Table("docs/results.md", DEMO_RESULTS, read_json, demo_table),
 }
 

@@ -1,185 +1,322 @@
-"""python -m lorafa_kernels memory: its bytes are those that autograd keeps of transformers' models."""
+"""The planner's bytes are those of a step that runs: what autograd keeps within 1 %, the peak of the
+allocator's events within 3 %, for every family and method. What it is compared with is in real_step.py.
+"""
 
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from bench.measure import contenders, models, training
-from bench.measure import memory as measured
-from lorafa_kernels.__main__ import main
-from lorafa_kernels.memory.planner import (
-    ITEMSIZE,
-    METHODS,
-    ModelSizes,
-    Step,
-    fixed_bytes,
-    layer_bytes,
-    least_peak,
-    model_bytes,
-    most_batch,
+from lorafa_kernels.memory import corrections
+from lorafa_kernels.memory.methods import BY_KEY, adapted_names
+from lorafa_kernels.memory.models import DTYPES, resolve
+from lorafa_kernels.memory.plan import plan_memory
+from lorafa_kernels.memory.solve import largest
+from lorafa_kernels.memory.step import CannotRun, Planner, Setting
+from tests.memory import families, real_step
+
+pytest.importorskip("transformers")
+# The promises of the issue, as shares.
+KEPT, PEAK = 0.01, 0.03
+SEED, DRAWN = 15, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of a small model; dropout: of the adapters."""
+
+    family: str
+    method: str
+    dtype: str = "bf16"
+    batch: int = 2
+    sequence: int = 64
+    rank: int = 8
+    checkpointing: bool = False
+    dropout: float = 0.0
+    padding: bool = False
+
+    def __str__(self) -> str:
+        words = [self.family, self.method, self.dtype, f"{self.batch}x{self.sequence}", f"r{self.rank}"]
+        words += ["checkpointing"] if self.checkpointing else []
+        words += [f"dropout{self.dropout:g}"] if self.dropout else []
+        return "-".join(words + (["padding"] if self.padding else []))
+
+
+CASES = (
+    Case("llama", "lorafa"),
+    Case("roberta", "lora"),
+    Case("mistral", "peft", dropout=0.1),
+    Case("mixtral", "lorafa"),
+    Case("qwen2", "lorafa", checkpointing=True),
+    Case("qwen3", "lora", padding=True),
+    Case("gemma", "full", "fp32"),
+    Case("gemma2", "lorafa", dropout=0.1),
+    Case("gemma3_text", "lorafa-plain", padding=True),
+    Case("phi3", "peft", "fp32", checkpointing=True),
+    Case("bert", "lorafa", padding=True),
+    Case("t5", "lorafa", padding=True),
+    Case("gpt2", "lorafa-plain"),
+    Case("opt", "lorafa", "fp32", dropout=0.1, checkpointing=True),
+    Case("vit", "lora"),
+    Case("whisper", "lorafa"),
 )
 
-CONTENDERS = {"lorafa": "lorafa", "lorafa-layers": "lorafa-layers", "lora": "eager-lora", "peft": "peft-lora"}
-BATCH, SEQUENCE, RANK = 3, 8, 4
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
+
+def draw(seed: int, count: int) -> list[Case]:
+    """Cases of all families and methods."""
+    chance = random.Random(seed)
+    found = []
+    for _ in range(count):
+        method = chance.choice(list(BY_KEY))
+        found.append(
+            Case(
+                chance.choice(list(families.FAMILIES)),
+                method,
+                chance.choice(["bf16", "fp32"]),
+                chance.choice([1, 2, 3]),
+                chance.choice([48, 64, 100]),
+                chance.choice([4, 8]),
+                chance.random() < 0.3,
+                chance.choice([0.0, 0.1]) if method != "full" else 0.0,
+                chance.random() < 0.3,
+            )
+        )
+    # Grouped products on fakes are of bf16 only.
+    return [c if c.family != "mixtral" else Case("mixtral", "lorafa", padding=c.padding) for c in found]
 
 
-def sizes_of(name: str) -> ModelSizes:
-    pytest.importorskip("transformers")
-    return ModelSizes.from_config(models.size_of(name).config().to_dict())
+def planner_of(case: Case, folder: Path, whole: bool = False) -> Planner:
+    (folder / "config.json").write_text(json.dumps(families.config_of(case.family)))
+    subject = resolve(str(folder), padding=case.padding)
+    setting = Setting(case.batch, case.sequence, case.rank, DTYPES[case.dtype], device="cpu")
+    return Planner(subject, setting, whole)
 
 
-def adapted(model, contender: str, zero_B: bool = True):
-    if contender.startswith("peft"):
+def real(case: Case, names: tuple[str, ...]) -> real_step.Taken:
+    if case.method in ("peft", "lora"):
         pytest.importorskip("peft")
-    models.CONTENDERS[contender].build(model, models.LLAMA_LINEARS, RANK)
-    models.fill_adapters(model, "bf16", zero_B=zero_B)
-    return model
+    dtype = DTYPES[case.dtype]
+    model = families.build(case.family, dtype)
+    real_step.adapt(model, case.method, names, case.rank, case.dropout)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = families.inputs_of(case.family, case.batch, case.sequence, dtype, case.padding)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    return real_step.take(model, lambda: model(**inputs).loss, optimizer, tensors)
 
 
-BLOCKS = ("Llama block, MHA 256", "Llama block, GQA 8:2 512", "Mistral block", "Qwen2 block")
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-# Each dtype with each block and with each method.
+def check(case: Case, folder: Path) -> None:
+    planner = planner_of(case, folder)
+    changed = {"checkpointing": case.checkpointing, "dropout": case.dropout}
+    planned = planner.estimate(BY_KEY[case.method], **changed)
+    taken = real(case, planner.names)
+    # The hooks see nothing of what is inside of a checkpoint.
+    kept = taken.kept if case.checkpointing else taken.saved
+    assert abs(planned.kept / kept - 1) <= KEPT, f"kept {planned.kept}, really {kept}"
+    assert abs(planned.peak / taken.peak - 1) <= PEAK, f"peak {planned.peak}, really {taken.peak}"
+
+
+QUICK = 2
+
+
 @pytest.mark.parametrize(
-    ("method", "name", "dtype"),
+    "case",
+    [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if i >= QUICK else []) for i, c in enumerate(CASES)],
+)
+def test_a_step_takes_what_is_planned(case, tmp_path):
+    check(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", draw(SEED, DRAWN), ids=str)
+def test_a_drawn_step_takes_what_is_planned(case, tmp_path):
+    check(case, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "checkpointing"),
     [
-        (method, name, ("bf16", "fp32")[(i + j) % 2])
-        for i, method in enumerate(METHODS)
-        for j, name in enumerate(BLOCKS)
+        ("llama", "lorafa", False),
+        pytest.param("gemma2", "full", True, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "lora", False, marks=pytest.mark.slow),
+        pytest.param("t5", "lorafa", True, marks=pytest.mark.slow),
+        pytest.param("whisper", "full", False, marks=pytest.mark.slow),
     ],
 )
-def test_a_layer_keeps_what_is_planned(name, method, dtype):
-    block = models.build(models.BlockCase(name, BATCH, SEQUENCE, dtype=dtype), "cpu")
-    adapted(block, CONTENDERS[method])
-    x = torch.randn(
-        BATCH, SEQUENCE, models.size_of(name).hidden, dtype=models.DTYPES[dtype], requires_grad=True
-    )
-    own = [*block.parameters(), *block.buffers()]
-    _, saved = measured.saved_bytes(lambda: block(x), {"input": [x], "shared": block.shared}, own)
-    planned = layer_bytes(sizes_of(name), Step(BATCH, SEQUENCE, RANK, dtype), method)
-    assert sum(planned.values()) == saved["input"] + saved["rest"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_few_layers_stand_for_all(family, method, checkpointing, device, tmp_path):
+    case = Case(family, method)
+    few, whole = (planner_of(case, tmp_path, whole) for whole in (False, True))
+    changed = {"checkpointing": checkpointing, "device": device}
+    got, wanted = (planner.estimate(BY_KEY[method], **changed) for planner in (few, whole))
+    assert len(few._stacks.smallest) < len(families.build(family, torch.bfloat16).state_dict())
+    assert (got.kept, got.fixed, got.total) == (wanted.kept, wanted.fixed, wanted.total)
+    assert few._stacks.repeated and not whole._stacks.repeated
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_model_keeps_what_is_planned(method, checkpointing):
-    name = "tiny Llama"
-    model = adapted(models.build_causal_lm(name, "bf16", "cpu"), CONTENDERS[method]).train()
-    if checkpointing:
-        models.checkpoint_layers(model)
-    tokens = torch.randint(512, (BATCH, SEQUENCE))
-    own = [*model.parameters(), *model.buffers(), tokens]
-    _, saved = measured.saved_bytes(lambda: training._loss(model, tokens), {}, own)
-    step = Step(BATCH, SEQUENCE, RANK, checkpointing=checkpointing)
-    # Checkpointing holds the positions as arguments of the layers, which no hook sees.
-    unseen = 2 * SEQUENCE * 64 * 2 if checkpointing else 0
-    assert model_bytes(sizes_of(name), step, method) == saved["rest"] + unseen
+def test_the_whole_model_is_no_smaller_than_its_parts(tmp_path):
+    planner = planner_of(Case("llama", "lorafa"), tmp_path)
+    estimate = planner.estimate(BY_KEY["lorafa"])
+    assert sum(estimate.kinds.values()) == estimate.total == estimate.fixed + estimate.peak
+    assert estimate.kinds["weights"] > estimate.kinds["adapters"] > 0 and estimate.kinds["optimizer"] > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_fixed_is_what_the_parameters_take(method):
-    name = "tiny Llama"
-    model = adapted(models.build_causal_lm(name, "bf16", "cpu"), CONTENDERS[method])
-    optimizer = contenders.adamw(model, RANK, 1e-3)
-    training._loss(model, torch.randint(512, (BATCH, SEQUENCE))).backward()
+@pytest.mark.parametrize("method", ["peft", "lora", "lorafa-plain", "lorafa"])
+def test_fixed_is_what_parameters_and_states_take(method, tmp_path):
+    case = Case("llama", method)
+    planner = planner_of(case, tmp_path)
+    planned = planner.estimate(BY_KEY[method])
+    model = families.build("llama", torch.bfloat16)
+    if method in ("peft", "lora"):
+        pytest.importorskip("peft")
+    real_step.adapt(model, method, planner.names, case.rank, 0.0)
+    inputs = families.inputs_of("llama", 2, 64, torch.bfloat16, False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(**inputs).loss.backward()
     optimizer.step()
-    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state.get(p, {}).values())]
-    taken = sum(t.numel() * t.itemsize for t in tensors if t is not None and t.dim())
-    assert fixed_bytes(sizes_of(name), Step(BATCH, SEQUENCE, RANK), method) == taken
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    tensors = [*model.parameters(), *model.buffers(), *states, inputs["input_ids"]]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert planned.fixed == sum(storages.values())
 
 
-def test_forward_allocates_at_least_what_a_batch_counts():
-    name = "tiny Llama"
-    sizes, step = sizes_of(name), Step(BATCH, SEQUENCE, RANK)
-    model = adapted(models.build_causal_lm(name, "bf16", "cpu"), "lorafa").train()
-    tokens = torch.randint(512, (BATCH, SEQUENCE))
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    training._loss(model, tokens).backward()
-    kept, temporary, _ = measured.allocations(
-        lambda: training._loss(model, tokens), lambda loss: torch.autograd.grad(loss, wanted), "cpu"
-    )
-    counted = least_peak(sizes, step, "lorafa") - fixed_bytes(sizes, step, "lorafa")
-    # Not the targets, which the caller has.
-    assert 0.5 * (kept + temporary) < counted <= kept + temporary
+class Squares(nn.Module):
+    """A model of no library; `stop`: asks for a value, which a fake tensor has not."""
+
+    def __init__(self, layers: int, width: int, stop: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.stop = stop
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) ** 2
+        if self.stop and x.sum().item() > 0:
+            x = -x
+        return x
 
 
-def test_the_batch_is_the_largest_whose_peak_fits():
-    sizes = ModelSizes.from_config(LLAMA_8B)
-    for method in METHODS:
-        for checkpointing in (False, True):
-            step = Step(1, 1024, checkpointing=checkpointing)
-            for memory in (10 * 2**30, 20 * 2**30, 80 * 2**30):
-                most = most_batch(sizes, step, method, memory)
-                peaks = [
-                    least_peak(sizes, Step(batch, 1024, checkpointing=checkpointing), method)
-                    for batch in (most, most + 1)
-                    if batch
-                ]
-                assert peaks[-1] > memory and (most == 0 or peaks[0] <= memory)
+def _rows(model, batch, sequence):
+    return {"x": torch.zeros(batch, sequence, 32)}
 
 
-def test_command_prints_the_plan(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    assert main(["memory", str(tmp_path), "--batch", "2", "--sequence", "1024", "--memory", "80"]) == 0
-    out = capsys.readouterr().out
-    assert out.isascii() and all(title in out for title in METHODS.values())
-    sizes, step = ModelSizes.from_config(LLAMA_8B), Step(2, 1024)
-    assert f"kept for backward: {model_bytes(sizes, step, 'lorafa') / 2**30:.3f} GiB" in out
-    most = most_batch(sizes, step, "lorafa", 80 * 2**30)
-    assert f"at most {most} sequences fit in 80.000 GiB" in out and "upper bound" in out
-    assert main(["memory", str(tmp_path / "config.json"), "--memory", "1"]) == 0
-    assert "not even 1 sequence fits in 1.000 GiB" in capsys.readouterr().out
+def _mean(model, inputs):
+    return model(inputs["x"]).mean()
+
+
+def test_any_module_is_planned_and_stays_as_it_is():
+    model = Squares(6, 32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    plan = plan_memory(model, _mean, _rows, batch=4, sequence=8, rank=4, device="cpu", dropout=0)
+    assert set(plan.rows) == set(BY_KEY) and len(plan.names) == 6
+    own = dict(model.named_parameters())
+    assert own.keys() == before.keys() and all(torch.equal(own[name], before[name]) for name in own)
+    assert type(model.layers[0]) is nn.Linear and len(model.layers) == 6
+    x = torch.zeros(4, 8, 32)
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    taken = real_step.take(model, lambda: model(x).mean(), optimizer, [x])
+    planned = plan.rows["full"].variants["plain"]
+    assert (planned.kept, planned.peak) == (taken.kept, taken.peak)
+
+
+class Numbered(Squares):
+    """Asks for its layers by number."""
+
+    def forward(self, x):
+        return self.layers[5](self.layers[4](self.layers[3](x)))
+
+
+def test_a_model_that_numbers_its_layers_is_run_whole():
+    plan = plan_memory(Numbered(6, 32), _mean, _rows, batch=4, sequence=8, methods=["full"], device="cpu")
+    x = torch.zeros(4, 8, 32)
+    model = Numbered(6, 32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    taken = real_step.take(model, lambda: model(x).mean(), optimizer, [x])
+    planned = plan.rows["full"].variants["plain"]
+    # Of layers that get no gradient the planner counts the optimizer's states all the same.
+    assert planned.kept == taken.kept and abs(planned.peak / taken.peak - 1) <= PEAK
+
+
+def test_a_model_that_does_not_run_says_where():
+    with pytest.raises(CannotRun, match=r"stopped at aten\._local_scalar_dense"):
+        plan_memory(Squares(6, 32, stop=True), _mean, _rows, device="cpu")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("changed", "message"),
     [
-        ("{", "Expecting"),
-        ("[]", "expected a JSON object"),
-        (
-            json.dumps({**LLAMA_8B, "model_type": "bert"}),
-            "model_type is 'bert', expected one of llama, mistral",
-        ),
-        (json.dumps({**LLAMA_8B, "hidden_size": 0}), "hidden_size is 0"),
-        (json.dumps({**LLAMA_8B, "vocab_size": "many"}), "vocab_size is 'many'"),
-        (
-            json.dumps({k: v for k, v in LLAMA_8B.items() if k != "num_hidden_layers"}),
-            "num_hidden_layers is missing",
-        ),
-        (None, "No such file"),
+        ({"rank": 0}, "r must be an integer from 1"),
+        ({"rank": 2**40}, "r must be an integer from 1"),
+        ({"targets": ["layer"]}, "target_modules matches no module"),
+        ({"targets": []}, "target_modules must say which layers"),
+        ({"memory": 0}, "memory must be a number of GiB above 0"),
+        ({"memory": float("nan")}, "memory must be a number of GiB above 0"),
+        ({"batch": 0}, "batch must be a whole number"),
+        ({"methods": ["lorra"]}, "method is 'lorra', expected one of full"),
+        ({"optimizer": "adam"}, "optimizer is 'adam', expected one of adamw"),
+        ({"dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
     ],
-    ids=["cut", "list", "kind", "zero", "text", "missing", "no-file"],
+    ids=str,
 )
-def test_a_config_that_cannot_be_read_says_why(text, message, tmp_path, capsys):
-    path = tmp_path / "config.json"
-    if text is not None:
-        path.write_text(text)
-    assert main(["memory", str(path)]) == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_planned_says_why(changed, message):
+    with pytest.raises(ValueError, match=message):
+        plan_memory(Squares(6, 32), _mean, _rows, **{"device": "cpu", **changed})
 
 
+def test_positions_that_a_model_has_not():
+    with pytest.raises(ValueError, match="sequence is 513, and the model has 512 positions"):
+        plan_memory("roberta-base", sequence=513)
+
+
+def test_every_correction_has_a_source_and_says_that_it_is_unchecked():
+    assert {entry.subject for entry in corrections.CUDA} >= {"dropout", "attention (SDPA)", "loss"}
+    for entry in corrections.CUDA:
+        assert entry.rule and "/" in entry.source and entry.checked == "not checked on a GPU"
+
+
+def test_gpt2_has_its_output_embedding_adapted(tmp_path):
+    planner = planner_of(Case("gpt2", "lorafa"), tmp_path)
+    planner.template()
+    assert planner.names == ("lm_head",)
+    model = families.build("llama", torch.bfloat16)
+    assert len(adapted_names(model, "all-linear")) == 7 * families.FAMILIES["llama"]["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("unit", [1, 64])
+@pytest.mark.parametrize("start", [1, 100, 4096])
+@pytest.mark.parametrize("memory", [5, 999, 1000, 10**6, 123_456_789])
 @pytest.mark.parametrize(
-    "arguments", [["--batch", "0"], ["--memory", "-1"], ["--rank", "x"], ["--dtype", "int8"]]
+    "total",
+    [lambda n: 10 + 7 * n, lambda n: max(500 + 3 * n, 9 * n), lambda n: 100 + n + n * n // 50],
+    ids=["line", "two-lines", "square"],
 )
-def test_wrong_arguments(arguments, capsys):
-    with pytest.raises(SystemExit):
-        main(["memory", "config.json", *arguments])
-    assert arguments[0] in capsys.readouterr().err
+def test_the_largest_that_fits(total, memory, start, unit):
+    tried = []
 
+    def counted(n):
+        tried.append(n)
+        return total(n)
 
-def test_sizes_that_a_config_leaves_out():
-    sizes = ModelSizes.from_config({k: v for k, v in LLAMA_8B.items() if k != "num_key_value_heads"})
-    assert (sizes.num_key_value_heads, sizes.head_dim, sizes.tie_word_embeddings) == (32, 128, False)
-    assert set(ITEMSIZE) == {"bf16", "fp16", "fp32"}
+    found = largest(counted, memory, start, unit=unit)
+    assert found % unit == 0
+    assert total(found + unit * max(1, found // unit // 1000)) > memory
+    assert found == 0 or (total(found) <= memory and found in tried)
+    assert len(tried) <= 40
+    assert len(tried) <= 6 or total(100) - 2 * total(50) + total(1) > 50
+    assert largest(total, memory, start, unit=unit, most=128) == min(found, 128 // unit * unit)

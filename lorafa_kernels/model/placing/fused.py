@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...engines import is_plain_parameter
 from ...mlp.api import lorafa_gated_mlp
 from ...nn.linear import is_exported
 from ...norm import rms_norm
@@ -90,7 +91,7 @@ class FusedNorm(FusedBlock):
         if is_exported():
             return None
         weight = self._parameters.get(roles.weight)
-        if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
+        if not is_plain_parameter(weight) or weight.requires_grad or weight.device != x.device:
             return None
         if weight.shape != x.shape[-1:] or weight.dtype not in FLOAT_DTYPES:
             return None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ...engines import is_plain_parameter, is_plain_tensor
 from ...group.operands import LinearOperands
 from ...nn.hooked import is_patched
 from ...nn.linear import LoRAFALinear, is_exported
@@ -64,8 +65,10 @@ def no_global_hooks() -> bool:
 
 
 def is_plain(x: object) -> bool:
-    """Whether x is a tensor of torch itself, no DTensor or other subclass, of a dtype that blocks take."""
-    return type(x) in (Tensor, nn.Parameter) and x.dtype in FLOAT_DTYPES
+    """Whether x is a tensor of torch itself (or the fake of one), no DTensor or other subclass, of a dtype
+    that blocks take.
+    """
+    return is_plain_tensor(x) and x.dtype in FLOAT_DTYPES
 
 
 def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
@@ -94,7 +97,7 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     device = x.device
     for name, parameter in parameters.items():
         if parameter is not None and (
-            type(parameter) is not nn.Parameter
+            not is_plain_parameter(parameter)
             or parameter.device != device
             or (parameter.requires_grad and name != "lora_B")
         ):

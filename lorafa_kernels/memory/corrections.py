@@ -1,0 +1,184 @@
+"""Where a step on CUDA keeps or allocates something else than a step on fake CPU tensors shows.
+
+CUDA is the table, each entry with its source. What is kept follows from cuda_rules, what kernels allocate for
+the time of a call from temporaries; the workspace is added to the peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .trace import Temporary
+
+MIB = 2**20
+# What an entry of the table stands on until a GPU has shown it.
+UNCHECKED = "not checked on a GPU"
+
+
+@dataclass(frozen=True)
+class Correction:
+    """An entry of the table: what it is about, the rule, its source and what it was checked with."""
+
+    subject: str
+    rule: str
+    source: str
+    checked: str = UNCHECKED
+
+
+CUDA = (
+    Correction(
+        "dropout",
+        "keeps a mask of bool, one byte an element; a CPU keeps one of the input's dtype",
+        "aten/src/ATen/native/Dropout.cpp (is_fused_kernel_acceptable) and cuda/Dropout.cu",
+    ),
+    Correction(
+        "attention (SDPA)",
+        "flash attention without a mask, memory-efficient attention with one: both keep q, k, v, the output "
+        "and an fp32 logsumexp per head and token, with dropout as well; fp32 with fewer heads of k and v "
+        "and no mask falls to the math kernel, which keeps the probabilities",
+        "aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (select_sdp_backend)",
+    ),
+    Correction(
+        "attention's backward",
+        "an fp32 sum for dq (tokens rounded up to 128, head size to 32), an fp32 number per head and token, "
+        "and dk and dv of all heads of q where k and v have fewer",
+        "aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd)",
+    ),
+    Correction(
+        "loss",
+        "cross entropy over fp32 logits keeps their fp32 log-softmax, as on a CPU: nothing to correct",
+        "aten/src/ATen/native/cuda/SoftMax.cu (host_softmax: converts only 16-bit input asked for as fp32)",
+    ),
+    Correction(
+        "kernels of this library",
+        "copies of fp32 factors beside 16-bit x, and in backward dz; no chunk of a dropout mask; "
+        "the gated activation allocates nothing beside its results",
+        "lorafa_kernels/linear/fused.py, group/fused.py, kernels/gated.py; partial sums of split products "
+        "for few rows are left out",
+    ),
+    Correction(
+        "AdamW and SGD",
+        "the foreach form, torch's default for CUDA tensors: a temporary of the size of all that is trained",
+        "torch/optim/optimizer.py (_default_to_fused_or_foreach)",
+    ),
+    Correction(
+        "workspace of cuBLAS",
+        "32 MiB, Hopper's; 8.1 MiB on older GPUs",
+        "aten/src/ATen/cuda/CublasHandlePool.cpp (getChosenWorkspaceSize)",
+    ),
+    Correction(
+        "allocator",
+        "every allocation is a multiple of 512 bytes; fragmentation and the CUDA context (about 0.5 GiB, "
+        "which no allocator sees) are not counted",
+        "c10/cuda/CUDACachingAllocator.cpp (kMinBlockSize)",
+    ),
+)
+CUDA_GRANULE = 512
+CUDA_WORKSPACE = 32 * MIB
+
+
+@contextlib.contextmanager
+def cuda_rules():
+    """Makes dropout and attention of CPU tensors keep what CUDA's keep. By torch.nn.functional, where modules
+    and models look them up: a mode of torch functions is off where a checkpoint runs forward again.
+    """
+    known = F.dropout, F.scaled_dot_product_attention
+    F.dropout = functools.partial(_dropout, known[0])
+    F.scaled_dot_product_attention = functools.partial(_attention, known[1])
+    try:
+        yield
+    finally:
+        F.dropout, F.scaled_dot_product_attention = known
+
+
+def _dropout(
+    original: Callable, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    if not training or p == 0 or inplace:
+        return original(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    original: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    rest = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    trained_mask = attn_mask is not None and attn_mask.requires_grad
+    if (enable_gqa and query.dtype == torch.float32) or trained_mask:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return original(query, key, value, attn_mask, dropout_p, **rest)
+    # Its dropout is drawn again in backward, and keeps 16 bytes.
+    return original(query, key, value, attn_mask, 0.0, **rest)
+
+
+def _flash_backward(args: tuple, kwargs: dict, out: object) -> int:
+    # (grad_out, query, key, value, ...), (batch, heads, tokens, head size).
+    query, key = args[1], args[2]
+    batch, heads, tokens, size = query.shape
+    rounded = -(-tokens // 128) * 128
+    found = batch * heads * rounded * (-(-size // 32) * 32 + 1) * 4
+    if key.shape[1] != heads:
+        found += 2 * batch * heads * key.shape[2] * size * query.itemsize
+    return found
+
+
+def _factors(tensors, dtype: torch.dtype) -> int:
+    """Bytes of the low-rank factors that are copied into another dtype."""
+    copied = [t for t in tensors if t is not None and t.dtype != dtype]
+    return sum(t.numel() for t in copied) * dtype.itemsize
+
+
+def _linear_forward(args: tuple, kwargs: dict, out: object) -> int:
+    x, _, *factors = args[:4]
+    return _factors(factors, x.dtype)
+
+
+def _linear_backward(args: tuple, kwargs: dict, out: object) -> int:
+    dy, _, _, *factors = args[:5]
+    return dy.shape[0] * factors[1].shape[1] * dy.itemsize + _factors(factors, dy.dtype)
+
+
+def _linear_backward_input(args: tuple, kwargs: dict, out: object) -> int:
+    dy, _, *factors = args[:4]
+    return dy.shape[0] * factors[1].shape[1] * dy.itemsize + _factors(factors, dy.dtype)
+
+
+def _group_forward(args: tuple, kwargs: dict, out: object) -> int:
+    return _factors([*args[2], *args[3]], args[0].dtype)
+
+
+def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
+    dy = next(dy for dy in args[0] if dy is not None)
+    ranks = sum(lora_B.shape[1] for lora_B in args[4] if lora_B is not None)
+    need_dx = args[9]
+    copies = _factors([*args[3], *args[4]], dy.dtype)
+    return dy.shape[0] * ranks * dy.itemsize + copies if need_dx else 0
+
+
+def temporaries() -> Mapping[object, Temporary]:
+    """Return what CUDA's kernels allocate inside a call, by the operation that stands for them here."""
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    ours = torch.ops.lorafa_kernels
+    return {
+        flash_backward.default: _flash_backward,
+        ours.forward.default: _linear_forward,
+        ours.backward.default: _linear_backward,
+        ours.backward_input.default: _linear_backward_input,
+        ours.group_forward.default: _group_forward,
+        ours.group_backward.default: _group_backward,
+    }
