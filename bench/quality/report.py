@@ -68,7 +68,7 @@ def rendered(path: Path) -> dict[str, Callable[[], str]]:
         "scaling": lambda: sourced(tables.scaling_table(done)),
         "targets": lambda: sourced(tables.targets_table(done)),
         "task": lambda: task_table(about),
-        "missing": lambda: missing_text(done),
+        "missing": lambda: f"{missing_text(done)}\n\n{cpu_words(done, about)}",
         "kept": lambda: sourced(tables.memory_table(records.memory(path))),
     }
 
@@ -133,6 +133,19 @@ def task_table(about: dict[str, dict]) -> str:
         "rate chosen on",
     ]
     return markdown(header, rows)
+
+
+def cpu_words(done: dict[str, dict], about: dict[str, dict]) -> str:
+    """CPU time of training by model, that before adaptation included, without tests."""
+    seconds: dict[str, float] = {}
+    for record in done.values():
+        model = TASKS[record["settings"]["task"]].model
+        seconds[model] = seconds.get(model, 0.0) + record["cpu_seconds"]
+    for task, line in about.items():
+        model = TASKS[task].model
+        seconds[model] = seconds.get(model, 0.0) + line["pretraining"].get("cpu_seconds", 0.0)
+    words = ", ".join(f"{model} {found / 60:.0f}" for model, found in seconds.items())
+    return f"CPU minutes of training: {words}."
 
 
 def missing_text(done: dict[str, dict]) -> str:

@@ -42,7 +42,7 @@ def run_study(path, say: Callable[[str], None], progress, limit: int | None = No
         if run.key in seen:
             continue
         seen.add(run.key)
-        progress.update(bar, completed=len(seen) - 1)
+        progress.update(bar, total=whole(done, methods), completed=len(seen) - 1)
         if run.key in done:
             continue
         if limit is not None and made >= limit:
@@ -55,7 +55,7 @@ def run_study(path, say: Callable[[str], None], progress, limit: int | None = No
         score, seconds = record["test"], record["cpu_seconds"]
         outcome = f"test {score['nats']:.4f} nats, right {score['right']:.4f}" if score else "broke"
         say(f"{len(seen)}/{whole(done, methods)} {run.key}: {outcome}, {seconds:.1f} CPU seconds")
-    progress.update(bar, completed=len(seen))
+    progress.update(bar, total=len(seen) if limit is None else None, completed=len(seen))
     return made
 
 

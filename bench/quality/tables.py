@@ -77,7 +77,8 @@ def difference_table(done: Done) -> str:
             if p is None:
                 cells.append(text)
             else:
-                mark = f"**p = {p:.3f}**" if p < SIGNIFICANT else f"p = {p:.2f}, not significant"
+                value = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+                mark = f"**{value}**" if p < SIGNIFICANT else f"p = {p:.2f}, not significant"
                 cells.append(f"{text}; {mark}")
         rows.append([TASKS[task].title, *cells])
     return markdown(["", *(METHODS[method].title for method in others)], rows)

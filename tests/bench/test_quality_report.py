@@ -77,7 +77,7 @@ def test_significance_is_said_either_way():
     noisy = study_of({"lora": [2.0, 2.4, 2.2], "lorafa": [2.3, 2.2, 2.4]})
     assert "not significant" in verdict(noisy) and "not significant" in tables.difference_table(noisy)
     clear = study_of({"lora": [2.0, 2.1, 2.2], "lorafa": [2.500, 2.601, 2.699]})
-    assert ", significant (p = " in verdict(clear) and "**p = 0.000**" in tables.difference_table(clear)
+    assert ", significant (p = " in verdict(clear) and "**p < 0.001**" in tables.difference_table(clear)
 
 
 def test_what_is_missing_is_named_and_no_seed_is_left_out():
@@ -88,6 +88,13 @@ def test_what_is_missing_is_named_and_no_seed_is_left_out():
     assert f"{TASKS['t5-tweets'].title}, LoRA: 0 of 5 seeds" in left
     assert "not run yet" in tables.score_table(done, {})
     assert set(reading.scores(done, TASK, "lorafa")) == set(SEEDS)
+
+
+def test_cpu_time_is_added_up_by_model():
+    runs = [Run(TASK, "lora", 1e-3, 0), Run(TASK, "lora", 1e-3, 1), Run("t5-tweets", "lora", 1e-3, 0)]
+    done = {r.key: {"cpu_seconds": 90.0, "settings": {"task": r.task}} for r in runs}
+    about = {TASK: {"pretraining": {"cpu_seconds": 60.0}}}
+    assert report.cpu_words(done, about) == "CPU minutes of training: llama 4, t5 2."
 
 
 def test_a_repeated_line_does_not_replace_the_first(tmp_path):
