@@ -83,8 +83,7 @@ def _config_of_file(path: Path):
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"model_type is {shown(kind)}, expected one of transformers'{_close(kind, known)}")
     _check_sizes(found)
-    with _quiet():
-        return _transformers().AutoConfig.for_model(**found)
+    return _made(_transformers().AutoConfig.for_model, found)
 
 
 def _config_by_name(name: str, sizes: Mapping[str, Any]):
@@ -98,8 +97,18 @@ def _config_by_name(name: str, sizes: Mapping[str, Any]):
         close = _close(name, NAMED) or f": the names are {', '.join(NAMED)}"
         raise ValueError(f"{shown(name)} is no file, no known model and no config class{close}")
     _check_sizes(sizes)
+    return _made(getattr(_transformers(), kind), sizes), model
+
+
+def _made(make: Callable[..., Any], values: Mapping[str, Any]):
+    """Return the config that transformers makes of the values. Raises ValueError for what it refuses."""
     with _quiet():
-        return getattr(_transformers(), kind)(**sizes), model
+        try:
+            return make(**values)
+        except Exception as error:
+            # What a config class checks, and how it fails unchecked, is its own: most raise no ValueError.
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"transformers makes no config of this: {said}") from error
 
 
 def _sizes(listed: str) -> dict[str, Any]:

@@ -218,6 +218,7 @@ numbers = st.one_of(
     st.dictionaries(st.sampled_from(["--batch", "--sequence", "--rank", "--memory"]), numbers, max_size=2),
 )
 @example({"hidden_size": 1 << 40, "vocab_size": 1 << 40, "num_hidden_layers": 1 << 40}, set(), {})
+@example({"hidden_size": None}, set(), {})
 @example({"num_attention_heads": True}, set(), {"--batch": "²"})
 def test_whatever_is_asked_there_is_an_answer(tmp_path, changed, missing, options):
     config = {name: value for name, value in {**LLAMA, **changed}.items() if name not in missing}
