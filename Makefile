@@ -12,10 +12,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A worker that is done takes tests from the other one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-everywhere test-oldest dist test-dist gate gate-3.6 gpu lint format doctor host-time bench bench-cpu memory memory-paper report tables clean
+.PHONY: help demo test test-all test-everywhere test-oldest dist test-dist gate gate-3.6 gpu lint format doctor host-time bench bench-cpu memory memory-paper quality report tables clean
 
 help:
-	@echo "make demo         fine-tune MiniLM on movie reviews: head only, LoRA, LoRA-FA"
+	@echo "make demo         fine-tune MiniLM on movie reviews: LoRA, LoRA-FA in plain PyTorch, lorafa_kernels"
 	@echo "make test         the test suite (CPU; Triton kernels in the interpreter and through the compiler)"
 	@echo "make test-all     all of it (make test leaves out what takes minutes; not the whole gate, which is make gate)"
 	@echo "make test-everywhere  the tests of values: 1 and 2 threads, random order, other instruction sets (ARGS=--help)"
@@ -30,6 +30,7 @@ help:
 	@echo "make host-time    what a call costs the host, beside a stub driver (docs/performance.md)"
 	@echo "make memory-paper the paper's models in the memory planner"
 	@echo "make memory       the tables of docs/memory.md, measured again (minutes; torch.compile on a CPU)"
+	@echo "make quality      the accuracy study: runs that are missing (hours; may be stopped), then docs/quality.md"
 	@echo "make report       docs/performance.md and its plots from bench/results"
 	@echo "make tables       fill the tables of README and docs/ from the committed result files"
 	@echo "make doctor       versions, chosen implementation, self-check"
@@ -133,6 +134,10 @@ bench-cpu: $(VENV)/.dev
 memory: $(VENV)/.dev
 	$(BIN)/python -m bench run --kinds family --device cpu --fresh --out bench/results/cpu/memory.jsonl
 	$(BIN)/python -m bench.tables
+
+quality: $(VENV)/.dev $(VENV)/.demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench quality
+	$(BIN)/python -m bench quality --report
 
 memory-paper: $(VENV)/.dev
 	$(BIN)/python -m bench.memory_paper

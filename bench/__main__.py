@@ -5,6 +5,7 @@
     suite     what a first hour on a GPU needs, most telling first
     report    docs/performance.md and its plots from bench/results; --compare REV-or-FILE
     gpu       a first call on a machine with a GPU, in stages (also python3 -m bench.gpu)
+    quality   the accuracy study: five ways of fine-tuning, several seeds (docs/quality.md)
     list      the known models, grids and contenders
 
 Everybody's results are checked against fp64 before they are timed; contenders take turns; ratios are formed
@@ -39,6 +40,7 @@ from .measure.cases import (
     with_dropout,
 )
 from .measure.contenders import CONTENDERS, TITLES, layer_contenders
+from .quality import command as quality
 from .report import compare
 from .report import page as report
 from .report.console import show
@@ -118,6 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option(made, "--compare", "show what changed since, instead (default: none)", metavar="REV-or-FILE")
     option(made, "--results", "folder of result files (default: bench/results)", type=Path, default=RESULTS)
     gpu.add_arguments(add("gpu", gpu.run, "A first call on a GPU, in stages that each print their verdict."))
+    quality.add_arguments(add("quality", quality.run, "The accuracy study: make the runs that are missing."))
     add("list", list_names, "Print the known models, grids, kinds, contenders and cases.")
     return parser.parse_args(argv)
 

@@ -43,30 +43,33 @@ class Split(NamedTuple):
     spare: list[Snippet]
 
 
-def load(cache: Path) -> list[Snippet]:
-    """Return the snippets whose score is not zero, each text once; download into `cache` if needed."""
+def load(cache: Path, file: str = SNIPPETS_FILE) -> list[Snippet]:
+    """Return the snippets whose score is not zero, each text once; download into `cache` if needed.
+
+    `file` names another text of the same archive, with the same columns.
+    """
     sdist = cache / SDIST
     if not (sdist.is_file() and _sha256(sdist) == SDIST_SHA256):
         _download(cache)
-    return read_sdist(sdist)
+    return read_sdist(sdist, file)
 
 
-def read_sdist(sdist: Path) -> list[Snippet]:
+def read_sdist(sdist: Path, file: str = SNIPPETS_FILE) -> list[Snippet]:
     """Read the snippets from the archive inside the sdist, in memory: nothing is unpacked to disk."""
     try:
         with (
             tarfile.open(sdist) as outer,
             _open_member(outer, INNER_ARCHIVE) as archive,
             tarfile.open(fileobj=archive) as inner,
-            _open_member(inner, SNIPPETS_FILE) as file,
+            _open_member(inner, file) as opened,
         ):
-            text = file.read().decode("utf-8")
+            text = opened.read().decode("utf-8")
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise DemoError(f"{sdist} cannot be read ({error}): delete it and run again") from error
-    return parse(text)
+    return parse(text, file)
 
 
-def parse(text: str) -> list[Snippet]:
+def parse(text: str, file: str = SNIPPETS_FILE) -> list[Snippet]:
     """Parse lines of `id <tab> mean score <tab> text`; drop undecided scores (zero) and repeated texts."""
     snippets: dict[str, Snippet] = {}
     # str.splitlines would also break at the Unicode separators that a text may contain.
@@ -79,7 +82,7 @@ def parse(text: str) -> list[Snippet]:
             parsed = Snippet(snippet.strip(), float(score))
         except ValueError:
             raise DemoError(
-                f"{SNIPPETS_FILE}, line {number}: expected id, score, text between tabs, got {line[:60]!r}"
+                f"{file}, line {number}: expected id, score, text between tabs, got {line[:60]!r}"
             ) from None
         if parsed.score != 0:
             snippets.setdefault(parsed.text, parsed)
@@ -123,9 +126,9 @@ def _download(cache: Path) -> None:
 def _open_member(archive: tarfile.TarFile, ending: str) -> IO[bytes]:
     for member in archive:
         if member.isfile() and ("/" + member.name).endswith("/" + ending):
-            file = archive.extractfile(member)
-            assert file is not None
-            return file
+            opened = archive.extractfile(member)
+            assert opened is not None
+            return opened
     raise tarfile.TarError(f"no {ending} in it")
 
 

@@ -31,41 +31,43 @@ class SentimentClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        return self.classifier((hidden * mask).sum(1) / mask.sum(1)).float()
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + s·B A x around a frozen nn.Linear: the textbook formula, left to autograd."""
+    """y = W x + b + s·B A dropout(x) around a frozen nn.Linear: the textbook formula, left to autograd.
 
-    def __init__(self, linear: nn.Linear, r: int, lora_alpha: float, *, train_A: bool = True):
+    A and B are fp32, and x is cast to it, as PEFT does by default.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, r: int, lora_alpha: float, *, dropout: float = 0.0, train_A: bool = True
+    ):
         super().__init__()
         self.linear = linear
         self.scaling = lora_alpha / r
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.dropout = dropout
+        like = {"device": linear.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like), requires_grad=train_A)
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
-
-
-def train_head_only(model: SentimentClassifier) -> list[nn.Parameter]:
-    """Freeze the encoder; return the classifier's parameters."""
-    model.requires_grad_(False)
-    model.classifier.requires_grad_(True)
-    return list(model.classifier.parameters())
+        y = self.linear(x)
+        dropped = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        return y + (F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scaling).to(y.dtype)
 
 
 def apply_lora(
-    model: SentimentClassifier, r: int, lora_alpha: float, *, train_A: bool = True
+    model: SentimentClassifier, r: int, lora_alpha: float, *, dropout: float = 0.0, train_A: bool = True
 ) -> list[nn.Parameter]:
     """Put a LoRALinear where each Linear of the encoder was; return what is trained, the head included."""
-    train_head_only(model)
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
     for parent in list(model.encoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name in ENCODER_LINEARS:
-                setattr(parent, name, LoRALinear(child, r, lora_alpha, train_A=train_A))
+                setattr(parent, name, LoRALinear(child, r, lora_alpha, dropout=dropout, train_A=train_A))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -109,7 +109,7 @@ def test_imports_point_downward(name):
 
 # bench/: what measures, what runs it and keeps the results, what reads them; then the commands.
 BENCH = Path(bench.__file__).parent
-BENCH_FLOORS = {"measure": 0, "run": 1, "report": 2, "gate": 3, "gpu": 3}
+BENCH_FLOORS = {"measure": 0, "run": 1, "report": 2, "gate": 3, "gpu": 3, "quality": 3}
 
 
 @pytest.mark.parametrize("folder", BENCH_FLOORS)

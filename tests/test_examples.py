@@ -26,6 +26,7 @@ LINES = [
     "5\t-3\tA splendid film.",
 ]
 HIDDEN, LAYERS, RANK = 32, 2, 4
+PLAIN, LIBRARY = "LoRA-FA, plain PyTorch", "LoRA-FA, lorafa_kernels"
 
 
 @pytest.fixture(autouse=True)
@@ -175,8 +176,9 @@ class Counted(nn.Module):
 
 
 def test_saved_bytes_of_a_small_model_are_those_counted_by_hand() -> None:
-    pytest.importorskip("transformers", reason="examples.training is part of the demo")
-    from examples.training import Batch, saved_activation_bytes
+    pytest.importorskip("transformers", reason="examples.memory is part of the demo")
+    from examples.memory import saved_activation_bytes
+    from examples.training import Batch
 
     rows, fp32 = 5, 4
     batch = Batch(
@@ -267,36 +269,59 @@ def test_the_demo_runs_end_to_end(demo, capsys: pytest.CaptureFixture) -> None:
         "adapter/README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
-        "losses_and_activations.png",
+        "memory_and_losses.png",
         "results.json",
     ]
-    assert (out / "losses_and_activations.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "memory_and_losses.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
     assert "logits equal bit for bit" in text.replace("\n", " ")
 
     results = json.loads((out / "results.json").read_text())
-    runs = {run["name"]: run for run in results["runs"]}
+    assert [run["name"] for run in results["runs"]] == ["LoRA", PLAIN, LIBRARY]
     head = 2 * HIDDEN + 2
     # Per layer: q, k, v, attention output (H x H), intermediate (4H x H), output (H x 4H).
     trained_B = LAYERS * RANK * (4 * HIDDEN + 4 * HIDDEN + HIDDEN)
     trained_A = LAYERS * RANK * (4 * HIDDEN + HIDDEN + 4 * HIDDEN)
-    assert [run["trained_parameters"] for run in results["runs"]] == [
-        head,
-        head + trained_A + trained_B,
-        head + trained_B,
-        head + trained_B,
-    ]
-    saved = {name: run["saved_activation_bytes"] for name, run in runs.items()}
-    assert saved["head only"] < saved["LoRA-FA"] <= saved["LoRA-FA, plain PyTorch"] < saved["LoRA"]
-    assert [len(run["losses"]) for run in results["runs"]] == [3, 3, 3, 0]
-    assert results["reloaded_adapter"]["accuracy"] == runs["LoRA-FA"]["test_accuracy"]
+    trained = [run["trained_parameters"] for run in results["runs"]]
+    assert trained == [head + trained_A + trained_B, head + trained_B, head + trained_B]
+    lora, plain, library = results["runs"]
+    assert (
+        library["saved_activation_bytes"] < plain["saved_activation_bytes"] < lora["saved_activation_bytes"]
+    )
+    # In so small a model the mask's random numbers are as large as what is not kept.
+    assert max(library["peak_bytes"], plain["peak_bytes"]) < lora["peak_bytes"]
+    assert all(run["saved_activation_bytes"] < run["peak_bytes"] for run in results["runs"])
+    assert [len(run["losses"]) for run in results["runs"]] == [3, 3, 3]
+    kept = {(row["precision"], row["name"]): row["saved_activation_bytes"] for row in results["one_step"]}
+    assert len(kept) == 9
+    for precision in ("fp32", "bf16", "autocast to bf16"):
+        assert kept[precision, LIBRARY] < kept[precision, PLAIN] < kept[precision, "LoRA"]
+    assert results["options"]["dropout"] == 0.05 and results["options"]["one_step_snippets"] == 8
+    assert results["reloaded_adapter"]["accuracy"] == results["runs"][-1]["test_accuracy"]
+
+
+def test_the_peak_is_that_of_tensors_alive_at_once() -> None:
+    pytest.importorskip("transformers", reason="examples.memory is part of the demo")
+    from examples.memory import peak_bytes
+
+    number, fp32 = 1000, 4
+
+    def step() -> None:
+        first = torch.empty(number)
+        second = torch.empty(2 * number)
+        del first
+        torch.empty(number)
+        del second
+        torch.empty(number // 2)
+
+    assert peak_bytes(step, torch.device("cpu")) == 3 * number * fp32
 
 
 @pytest.mark.numerics
 def test_lora_and_lorafa_start_alike_and_lorafa_follows_the_plain_formula(demo) -> None:
     from examples.compare import adapt
     from examples.sentiment import LoRALinear, SentimentClassifier, apply_lora
-    from examples.training import EncodedSnippets, batch_order, train
+    from examples.training import EncodedSnippets, Trainer, batch_order
     from lorafa_kernels import LoRAFALinear
 
     snippets = EncodedSnippets.from_snippets(movie_reviews.load(Path()), WordTokenizer())
@@ -315,7 +340,8 @@ def test_lora_and_lorafa_start_alike_and_lorafa_follows_the_plain_formula(demo) 
     cpu = torch.device("cpu")
     batch = snippets.batch(range(len(snippets)), cpu)
     check_one_step(library, plain, batch)
-    losses = train(library, trained_library, snippets, order, cpu).losses
+    trainer = Trainer(library, trained_library, len(order))
+    losses = [trainer.step(snippets.batch(indices, cpu)) for indices in order]
     assert losses[0] != losses[-1]
     # What was learned, put into the plain model: it goes on from there alike.
     with torch.no_grad():

@@ -7,6 +7,7 @@ nothing is written, and the exit code is 1 if a table is not what its result fil
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from .reading import markdown, provenance, wrapped
 
 CPU_RESULTS = "bench/results/cpu/cpu.jsonl"
 DEMO_RESULTS = "bench/results/cpu/demo.json"
+DEMO_PLOT = ROOT / "docs" / "images" / "demo.png"
 MEMORY_RESULTS = "bench/results/cpu/memory.jsonl"
 GATE_RESULTS = "bench/results/compile-gate.json"
 
@@ -60,30 +62,46 @@ def gate_table(result: dict) -> str:
 
 
 def demo_table(result: dict) -> str:
-    """One row a way of fine-tuning: what is trained, what is kept for backward, how long, how good."""
+    """What each way trains, keeps, takes at its peak, how long, how good; one step in lower precision."""
     refuse_stub(result, DEMO_RESULTS)
-    rows = []
-    for run in result["runs"]:
-        cells = [f"{run['trained_parameters']:,}", f"{run['saved_activation_bytes'] / 2**20:,.2f}"]
-        cells += ["not trained", "–"]
-        if run["test_accuracy"] is not None:
-            cells[2:] = f"{run['seconds']:.0f}", f"{run['test_accuracy']:.3f}"
-        rows.append([run["name"], *cells])
     machine, options, data = result["machine"], result["options"], result["data"]
+    rows = [
+        [
+            run["name"],
+            f"{run['trained_parameters']:,}",
+            f"{run['saved_activation_bytes'] / 2**20:,.1f}",
+            f"{run['peak_bytes'] / 2**20:,.1f}",
+            f"{run['seconds']:.0f}",
+            f"{run['test_accuracy']:.3f}",
+        ]
+        for run in result["runs"]
+    ]
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["one_step"]:
+        both = f"{row['saved_activation_bytes'] / 2**20:.1f} / {row['peak_bytes'] / 2**20:.1f}"
+        cells.setdefault(row["name"], {})[row["precision"]] = both
+    precisions = list(dict.fromkeys(row["precision"] for row in result["one_step"]))
+    lower = [[name, *(found[precision] for precision in precisions)] for name, found in cells.items()]
     versions = {name: machine[name] for name in ("python", "torch", "transformers", "lorafa-kernels")}
     chip = {"cpu": machine["processor"], "threads": machine["threads"]}
     source = provenance(DEMO_RESULTS, chip, result["date"], versions, result["commit"])
     note = (
         f"{options['steps']} steps of {options['batch_size']} snippets, r = {options['rank']} on 36 linear "
-        f"layers, {data['train_snippets']:,} snippets to train and {data['test_snippets']:,} to test."
+        f"layers, dropout {options['dropout']:g}, fp32, {data['train_snippets']:,} snippets to train and "
+        f"{data['test_snippets']:,} to test. The ways took turns, step by step, on a machine with other work "
+        f"(load average {machine.get('load_average_1_min', 'unknown')} on {machine['cores']} cores): compare "
+        "the seconds with each other alone."
     )
-    header = ["", "trained parameters", "kept for backward, MiB", "CPU seconds", "test accuracy"]
-    return f"{note} {source}\n\n{markdown(header, rows)}"
+    header = ["", "trained parameters", "kept, MiB", "peak, MiB", "seconds on the CPU", "test accuracy"]
+    words = f"Not trained: one step of {options['one_step_snippets']} snippets, kept / peak in MiB."
+    return "\n\n".join(
+        [f"{note} {source}", markdown(header, rows), words, markdown(["", *precisions], lower)]
+    )
 
 
 def take_demo(path: Path) -> None:
-    """Keep a result of the demo as the one that docs/results.md shows, with the commit and without the
-    folder's name.
+    """Keep a result of the demo as the one that README and docs/results.md show, with the commit and without
+    the folder's name.
     """
     result = read_json(path)
     if not all(isinstance(result.get(name), kind) for name, kind in (("runs", list), ("options", dict))):
@@ -91,7 +109,21 @@ def take_demo(path: Path) -> None:
     refuse_stub(result, path)
     result["options"].pop("out", None)
     now = environment()
-    write_json(ROOT / DEMO_RESULTS, {**result, "commit": now["commit"], "dirty": now["dirty"]})
+    kept = {**result, "commit": now["commit"], "dirty": now["dirty"]}
+    write_json(ROOT / DEMO_RESULTS, kept)
+    draw_demo(kept, DEMO_PLOT)
+
+
+def draw_demo(result: dict, path: Path) -> None:
+    """Draw README's picture from the demo's result. The file names its source (demo_mark)."""
+    from examples.report import plot_result
+
+    plot_result(result, path, demo_mark(result))
+
+
+def demo_mark(result: dict) -> str:
+    """What the picture says of the result that it was made from."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path) -> dict:

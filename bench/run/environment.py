@@ -19,7 +19,7 @@ from .tree import tree_hash
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "peft", "transformers", "lorafa_kernels")
 # Parts of bench/ that change no measurement.
-PRESENTATION = ("__main__.py", "tables.py", "launch_gate.py", "report/", "gate/", "gpu/")
+PRESENTATION = ("__main__.py", "tables.py", "launch_gate.py", "report/", "gate/", "gpu/", "quality/")
 PRESENTATION += ("run/shell.py", "run/stub.py", "run/tree.py")
 
 

@@ -19,6 +19,8 @@ from .shell import Lines
 
 RESULTS = ROOT / "bench" / "results"
 MEASURED = ("time", "memory", "training")
+# Grids of files that are no benchmark, and have a report of their own.
+STUDIES = ("quality",)
 
 
 class Store(Lines):
@@ -83,11 +85,13 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
 
 
 def load(root: Path = RESULTS) -> tuple[list[dict], list[str]]:
-    """Return records and warnings of all result files below `root`, oldest record first."""
+    """Return records and warnings of all result files below `root` but those of STUDIES, oldest record
+    first.
+    """
     found, warnings = [], []
     for path in sorted(root.rglob("*.jsonl")):
         records, of_file = read(path)
-        found += records
+        found += [record for record in records if record["_run"].get("grid") not in STUDIES]
         warnings += of_file
     return sorted(found, key=lambda record: record["date"]), warnings
 
