@@ -9,6 +9,7 @@ would look for modules beside this file.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import sys
 import tempfile
@@ -29,7 +30,9 @@ def main(folder: str) -> None:
 
 
 def import_all(package) -> int:
-    """Import every module, those of the kernels only where Triton is; return how many."""
+    """Import every module, those of the kernels only where Triton is, and what is built on PEFT only where
+    that is; return how many.
+    """
     try:
         import triton  # noqa: F401
 
@@ -39,6 +42,8 @@ def import_all(package) -> int:
     names = [found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     composed = ("lorafa_kernels.linear.fused", "lorafa_kernels.group.fused")
     names = [name for name in names if kernels or not name.startswith(("lorafa_kernels.kernels.", *composed))]
+    if importlib.util.find_spec("peft") is None:
+        names.remove("lorafa_kernels.integrations.peft_layers")
     assert len(names) > 20, names
     for name in names:
         # Importing this one runs the command.
