@@ -168,6 +168,16 @@ def _leave_at_once(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
+def _end(code: int) -> NoReturn:
+    """Under torchrun nothing is finalized: the threads of a process group live on after
+    destroy_process_group (torch 2.13), and one that asks for the GIL meanwhile aborts its process.
+    """
+    if "RANK" in os.environ:
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def run(options: Options) -> int:
     # Imported here, since they take seconds in which --help and wrong options should be answered.
     try:
@@ -345,4 +355,4 @@ def _whole(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(NAME, main))
+    _end(exit_code(NAME, main))

@@ -13,8 +13,8 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import assert_same, check_budget
+from processes import group, start
 from saved import copied, pickled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -921,34 +921,29 @@ def _wrapped(model, engine):
 
 def _train_through_engines(rank, world, folder, made):
     """Write the gradients of all processes together, and the blocks that were computed, for each engine."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     found = {}
-    try:
-        for engine in ENGINES:
-            del made[:]
-            model = adapted()
-            wrapped = _wrapped(model, engine)
-            x, dy = (inputs(seed).chunk(world)[rank] for seed in (0, 100))
-            # Engines average over the processes, autograd adds.
-            wrapped(x.clone().requires_grad_()).backward(world * dy)
-            grads = [p.grad for p in lorafa_parameters(model)]
-            grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
-            found[engine] = grads, made[:]
-        if rank == 0:
-            torch.save(found, f"{folder}/result")
-    finally:
-        dist.destroy_process_group()
+    for engine in ENGINES:
+        del made[:]
+        model = adapted()
+        wrapped = _wrapped(model, engine)
+        x, dy = (inputs(seed).chunk(world)[rank] for seed in (0, 100))
+        # Engines average over the processes, autograd adds.
+        wrapped(x.clone().requires_grad_()).backward(world * dy)
+        grads = [p.grad for p in lorafa_parameters(model)]
+        grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+        found[engine] = grads, made[:]
+    if rank == 0:
+        torch.save(found, f"{folder}/result")
 
 
-def _worker(rank, folder):
-    torch.set_num_threads(1)
-    _train_through_engines(rank, 2, folder, _count_calls(setattr))
+def _worker(rank, world, folder):
+    _train_through_engines(rank, world, folder, _count_calls(setattr))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_engines_train_through_the_blocks(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    start(_worker, 2, tmp_path)
     found = {kind: {"dB": results(adapted(kind))["dB"]} for kind in (PLAIN, EXACT)}
     for grads, made in torch.load(tmp_path / "result").values():
         assert_alike({**found, FUSED: {"dB": grads}})
@@ -957,7 +952,8 @@ def test_engines_train_through_the_blocks(tmp_path):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_engines_of_one_process_train_through_the_blocks(tmp_path, calls):
-    _train_through_engines(0, 1, str(tmp_path), calls)
+    with group(0, 1, tmp_path):
+        _train_through_engines(0, 1, str(tmp_path), calls)
     want = results(adapted())["dB"]
     for engine, (grads, made) in torch.load(tmp_path / "result").items():
         assert_same(grads, want, name=engine)

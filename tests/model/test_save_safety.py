@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from processes import start
 from torch import nn
 
 from lorafa_kernels import (
@@ -456,34 +457,27 @@ def test_what_is_only_partly_here_is_neither_saved_nor_loaded_into(cut, name, tm
     assert pair(tmp_path / "before") == before
 
 
-def _fsdp1_worker(rank: int, rendezvous: str, folder: str) -> None:
+def _fsdp1_worker(rank: int, world: int, folder: str) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        cpu = torch.device("cpu")
-        model = FullyShardedDataParallel(adapter(1), use_orig_params=True, device_id=cpu)
-        if rank == 0:
-            with pytest.raises(ValueError, match="is not here as a whole"):
-                save_adapter(model, folder)
-            assert not os.path.exists(folder)
-        dist.barrier()
-        with FullyShardedDataParallel.summon_full_params(model):
+    cpu, folder = torch.device("cpu"), f"{folder}/adapter"
+    model = FullyShardedDataParallel(adapter(1), use_orig_params=True, device_id=cpu)
+    if rank == 0:
+        with pytest.raises(ValueError, match="is not here as a whole"):
             save_adapter(model, folder)
-        with pytest.raises(ValueError, match="under FullyShardedDataParallel already"):
-            apply_lorafa(FullyShardedDataParallel(base(), device_id=cpu), LoRAFAConfig(target_modules=["0"]))
-    finally:
-        dist.destroy_process_group()
+        assert not os.path.exists(folder)
+    dist.barrier()
+    with FullyShardedDataParallel.summon_full_params(model):
+        save_adapter(model, folder)
+    with pytest.raises(ValueError, match="under FullyShardedDataParallel already"):
+        apply_lorafa(FullyShardedDataParallel(base(), device_id=cpu), LoRAFAConfig(target_modules=["0"]))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_fsdp1_on_two_processes(tmp_path):
-    torch.multiprocessing.spawn(
-        _fsdp1_worker, (str(tmp_path / "rendezvous"), str(tmp_path / "adapter")), nprocs=2
-    )
+    start(_fsdp1_worker, 2, tmp_path)
     assert described(load_adapter(base(), tmp_path / "adapter")) == described(adapter(1))
 
 

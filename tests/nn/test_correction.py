@@ -15,10 +15,10 @@ import c_oracle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accuracy import assert_same, check_budget
 from conftest import implementation_cases
+from processes import start
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -668,21 +668,16 @@ def _engine_steps(engine: str, rank: int, world: int) -> dict[str, list]:
 
 
 def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
-        found = {engine: _engine_steps(engine, rank, world) for engine in ENGINES}
-        if rank == 0:
-            torch.save(found, f"{folder}/result")
-    finally:
-        dist.destroy_process_group()
+    found = {engine: _engine_steps(engine, rank, world) for engine in ENGINES}
+    if rank == 0:
+        torch.save(found, f"{folder}/result")
 
 
 @pytest.mark.slow
 @pytest.mark.numerics
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_engines_correct_by_the_lora_A_that_they_gathered(tmp_path):
-    mp.spawn(_worker, (WORLD, str(tmp_path)), nprocs=WORLD)
+    start(_worker, WORLD, tmp_path)
     scaling = 20 / 8
     for engine, found in torch.load(tmp_path / "result").items():
         for name, (first, second, plain, As) in found.items():

@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import assert_same, check_budget, whole
+from processes import group, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -102,33 +102,25 @@ def _gradients_by(engine: str, part: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _worker(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
-        found = {engine: _gradients_by(engine, data().chunk(world)[rank]) for engine in ENGINES}
-        if rank == 0:
-            torch.save(found, f"{folder}/result")
-    finally:
-        dist.destroy_process_group()
+    found = {engine: _gradients_by(engine, data().chunk(world)[rank]) for engine in ENGINES}
+    if rank == 0:
+        torch.save(found, f"{folder}/result")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    mp.spawn(_one_thread, (WORLD, str(tmp_path)), nprocs=WORLD)
+    start(_worker, WORLD, tmp_path)
     found = torch.load(tmp_path / "result")
     assert tuple(found) == ENGINES
     for engine in ENGINES:
         check_gradients(found[engine])
 
 
-def _one_thread(*arguments) -> None:
-    torch.set_num_threads(1)
-    _worker(*arguments)
-
-
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_engines_of_one_process_give_the_gradients_without_them(tmp_path):
-    _worker(0, 1, str(tmp_path))
+    with group(0, 1, tmp_path):
+        _worker(0, 1, str(tmp_path))
     want = gradients(build(), data())
     for engine, got in torch.load(tmp_path / "result").items():
         assert_same(got, want, name=engine)

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import assert_same
+from processes import start
 from torch import nn
 
 from lorafa_kernels import (
@@ -170,31 +170,26 @@ def test_every_seed_of_64_bits_is_taken(seed):
 
 
 def _sharded(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
-        from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-        torch.manual_seed(rank)
-        found = {}
-        for kind in INITIALISATIONS:
-            layer = fully_shard(LoRAFALinear(12, 10, r=3, device="meta", init_seed=5, init_lora_weights=kind))
-            layer.to_empty(device="cpu")
-            layer.reset_lora_parameters()
-            found[kind] = layer.lora_A.full_tensor().detach(), layer.lora_B.full_tensor().detach()
-        layer.init_seed = None
-        layer.init_lora_weights = "orthogonal"
-        with pytest.raises(RuntimeError, match="give the layer an init_seed"):
-            layer.reset_lora_parameters()
-        torch.save(found, f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(rank)
+    found = {}
+    for kind in INITIALISATIONS:
+        layer = fully_shard(LoRAFALinear(12, 10, r=3, device="meta", init_seed=5, init_lora_weights=kind))
+        layer.to_empty(device="cpu")
+        layer.reset_lora_parameters()
+        found[kind] = layer.lora_A.full_tensor().detach(), layer.lora_B.full_tensor().detach()
+    layer.init_seed = None
+    layer.init_lora_weights = "orthogonal"
+    with pytest.raises(RuntimeError, match="give the layer an init_seed"):
+        layer.reset_lora_parameters()
+    torch.save(found, f"{folder}/{rank}")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_ranks_draw_their_parts_of_one_matrix(tmp_path):
-    mp.spawn(_sharded, (2, str(tmp_path)), nprocs=2)
+    start(_sharded, 2, tmp_path)
     for rank in range(2):
         for kind, got in torch.load(tmp_path / str(rank)).items():
             layer = LoRAFALinear(12, 10, r=3, init_seed=5, init_lora_weights=kind)
