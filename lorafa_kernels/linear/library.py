@@ -43,7 +43,7 @@ def forward(
     """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
     factor = in_dtype(lora_A, x.dtype).t()
     if dropout_p:
-        z = _dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
+        z = dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
     else:
         z = scaled_product(x, factor, scaling)
     B = in_dtype(lora_B, x.dtype)
@@ -146,7 +146,7 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     return product.addmm_(left, right, beta=0, alpha=scaling)
 
 
-def _dropped_product(left: Tensor, right: Tensor, scaling: float, dropout_p: float, seed: Tensor) -> Tensor:
+def dropped_product(left: Tensor, right: Tensor, scaling: float, dropout_p: float, seed: Tensor) -> Tensor:
     """scaling · ((left ⊙ keep) right), some rows at a time."""
     product = left.new_empty((left.shape[0], right.shape[1]))
     for rows, keep in keep_chunks(seed, dropout_p, *left.shape):

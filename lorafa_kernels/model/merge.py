@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..nn.linear import LoRAFALinear
-from .names import adapted_layers, named_layers, owners_of, unwrap
+from .names import ADAPTER_CONFIGS, adapted_layers, named_layers, owners_of, unwrap
 from .placing.place import remove_blocks
 from .pretrained import release_save
 from .saved import ASIDE, check_originals, saved_modules, swap
@@ -20,7 +20,8 @@ from .ties import UNTIED, ties_told
 
 
 def merge_adapter(model: nn.Module, *, keep: str = "device", safe_merge: bool = False) -> nn.Module:
-    """Install weight + scaling · lora_B lora_A (N, K) in every layer; `unmerge_adapter` takes it back.
+    """Install weight + scaling · lora_B lora_A (N, K) of the active adapter in every layer;
+    `unmerge_adapter` takes it back.
 
     The old weight is kept, with keep="cpu" on the CPU, unless another module shares it. Layers that are
     merged already stay so. A layer that shared its weight with the input embedding has one of its own then,
@@ -67,13 +68,13 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
 
 
 def unload_adapter(model: nn.Module, merge: bool = True, *, safe_merge: bool = False) -> nn.Module:
-    """Put a linear layer back for every LoRA-FA layer and return the model; the adapter is gone after that.
+    """Put a linear layer back for every LoRA-FA layer and return the model; all adapters are gone after that.
 
-    merge=True: with merged weights, and with the trained tensors in modules_to_save; no copy of the old is
-    kept. merge=False: with the original Parameter objects everywhere. Each has the class, hooks and
-    attributes of the layer that was adapted. requires_grad of what remains does not change. A layer that
-    shared its weight with the input embedding and was merged has one of its own then, and
-    model.config.tie_word_embeddings says so.
+    merge=True: with the active adapter merged into the weights, and with the trained tensors in
+    modules_to_save; no copy of the old is kept. merge=False: with the original Parameter objects everywhere.
+    Each has the class, hooks and attributes of the layer that was adapted. requires_grad of what remains does
+    not change. A layer that shared its weight with the input embedding and was merged has one of its own
+    then, and model.config.tie_word_embeddings says so.
 
     Errors as merge_adapter, those about merging with merge=True alone; RuntimeError also for a layer whose
     forward is patched and for modules_to_save whose original cannot come back. They change nothing: all is
@@ -94,7 +95,7 @@ def unload_adapter(model: nn.Module, merge: bool = True, *, safe_merge: bool = F
     with ties_told(model):
         _unload(model, list(layers.values()), merge)
     release_save(unwrap(model))
-    for name in ("lorafa_config", "lorafa_report", UNTIED):
+    for name in ("lorafa_config", "lorafa_report", ADAPTER_CONFIGS, UNTIED):
         unwrap(model).__dict__.pop(name, None)
     return model
 

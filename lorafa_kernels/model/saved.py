@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..engines import is_dtensor
-from .names import adapted_layers, is_inside, modules_by_name, unwrap
+from ..nn.adapters import DEFAULT
+from .names import is_inside, known_adapter, layers_of, modules_by_name, unwrap
 from .report import AdapterReport
 
 ASIDE = "_lorafa_aside"
@@ -145,11 +146,15 @@ def original_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def lorafa_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What to hand to an optimizer: every lora_B (out_features, r), then the parameters of modules_to_save.
+def lorafa_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
+    """What to hand to an optimizer: every lora_B (out_features, r) of the active adapter, or of `adapter`,
+    then the parameters of modules_to_save, which belong to "default".
 
-    Each comes once. Raises ValueError if the model holds no LoRA-FA layer.
+    Each comes once. Raises ValueError if the model holds no LoRA-FA layer, or no adapter of that name.
     """
-    trained = [layer.lora_B for layer in adapted_layers(model)]
+    name = known_adapter(model, adapter)
+    trained = [holder.lora_B for holder in layers_of(model, name).values()]
+    if name != DEFAULT:
+        return list({id(parameter): parameter for parameter in trained}.values())
     trained += [tensor for tensor in saved_tensors(model).values() if isinstance(tensor, nn.Parameter)]
     return list({id(parameter): parameter for parameter in trained}.values())

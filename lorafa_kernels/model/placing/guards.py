@@ -75,9 +75,10 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     """Return what a block needs of `linear`, of a class in LINEARS, to compute it from x; None where its own
     forward must.
 
-    Which is so if it has hooks or is patched, merged or disabled; if a parameter is elsewhere than x
-    (offloaded ones are on meta), sharded, empty or of a subclass; if a frozen one was thawed, which that
-    forward trains or refuses; if its dtype is not that of x, outside of autocast.
+    Which is so if it has hooks or is patched, merged or disabled; if another adapter than its own acts, or
+    several in a batch; if a parameter is elsewhere than x (offloaded ones are on meta), sharded, empty or of
+    a subclass; if a frozen one was thawed, which that forward trains or refuses; if its dtype is not that of
+    x, outside of autocast.
     """
     kind = type(linear)
     if kind not in LINEARS or kind.forward is not LINEARS[kind] or not is_quiet(linear):
@@ -88,6 +89,8 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     attributes, parameters = linear.__dict__, linear._parameters
     adapted = kind is not nn.Linear
     if adapted and (attributes["merged"] or not attributes["adapter_enabled"]):
+        return None
+    if adapted and attributes.get("_acting") is not None:
         return None
     weight = parameters.get("weight")
     if weight is None or weight.shape != (attributes["out_features"], attributes["in_features"]):
