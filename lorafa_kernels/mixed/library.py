@@ -120,7 +120,7 @@ def _parts(x, index, places, numbers, lora_As, lora_Bs, scalings, dropout_ps) ->
 
 def _of(z: Tensor, part: _Part) -> Tensor:
     """The z_i (M_i, R_i) of an adapter."""
-    return z[part.rows][:, : part.A.shape[0]]
+    return z[part.rows][:, : part.B.shape[1]]
 
 
 def _alike(parts: Sequence[_Part]) -> bool:
