@@ -128,8 +128,11 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
             raise ValueError(f"{name!r} is active: call set_adapter(model, another) first")
     for layer in layers.values():
         layer.delete_adapter(name)
-    configs = unwrap(model).__dict__.get(ADAPTER_CONFIGS, {})
-    setattr(unwrap(model), ADAPTER_CONFIGS, {other: c for other, c in configs.items() if other != name})
+    core = unwrap(model)
+    configs = dict(core.__dict__.pop(ADAPTER_CONFIGS, {}))
+    configs.pop(name, None)
+    if configs:
+        setattr(core, ADAPTER_CONFIGS, configs)
     return model
 
 
@@ -137,9 +140,8 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Let the adapter `name` act from now on and return the model.
 
     Forward, merge_adapter, unload_adapter, disable_adapter, lorafa_parameters, save_adapter and explain then
-    mean it. Fused blocks give way to their layers while another than "default" is active. No requires_grad
-    changes. For none at all, as in PEFT, there is disable_adapter. Raises ValueError for an unknown name,
-    RuntimeError while merged.
+    mean it. No requires_grad changes. For none at all, as in PEFT, there is disable_adapter. Raises
+    ValueError for an unknown name, RuntimeError while merged.
     """
     layers = named_layers(model)
     known_adapter(model, name)

@@ -42,7 +42,7 @@ from .layouts import present_names
 from .names import (
     ADAPTER_CONFIGS,
     adapter_names,
-    known_adapter,
+    chosen_adapter,
     layers_of,
     lorafa_layers,
     modules_by_name,
@@ -97,7 +97,7 @@ def lorafa_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str,
     for name, layer in _layers(model).items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged: call unmerge_adapter(model) before saving its adapter")
-    adapter = known_adapter(model, adapter)
+    adapter = chosen_adapter(model, adapter)
     tensors = _tensors(model, adapter)
     with whole(tensors.values()):
         # Of what is about to be partitioned again there must be a copy.
@@ -198,7 +198,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str
     folder = _folder(path)
     model = unwrap(model)
     tensors = lorafa_state_dict(model, adapter)
-    adapter = known_adapter(model, adapter)
+    adapter = chosen_adapter(model, adapter)
     with limited():
         described = _config_of(model, adapter)
         base = _base_of(described, model)
@@ -432,7 +432,7 @@ def _load(model: nn.Module, core: nn.Module, folder: Path, strict: bool, adapter
         adaptation, added = None, {}
         if isinstance(core, LoRAFALinear) or lorafa_layers(core):
             _layers(core)
-            name = known_adapter(core, None) if adapter is None else adapter
+            name = chosen_adapter(core, None) if adapter is None else adapter
             if name in adapter_names(core):
                 _check_layers(layers_of(core, name), config)
                 tensors = _tensors(core, name)

@@ -156,16 +156,17 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def known_adapter(model: nn.Module, name: str | None) -> str:
-    """Return the name of an adapter of the model, for None that of the active one. Raises ValueError for one
-    that it does not have.
-    """
-    if name is None:
-        return adapted_layers(model)[0].acting.name
+def known_adapter(model: nn.Module, name: str) -> str:
+    """Return the name of an adapter of the model. Raises ValueError for one that it does not have."""
     names = adapter_names(model)
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"the model has no adapter {name!r:.80}: it has {', '.join(names)}")
     return name
+
+
+def chosen_adapter(model: nn.Module, name: str | None) -> str:
+    """The same, for None the name of the active adapter."""
+    return adapted_layers(model)[0].acting.name if name is None else known_adapter(model, name)
 
 
 def layers_of(model: nn.Module, adapter: str) -> dict[str, LoRAFALinear | LoRAFAAdapter]:

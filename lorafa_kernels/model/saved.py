@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engines import is_dtensor
 from ..nn.adapters import DEFAULT
-from .names import is_inside, known_adapter, layers_of, modules_by_name, unwrap
+from .names import chosen_adapter, is_inside, layers_of, modules_by_name, unwrap
 from .report import AdapterReport
 
 ASIDE = "_lorafa_aside"
@@ -152,7 +152,7 @@ def lorafa_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.P
 
     Each comes once. Raises ValueError if the model holds no LoRA-FA layer, or no adapter of that name.
     """
-    name = known_adapter(model, adapter)
+    name = chosen_adapter(model, adapter)
     trained = [holder.lora_B for holder in layers_of(model, name).values()]
     if name != DEFAULT:
         return list({id(parameter): parameter for parameter in trained}.values())

@@ -102,12 +102,16 @@ class Adapters(nn.Module):
 
 
 class Replay:
-    """`now`: the index, and its names, of the mixed batch whose checkpointed forwards run again in the
-    present backward; one object for all layers of a model, since backward runs in threads of its own.
+    """What is known of checkpointed forwards that run again within backward; one object for all layers of a
+    model, since backward runs in threads of its own.
+
+    now: the index, and its names, of the mixed batch that the present backward belongs to. expected: the last
+    forward of a training model was that of a mixed batch.
     """
 
     def __init__(self) -> None:
         self.now: Mixture | None = None
+        self.expected = False
 
 
 @dataclass(frozen=True)
@@ -149,20 +153,23 @@ def check_name(name: object) -> str:
     return name
 
 
-def mixture_now(acting: Acting) -> Mixture | None:
+def mixture_now(acting: Acting, training: bool) -> Mixture | None:
     """Return the index that rows take their adapters by, and its names; None where one adapter acts.
 
-    Raises RuntimeError where a forward runs again within backward and its index is not known.
+    training: of the layer. Raises RuntimeError where a forward runs again within backward and its index is
+    not known.
     """
     replay = acting.replay
+    if replay is None:
+        return None
     if graph_task() == -1:
-        if replay is not None:
-            # Of a backward that an error has ended.
-            replay.now = None
+        # Of a backward that an error has ended.
+        replay.now = None
+        replay.expected = acting.mixture is not None or (replay.expected and not training)
         return acting.mixture
-    if replay is not None and replay.now is not None:
+    if replay.now is not None:
         return replay.now
-    if acting.mixture is None and replay is not None:
+    if acting.mixture is None and replay.expected:
         raise RuntimeError(
             "a checkpointed forward runs again within backward, and which rows have which adapter is not "
             "known: within adapter_index call the model that it was given, not a part of it, or call "

@@ -435,7 +435,11 @@ class LoRAFALinear(nn.Module):
 
     def mixes(self) -> bool:
         """Whether the rows of a batch take adapters by an index now."""
-        return self._acting is not None and self.adapter_enabled and mixture_now(self._acting) is not None
+        return (
+            self._acting is not None
+            and self.adapter_enabled
+            and mixture_now(self._acting, self.training) is not None
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y (..., out_features) for input (..., in_features). Raises as lorafa_linear; RuntimeError
@@ -472,7 +476,7 @@ class LoRAFALinear(nn.Module):
 
     def _with_acting(self, input: Tensor) -> Tensor:
         """forward of a layer in which something else than its own adapter acts."""
-        if (mixed := mixture_now(self._acting)) is not None:
+        if (mixed := mixture_now(self._acting, self.training)) is not None:
             return self._mixed(input, *mixed)
         adapter = self.adapter()
         if adapter is None:
