@@ -59,7 +59,9 @@ class Rows:
     def on(self, device: torch.device) -> Tensor:
         """Return the index as an int32 tensor (B,) on `device`, one object for all who ask."""
         if device not in self._tensors:
-            self._tensors[device] = torch.tensor(self.places, dtype=torch.int32, device=device)
+            # An inference tensor could not be kept for backward.
+            with torch.inference_mode(False):
+                self._tensors[device] = torch.tensor(self.places, dtype=torch.int32, device=device)
         return self._tensors[device]
 
     def check(self, x: Tensor) -> None:

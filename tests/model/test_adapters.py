@@ -407,6 +407,16 @@ def test_merging_takes_the_active_adapter():
         merge_adapter(model)
 
 
+def test_an_index_that_inference_met_first_serves_training():
+    model = build(dtype=WIDE)
+    with adapter_index(model, INDEX):
+        with torch.inference_mode():
+            want = model(batch(WIDE))
+        y = model(batch(WIDE))
+    close(y, want.clone())
+    assert all(g.isfinite().all() for g in gradients(model, y))
+
+
 def test_disabled_within_a_mixed_batch_is_the_base():
     model = build()
     with adapter_index(model, INDEX), disable_adapter(model):
