@@ -121,6 +121,18 @@ def test_accuracy(device, impl, dtype, case):
 
 
 @implementations
+@dtypes
+def test_accuracy_without_a_bias(device, impl, dtype):
+    batch, adapters = draw("own", dtype, device)
+    batch = replace(batch, bias=None)
+    adapters = [replace(adapter, bias=None) for adapter in adapters]
+    budget = Budget()
+    exact = by_formula(batch, adapters, PLACES, torch.float64)
+    budget.compare(compute(batch, adapters, PLACES, impl), exact, by_formula(batch, adapters, PLACES))
+    budget.check()
+
+
+@implementations
 @cases
 def test_each_adapter_as_alone(device, impl, case):
     """The rows of an adapter get what a batch of the same rows gets from it alone; no other row counts."""
