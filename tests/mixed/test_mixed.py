@@ -111,9 +111,12 @@ def by_formula(
 @implementations
 @dtypes
 @cases
-def test_accuracy(device, impl, dtype, case):
+@pytest.mark.parametrize("order", ["mixed", "sorted"])
+def test_accuracy(device, impl, dtype, case, order):
+    """sorted: all rows of an adapter follow each other, behind those without one."""
     batch, adapters = draw(case, dtype, device)
     places = places_of(adapters)
+    places = tuple(sorted(places)) if order == "sorted" else places
     budget = Budget()
     exact = by_formula(batch, adapters, places, torch.float64)
     budget.compare(compute(batch, adapters, places, impl), exact, by_formula(batch, adapters, places))

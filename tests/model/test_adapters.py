@@ -610,6 +610,20 @@ def test_wrong_adapters():
     assert adapter_names(mixed_ranks) == ("default",)
 
 
+def test_an_adapter_may_have_the_name_of_a_layer(tmp_path):
+    model = build()
+    add_adapter(model, "down", LoRAFAConfig(r=2))
+    add_adapter(model, "d", LoRAFAConfig(r=2, target_modules=["down"]))
+    assert set(layers_of(model, "d")) == {f"blocks.{i}.mlp.down" for i in range(2)}
+    save_adapter(model, tmp_path)
+    alone = copied(model)
+    for name in ("down", "d"):
+        delete_adapter(alone, name)
+    save_adapter(alone, tmp_path / "alone")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
 def test_thawed_lora_A_is_an_error():
     model = build()
     model.blocks[0].q.adapter("c").lora_A.requires_grad_()
@@ -691,8 +705,11 @@ def optimizer_of(name, parameters):
 
 @pytest.mark.parametrize(
     ("optimizer", "checkpointing", "share"),
-    [("adamw", None, True), ("sgd", True, False), ("adamw", False, False)],
-    ids=["adamw-shared-A", "sgd-reentrant", "adamw-non-reentrant"],
+    [
+        pytest.param("adamw", None, True, id="adamw-shared-A"),
+        pytest.param("sgd", True, False, id="sgd-reentrant", marks=pytest.mark.slow),
+        pytest.param("adamw", False, False, id="adamw-non-reentrant", marks=pytest.mark.slow),
+    ],
 )
 def test_two_trainings_at_once_have_the_losses_of_two(tmp_path, optimizer, checkpointing, share):
     """fp32, 20 steps: losses within 1e-5 of those of two runs; the files reload in PEFT."""
