@@ -23,13 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operands import FLOAT_DTYPES
 from ..philox import keep_chunks
 
 # The dtypes that sums_in_place holds for on a CPU.
 SUMMED_IN_PLACE = (torch.float32, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
-_ADDED_TIMES_0 = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in FLOAT_DTYPES}
+_ADDED_TIMES_0 = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (*SUMMED_IN_PLACE, *_NARROW)}
 
 
 def forward(
