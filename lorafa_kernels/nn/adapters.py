@@ -62,17 +62,17 @@ class LoRAFAAdapter(nn.Module):
         of_layer = layer.lora_A
         if not share_lora_A:
             lora_A = torch.empty(r, self.in_features, dtype=layer.weight.dtype, device=of_layer.device)
-            # Past register_parameter, which takes the property of this name for another attribute.
-            self._parameters["lora_A"] = nn.Parameter(lora_A, requires_grad=False)
+            self.lora_A = nn.Parameter(lora_A, requires_grad=False)
         lora_B = torch.empty(self.out_features, r, dtype=adapter_dtype, device=of_layer.device)
         self.lora_B = nn.Parameter(lora_B)
         self.train(layer.training)
         self.reset_lora_parameters()
 
-    @property
-    def lora_A(self) -> nn.Parameter:
-        """The frozen projection-down (r, in_features)."""
-        return self.layer.lora_A if self.shares_lora_A else self._parameters["lora_A"]
+    def __getattr__(self, name: str):
+        # No Parameter of this module, where engines and optimizers would meet it a second time.
+        if name == "lora_A" and self.__dict__.get("shares_lora_A"):
+            return self.layer.lora_A
+        return super().__getattr__(name)
 
     @property
     def merged(self) -> bool:

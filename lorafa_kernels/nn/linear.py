@@ -445,6 +445,32 @@ class LoRAFALinear(nn.Module):
         """Return y (..., out_features) for input (..., in_features). Raises as lorafa_linear; RuntimeError
         if trained or disabled while merged, or given a mixed batch.
         """
+        if self.merged or not self.adapter_enabled:
+            return self._base_forward(input)
+        if self._acting is not None:
+            return self._with_acting(input)
+        if is_exported():
+            return self._plain_formula(input, self)
+        # nn.Module finds a Parameter last of all, after two failed look-ups and a call for each.
+        parameters = self._parameters
+        try:
+            lora_A, lora_B, bias = parameters["lora_A"], parameters["lora_B"], parameters["bias"]
+        except KeyError:
+            # FSDP1 keeps them as plain attributes.
+            lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
+        return lorafa_linear(
+            input,
+            self.weight_matrix(),
+            lora_A,
+            lora_B,
+            bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+            gradient_correction=self.gradient_correction,
+            impl=self.impl,
+        )
+
+    def _base_forward(self, input: Tensor) -> Tensor:
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
@@ -455,24 +481,8 @@ class LoRAFALinear(nn.Module):
                 raise RuntimeError(
                     "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
                 )
-        if self.merged or not self.adapter_enabled:
-            check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(input, self.weight_matrix(), self.bias)
-        if self._acting is not None:
-            return self._with_acting(input)
-        if is_exported():
-            return self._plain_formula(input, self)
-        return lorafa_linear(
-            input,
-            self.weight_matrix(),
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-            gradient_correction=self.gradient_correction,
-            impl=self.impl,
-        )
+        check_frozen(self.weight, self.lora_A, self.bias)
+        return F.linear(input, self.weight_matrix(), self.bias)
 
     def _with_acting(self, input: Tensor) -> Tensor:
         """forward of a layer in which something else than its own adapter acts."""
@@ -522,7 +532,8 @@ class LoRAFALinear(nn.Module):
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""
-        return self.weight
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight
 
     def weight_shape(self) -> tuple[int, int]:
         """The shape that weight is stored in."""
@@ -581,7 +592,10 @@ class LoRAFALinear(nn.Module):
         adapter = self.adapter() or self
         shapes = {
             "weight": (self, self.weight_shape()),
-            "lora_A": (adapter if "lora_A" in adapter._parameters else self, (adapter.r, self.in_features)),
+            "lora_A": (
+                self if adapter is not self and adapter.shares_lora_A else adapter,
+                (adapter.r, self.in_features),
+            ),
             "lora_B": (adapter, (self.out_features, adapter.r)),
         }
         for what, (owner, shape) in shapes.items():
@@ -737,9 +751,9 @@ def check_seed(init_seed: object) -> None:
 
 def is_exported() -> bool:
     """Whether torch.jit.trace or an ONNX exporter reads off the operations of a forward."""
-    if torch.jit.is_tracing():
-        return True
-    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._is_tracing()
 
 
 def _rebind_hooks(module: nn.Module) -> None:
