@@ -45,12 +45,12 @@ def operands_of(module: nn.Module) -> LinearOperands:
 
 def mixes(module: nn.Module) -> bool:
     """Whether `module` is a layer whose rows take adapters by an index now."""
-    return isinstance(module, LoRAFALinear) and module.mixes()
+    return isinstance(module, LoRAFALinear) and module._acting is not None and module.mixes()
 
 
 def own_adapters(members: Iterable[nn.Module]) -> bool:
     """Whether the layers act with their own adapters, and no further ones."""
-    return not any(isinstance(m, LoRAFALinear) and m.adapter() is not m for m in members)
+    return all(not isinstance(m, LoRAFALinear) or m._acting is None or m.adapter() is m for m in members)
 
 
 class LoRAFALinearGroup(nn.Module):

@@ -337,9 +337,10 @@ class LoRAFALinear(nn.Module):
         one for None: the layer itself for "default", a LoRAFAAdapter for another, None where the layer has
         none of that name and is the frozen base layer.
         """
-        if name is None:
-            name = DEFAULT if self._acting is None else self._acting.name
-        return self if name == DEFAULT else self.further_adapters().get(name)
+        acting = self._acting
+        if name is None and acting is not None:
+            name = acting.name
+        return self if name is None or name == DEFAULT else self.further_adapters().get(name)
 
     def add_adapter(
         self,
