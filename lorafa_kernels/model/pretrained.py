@@ -29,7 +29,9 @@ class SavePretrained:
         warnings.warn(
             "save_pretrained writes the base model with the adapter's tensors beside it, and from_pretrained "
             "reads that as the base model, without the adapter. Call lorafa_kernels.save_adapter(model, "
-            "folder) to save the adapter; or merge it with unload_adapter(model), and then save_pretrained",
+            "folder) to save the adapter; or merge it with unload_adapter(model), and then save_pretrained. "
+            "In a Trainer, lorafa_kernels.integrations.transformers.adapter_checkpoints(trainer) makes its "
+            "checkpoints adapters",
             stacklevel=2,
         )
         return getattr(type(model), _NAME)(model, *args, **kwargs)
