@@ -47,7 +47,7 @@ def train(model: nn.Module, out: Path, steps: int, resume: bool) -> list[float]:
             cpu=True,
             gradient_accumulation_steps=ACCUMULATE,
             # The order of an epoch's rows follows from its number.
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),
         )
     )
     # Of all processes together: each has its share of the batch.

@@ -6,6 +6,7 @@ python -m examples.lightning_module --out run --steps 40 --resume    goes on fro
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +38,13 @@ class Module(AdapterCheckpoints, lightning.LightningModule):
 
 
 def train(module: Module, out: Path, steps: int, resume: bool) -> list[float]:
-    """Return the losses of this run's steps."""
+    """Train for `steps` steps, in whole epochs; return the losses of this run's steps."""
+    # Lightning's checkpoints do not have the random state: without shuffling and dropout the order is known.
+    loader = DataLoader(rows(), batch_size=4, collate_fn=batch_of)
     trainer = lightning.Trainer(
         default_root_dir=out,
-        max_steps=steps,
+        # Not max_steps: of a run that it ended, Lightning repeats a batch when it goes on.
+        max_epochs=math.ceil(steps / len(loader)),
         accelerator="cpu",
         devices=1,
         callbacks=[ModelCheckpoint(out, save_last=True)],
@@ -48,8 +52,6 @@ def train(module: Module, out: Path, steps: int, resume: bool) -> list[float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning's checkpoints do not have the random state: without shuffling and dropout the order is known.
-    loader = DataLoader(rows(), batch_size=4, collate_fn=batch_of)
     trainer.fit(module, loader, ckpt_path=out / "last.ckpt" if resume else None)
     return module.losses
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on a model that apply_lorafa has adapted, without PEFT; checkpoints hold the adapter alone.
+"""TRL's SFTTrainer on a model of apply_lorafa, without PEFT; checkpoints hold the adapter alone.
 
 python -m examples.sft --out run                        20 steps of a tiny model, on a CPU
 python -m examples.sft --out run --steps 40 --resume    goes on from the newest checkpoint

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from ..model.checkpoint import load_adapter, save_adapter
+from ..model.checkpoint import save_adapter
 from ..model.names import check_module, lorafa_layers, unwrap
-from .checkpoints import adapted, holds_adapter
+from .checkpoints import adapted, holds_adapter, read_adapter
 
 _HOW = "adapter_states"
 _MARK = "lorafa_states"
@@ -62,7 +62,7 @@ def adapter_states(accelerator: Any) -> Any:
         if not any(holds_adapter(_folder(folder, index)) for index in chosen) and _holds_model(folder):
             return
         for index in reversed(chosen):
-            load_adapter(chosen[index], _folder(folder, index))
+            read_adapter(chosen[index], _folder(folder, index))
             del models[index]
 
     accelerator.register_save_state_pre_hook(save)

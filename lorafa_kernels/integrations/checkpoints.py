@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..model.adapt import is_of_peft
-from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from ..model.names import lorafa_layers, unwrap
 from ..model.saved import unsaved_parameters
 
@@ -36,6 +36,17 @@ def adapted(model: nn.Module, how: str) -> nn.Module:
             "the adapter alone: name their modules in modules_to_save, or freeze them (requires_grad_(False))"
         )
     return core
+
+
+def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """load_adapter of a checkpoint into the model that goes on, whose errors say what to do then."""
+    try:
+        load_adapter(model, folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(
+            f"cannot go on from {folder}: {error}. {CONFIG_FILE} in it says with which r, lora_alpha and "
+            "target_modules to adapt the model; else resume from another checkpoint, or from none"
+        ) from error
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from ..files import read_json
-from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from ..model.names import unwrap
-from .checkpoints import adapted, holds_adapter
+from .checkpoints import adapted, holds_adapter, read_adapter
 
 # Trainer's names of what is in a checkpoint. The state is written last.
 _STATE, _OPTIMIZER = "trainer_state.json", "optimizer.pt"
@@ -96,7 +96,7 @@ class AdapterCheckpoints:
         model = self.model if model is None else model
         core, folder = adapted(model, _HOW), Path(resume_from_checkpoint)
         if holds_adapter(folder):
-            load_adapter(core, folder)
+            read_adapter(core, folder)
             return
         # Written without adapter_checkpoints.
         _check_whole(core, folder)
@@ -105,7 +105,7 @@ class AdapterCheckpoints:
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if holds_adapter(best):
-            load_adapter(unwrap(self.model), best)
+            read_adapter(unwrap(self.model), best)
         else:
             super()._load_best_model()
 
