@@ -33,36 +33,29 @@ class AdapterCheckpoints:
     and a module without LoRA-FA layers. A subclass that has these hooks itself calls super()'s.
     """
 
-    @property
-    def strict_loading(self) -> bool:
-        """False: the base's tensors are not in a checkpoint. on_load_checkpoint checks the others."""
-        return False
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the base out of checkpoint["state_dict"]. Raises RuntimeError while merged."""
+        """Leave the base out of checkpoint["state_dict"], which no merged layer gives."""
         super().on_save_checkpoint(checkpoint)
         layers = _layers(self)
-        for name, layer in layers.items():
-            if layer.merged:
-                raise RuntimeError(
-                    f"{name} is merged: call unmerge_adapter(model) before a checkpoint is saved"
-                )
         left_out = _base_names(self)
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in left_out}
         checkpoint[_SCALINGS] = {name: layer.scaling for name, layer in layers.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is one of this module, before any of it is loaded."""
+        """Check that the checkpoint is of this module, before any of it is loaded; add the base's tensors."""
         super().on_load_checkpoint(checkpoint)
         layers = _layers(self)
-        _check_state(checkpoint["state_dict"], self.state_dict(), _base_names(self))
+        own, base = self.state_dict(), _base_names(self)
+        _check_state(checkpoint["state_dict"], own, base)
         for name, scaling in checkpoint.get(_SCALINGS, {}).items():
             if scaling != layers[name].scaling:
                 raise ValueError(
                     f"the checkpoint has scaling={scaling} for {name}, the module {layers[name].scaling}: "
                     "use the lora_alpha, r and use_rslora that it was trained with"
                 )
+        # Lightning would call them missing. They are loaded into themselves.
+        checkpoint["state_dict"] = {n: own[n] for n in base if n in own} | checkpoint["state_dict"]
 
 
 def _layers(module: nn.Module) -> dict[str, Any]:
