@@ -1,8 +1,10 @@
 """A training loop with Accelerate on a model that apply_lorafa has adapted; states hold the adapter alone.
 
-python -m examples.accelerate_loop --out run                        20 steps of a tiny model, on a CPU
-python -m examples.accelerate_loop --out run --steps 40 --resume    goes on from the newest state
-accelerate launch --cpu --num_processes 2 -m examples.accelerate_loop --out run
+    python -m examples.accelerate_loop --out run                        20 steps of a tiny model, on a CPU
+    python -m examples.accelerate_loop --out run --steps 40 --resume    goes on from the newest state
+    torchrun --nproc-per-node 2 -m examples.accelerate_loop --out run
+
+It needs `pip install transformers accelerate`, and a checkout as the current folder.
 """
 
 from __future__ import annotations

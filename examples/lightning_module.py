@@ -1,7 +1,9 @@
 """Lightning on a model that apply_lorafa has adapted; checkpoints leave out the frozen base.
 
-python -m examples.lightning_module --out run                        20 steps of a tiny model, on a CPU
-python -m examples.lightning_module --out run --steps 40 --resume    goes on from the last checkpoint
+    python -m examples.lightning_module --out run                        20 steps of a tiny model, on a CPU
+    python -m examples.lightning_module --out run --steps 40 --resume    goes on from the last checkpoint
+
+It needs `pip install transformers lightning`, and a checkout as the current folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """TRL's SFTTrainer on a model of apply_lorafa, without PEFT; checkpoints hold the adapter alone.
 
-python -m examples.sft --out run                        20 steps of a tiny model, on a CPU
-python -m examples.sft --out run --steps 40 --resume    goes on from the newest checkpoint
+    python -m examples.sft --out run                        20 steps of a tiny model, on a CPU
+    python -m examples.sft --out run --steps 40 --resume    goes on from the newest checkpoint
+
+It needs `pip install trl`, and a checkout as the current folder.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def options_of(description: str, argv: Sequence[str] | None) -> argparse.Namespa
 
 
 def report(out: Path, losses: list[float]) -> None:
-    """Write losses.json into `out` and say how it went."""
+    """Write losses.json into `out` and say how it went; of several processes the first does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     out.mkdir(parents=True, exist_ok=True)
     (out / "losses.json").write_text(json.dumps(losses))
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; results in {out}")

@@ -1,7 +1,10 @@
 """transformers' Trainer on a model that apply_lorafa has adapted; checkpoints hold the adapter alone.
 
-python -m examples.trainer --out run                        20 steps of a tiny model, on a CPU
-python -m examples.trainer --out run --steps 40 --resume    goes on from the newest checkpoint
+    python -m examples.trainer --out run                        20 steps of a tiny model, on a CPU
+    python -m examples.trainer --out run --steps 40 --resume    goes on from the newest checkpoint
+    torchrun --nproc-per-node 2 -m examples.trainer --out run
+
+It needs `pip install transformers accelerate`, and a checkout as the current folder.
 """
 
 from __future__ import annotations

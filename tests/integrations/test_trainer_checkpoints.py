@@ -23,10 +23,7 @@ peft = pytest.importorskip("peft", reason="its losses are compared")
 transformers = pytest.importorskip("transformers", reason="the models and the Trainer are transformers'")
 beds = pytest.importorskip("peft_beds")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings("default::UserWarning:lorafa_kernels"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 6
 # Relative difference of the losses of 20 steps in fp32 that users are promised.
 PROMISED = 1e-5
