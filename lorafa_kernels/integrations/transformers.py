@@ -79,14 +79,16 @@ class AdapterCheckpoints:
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        from transformers import PreTrainedModel
+
         _check(self)
         folder = self.args.output_dir if output_dir is None else output_dir
         core = unwrap(self.model)
-        if callable(getattr(core, "save_pretrained", None)):
+        if isinstance(core, PreTrainedModel):
             with _saving_adapter(core):
                 super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            # Trainer would write a state dict.
+            # Of other models Trainer writes the state dict.
             save_adapter(core, folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)

@@ -61,6 +61,37 @@ def test_losses_are_those_of_peft_with_lora_A_frozen(tmp_path):
     assert max(abs(a - b) / b for a, b in zip(*found, strict=True)) <= PROMISED
 
 
+@pytest.mark.slow
+def test_pytorch_lightning_and_its_mixed_precision(tmp_path):
+    package = pytest.importorskip("pytorch_lightning", reason="the same library under its other name")
+
+    class Module(AdapterCheckpoints, package.LightningModule):
+        training_step = example.Module.training_step
+        configure_optimizers = example.Module.configure_optimizers
+
+        def __init__(self, seed):
+            super().__init__()
+            self.model, self.losses = module(seed).model, []
+
+    loader = example.DataLoader(example.rows(), batch_size=20, collate_fn=example.batch_of)
+
+    def fit(seed, epochs, **resumed):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = package.Trainer(
+            default_root_dir=tmp_path, max_epochs=epochs, accelerator="cpu", precision="bf16-mixed", **quiet
+        )
+        one = Module(seed)
+        trainer.fit(one, loader, **resumed)
+        return one
+
+    whole = fit(0, 2)
+    first = tmp_path / "checkpoints" / "epoch=0-step=2.ckpt"
+    fit(0, 1)
+    resumed = fit(9, 2, ckpt_path=first)
+    assert resumed.losses == whole.losses[2:] and len(whole.losses) == 4
+    assert_same(lorafa_state_dict(resumed.model), lorafa_state_dict(whole.model))
+
+
 def saved(one):
     checkpoint = {"state_dict": one.state_dict()}
     one.on_save_checkpoint(checkpoint)

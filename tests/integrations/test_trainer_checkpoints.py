@@ -230,7 +230,10 @@ def test_forgotten_the_whole_model_is_saved_with_a_warning_and_can_be_taken_up(t
 
 
 class Plain(nn.Module):
-    """No PreTrainedModel: Trainer saves its state dict."""
+    """No PreTrainedModel: Trainer saves its state dict, whatever its methods are called."""
+
+    def save_pretrained(self, folder):
+        raise AssertionError("Trainer does not call it")
 
     def __init__(self):
         super().__init__()
