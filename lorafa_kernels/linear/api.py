@@ -4,6 +4,8 @@ autograd node.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,37 @@ def lorafa_linear(
             tensors, or are sharded or quantised ones; a scaling or dropout_p that is no real number.
         RuntimeError: impl="triton" where it cannot run.
     """
+    return lorafa_linear_in_parts(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        bias,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        gradient_correction=gradient_correction,
+        impl=impl,
+    )
+
+
+def lorafa_linear_in_parts(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    gradient_correction: bool,
+    impl: str,
+    draw: Callable[[torch.device], Tensor] = draw_seed,
+    inverse_of: Callable[[Tensor], Tensor] = gram_inverse,
+) -> Tensor:
+    """As lorafa_linear, for operands that may be this process's parts of a layer's.
+
+    draw: gives the seed of the mask, int64 (1,). inverse_of: gives (A Aᵀ + εI)⁻¹ (R, R) of the whole lora_A.
+    """
     fitting = fit(x, weight, lora_A, lora_B, bias)
     if not fitting:
         check_tensors(x, weight, lora_A, lora_B, bias)
@@ -81,9 +114,9 @@ def lorafa_linear(
         x = cast(x, weight, lora_A, lora_B, bias)
 
     rows = as_rows(x, weight.shape[1])
-    seed = draw_seed(x.device) if dropout_p else None
+    seed = draw(x.device) if dropout_p else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
-        inverse = gram_inverse(lora_A) if gradient_correction and lora_B.requires_grad else None
+        inverse = inverse_of(lora_A) if gradient_correction and lora_B.requires_grad else None
         y = ops.LoRAFALinearFunction.apply(
             rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed, inverse
         )

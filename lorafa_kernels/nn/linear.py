@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..correction import as_corrected
-from ..engines import full_shape, manager_of, not_plain
+from ..engines import frozen_view, full_shape, manager_of, not_plain
 from ..linear.api import lorafa_linear
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
 from .hooked import computing_device, give_hook, hook_of, is_patched, take_hook
@@ -329,17 +329,18 @@ class LoRAFALinear(nn.Module):
                 raise RuntimeError(
                     "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
                 )
+        weight, lora_A, bias = self.frozen_operands()
         if self.merged or not self.adapter_enabled:
-            check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(input, self.weight_matrix(), self.bias)
+            check_frozen(weight, lora_A, bias)
+            return F.linear(input, weight, bias)
         if is_exported():
             return self._plain_formula(input)
         return lorafa_linear(
             input,
-            self.weight_matrix(),
-            self.lora_A,
+            weight,
+            lora_A,
             self.lora_B,
-            self.bias,
+            bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
             gradient_correction=self.gradient_correction,
@@ -357,6 +358,17 @@ class LoRAFALinear(nn.Module):
         if self.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
             lora_B = as_corrected(lora_B, self.lora_A, self.scaling)
         return F.linear(x, self.weight_matrix(), self.bias) + F.linear(z, lora_B.to(z.dtype))
+
+    def frozen_operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight (out_features, in_features), lora_A and bias, for forward. They require grad only if
+        they were thawed: what FSDP1 shows of a frozen parameter, and requires grad, is detached.
+        """
+        weight, lora_A, bias = self.weight_matrix(), self.lora_A, self.bias
+        if weight.requires_grad or lora_A.requires_grad or (bias is not None and bias.requires_grad):
+            weight = frozen_view(self, "weight", weight)
+            lora_A = frozen_view(self, "lora_A", lora_A)
+            bias = frozen_view(self, "bias", bias)
+        return weight, lora_A, bias
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""
