@@ -3,12 +3,14 @@
     column    W (N, K) and B (N, R) by rows, A (R, K) whole      each process computes its columns of y
     row       W (N, K) and A (R, K) by columns, B (N, R) whole   each process computes a summand of y
 
-Column: z = s · x Aᵀ is the same everywhere, and dx = Σ dx_p is summed over the processes. Row: y = Σ (x_p W_pᵀ
-+ z_p Bᵀ) + bias is summed with z_p = s · x_p A_pᵀ, and so is dB = Σ dyᵀ z_p. Each process computes its part by
-the kernels of a whole layer, and keeps z or its z_p (M, R) for backward, as a layer alone does.
+Column: z = s · x Aᵀ is the same everywhere, and dx = Σ dx_p is summed over the processes. Row:
+z_p = s · x_p A_pᵀ, y = Σ (x_p W_pᵀ + z_p Bᵀ) + bias is summed, and so is dB = Σ dyᵀ z_p. Each process
+computes its part by the kernels of a whole layer, and keeps z or its z_p (M, R) for backward, as a layer
+alone does.
 
-Dropout. Column: one mask for x, whose seed is rank 0's. Row: each process's columns of x have a mask of their
-own, from the process's seed plus its rank in the mesh: as good as the mask of a layer alone, not the same one.
+Dropout. Column: one mask for x, whose seed is rank 0's. Row: each process's columns of x have a mask of
+their own, from the process's seed plus its rank in the mesh: as good as the mask of a layer alone, not the
+same one.
 
 Layers of a fused block that are split compute each by itself.
 """
@@ -110,8 +112,8 @@ def llama_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelStyle]:
             plan[name] = LoRAFARowwiseParallel()
     if not plan:
         raise ValueError(
-            f"no module is called {', '.join((*COLUMN, *ROW))}: give parallelize_module a plan by names, with "
-            "LoRAFAColwiseParallel and LoRAFARowwiseParallel"
+            f"no module is called {', '.join((*COLUMN, *ROW))}: give parallelize_module a plan by names, "
+            "with LoRAFAColwiseParallel and LoRAFARowwiseParallel"
         )
     config = getattr(model, "config", None)
     for what in ("num_attention_heads", "num_key_value_heads"):
@@ -155,7 +157,7 @@ def _check_mesh(mesh: DeviceMesh) -> None:
 
 def _check_divides(name: str, module: nn.Module, what: str, size: int) -> None:
     if (features := getattr(module, what)) % size:
-        raise ValueError(f"{name} has {what}={features}, which the mesh of {size} processes cannot divide")
+        raise ValueError(f"{name} has {what}={features}, which {size} processes cannot divide")
 
 
 def _check(layer: LoRAFALinear, mesh: DeviceMesh, what: str) -> None:
@@ -209,8 +211,8 @@ class _SplitLinear(LoRAFALinear):
             parameter = getattr(self, name)
             if not isinstance(parameter, DTensor) or parameter.device_mesh != places.mesh:
                 raise TypeError(
-                    f"{name} is not what parallelize_module left here: call the layer through the module that "
-                    "fully_shard wrapped, which gathers it"
+                    f"{name} is not what parallelize_module left here: call the layer through the module "
+                    "that fully_shard wrapped, which gathers it"
                 )
         check_frozen(self.weight, self.lora_A, self.bias)
         if not isinstance(x, DTensor):
