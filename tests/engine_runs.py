@@ -105,6 +105,17 @@ def build(dtype: torch.dtype = torch.float32, *, plain: bool = False, **options:
     return model
 
 
+def kept_alone(part: tuple[Tensor, Tensor], fuse: bool, norm: bool, thaw_norms: bool = False) -> list:
+    """The shapes and dtypes that autograd keeps without an engine. thaw_norms: with norms that train."""
+    torch.manual_seed(0)
+    config = LoRAFAConfig(r=RANK, target_modules=TARGETS, init_lora_weights=False)
+    model = apply_lorafa(Model(), config, fuse=fuse, norm=norm)
+    for module in model.modules() if thaw_norms else ():
+        if isinstance(module, Norm):
+            module.requires_grad_(True)
+    return kept_between(model, loss_of, part)["shapes"]
+
+
 def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return tuple(torch.randn(ROWS, TOKENS, WIDTH, generator=generator).to(dtype) for _ in range(2))
@@ -307,6 +318,7 @@ def deepspeed(stage: int, low: bool = False) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": low},
     }
