@@ -4,6 +4,7 @@ and hold their share of the parameters; tensor parallelism with its layouts, mas
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import engine_runs as runs
@@ -142,3 +143,56 @@ def test_tensor_parallelism_and_files_of_two_processes(tmp_path):
         assert_same(state, want, name=kind)
         alone = {name: parameter.detach() for name, parameter in runs.build().named_parameters()}
         assert_same(state, alone, name=kind)
+
+
+def _grid(rank: int, world: int, folder: str) -> None:
+    import split_runs
+
+    found = {
+        "FSDP2 x TP": runs.tensor_parallel(data=2),
+        "FSDP2 x TP, gradient correction": runs.tensor_parallel(data=2, correction=True),
+    }
+    kept = split_runs.files(folder, "fsdp2 x tp"), split_runs.checkpoint(folder, "fsdp2 x tp")
+    if rank == 0:
+        torch.save((found, *kept), f"{folder}/result")
+
+
+@pytest.mark.slow
+def test_four_processes_on_a_grid(tmp_path):
+    """Two by two: FSDP2 around tensor parallelism."""
+    start(_grid, 4, tmp_path)
+    found, files, checkpoint = torch.load(tmp_path / "result")
+    faults: list[str] = []
+    check_training(found, faults)
+    assert not faults, "\n".join(faults)
+    for got in found.values():
+        assert got["share"] == 1 / 4 and got["kept"]["held"] == 0
+    assert_same(*files["values"])
+    assert_same(*files["dB"])
+    state = {name: torch.empty_like(value) for name, value in checkpoint.items()}
+    dcp.load(state, checkpoint_id=os.path.join(tmp_path, "dcp fsdp2 x tp"), no_dist=True)
+    assert_same(state, checkpoint)
+
+
+def _zero(rank: int, world: int, folder: str) -> None:
+    # What DeepSpeed's launcher would set.
+    os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    found = {engine: train() for engine, train in runs.DEEPSPEED.items()}
+    if rank == 0:
+        torch.save(found, f"{folder}/result")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="needs deepspeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
+)
+def test_deepspeed(tmp_path):
+    start(_zero, WORLD, tmp_path)
+    found = torch.load(tmp_path / "result")
+    low = found.pop("ZeRO-3, bf16")
+    faults: list[str] = []
+    check_training(found, faults)
+    assert not faults, "\n".join(faults)
+    assert {engine: got["share"] for engine, got in found.items()} == {"ZeRO-2": 1, "ZeRO-3": 1 / WORLD}
+    check_low(low["dB"][0])
