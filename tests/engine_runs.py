@@ -179,20 +179,20 @@ def my_part(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return tuple(tensor.chunk(world)[rank].contiguous() for tensor in batch(dtype))
 
 
-def ddp(**options: Any) -> dict[str, list]:
+def ddp(**options: Any) -> dict[str, Any]:
     model = build()
     micro, scaled = options.pop("micro", 1), options.pop("scaled", False)
     wrapped = nn.parallel.DistributedDataParallel(model, **options)
-    return averaged(
-        train(
-            wrapped,
-            model,
-            part=my_part(),
-            micro=micro,
-            unsynced=lambda last: contextlib.nullcontext() if last else wrapped.no_sync(),
-            scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None,
-        )
+    kept = kept_between(wrapped, loss_of, my_part())
+    found = train(
+        wrapped,
+        model,
+        part=my_part(),
+        micro=micro,
+        unsynced=lambda last: contextlib.nullcontext() if last else wrapped.no_sync(),
+        scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None,
     )
+    return {**averaged(found), "kept": kept}
 
 
 def fsdp2(
@@ -253,7 +253,7 @@ def kept_between(model: nn.Module, loss: Callable, part: tuple[Tensor, Tensor]) 
     return {"shapes": shapes, "weights": len(weights), "held": held}
 
 
-def fsdp1(*, checkpointing: str | None = None, micro: int = 1) -> dict[str, list]:
+def fsdp1(*, checkpointing: str | None = None, micro: int = 1) -> dict[str, Any]:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 

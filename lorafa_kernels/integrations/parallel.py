@@ -61,8 +61,8 @@ class LoRAFAColwiseParallel(ColwiseParallel):
 
     parallelize_module(model, mesh, {name: LoRAFAColwiseParallel()}) raises ValueError for a mesh that is not
     1-D, of another device type than the layer, or that out_features cannot be divided by, and for parameters
-    that are sharded already; RuntimeError without a process group, and for a merged layer; TypeError for a
-    layer inside or made of several (LoRAFALinearGroup, LoRAFASwiGLU), of PEFT, or a Conv1D.
+    that are sharded already; RuntimeError without a process group, and for a merged layer; TypeError for what
+    computes several layers as one (LoRAFALinearGroup, LoRAFASwiGLU), a layer of PEFT, and a Conv1D.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -119,9 +119,7 @@ def llama_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelStyle]:
     for what in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, what, None)
         if isinstance(heads, int) and heads % size:
-            raise ValueError(
-                f"the model has {what}={heads}, which the mesh of {size} processes cannot divide"
-            )
+            raise ValueError(f"the model has {what}={heads}, which {size} processes cannot divide")
     return plan
 
 

@@ -61,6 +61,7 @@ def _engines(rank: int, world: int, folder: str) -> None:
     if rank == 0:
         part = runs.my_part()
         alone = {
+            "DDP": runs.kept_alone(part, fuse=True, norm=True),
             "FSDP2": runs.kept_alone(part, fuse=True, norm=True),
             "FSDP1": runs.kept_alone(part, fuse=False, norm=False, thaw_norms=True),
             "TP": runs.kept_alone(runs.batch(), fuse=False, norm=True),
@@ -81,10 +82,22 @@ def _keeps_as(got: list, want: list) -> bool:
     )
 
 
+def _two(rank: int, world: int, folder: str) -> None:
+    _engines(rank, world, folder)
+    _split(rank, world, folder)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of what two processes have found; they start once for the tests here."""
+    folder = tmp_path_factory.mktemp("two")
+    start(_two, WORLD, folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    start(_engines, WORLD, tmp_path)
-    found, low, alone = torch.load(tmp_path / "result")
+def test_two_processes_train_as_one(two):
+    found, low, alone = torch.load(two / "result")
     assert list(found) == list(runs.ENGINES)
     faults: list[str] = []
     check_training(found, faults)
@@ -119,10 +132,9 @@ def _split(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_tensor_parallelism_and_files_of_two_processes(tmp_path):
-    start(_split, WORLD, tmp_path)
+def test_tensor_parallelism_and_files_of_two_processes(two):
     for rank in range(WORLD):
-        found = torch.load(tmp_path / f"result {rank}")
+        found = torch.load(two / f"result {rank}")
         pairs = {**found["layouts"], "column": found["dropout"]["column"], "row": found["dropout"]["row"]}
         for case, (got, want) in pairs.items():
             assert list(got) == list(want)
@@ -139,7 +151,7 @@ def test_tensor_parallelism_and_files_of_two_processes(tmp_path):
     for kind, want in found["checkpoints"].items():
         # One process reads what two have written.
         state = {name: torch.empty_like(value) for name, value in want.items()}
-        dcp.load(state, checkpoint_id=os.path.join(tmp_path, f"dcp {kind}"), no_dist=True)
+        dcp.load(state, checkpoint_id=os.path.join(two, f"dcp {kind}"), no_dist=True)
         assert_same(state, want, name=kind)
         alone = {name: parameter.detach() for name, parameter in runs.build().named_parameters()}
         assert_same(state, alone, name=kind)
