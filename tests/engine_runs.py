@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorafa_kernels import LoRAFAConfig, apply_lorafa, lorafa_parameters
+from lorafa_kernels.model.placing.members import ungroup_layer
 
 STEPS, ROWS, TOKENS, WIDTH, INNER, HEAD, LAYERS, RANK = 5, 4, 3, 16, 32, 4, 2, 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -105,14 +106,20 @@ def build(dtype: torch.dtype = torch.float32, *, plain: bool = False, **options:
     return model
 
 
-def kept_alone(part: tuple[Tensor, Tensor], fuse: bool, norm: bool, thaw_norms: bool = False) -> list:
-    """The shapes and dtypes that autograd keeps without an engine. thaw_norms: with norms that train."""
+def kept_alone(
+    part: tuple[Tensor, Tensor], fuse: bool, norm: bool, thaw_norms: bool = False, ungroup: bool = False
+) -> list:
+    """The shapes and dtypes that autograd keeps without an engine. thaw_norms: with norms that train;
+    ungroup: with layers that share an input computed each by itself.
+    """
     torch.manual_seed(0)
     config = LoRAFAConfig(r=RANK, target_modules=TARGETS, init_lora_weights=False)
     model = apply_lorafa(Model(), config, fuse=fuse, norm=norm)
     for module in model.modules() if thaw_norms else ():
         if isinstance(module, Norm):
             module.requires_grad_(True)
+    for module in model.modules() if ungroup else ():
+        ungroup_layer(module)
     return kept_between(model, loss_of, part)["shapes"]
 
 

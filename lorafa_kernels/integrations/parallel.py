@@ -12,7 +12,9 @@ Dropout. Column: one mask for x, whose seed is rank 0's. Row: each process's col
 their own, from the process's seed plus its rank in the mesh: as good as the mask of a layer alone, not the
 same one.
 
-Layers of a fused block that are split compute each by itself.
+A gated MLP that apply_lorafa has fused, split by columns, columns and rows, is computed as one: it keeps this
+process's part of what gate and up return and three z, and dx is summed once. Not so with dropout or corrected
+gradients, where each layer computes by itself, as layers of other blocks do.
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from ..correction import gram_inverse_of_part
+from ..group.operands import LinearOperands
 from ..linear.api import lorafa_linear_in_parts
-from ..model.placing.guards import AdaptedLinear
+from ..mlp.api import lorafa_gated_mlp
+from ..model.placing.guards import SPLIT_MLPS, AdaptedLinear, is_quiet
 from ..model.placing.members import ungroup_layer
 from ..nn.group import LoRAFALinearGroup
 from ..nn.linear import LoRAFALinear
 from ..nn.mlp import LoRAFAGeGLU, LoRAFASwiGLU
-from ..operands import check_frozen, draw_seed
+from ..operands import autocast_enabled, check_frozen, draw_seed
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW = ("o_proj", "down_proj")
@@ -225,6 +229,15 @@ class _SplitLinear(LoRAFALinear):
             whole = whole + bias.to(whole.dtype)
         return whole.to_local() if places.local_output else whole
 
+    def _part(self) -> LinearOperands:
+        """This process's part of the parameters."""
+        bias = None if self.bias is None else self.bias.to_local()
+        lora_A, lora_B = self.lora_A.to_local(), self._local_lora_B()
+        return LinearOperands(self.weight.to_local(), bias, lora_A, lora_B, self.scaling)
+
+    def _local_lora_B(self) -> Tensor:
+        return self.lora_B.to_local()
+
 
 class ColumnParallelLoRAFALinear(_SplitLinear):
     """A LoRAFALinear of which each process computes some columns of y."""
@@ -263,13 +276,11 @@ class RowParallelLoRAFALinear(_SplitLinear):
         if not self.adapter_enabled:
             y = nn.functional.linear(x, self.weight.to_local())
         else:
-            # Each process's dB is a summand; redistribute's backward adds them.
-            lora_B = self.lora_B.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
             y = lorafa_linear_in_parts(
                 x,
                 self.weight.to_local(),
                 self.lora_A.to_local(),
-                lora_B,
+                self._local_lora_B(),
                 scaling=self.scaling,
                 dropout_p=self.lora_dropout if self.training else 0.0,
                 gradient_correction=self.gradient_correction,
@@ -278,6 +289,51 @@ class RowParallelLoRAFALinear(_SplitLinear):
                 inverse_of=lambda _: _inverse_of(self.lora_A, functools.partial(_sum, mesh)),
             )
         return self._leave(y, Partial(), self.bias)
+
+    def _local_lora_B(self) -> Tensor:
+        # Each process's dB is a summand; redistribute's backward adds them.
+        return self.lora_B.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def _split_mlp(
+    x: Tensor, gate: LoRAFALinear, up: LoRAFALinear, down: LoRAFALinear, activation: str, impl: str
+) -> Tensor | None:
+    """y of a gated MLP, of whose inner features this process has a part; None where each layer must compute
+    by itself.
+    """
+    layers = gate, up, down
+    before, aside, after = (layer.__dict__[_PLACES] for layer in layers)
+    inner = (Shard(-1),)
+    if not (before == aside and before.mesh == after.mesh and before.outputs == after.inputs == inner):
+        return None
+    if not (before.local_output and torch.is_grad_enabled() and all(_fits(layer, x) for layer in layers)):
+        return None
+    part = gate._enter(x, Replicate(), (Partial(),))
+    y = lorafa_gated_mlp(
+        part, gate._part(), up._part(), down._part()._replace(bias=None), activation=activation, impl=impl
+    )
+    return down._leave(y, Partial(), down.bias)
+
+
+def _fits(layer: LoRAFALinear, x: Tensor) -> bool:
+    """Whether the layer may be computed in a block: nothing hooked, drawn, corrected, thawed or elsewhere."""
+    if not is_quiet(layer) or not layer.adapter_enabled or layer.gradient_correction:
+        return False
+    if layer.training and layer.lora_dropout:
+        return False
+    if layer.weight.dtype != x.dtype and not autocast_enabled(x.device.type):
+        return False
+    mesh = layer.__dict__[_PLACES].mesh
+    return all(
+        isinstance(parameter, DTensor)
+        and parameter.device_mesh == mesh
+        and parameter.device == x.device
+        and not (parameter.requires_grad and name != "lora_B")
+        for name, parameter in layer.named_parameters(recurse=False)
+    )
+
+
+SPLIT_MLPS[ColumnParallelLoRAFALinear, ColumnParallelLoRAFALinear, RowParallelLoRAFALinear] = _split_mlp
 
 
 def _draw_common(mesh: DeviceMesh, device: torch.device) -> Tensor:
