@@ -14,13 +14,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import (
     LoRAFALinear,
@@ -208,6 +209,36 @@ def checkpoint(folder: str, kind: str) -> dict[str, Tensor]:
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     dcp.save(state, checkpoint_id=os.path.join(folder, f"dcp {kind}"))
     return values(model)
+
+
+class Sums(TorchDispatchMode):
+    """Counts the sums over processes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        self.count += "all_reduce" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def sums() -> dict[str, int]:
+    """How many sums a backward takes: of dB by rows, and of dx by columns."""
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    once = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
+    for name, part, prepared in (
+        ("attention", "self_attn", {}),
+        ("attention, prepared", "self_attn", {"layers.0.self_attn": once}),
+        ("MLP", "mlp", {}),
+    ):
+        model = runs.build()
+        parallelize_module(model, mesh, llama_plan(model, mesh) | prepared)
+        y = model.layers[0].get_submodule(part)(runs.batch()[0].requires_grad_())
+        with Sums() as counted:
+            y.sum().backward()
+        found[name] = counted.count
+    return found
 
 
 def direct_calls() -> dict[str, str]:

@@ -219,7 +219,13 @@ class _SplitLinear(LoRAFALinear):
         check_frozen(self.weight, self.lora_A, self.bias)
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, places.mesh, places.inputs, run_check=False)
-        return x.redistribute(placements=[wanted]).to_local(grad_placements=gradient)
+        if isinstance(wanted, Shard):
+            wanted = Shard(wanted.dim % x.dim())
+        # Where it is in place already, layers that share x have their gradients added before they are summed
+        # over the processes.
+        if x.placements != (wanted,):
+            x = x.redistribute(placements=[wanted])
+        return x.to_local(grad_placements=gradient)
 
     def _leave(self, y: Tensor, placement: Placement, bias: Tensor | None) -> Tensor:
         places: _Places = self.__dict__[_PLACES]

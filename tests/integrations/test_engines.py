@@ -125,6 +125,7 @@ def _split(rank: int, world: int, folder: str) -> None:
         "torch": split_runs.with_torchs_own(),
         "dropout": split_runs.dropout(),
         "disabled": split_runs.disabled(),
+        "sums": split_runs.sums(),
         "files": {kind: split_runs.files(folder, kind) for kind in ("tp", "fsdp2")},
         "checkpoints": {kind: split_runs.checkpoint(folder, kind) for kind in ("tp", "fsdp2")},
         "errors": split_runs.direct_calls(),
@@ -144,6 +145,8 @@ def test_tensor_parallelism_and_files_of_two_processes(two):
         assert found["dropout"]["masks differ"]
         assert_same(found["torch"]["ours"], found["torch"]["torch"])
         assert apart(*found["disabled"]) <= LARGEST
+        # q, k, v and o's dB; q, k, v together; gate and up together, and down's dB.
+        assert found["sums"] == {"attention": 4, "attention, prepared": 2, "MLP": 2}
         for kind, loaded in found["files"].items():
             assert_same(*loaded["values"], name=kind)
             assert_same(*loaded["dB"], name=kind)
