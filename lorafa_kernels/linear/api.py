@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..correction import gram_inverse
 from ..operands import (
+    LARGEST_NUMBER,
     as_rows,
     cast,
     check_correction,
@@ -70,17 +71,37 @@ def lorafa_linear(
             tensors, or are sharded or quantised ones; a scaling or dropout_p that is no real number.
         RuntimeError: impl="triton" where it cannot run.
     """
-    return lorafa_linear_in_parts(
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        bias,
-        scaling=scaling,
-        dropout_p=dropout_p,
-        gradient_correction=gradient_correction,
-        impl=impl,
-    )
+    fitting = fit(x, weight, lora_A, lora_B, bias)
+    if not fitting:
+        check_tensors(x, weight, lora_A, lora_B, bias)
+        check_shapes(x, weight, lora_A, lora_B, bias)
+        check_frozen(weight, lora_A, bias)
+    # As nearly always: then nothing of it needs a check of its own.
+    if not (
+        type(scaling) is type(dropout_p) is float
+        and -LARGEST_NUMBER <= scaling <= LARGEST_NUMBER
+        and dropout_p == 0.0
+        and gradient_correction is False
+        and type(impl) is str
+        and impl == "auto"
+    ):
+        scaling = checked_scaling(scaling)
+        dropout_p = checked_dropout(dropout_p, scaling)
+        check_correction(gradient_correction, scaling)
+        check_impl(impl)
+    if not fitting:
+        x = cast(x, weight, lora_A, lora_B, bias)
+
+    rows = x if x.dim() == 2 else as_rows(x, weight.shape[1])
+    seed = draw_seed(x.device) if dropout_p else None
+    if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
+        inverse = gram_inverse(lora_A) if gradient_correction and lora_B.requires_grad else None
+        y = ops.LoRAFALinearFunction.apply(
+            rows, weight, lora_A, lora_B, bias, seed, inverse, (scaling, impl, dropout_p)
+        )
+    else:
+        y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
+    return y if rows is x else shaped_as(y, x)
 
 
 def lorafa_linear_in_parts(
@@ -94,31 +115,27 @@ def lorafa_linear_in_parts(
     dropout_p: float,
     gradient_correction: bool,
     impl: str,
-    draw: Callable[[torch.device], Tensor] = draw_seed,
-    inverse_of: Callable[[Tensor], Tensor] = gram_inverse,
+    draw: Callable[[torch.device], Tensor],
+    inverse_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """As lorafa_linear, for operands that may be this process's parts of a layer's.
+    """As lorafa_linear, for operands that are this process's parts of a layer's.
 
     draw: gives the seed of the mask, int64 (1,). inverse_of: gives (A Aᵀ + εI)⁻¹ (R, R) of the whole lora_A.
     """
-    fitting = fit(x, weight, lora_A, lora_B, bias)
-    if not fitting:
-        check_tensors(x, weight, lora_A, lora_B, bias)
-        check_shapes(x, weight, lora_A, lora_B, bias)
-        check_frozen(weight, lora_A, bias)
+    check_tensors(x, weight, lora_A, lora_B, bias)
+    check_shapes(x, weight, lora_A, lora_B, bias)
+    check_frozen(weight, lora_A, bias)
     scaling = checked_scaling(scaling)
     dropout_p = checked_dropout(dropout_p, scaling)
     check_correction(gradient_correction, scaling)
     check_impl(impl)
-    if not fitting:
-        x = cast(x, weight, lora_A, lora_B, bias)
-
+    x = cast(x, weight, lora_A, lora_B, bias)
     rows = as_rows(x, weight.shape[1])
     seed = draw(x.device) if dropout_p else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
         inverse = inverse_of(lora_A) if gradient_correction and lora_B.requires_grad else None
         y = ops.LoRAFALinearFunction.apply(
-            rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed, inverse
+            rows, weight, lora_A, lora_B, bias, seed, inverse, (scaling, impl, dropout_p)
         )
     else:
         y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]

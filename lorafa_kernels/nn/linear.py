@@ -319,6 +319,33 @@ class LoRAFALinear(nn.Module):
         """Return y (..., out_features) for input (..., in_features). Raises as lorafa_linear; RuntimeError
         if trained or disabled while merged.
         """
+        if self.merged or not self.adapter_enabled:
+            return self._base_forward(input)
+        if is_exported():
+            return self._plain_formula(input)
+        # nn.Module finds a Parameter last of all, after two failed look-ups and a call for each.
+        parameters = self._parameters
+        try:
+            lora_A, lora_B, bias = parameters["lora_A"], parameters["lora_B"], parameters["bias"]
+        except KeyError:
+            # FSDP1 keeps them as plain attributes.
+            lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
+        weight = self.weight_matrix()
+        if lora_A.requires_grad:
+            weight, lora_A, bias = self.frozen_operands()
+        return lorafa_linear(
+            input,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+            gradient_correction=self.gradient_correction,
+            impl=self.impl,
+        )
+
+    def _base_forward(self, input: Tensor) -> Tensor:
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
@@ -330,22 +357,8 @@ class LoRAFALinear(nn.Module):
                     "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
                 )
         weight, lora_A, bias = self.frozen_operands()
-        if self.merged or not self.adapter_enabled:
-            check_frozen(weight, lora_A, bias)
-            return F.linear(input, weight, bias)
-        if is_exported():
-            return self._plain_formula(input)
-        return lorafa_linear(
-            input,
-            weight,
-            lora_A,
-            self.lora_B,
-            bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-            gradient_correction=self.gradient_correction,
-            impl=self.impl,
-        )
+        check_frozen(weight, lora_A, bias)
+        return F.linear(input, weight, bias)
 
     def _plain_formula(self, x: Tensor) -> Tensor:
         """What forward computes, of operations that every exporter knows; the tracer differentiates it."""
@@ -364,7 +377,8 @@ class LoRAFALinear(nn.Module):
         they were thawed: what FSDP1 shows of a frozen parameter, and requires grad, is detached.
         """
         weight, lora_A, bias = self.weight_matrix(), self.lora_A, self.bias
-        if weight.requires_grad or lora_A.requires_grad or (bias is not None and bias.requires_grad):
+        # FSDP1 has all of a module in one flat parameter.
+        if lora_A.requires_grad:
             weight = frozen_view(self, "weight", weight)
             lora_A = frozen_view(self, "lora_A", lora_A)
             bias = frozen_view(self, "bias", bias)
@@ -372,7 +386,8 @@ class LoRAFALinear(nn.Module):
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""
-        return self.weight
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight
 
     def weight_shape(self) -> tuple[int, int]:
         """The shape that weight is stored in."""
@@ -580,9 +595,9 @@ def check_seed(init_seed: object) -> None:
 
 def is_exported() -> bool:
     """Whether torch.jit.trace or an ONNX exporter reads off the operations of a forward."""
-    if torch.jit.is_tracing():
-        return True
-    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._is_tracing()
 
 
 def _rebind_hooks(module: nn.Module) -> None:
