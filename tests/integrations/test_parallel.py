@@ -96,6 +96,10 @@ def test_one_process_computes_what_a_layer_alone_computes(parallel, mesh, tmp_pa
     want = results(alone)
     assert_same(results(model), want)
     assert_same(results(copy.deepcopy(model)), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = results(alone)
+        assert low[0].dtype == torch.bfloat16
+        assert_same(results(model), low)
     with torch.no_grad():
         for one in alone:
             if isinstance(one, LoRAFALinear):
