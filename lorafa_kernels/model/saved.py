@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engines import is_dtensor
 from ..nn.adapters import DEFAULT
-from .names import chosen_adapter, is_inside, layers_of, modules_by_name, unwrap
+from .names import adapter_names, chosen_adapter, is_inside, layers_of, modules_by_name, unwrap
 from .report import AdapterReport
 
 ASIDE = "_lorafa_aside"
@@ -158,3 +158,10 @@ def lorafa_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.P
         return list({id(parameter): parameter for parameter in trained}.values())
     trained += [tensor for tensor in saved_tensors(model).values() if isinstance(tensor, nn.Parameter)]
     return list({id(parameter): parameter for parameter in trained}.values())
+
+
+def unsaved_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that require grad and are no part of any adapter and its files."""
+    names = adapter_names(model)
+    adapter = {id(parameter) for name in names for parameter in lorafa_parameters(model, name)}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..engines import frozen_view
 from ..group.api import lorafa_linear_group
 from ..group.operands import LinearOperands
 from ..operands import check_frozen
@@ -35,12 +36,15 @@ def operands_of(module: nn.Module) -> LinearOperands:
                 "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
             )
         if module.merged or not module.adapter_enabled:
-            check_frozen(module.weight, module.lora_A, module.bias)
-            return LinearOperands(module.weight_matrix(), module.bias)
+            weight, lora_A, bias = module.frozen_operands(module)
+            check_frozen(weight, lora_A, bias)
+            return LinearOperands(weight, bias)
         return module.adapter_operands(module.adapter())
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
-    return LinearOperands(module.weight, module.bias)
+    return LinearOperands(
+        frozen_view(module, "weight", module.weight), frozen_view(module, "bias", module.bias)
+    )
 
 
 def mixes(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..correction import as_corrected
-from ..engines import full_shape, manager_of, not_plain
+from ..engines import frozen_view, full_shape, manager_of, not_plain
 from ..group.operands import LinearOperands
 from ..linear.api import lorafa_linear
 from ..mixed.api import lorafa_linear_mixed
@@ -99,6 +99,8 @@ class LoRAFALinear(nn.Module):
     # Of layers that were pickled before there was a choice.
     gradient_correction: bool = False
     init_seed: int | None = None
+    # Whether it can have further adapters, and a mixed batch: not of a layer that is split over processes.
+    takes_adapters: bool = True
     # None: the layer's own adapter, as in all layers that have no other.
     _acting: Acting | None = None
 
@@ -421,13 +423,13 @@ class LoRAFALinear(nn.Module):
 
     def adapter_operands(self, adapter: LoRAFALinear | LoRAFAAdapter | None) -> LinearOperands:
         """Return what an operation needs to compute the layer with one of its adapters, or with none."""
-        weight = self.weight_matrix()
+        weight, lora_A, bias = self.frozen_operands(adapter)
         if adapter is None:
-            return LinearOperands(weight, self.bias)
+            return LinearOperands(weight, bias)
         return LinearOperands(
             weight,
-            self.bias,
-            adapter.lora_A,
+            bias,
+            lora_A,
             adapter.lora_B,
             adapter.scaling,
             adapter.lora_dropout if self.training else 0.0,
@@ -459,9 +461,12 @@ class LoRAFALinear(nn.Module):
         except KeyError:
             # FSDP1 keeps them as plain attributes.
             lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
+        weight = self.weight_matrix()
+        if lora_A.requires_grad:
+            weight, lora_A, bias = self.frozen_operands(self)
         return lorafa_linear(
             input,
-            self.weight_matrix(),
+            weight,
             lora_A,
             lora_B,
             bias,
@@ -482,8 +487,12 @@ class LoRAFALinear(nn.Module):
                 raise RuntimeError(
                     "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
                 )
-        check_frozen(self.weight, self.lora_A, self.bias)
-        return F.linear(input, self.weight_matrix(), self.bias)
+        return self._base_linear(input)
+
+    def _base_linear(self, input: Tensor) -> Tensor:
+        weight, lora_A, bias = self.frozen_operands(self)
+        check_frozen(weight, lora_A, bias)
+        return F.linear(input, weight, bias)
 
     def _with_acting(self, input: Tensor) -> Tensor:
         """forward of a layer in which something else than its own adapter acts."""
@@ -491,16 +500,16 @@ class LoRAFALinear(nn.Module):
             return self._mixed(input, *mixed)
         adapter = self.adapter()
         if adapter is None:
-            check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(input, self.weight_matrix(), self.bias)
+            return self._base_linear(input)
         if is_exported():
             return self._plain_formula(input, adapter)
+        weight, lora_A, bias = self.frozen_operands(adapter)
         return lorafa_linear(
             input,
-            self.weight_matrix(),
-            adapter.lora_A,
+            weight,
+            lora_A,
             adapter.lora_B,
-            self.bias,
+            bias,
             scaling=adapter.scaling,
             dropout_p=adapter.lora_dropout if self.training else 0.0,
             gradient_correction=adapter.gradient_correction,
@@ -515,8 +524,7 @@ class LoRAFALinear(nn.Module):
         members = {number: self.adapter_operands(a) for number, a in found.items() if a is not None}
         rows.check(input)
         if not members:
-            check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(input, self.weight_matrix(), self.bias)
+            return self._base_linear(input)
         return lorafa_linear_mixed(input, members, rows, impl=self.impl)
 
     def _plain_formula(self, x: Tensor, adapter: LoRAFALinear | LoRAFAAdapter) -> Tensor:
@@ -530,6 +538,22 @@ class LoRAFALinear(nn.Module):
         if adapter.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
             lora_B = as_corrected(lora_B, lora_A, adapter.scaling)
         return F.linear(x, self.weight_matrix(), self.bias) + F.linear(z, lora_B.to(z.dtype))
+
+    def frozen_operands(
+        self, adapter: LoRAFALinear | LoRAFAAdapter | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight (out_features, in_features), lora_A of an adapter (the layer's for None) and bias,
+        for forward. They require grad only if they were thawed: what FSDP1 shows of a frozen parameter, and
+        requires grad, is detached.
+        """
+        owner = self if adapter is None or adapter is self or adapter.shares_lora_A else adapter
+        weight, lora_A, bias = self.weight_matrix(), owner.lora_A, self.bias
+        # FSDP1 has all of a module in one flat parameter.
+        if lora_A.requires_grad:
+            weight = frozen_view(self, "weight", weight)
+            lora_A = frozen_view(owner, "lora_A", lora_A)
+            bias = frozen_view(self, "bias", bias)
+        return weight, lora_A, bias
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""

@@ -1,8 +1,10 @@
-"""Mixed batches under DDP and FSDP2: gradients of two processes, each with samples of its own, are those of
-one.
+"""Mixed batches under DDP, FSDP1 and FSDP2: gradients of two processes, each with samples of its own, are
+those of one.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
@@ -57,7 +59,12 @@ def build(checkpointed: bool = False) -> Net:
 
 
 def worker(rank: int, world: int, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lorafa_kernels.integrations.parallel import LoRAFAColwiseParallel
 
     x = torch.randn(4, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     alone = build()
@@ -70,6 +77,9 @@ def worker(rank: int, world: int, folder: str) -> None:
             y = model(x[half])
         # After the context, where checkpoints run forward again.
         y.square().sum().backward()
+        compare(model, names)
+
+    def compare(model, names):
         for name in names:
             pairs = zip(lorafa_parameters(model, name), lorafa_parameters(alone, name), strict=True)
             for got, want in pairs:
@@ -78,6 +88,16 @@ def worker(rank: int, world: int, folder: str) -> None:
                 assert relative_error(gradient * world, want.grad) <= unit_roundoff(torch.float32)
 
     names = adapter_names(alone)
+    with warnings.catch_warnings():
+        # Of frozen parameters and of its being deprecated.
+        warnings.simplefilter("ignore")
+        options = {"use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy({Block})}
+        model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), **options)
+        with adapter_index(model, INDEX[half]):
+            y = model(x[half])
+        y.square().sum().backward()
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            compare(model, names)
     check(nn.parallel.DistributedDataParallel(build()), names)
     for checkpointed in (False, True):
         model = build(checkpointed)
@@ -86,6 +106,15 @@ def worker(rank: int, world: int, folder: str) -> None:
         check(fully_shard(model), names)
     with pytest.raises(ValueError, match="add all adapters first"):
         add_adapter(model, "d", LoRAFAConfig(r=4))
+    mesh = init_device_mesh("cpu", (world,))
+    with pytest.raises(ValueError, match="several adapters"):
+        parallelize_module(build(), mesh, {"blocks.0.a": LoRAFAColwiseParallel()})
+    one = apply_lorafa(Net(False), LoRAFAConfig(r=4, target_modules=["a"]))
+    parallelize_module(one, mesh, {"blocks.0.a": LoRAFAColwiseParallel()})
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        add_adapter(one, "b", LoRAFAConfig(r=4))
+    with pytest.raises(ValueError, match="tensor parallelism"), adapter_index(one, [0, -1]):
+        pass
     save_adapter(model, f"{folder}/c", adapter="c")
     state = lorafa_state_dict(alone, "c")
     for key, tensor in lorafa_state_dict(model, "c").items():
