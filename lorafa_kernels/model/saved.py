@@ -160,8 +160,10 @@ def lorafa_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.P
     return list({id(parameter): parameter for parameter in trained}.values())
 
 
-def unsaved_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that require grad and are no part of any adapter and its files."""
-    names = adapter_names(model)
-    adapter = {id(parameter) for name in names for parameter in lorafa_parameters(model, name)}
-    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
+def unsaved_parameters(model: nn.Module, adapter: str | None = None) -> list[str]:
+    """Names of the parameters that require grad and are no part of `adapter` and its files; for None, of no
+    adapter's.
+    """
+    names = adapter_names(model) if adapter is None else [adapter]
+    held = {id(parameter) for name in names for parameter in lorafa_parameters(model, name)}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]

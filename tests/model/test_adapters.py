@@ -38,6 +38,7 @@ from lorafa_kernels import (
     unmerge_adapter,
 )
 from lorafa_kernels.checks.budget import relative_error, unit_roundoff
+from lorafa_kernels.integrations.checkpoints import adapted
 from lorafa_kernels.mixed import ops
 from lorafa_kernels.model.names import layers_of, lorafa_layers
 from lorafa_kernels.model.placing import fused as placed_mlps
@@ -534,6 +535,17 @@ def test_loading_into_adapters_that_are_there(tmp_path):
     assert_same(model.state_dict(), before)
     load_adapter(model, tmp_path / "b", adapter="d")
     assert adapter_names(model) == ("default", "b", "c", "d")
+
+
+def test_a_trainer_s_checkpoint_would_lose_what_others_train():
+    """It is the file of the active adapter."""
+    model = build()
+    with pytest.raises(ValueError, match=r"adapters\.b\.lora_B.* be missing in the checkpoint"):
+        adapted(model, "this")
+    for name in ("b", "c"):
+        for parameter in lorafa_parameters(model, name):
+            parameter.requires_grad_(False)
+    assert adapted(model, "this") is model
 
 
 def test_peft_writes_what_is_added(tmp_path):
