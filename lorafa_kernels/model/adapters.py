@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..engines import sharding_engine
+from ..engines import is_dtensor, sharding_engine
 from ..mixed.rows import BASE, Rows
-from ..nn.adapters import DEFAULT, Mixture, Replay, check_name
+from ..nn.adapters import DEFAULT, NO_ADAPTER, Mixture, Replay, check_name
 from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
 from .adapt import all_or_nothing
@@ -28,8 +28,8 @@ from .names import ADAPTER_CONFIGS, adapter_names, known_adapter, named_layers, 
 from .patterns import limited
 from .peft_config import as_config
 
-# PEFT's name for a row without an adapter.
-_NO_ADAPTER = (None, "__base__")
+# What names no adapter in an index.
+_NO_ADAPTER = (None, NO_ADAPTER)
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
 
@@ -182,13 +182,14 @@ def adapter_index(model: nn.Module, index: Tensor | Iterable[int | str | None]) 
     layers = named_layers(model)
     names = adapter_names(model)
     _check_not_split(layers)
-    rows = Rows.of(_numbers(index, names), len(names))
     for where, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{where} is merged: call unmerge_adapter(model) before adapter_index")
-        device = layer.lora_B.device
-        if rows.device is not None and device != rows.device:
-            raise ValueError(f"index is on {rows.device}, {where} on {device}: both must be on one device")
+        # Sharded ones may wait on another device than where they compute.
+        device = None if is_dtensor(layer.lora_B) else layer.lora_B.device
+        if isinstance(index, Tensor) and device not in (None, index.device):
+            raise ValueError(f"index is on {index.device}, {where} on {device}: both must be on one device")
+    rows = Rows.of(_numbers(index, names), len(names))
     mixture = rows, names
     known = (layer.acting.replay for layer in layers.values())
     replay = next((replay for replay in known if replay is not None), Replay())

@@ -18,6 +18,8 @@ from ..mixed.rows import Rows
 from .initialise import draw_into
 
 DEFAULT = "default"
+# PEFT's name for a row without an adapter.
+NO_ADAPTER = "__base__"
 # An index, and the names that its numbers stand for.
 Mixture = tuple[Rows, tuple[str, ...]]
 graph_task = torch._C._current_graph_task_id
@@ -145,10 +147,11 @@ def check_name(name: object) -> str:
     """
     if not isinstance(name, str):
         raise TypeError(f"the name of an adapter must be a str, got {type(name).__name__}")
-    if not name or "." in name or "/" in name or hasattr(Adapters, name) or name in vars(Adapters()):
+    taken = hasattr(Adapters, name) or name in vars(Adapters()) or name == NO_ADAPTER
+    if not name or "." in name or "/" in name or taken:
         raise ValueError(
-            f"an adapter cannot be called {name!r:.80}: names must not be empty, hold a dot or slash, or be "
-            "an attribute of nn.Module"
+            f"an adapter cannot be called {name!r:.80}: names must not be empty, hold a dot or slash, be an "
+            f"attribute of nn.Module or {NO_ADAPTER}"
         )
     return name
 
