@@ -391,14 +391,18 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.lorafa_kernels, name).default, arguments)
 
 
-def test_the_operator_computes_what_a_direct_call_does():
-    """Where a dispatch mode watches, the operators are called."""
+def test_the_operator_computes_and_counts_what_a_direct_call_does():
+    """Where a dispatch mode watches, the operators are called. FLOPs are those of each adapter's own rows."""
     from torch.utils.flop_counter import FlopCounterMode
 
     batch, adapters = draw("own-dropout", torch.float32, "cpu")
-    with FlopCounterMode(display=False):
+    with FlopCounterMode(display=False) as counter:
         watched = compute(batch, adapters, PLACES, "torch")
     assert_same(watched, compute(batch, adapters, PLACES, "torch"))
+    base = 2 * B * S * N * K
+    own = [2 * PLACES.count(i) * S * a.lora_A.shape[0] for i, a in enumerate(adapters)]
+    # z and y, then dz, dB and dx.
+    assert counter.get_total_flops() == 2 * base + sum(own) * (K + N + N + N + K)
 
 
 def test_double_backward_raises():
