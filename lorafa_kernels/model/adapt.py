@@ -39,6 +39,7 @@ from .placing.bypass import check_calls
 from .placing.first_steps import watch_first_steps
 from .placing.place import Block, place_blocks
 from .pretrained import guard_save
+from .quantise import trainable_flag
 from .report import AdaptedLayer, AdapterReport
 from .saved import ASIDE, clone_tensors, lorafa_parameters, swap
 from .targets import HEADS, new_parameters, resolved
@@ -248,10 +249,11 @@ def apply_lorafa(
     """Adapt `model` in place and return it. config: a LoRAFAConfig or a `peft.LoraConfig`.
 
     Every `nn.Linear` that `config` matches, and transformers' `Conv1D`, becomes a `LoRAFALinear` that shares
-    its weight and bias; a module under several names becomes one shared `LoRAFALinear`. All parameters are
-    frozen but lora_B and those of `modules_to_save`. What was done is logged at INFO to the logger
-    "lorafa_kernels" and kept as `model.lorafa_report` (an `AdapterReport`), the config, with what it left to
-    the model filled in, as `model.lorafa_config`. Source: arXiv 2308.03303.
+    its weight and bias; so does what `quantize_base` has quantised, and bitsandbytes' Linear4bit of NF4,
+    whose codes and scales are shared. A module under several names becomes one shared `LoRAFALinear`. All
+    parameters are frozen but lora_B and those of `modules_to_save`. What was done is logged at INFO to the
+    logger "lorafa_kernels" and kept as `model.lorafa_report` (an `AdapterReport`), the config, with what it
+    left to the model filled in, as `model.lorafa_config`. Source: arXiv 2308.03303.
 
     fuse: gated MLPs, and adapted layers of one module that are fed the same tensor (q/k/v, gate/up), compute
     in one autograd node. norm: RMS norms keep their input instead of an fp32 copy of it. Both are recognised
@@ -285,7 +287,7 @@ def apply_adaptation(
 ) -> None:
     """Carry out a checked adaptation, all of it or, after an error, nothing."""
     model, config = unwrap(model), adaptation.config
-    with all_or_nothing(model), ties_told(model):
+    with all_or_nothing(model), ties_told(model), trainable_flag(model):
         layers = {
             id(target.linear): layer_class(target.linear).from_linear(
                 target.linear,

@@ -15,6 +15,7 @@ from ..nn.linear import LoRAFALinear
 from .names import adapted_layers, named_layers, owners_of, unwrap
 from .placing.place import remove_blocks
 from .pretrained import release_save
+from .quantise import trainable_flag
 from .saved import ASIDE, check_originals, saved_modules, swap
 from .ties import UNTIED, ties_told
 
@@ -91,7 +92,7 @@ def unload_adapter(model: nn.Module, merge: bool = True, *, safe_merge: bool = F
         _check_merge(layers, safe_merge)
     else:
         check_originals(model)
-    with ties_told(model):
+    with ties_told(model), trainable_flag(model):
         _unload(model, list(layers.values()), merge)
     release_save(unwrap(model))
     for name in ("lorafa_config", "lorafa_report", UNTIED):

@@ -180,7 +180,7 @@ class LoRAFALinear(nn.Module):
             else:
                 # Hooks, the training flag, and what its author set.
                 own[name] = value
-        _rebind_hooks(self)
+        rebind_hooks(self)
 
     @staticmethod
     def check_linear(linear: nn.Module) -> None:
@@ -320,15 +320,7 @@ class LoRAFALinear(nn.Module):
         if trained or disabled while merged.
         """
         if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "the adapter is merged into the weight: call unmerge() before training, or eval() for "
-                    "inference"
-                )
-            if not self.adapter_enabled:
-                raise RuntimeError(
-                    "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
-                )
+            self.check_merged_call()
         if self.merged or not self.adapter_enabled:
             check_frozen(self.weight, self.lora_A, self.bias)
             return F.linear(input, self.weight_matrix(), self.bias)
@@ -345,6 +337,18 @@ class LoRAFALinear(nn.Module):
             gradient_correction=self.gradient_correction,
             impl=self.impl,
         )
+
+    def check_merged_call(self) -> None:
+        """Raise RuntimeError if this layer, which is merged, is trained or disabled."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the weight: call unmerge() before training, or eval() for "
+                "inference"
+            )
+        if not self.adapter_enabled:
+            raise RuntimeError(
+                "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
+            )
 
     def _plain_formula(self, x: Tensor) -> Tensor:
         """What forward computes, of operations that every exporter knows; the tracer differentiates it."""
@@ -511,7 +515,7 @@ class LoRAFALinear(nn.Module):
                 linear.__dict__[name] = value
         linear._parameters.update(parameters)
         linear.__dict__.update(self._shadowed)
-        _rebind_hooks(linear)
+        rebind_hooks(linear)
         return linear
 
     def check_unloadable(self, name: str = "the layer", *, merge: bool) -> None:
@@ -573,7 +577,7 @@ def is_exported() -> bool:
     return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
-def _rebind_hooks(module: nn.Module) -> None:
+def rebind_hooks(module: nn.Module) -> None:
     """Hooks on loading that are handed their module get `module` from now on; the others know none."""
     for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
         for key, hook in hooks.items():

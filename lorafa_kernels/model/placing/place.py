@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...base import bnb
+from ...nn.quantised import Quantised
 from .fused import fuse_module, restore_module
 from .guards import ADAPTED, LINEARS, is_quiet, trained_names
 from .members import MEMBERS, group_layers, ungroup_layer
@@ -128,6 +130,8 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
         return "its forward was patched on the instance"
     for name in children:
         child = module._modules[name]
+        if isinstance(child, Quantised) or bnb.is_linear4bit(child):
+            return f"{name} is quantised, and computed by itself"
         if not is_quiet(child):
             return f"{name} has hooks or a patched forward"
         trained = [

@@ -1,0 +1,88 @@
+"""A frozen base as a layer holds it, and what is asked of one.
+
+    product(x, base, bias)      y = x Wᵀ + bias                  product.py
+    gradient(dy, base)          dx = dy W                        product.py
+    base.dense(dtype)           W, for both and for merging
+    base.nbytes                 what it takes of memory
+
+A dense W is its own base: the Parameter itself, multiplied by linear/ without anything of this folder. A
+QuantisedBase has the shape, dtype and device of the W that it stands for, and no values of it: W is made for
+one product and freed after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kinds import Kind, kind_of
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedBase:
+    """The tensors, in the order of kind.names, that stand for W (N, K) in `dtype`."""
+
+    kind: Kind
+    tensors: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    # As of a frozen weight.
+    requires_grad = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def dim(self) -> int:
+        """2, as of W."""
+        return 2
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W (N, K), a new tensor in `dtype` or its own: each element rounded to its own first."""
+        named = dict(zip(self.kind.names, self.tensors, strict=True))
+        with torch.no_grad():
+            return self.kind.dequantise(named, self.shape, dtype or self.dtype, self.dtype)
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError, naming it and what is expected, for a tensor that does not fit."""
+        N, K = self.shape
+        for (name, (dtype, shape)), tensor in zip(self.kind.spec(N, K).items(), self.tensors, strict=True):
+            if tensor.dtype is not dtype:
+                hint = ", the bits of fp32 values: values.view(torch.int32)" if dtype is torch.int32 else ""
+                raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}{hint}")
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape} for a {self.kind.name} base "
+                    f"of a weight ({N}, {K})"
+                )
+            if tensor.device != self.device:
+                raise ValueError(f"{name} is on {tensor.device}, weight on {self.device}")
+
+
+def quantised(weight: Tensor, kind: str) -> QuantisedBase:
+    """Return the base of a `kind` that stands for a dense weight (N, K).
+
+    Raises ValueError for an unknown kind, and for a weight that is not finite everywhere.
+    """
+    found = kind_of(kind)
+    with torch.no_grad():
+        tensors = found.quantise(weight)
+        scale = tensors.get("nested_offset", tensors.get("scale", tensors.get("absmax")))
+        if not bool(torch.isfinite(scale.view(torch.float32)).all()):
+            raise ValueError("a weight that holds NaN or Inf cannot be quantised")
+    return QuantisedBase(found, tuple(tensors.values()), tuple(weight.shape), weight.dtype)
+
+
+def base_of(kind: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> QuantisedBase:
+    """Return the base that these tensors make, without checking them."""
+    N, K = shape
+    return QuantisedBase(kind_of(kind), tuple(tensors), (N, K), dtype)
