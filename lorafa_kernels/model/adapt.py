@@ -20,8 +20,10 @@ from torch import nn
 
 from ..engines import sharding_engine
 from ..nn.conv1d import is_conv1d, layer_class, sizes
+from ..nn.foreign import what_is_missing
 from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
+from ..nn.quantised import Quantised
 from .config import LoRAFAConfig, ends_as
 from .names import (
     check_module,
@@ -127,6 +129,8 @@ def _adaptation_of(model: nn.Module, config: LoRAFAConfig, strict: bool) -> Adap
                 f"{name} matches target_modules, and modules_to_save trains it whole as part of "
                 f"{inside_saved[id(module)]}: leave it out of one of the two"
             )
+        if text := what_is_missing(module):
+            raise TypeError(f"{name}: {text} (or leave it out with exclude_modules)")
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             if not strict:
                 continue
@@ -356,19 +360,33 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
 
 def _report(model: nn.Module, adaptation: Adaptation, blocks: tuple[Block, ...]) -> AdapterReport:
     layers = tuple(
-        AdaptedLayer(name, layer.in_features, layer.out_features, layer.r, layer.scaling)
+        AdaptedLayer(name, layer.in_features, layer.out_features, layer.r, layer.scaling, _base_of(layer))
         for name, layer in lorafa_layers(model).items()
     )
     return AdapterReport(
         layers,
         tuple(adaptation.saved),
         sum(parameter.numel() for parameter in lorafa_parameters(model)),
-        sum(parameter.numel() for parameter in model.parameters()),
+        _parameters_of(model),
         blocks,
         adaptation.doubts,
         tuple(_left_out(model)) if adaptation.config.all_linear else (),
         vocabulary_of(model),
     )
+
+
+def _base_of(layer: LoRAFALinear) -> str:
+    return layer.quantised_kind if isinstance(layer, Quantised) else "dense"
+
+
+def _parameters_of(model: nn.Module) -> int:
+    """Parameters of the model; of a quantised layer those of the weight that it stands for."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            codes = sum(tensor.numel() for tensor in module.base().tensors)
+            total += module.in_features * module.out_features - codes
+    return total
 
 
 def _left_out(model: nn.Module) -> Iterator[str]:

@@ -79,6 +79,8 @@ def test_as_bitsandbytes_in_the_fixture():
 def test_as_bitsandbytes_that_is_installed():
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
     codes = wrong = 0
+    # No K that is a multiple of 16 and not of 64: there bitsandbytes 0.50.2 takes wrong scales on a CPU with
+    # AVX-512 (an error of the weight of 25 % instead of 9 %).
     for seed, shape in enumerate([(64, 64), (7, 63), (33, 66), (128, 100), (257, 192), (40, 1024)]):
         torch.manual_seed(seed)
         for dtype in DTYPES:

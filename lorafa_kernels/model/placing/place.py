@@ -87,7 +87,10 @@ def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Bloc
             if reason is None:
                 group_layers([module._modules[layer] for layer in layers], type(module))
             blocks.append(Block(name, "shared input", kind, layers if reason is None else (), reason))
-    return blocks or [Block(name, "shared input", kind, (), "none of its adapted layers share an input")]
+    reason = "none of its adapted layers share an input"
+    if any(isinstance(module._modules[name], Quantised) for name in linears):
+        reason = "its layers are quantised, and computed by themselves"
+    return blocks or [Block(name, "shared input", kind, (), reason)]
 
 
 def _place_mlp(name: str, module: nn.Module) -> list[Block]:
