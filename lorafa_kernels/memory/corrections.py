@@ -170,6 +170,38 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
     return dy.shape[0] * ranks * dy.itemsize + copies if need_dx else 0
 
 
+def _dense(args: tuple, first: int) -> int:
+    """Bytes of the dense weight that is made for the call; args[first:] are the parts of a base."""
+    N, K = args[first + 2]
+    return N * K * args[0].itemsize
+
+
+def _quantised_forward(args: tuple, kwargs: dict, out: object) -> int:
+    return _dense(args, 1) + _factors(args[5:7], args[0].dtype)
+
+
+def _quantised_backward(args: tuple, kwargs: dict, out: object) -> int:
+    dy, lora_B = args[0], args[7]
+    return _dense(args, 2) + dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[6:8], dy.dtype)
+
+
+def _quantised_backward_input(args: tuple, kwargs: dict, out: object) -> int:
+    dy, lora_B = args[0], args[6]
+    return _dense(args, 1) + dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[5:7], dy.dtype)
+
+
+def dense_weights() -> Mapping[object, Temporary]:
+    """What operators on a quantised base allocate inside a call."""
+    ours = torch.ops.lorafa_kernels
+    return {
+        ours.quantised_forward.default: _quantised_forward,
+        ours.quantised_backward.default: _quantised_backward,
+        ours.quantised_backward_input.default: _quantised_backward_input,
+        ours.frozen_product.default: lambda args, kwargs, out: _dense(args, 1),
+        ours.frozen_gradient.default: lambda args, kwargs, out: _dense(args, 1),
+    }
+
+
 def temporaries() -> Mapping[object, Temporary]:
     """Return what CUDA's kernels allocate inside a call, by the operation that stands for them here."""
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -181,4 +213,5 @@ def temporaries() -> Mapping[object, Temporary]:
         ours.backward_input.default: _linear_backward_input,
         ours.group_forward.default: _group_forward,
         ours.group_backward.default: _group_backward,
+        **dense_weights(),
     }

@@ -39,7 +39,7 @@ def quantize_base(model: nn.Module, kind: str = "nf4", *, skip: Iterable[str] | 
     """
     kind_of(kind)
     check_module(model)
-    names = _names(model, skip)
+    names = layers_to_quantise(model, skip)
     if not names:
         raise ValueError("there is no linear layer to quantise in the model")
     modules = modules_by_name(model)
@@ -67,7 +67,8 @@ def quantize_base(model: nn.Module, kind: str = "nf4", *, skip: Iterable[str] | 
     return model
 
 
-def _names(model: nn.Module, skip: Iterable[str] | None) -> list[str]:
+def layers_to_quantise(model: nn.Module, skip: Iterable[str] | None = None) -> list[str]:
+    """Names of the layers that quantize_base quantises, which has the arguments and errors."""
     core = unwrap(model)
     for name, module in model.named_modules():
         if engine := sharding_engine(module):

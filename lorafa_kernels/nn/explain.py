@@ -20,6 +20,7 @@ from ..plan.make import Plan
 from ..plan.pin import pinned
 from ..plan.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
 from .linear import LoRAFALinear
+from .quantised import Quantised, dtype_of
 
 DEFAULT_M = 2048
 
@@ -157,7 +158,7 @@ def explain(
     if layer is not None:
         sizes = (DEFAULT_M if M is None else M, layer.out_features, layer.in_features, layer.r)
         device = layer.weight.device if device is None else device
-        dtype = layer.weight.dtype if dtype is None else dtype
+        dtype = _dtype_of(layer) if dtype is None else dtype
         impl = layer.impl if impl is None else impl
     else:
         sizes = _sizes_of(layer_or_shapes)
@@ -317,7 +318,10 @@ def _for_layer(
     """
     if layer is not None and layer.bias is None:
         forward = tuple(Step(call, formula.replace(" + bias", "")) for call, formula in forward)
-    if layer is not None and layer.weight.dtype != dtype:
+    if isinstance(layer, Quantised):
+        made = Step("dequantise", f"weight from {layer.quantised_kind} to {_name(dtype)}, into a temporary")
+        forward, backward = (made, *forward), (made, *backward)
+    elif layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")
         forward, backward = (cast, *forward), (cast, *backward)
     if layer is not None and layer.gradient_correction and any("dB =" in step.formula for step in backward):
@@ -326,6 +330,11 @@ def _for_layer(
             Step("addmm_", "dB = dB @ inverse(lora_A @ lora_A.T) / s^2, the inverse made once"),
         )
     return forward, backward
+
+
+def _dtype_of(layer: LoRAFALinear) -> torch.dtype:
+    """What a layer computes in outside of autocast."""
+    return getattr(layer, "compute_dtype", None) or dtype_of(layer)
 
 
 def _with_dropout(step: Step) -> Step:

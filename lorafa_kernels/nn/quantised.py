@@ -112,6 +112,12 @@ class QuantisedLinear(Quantised, nn.Linear):
         return _with_base(cls, linear, quantised(linear.weight, kind))
 
     @classmethod
+    def with_base(cls, linear: nn.Linear, base: QuantisedBase) -> QuantisedLinear:
+        """The layer of a base, with all that `linear` has but its weight. Raises as QuantisedBase.check."""
+        base.check()
+        return _with_base(cls, linear, base)
+
+    @classmethod
     def from_linear4bit(cls, linear: nn.Module) -> QuantisedLinear:
         """Take over bitsandbytes' Linear4bit: its codes and scales, in the memory where they are.
 
@@ -130,10 +136,9 @@ class QuantisedLinear(Quantised, nn.Linear):
     @classmethod
     def from_base(cls, base: QuantisedBase, bias: nn.Parameter | None = None) -> QuantisedLinear:
         """Make the layer of a base. Raises as QuantisedBase.check, naming the tensor that does not fit."""
-        base.check()
         linear = nn.Linear(*reversed(base.shape), bias=False, device="meta")
         linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        return _with_base(cls, linear, base)
+        return cls.with_base(linear, base)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y (..., out_features) for input (..., in_features). Raises as lorafa_linear."""
