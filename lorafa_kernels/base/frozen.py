@@ -12,13 +12,15 @@ one product and freed after it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .kinds import Kind, kind_of
+from ..plan.choice import choose
+from .kinds import Kind, has_rows, kind_of, values
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +48,25 @@ class QuantisedBase:
         """2, as of W."""
         return 2
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return W (N, K), a new tensor in `dtype` or its own: each element rounded to its own first."""
+    def dense(self, dtype: torch.dtype | None = None, impl: str = "auto") -> Tensor:
+        """Return W (N, K), a new tensor in `dtype` or its own: each element rounded to its own first.
+
+        impl, as of a layer, says who computes it: the kernel where `by_kernel`, else PyTorch's operators. The
+        bits are the same.
+        """
+        dtype = dtype or self.dtype
         named = dict(zip(self.kind.names, self.tensors, strict=True))
         with torch.no_grad():
-            return self.kind.dequantise(named, self.shape, dtype or self.dtype, self.dtype)
+            if self.by_kernel(dtype, impl):
+                return _by_kernel(named, dtype, self.dtype)
+            return self.kind.dequantise(named, self.shape, dtype, self.dtype)
+
+    def by_kernel(self, dtype: torch.dtype, impl: str = "auto") -> bool:
+        """Whether the Triton kernel makes W in `dtype`: of NF4 by rows, where `impl` is Triton's."""
+        by_rows = self.kind.name in ("nf4", "nf4-nested") and has_rows(self.shape[1])
+        if not by_rows or torch.float64 in (dtype, self.dtype):
+            return False
+        return choose(impl, self.device, dtype).impl == "triton"
 
     def check(self) -> None:
         """Raise TypeError or ValueError, naming it and what is expected, for a tensor that does not fit."""
@@ -66,6 +82,16 @@ class QuantisedBase:
                 )
             if tensor.device != self.device:
                 raise ValueError(f"{name} is on {tensor.device}, weight on {self.device}")
+
+
+def _by_kernel(named: dict[str, Tensor], dtype: torch.dtype, via: torch.dtype) -> Tensor:
+    kernels = importlib.import_module("..kernels.dequantise", __package__)
+    codes, absmax, nested = named["weight"].contiguous(), named["absmax"].contiguous(), None
+    if "nested_absmax" in named:
+        nested = tuple(values(named[name]) for name in ("nested_absmax", "nested_code", "nested_offset"))
+    else:
+        absmax = values(absmax)
+    return kernels.dequantise(codes, absmax, nested, dtype, via)
 
 
 def quantised(weight: Tensor, kind: str) -> QuantisedBase:

@@ -190,17 +190,17 @@ def backward_input(
 
 
 def _forward(x, base, kind, shape, dtype, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
-    weight = call(base_of(kind, base, shape, dtype).dense, x.device, x.dtype)
+    weight = call(base_of(kind, base, shape, dtype).dense, x.device, x.dtype, impl)
     return ops.forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
 
 
 def _backward(dy, z, base, kind, shape, dtype, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
-    weight = call(base_of(kind, base, shape, dtype).dense, dy.device, dy.dtype)
+    weight = call(base_of(kind, base, shape, dtype).dense, dy.device, dy.dtype, impl)
     return ops.backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def _backward_input(dy, base, kind, shape, dtype, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
-    weight = call(base_of(kind, base, shape, dtype).dense, dy.device, dy.dtype)
+    weight = call(base_of(kind, base, shape, dtype).dense, dy.device, dy.dtype, impl)
     return ops.backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
