@@ -82,7 +82,7 @@ def open_to_direct_calls() -> bool:
     """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
     watches.
     """
-    return not (is_compiling() or any_autocast() or watching_modes())
+    return not (is_compiling() or any_autocast() or (_modes() and watching_modes()))
 
 
 def watched() -> bool:
@@ -94,14 +94,6 @@ def announce() -> None:
     """Prepare what watches for an operator that is about to be called."""
     if watched():
         tell_flop_counters()
-
-
-def settled(impl: str, device: torch.device, dtype: torch.dtype) -> Decision | None:
-    """Return what decide() returns where nothing is pinned and no size matters, else None."""
-    if impl in ("auto", "triton") and pinned() is not None:
-        return None
-    choice = choose(impl, device, dtype)
-    return None if choice.impl == "triton" else choice.without_plan
 
 
 def decide(
@@ -144,6 +136,19 @@ class Implementations:
     library: ModuleType
     fused: str
     one_pass: Callable[..., Any]
+
+    def settled(
+        self, function: str, impl: str, device: torch.device, dtype: torch.dtype
+    ) -> Callable[..., Any] | None:
+        """Return what find() returns for what decide() does where nothing is pinned and no size matters, else
+        None.
+        """
+        if impl in ("auto", "triton") and pinned() is not None:
+            return None
+        choice = choose(impl, device, dtype)
+        if choice.impl == "triton":
+            return None
+        return getattr(self.library if choice.impl == "torch" else self.reference, function)
 
     def find(self, function: str, decision: Decision) -> Callable[..., Any]:
         """Return `function` of the implementation that was decided on."""

@@ -181,12 +181,25 @@ class _ProductThenAdd(torch.autograd.Function):
         return dx, None, None, dB.to(lora_B.dtype), None, None
 
 
+class ProductThenAdd(nn.Module):
+    """A module, as what it is compared with."""
+
+    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Parameter(lora_A, requires_grad=False)
+        self.lora_B = nn.Parameter(lora_B)
+        self.scaling = scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base
+        return _ProductThenAdd.apply(x, base.weight, self.lora_A, self.lora_B, base.bias, self.scaling)
+
+
 def build_addmm(operands: Operands, case: Case) -> Layer:
-    base = frozen_linear(operands)
-    lora_A = nn.Parameter(_factor(operands, "lora_A", case, trained=False), requires_grad=False)
-    lora_B = nn.Parameter(_factor(operands, "lora_B", case, trained=True))
-    scaling = operands.scaling
-    return Layer(lambda x: _ProductThenAdd.apply(x, base.weight, lora_A, lora_B, base.bias, scaling), lora_B)
+    factors = (_factor(operands, "lora_A", case, False), _factor(operands, "lora_B", case, True))
+    module = ProductThenAdd(frozen_linear(operands), *factors, operands.scaling)
+    return Layer(module, module.lora_B)
 
 
 def build_peft(operands: Operands, case: Case, train_A: bool = False) -> Layer:

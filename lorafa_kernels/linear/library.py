@@ -28,6 +28,7 @@ from ..philox import keep_chunks
 # The dtypes that sums_in_place holds for on a CPU.
 SUMMED_IN_PLACE = (torch.float32, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
+_ADDED_TIMES_0 = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (*SUMMED_IN_PLACE, *_NARROW)}
 
 
 def forward(
@@ -41,12 +42,13 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
-    factor = in_dtype(lora_A, x.dtype).t()
+    dtype = x.dtype
+    factor = lora_A.t() if lora_A.dtype is dtype else lora_A.to(dtype).t()
     if dropout_p:
         z = _dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
     else:
         z = scaled_product(x, factor, scaling)
-    B = in_dtype(lora_B, x.dtype)
+    B = lora_B if lora_B.dtype is dtype else lora_B.to(dtype)
     if sums_in_place(x) and B.shape[1] <= x.shape[1]:
         return F.linear(x, weight, bias).addmm_(z, B.t()), z
     return F.linear(z, B, bias).addmm_(x, weight.t()), z
@@ -140,8 +142,10 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     if scaling == 1.0:
         # The same bits, without the calls that another factor takes.
         return left.mm(right)
-    # beta=0 ignores what the new tensor holds; alpha multiplies the accumulator before the only rounding.
-    # Scaling afterwards would round 16-bit results twice, and in fp16 overflow where the scaled product fits.
+    # beta=0 ignores what is added; alpha multiplies the accumulator before the only rounding. Scaling
+    # afterwards would round 16-bit results twice, and in fp16 overflow where the scaled product fits.
+    if type(left) is Tensor and left.is_cpu:
+        return torch.addmm(_ADDED_TIMES_0[left.dtype], left, right, beta=0, alpha=scaling)
     product = left.new_empty((left.shape[0], right.shape[1]))
     return product.addmm_(left, right, beta=0, alpha=scaling)
 

@@ -36,7 +36,6 @@ from ..dispatch import (
     define,
     first_order,
     open_to_direct_calls,
-    settled,
 )
 from ..plan.choice import Decision
 from ..plan.kernels import KernelConfigs
@@ -64,7 +63,7 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    if run := _direct("forward", impl, x, lora_A, weight, bias, _check_dropout(dropout_p, seed)):
+    if run := _direct("forward", impl, x, lora_A, weight, bias, dropout_p, seed):
         return run(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     announce()
     return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
@@ -82,7 +81,7 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    if run := _direct("backward", impl, dy, lora_A, weight, dropout=_check_dropout(dropout_p, seed)):
+    if run := _direct("backward", impl, dy, lora_A, weight, None, dropout_p, seed):
         return run(dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
     announce()
     return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
@@ -99,7 +98,7 @@ def backward_input(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    if run := _direct("backward_input", impl, dy, lora_A, weight, dropout=_check_dropout(dropout_p, seed)):
+    if run := _direct("backward_input", impl, dy, lora_A, weight, None, dropout_p, seed):
         return run(dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
     announce()
     return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
@@ -120,12 +119,14 @@ def _direct(
     factor: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    dropout: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Callable[..., Any] | None:
     """Return the implementation to call directly; None where the operator is needed, as for a cast.
 
-    factor: lora_A (R, K), or lora_B (N, R) where there is no weight. dropout: whether there is one.
+    factor: lora_A (R, K), or lora_B (N, R) where there is no weight.
     """
+    dropout = dropout_p != 0.0 and _check_dropout(dropout_p, seed)
     dtype = x.dtype
     if (
         not open_to_direct_calls()
@@ -133,8 +134,8 @@ def _direct(
         or (bias is not None and bias.dtype is not dtype)
     ):
         return None
-    if decision := settled(impl, x.device, dtype):
-        return _IMPLEMENTATIONS.find(op, decision)
+    if run := _IMPLEMENTATIONS.settled(op, impl, x.device, dtype):
+        return run
     return _IMPLEMENTATIONS.direct(op, _decide(op, impl, x, factor, weight, bias, dropout), x)
 
 
@@ -147,7 +148,7 @@ def _decide(
     bias: Tensor | None = None,
     dropout: bool = False,
 ) -> Decision:
-    """Arguments as of _direct."""
+    """Arguments as of _direct; dropout: whether there is one."""
 
     def sizes() -> tuple[int, int, int]:
         if weight is None:
@@ -252,7 +253,7 @@ _backward_lora_B_op = define(
 class LoRAFALinearFunction(torch.autograd.Function):
     """y (M, N) from x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None; gradients for
     x and lora_B only. seed: int64 (1,), None where dropout_p is 0. inverse: (A Aᵀ + εI)⁻¹ (R, R) to correct
-    dB by, or None.
+    dB by, or None. how: scaling, impl and dropout_p, in one argument since torch handles each in Python.
     """
 
     @staticmethod
@@ -263,13 +264,11 @@ class LoRAFALinearFunction(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
-        scaling: float,
-        impl: str,
-        dropout_p: float,
         seed: Tensor | None,
         inverse: Tensor | None,
+        how: tuple[float, str, float],
     ) -> Tensor:
-        y, z = forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+        y, z = forward(x, weight, lora_A, lora_B, bias, *how, seed)
         need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
         if need_dx:
             of_dB = (z, inverse) if need_dB else (None, None)
@@ -277,25 +276,23 @@ class LoRAFALinearFunction(torch.autograd.Function):
         else:
             # dB takes its dtype and shape from lora_B, but no value of it; the mask is in z.
             ctx.save_for_backward(z, inverse, None, None, lora_B, None)
-        ctx.scaling = scaling
-        ctx.impl = impl
-        ctx.dropout_p = dropout_p
+        ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         dx, dB = first_order(_gradients, ctx, dy)
-        return dx, None, None, dB, None, None, None, None, None, None
+        return dx, None, None, dB, None, None, None, None
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     z, inverse, weight, lora_A, lora_B, seed = ctx.saved_tensors
     need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
-    how = ctx.scaling, ctx.impl, ctx.dropout_p, seed
+    how = ctx.how
     if not need_dB:
-        return backward_input(dy, weight, lora_A, lora_B, *how), None
+        return backward_input(dy, weight, lora_A, lora_B, *how, seed), None
     if need_dx:
-        dx, dB = backward(dy, z, weight, lora_A, lora_B, *how)
+        dx, dB = backward(dy, z, weight, lora_A, lora_B, *how, seed)
     else:
-        dx, dB = None, backward_lora_B(dy, z, lora_B, ctx.impl)
-    return dx, dB if inverse is None else correct(dB, inverse, ctx.scaling)
+        dx, dB = None, backward_lora_B(dy, z, lora_B, how[1])
+    return dx, dB if inverse is None else correct(dB, inverse, how[0])

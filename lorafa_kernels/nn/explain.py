@@ -266,6 +266,7 @@ def _library_products(
 ) -> dict[str, tuple[Step, ...]]:
     """The products of linear/library.py, in its order."""
     in_place = device.type == "cpu" and dtype in SUMMED_IN_PLACE
+    scaled = "addmm" if device.type == "cpu" else "addmm_"
     y = Step("linear", "y = z @ lora_B.T + bias"), Step("addmm_", "y += x @ weight.T")
     if in_place and R <= K:
         y = Step("linear", "y = x @ weight.T + bias"), Step("addmm_", "y += z @ lora_B.T")
@@ -275,8 +276,8 @@ def _library_products(
     elif in_place and R <= N:
         dx = Step("mm", "dx = dy @ weight"), Step("addmm_", "dx += dz @ lora_A")
     return {
-        "forward": (Step("addmm_", "z = s * (x @ lora_A.T)"), *y),
-        "dx": (Step("addmm_", "dz = s * (dy @ lora_B)"), *dx),
+        "forward": (Step("addmm_" if dropout else scaled, "z = s * (x @ lora_A.T)"), *y),
+        "dx": (Step(scaled, "dz = s * (dy @ lora_B)"), *dx),
         "dB": (Step("mm", "dB = dy.T @ z"),),
     }
 

@@ -319,24 +319,34 @@ class LoRAFALinear(nn.Module):
         """Return y (..., out_features) for input (..., in_features). Raises as lorafa_linear; RuntimeError
         if trained or disabled while merged.
         """
-        if self.merged:
-            self.check_merged_call()
         if self.merged or not self.adapter_enabled:
-            check_frozen(self.weight, self.lora_A, self.bias)
-            return F.linear(input, self.weight_matrix(), self.bias)
+            return self._base_forward(input)
         if is_exported():
             return self._plain_formula(input)
+        # nn.Module finds a Parameter last of all, after two failed look-ups and a call for each.
+        parameters = self._parameters
+        try:
+            lora_A, lora_B, bias = parameters["lora_A"], parameters["lora_B"], parameters["bias"]
+        except KeyError:
+            # FSDP1 keeps them as plain attributes.
+            lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
         return lorafa_linear(
             input,
             self.weight_matrix(),
-            self.lora_A,
-            self.lora_B,
-            self.bias,
+            lora_A,
+            lora_B,
+            bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
             gradient_correction=self.gradient_correction,
             impl=self.impl,
         )
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        if self.merged:
+            self.check_merged_call()
+        check_frozen(self.weight, self.lora_A, self.bias)
+        return F.linear(input, self.weight_matrix(), self.bias)
 
     def check_merged_call(self) -> None:
         """Raise RuntimeError if this layer, which is merged, is trained or disabled."""
@@ -364,7 +374,8 @@ class LoRAFALinear(nn.Module):
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""
-        return self.weight
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight
 
     def weight_shape(self) -> tuple[int, int]:
         """The shape that weight is stored in."""
@@ -572,9 +583,9 @@ def check_seed(init_seed: object) -> None:
 
 def is_exported() -> bool:
     """Whether torch.jit.trace or an ONNX exporter reads off the operations of a forward."""
-    if torch.jit.is_tracing():
-        return True
-    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._is_tracing()
 
 
 def rebind_hooks(module: nn.Module) -> None:
