@@ -94,7 +94,7 @@ class Planned:
 _SYMBOLS = "x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R); s: scaling; dx, dB: gradients of x, lora_B"
 _SYMBOLS_OF_LINEAR = "x (M, K), weight (N, K); dx: gradient of x"
 # The calls that are Triton kernels; the others are PyTorch's.
-_KERNELS = ("shrink", "shrink_sum", "expand", "recompute", "grad", "grad_sum")
+_KERNELS = ("dequantise", "shrink", "shrink_sum", "expand", "recompute", "grad", "grad_sum")
 
 _PRODUCTS = {
     "reference": {
@@ -193,7 +193,7 @@ def explain(
     forward, backward = (steps[op] for op in ops)
     if dropout_p:
         forward, backward = (tuple(_with_dropout(step) for step in steps) for steps in (forward, backward))
-    forward, backward = _for_layer(layer, dtype, forward, backward)
+    forward, backward = _for_layer(layer, dtype, asked, forward, backward)
     return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, plans, dropout_p)
 
 
@@ -312,7 +312,11 @@ def _plan_steps(
 
 
 def _for_layer(
-    layer: LoRAFALinear | None, dtype: torch.dtype, forward: tuple[Step, ...], backward: tuple[Step, ...]
+    layer: LoRAFALinear | None,
+    dtype: torch.dtype,
+    impl: str,
+    forward: tuple[Step, ...],
+    backward: tuple[Step, ...],
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """Adapt the steps to a layer without a bias, with a weight in another dtype than x, or whose dB is
     corrected.
@@ -320,7 +324,8 @@ def _for_layer(
     if layer is not None and layer.bias is None:
         forward = tuple(Step(call, formula.replace(" + bias", "")) for call, formula in forward)
     if isinstance(layer, Quantised):
-        made = Step("dequantise", f"weight from {layer.quantised_kind} to {_name(dtype)}, into a temporary")
+        by = "dequantise" if layer.base().by_kernel(dtype, impl) else "plain PyTorch"
+        made = Step(by, f"weight from {layer.quantised_kind} to {_name(dtype)}, into a temporary")
         forward, backward = (made, *forward), (made, *backward)
     elif layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")

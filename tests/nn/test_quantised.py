@@ -17,7 +17,7 @@ from saved import Saved, copied, pickled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafa_kernels import LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU
+from lorafa_kernels import LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU, explain
 from lorafa_kernels.base.frozen import base_of, quantised
 from lorafa_kernels.base.kinds import KINDS
 from lorafa_kernels.checks.budget import draw_operands, plain_formula
@@ -373,6 +373,35 @@ def test_operators(name):
         "quantised_backward_input": (dy, *parts, *factors, 0.5, "auto"),
     }[name]
     torch.library.opcheck(getattr(torch.ops.lorafa_kernels, name).default, arguments)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_flops_are_those_of_the_dense_layer(kind):
+    counting = pytest.importorskip("torch.utils.flop_counter")
+    layer, dense = layers(kind)
+    counts = []
+    for one in (layer, dense):
+        x = torch.randn(M, K, requires_grad=True)
+        with counting.FlopCounterMode(display=False) as counter:
+            one(x).sum().backward()
+            one.lora_B.requires_grad_(False)
+            one(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    base = QuantisedLinear.from_linear(nn.Linear(K, N), kind)
+    with counting.FlopCounterMode(display=False) as counter:
+        base(torch.randn(M, K, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * M * N * K
+
+
+def test_explain_names_the_dequantisation():
+    layer, _ = layers()
+    found = explain(layer)
+    for steps in (found.forward, found.backward):
+        assert steps[0] == ("plain PyTorch", "weight from nf4 to float32, into a temporary")
+    assert found.dtype == torch.float32
+    layer.compute_dtype = torch.bfloat16
+    assert explain(layer).dtype == torch.bfloat16
 
 
 def test_frozen_operators():
