@@ -67,7 +67,12 @@ def _dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype, via: torch.dt
     return out
 
 
+def chunk_of(N: int, K: int, on_cpu: bool) -> int:
+    """How many elements of a weight (N, K) are computed at a time: those of whole rows."""
+    return min(N, max(1, (_CHUNK if on_cpu else _CHUNK_ON_GPU) // max(1, K))) * K
+
+
 def _chunks(matrix: Tensor) -> list[slice]:
     N, K = matrix.shape
-    step = max(1, (_CHUNK if matrix.is_cpu else _CHUNK_ON_GPU) // max(1, K))
+    step = max(1, chunk_of(N, K, matrix.is_cpu) // max(1, K))
     return [slice(first, first + step) for first in range(0, N, step)]

@@ -84,6 +84,19 @@ class QuantisedBase:
                 raise ValueError(f"{name} is on {tensor.device}, weight on {self.device}")
 
 
+def making_bytes(kind: str, shape: Sequence[int], dtype: torch.dtype, by_kernel: bool, on_cpu: bool) -> int:
+    """Bytes that dense() takes at most beside its result (N, K) in `dtype`, rounded to itself."""
+    if by_kernel:
+        return 0
+    N, K = shape
+    found = kind_of(kind)
+    # The values in fp32, and rounded; of NF4 a byte, two elements, as int32.
+    taken = 4 + (dtype.itemsize if dtype != torch.float32 else 0)
+    if found.name.startswith("nf4"):
+        taken = max(taken, 2 + 4)
+    return found.chunk(N, K, on_cpu) * taken
+
+
 def _by_kernel(named: dict[str, Tensor], dtype: torch.dtype, via: torch.dtype) -> Tensor:
     kernels = importlib.import_module("..kernels.dequantise", __package__)
     codes, absmax, nested = named["weight"].contiguous(), named["absmax"].contiguous(), None

@@ -34,12 +34,14 @@ class Kind:
 
     spec(N, K): dtype and shape of each tensor by name. quantise(weight): the tensors of a dense weight.
     dequantise(tensors, shape, dtype, via): the weight (N, K) in dtype, rounded to `via` first.
+    chunk(N, K, on_cpu): how many elements of it dequantise computes at a time.
     """
 
     name: str
     spec: Callable[[int, int], Spec]
     quantise: Callable[[Tensor], dict[str, Tensor]]
     dequantise: Callable[[Tensors, tuple[int, int], torch.dtype, torch.dtype], Tensor]
+    chunk: Callable[[int, int, bool], int]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,14 +135,14 @@ def _channel(quantise: Callable, dequantise: Callable, dtype: torch.dtype, name:
     def decode(tensors: Tensors, shape: tuple[int, int], out: torch.dtype, via: torch.dtype) -> Tensor:
         return dequantise(tensors["weight"], values(tensors["scale"]), out, via)
 
-    return Kind(name, _channel_spec(dtype), encode, decode)
+    return Kind(name, _channel_spec(dtype), encode, decode, channel.chunk_of)
 
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("nf4", _nf4_spec, _quantise_nf4, _dequantise_nf4),
-        Kind("nf4-nested", _nested_spec, _quantise_nested, _dequantise_nf4),
+        Kind("nf4", _nf4_spec, _quantise_nf4, _dequantise_nf4, nf4.chunk_of),
+        Kind("nf4-nested", _nested_spec, _quantise_nested, _dequantise_nf4, nf4.chunk_of),
         _channel(channel.quantise_int8, channel.dequantise_int8, torch.int8, "int8"),
         _channel(channel.quantise_fp8, channel.dequantise_fp8, torch.uint8, "fp8"),
     )

@@ -51,8 +51,13 @@ def blocks_of(count: int, block: int = BLOCK) -> int:
     return -(-count // block)
 
 
-def _chunk_of(tensor: Tensor) -> int:
-    return _CHUNK if tensor.is_cpu else _CHUNK_ON_GPU
+def _blocks_at_a_time(on_cpu: bool) -> int:
+    return _CHUNK if on_cpu else _CHUNK_ON_GPU
+
+
+def chunk_of(N: int, K: int, on_cpu: bool) -> int:
+    """How many elements of a weight (N, K) are computed at a time."""
+    return min(N * K, BLOCK * _blocks_at_a_time(on_cpu))
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +68,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     absmax = flat.new_empty(blocks_of(count), dtype=torch.float32)
     table = torch.tensor(CODE, dtype=torch.float32, device=flat.device)
     bounds = (table[:-1] + table[1:]) / 2
-    chunk = _chunk_of(flat)
+    chunk = _blocks_at_a_time(flat.is_cpu)
     for first in range(0, len(absmax), chunk):
         part = flat[first * BLOCK : (first + chunk) * BLOCK].float()
         missing = -len(part) % BLOCK
@@ -91,7 +96,7 @@ def dequantise(
     # Both halves of a byte by one look-up.
     table = torch.tensor(CODE, dtype=torch.float32, device=codes.device)
     pairs = torch.cartesian_prod(table, table)
-    chunk = _chunk_of(codes)
+    chunk = _blocks_at_a_time(codes.is_cpu)
     for first in range(0, len(absmax), chunk):
         scales = absmax[first : first + chunk]
         part = codes[first * BLOCK // 2 : (first + chunk) * BLOCK // 2]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.frozen import making_bytes
+from ..base.kinds import has_rows
 from .trace import Temporary
 
 MIB = 2**20
@@ -170,35 +172,42 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
     return dy.shape[0] * ranks * dy.itemsize + copies if need_dx else 0
 
 
-def _dense(args: tuple, first: int) -> int:
-    """Bytes of the dense weight that is made for the call; args[first:] are the parts of a base."""
-    N, K = args[first + 2]
-    return N * K * args[0].itemsize
+def dense_weights(on_cpu: bool) -> Mapping[object, Temporary]:
+    """What operators on a quantised base allocate inside a call: the dense weight, and what takes more of
+    making it and of multiplying by it.
+    """
 
+    def taken(first: int, args: tuple, product: int) -> int:
+        # args[first:]: a base in four arguments.
+        kind, shape = args[first + 1], args[first + 2]
+        N, K = shape
+        by_kernel = not on_cpu and kind.startswith("nf4") and has_rows(K)
+        made = making_bytes(kind, shape, args[0].dtype, by_kernel, on_cpu)
+        return N * K * args[0].itemsize + max(made, product)
 
-def _quantised_forward(args: tuple, kwargs: dict, out: object) -> int:
-    return _dense(args, 1) + _factors(args[5:7], args[0].dtype)
+    def forward(args: tuple, kwargs: dict, out: object) -> int:
+        return taken(1, args, _factors(args[5:7], args[0].dtype))
 
+    def backward(args: tuple, kwargs: dict, out: object) -> int:
+        dy, lora_B = args[0], args[7]
+        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
+        return taken(2, args, dz + _factors(args[6:8], dy.dtype))
 
-def _quantised_backward(args: tuple, kwargs: dict, out: object) -> int:
-    dy, lora_B = args[0], args[7]
-    return _dense(args, 2) + dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[6:8], dy.dtype)
+    def backward_input(args: tuple, kwargs: dict, out: object) -> int:
+        dy, lora_B = args[0], args[6]
+        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
+        return taken(1, args, dz + _factors(args[5:7], dy.dtype))
 
+    def frozen(args: tuple, kwargs: dict, out: object) -> int:
+        return taken(1, args, 0)
 
-def _quantised_backward_input(args: tuple, kwargs: dict, out: object) -> int:
-    dy, lora_B = args[0], args[6]
-    return _dense(args, 1) + dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[5:7], dy.dtype)
-
-
-def dense_weights() -> Mapping[object, Temporary]:
-    """What operators on a quantised base allocate inside a call."""
     ours = torch.ops.lorafa_kernels
     return {
-        ours.quantised_forward.default: _quantised_forward,
-        ours.quantised_backward.default: _quantised_backward,
-        ours.quantised_backward_input.default: _quantised_backward_input,
-        ours.frozen_product.default: lambda args, kwargs, out: _dense(args, 1),
-        ours.frozen_gradient.default: lambda args, kwargs, out: _dense(args, 1),
+        ours.quantised_forward.default: forward,
+        ours.quantised_backward.default: backward,
+        ours.quantised_backward_input.default: backward_input,
+        ours.frozen_product.default: frozen,
+        ours.frozen_gradient.default: frozen,
     }
 
 
@@ -213,5 +222,5 @@ def temporaries() -> Mapping[object, Temporary]:
         ours.backward_input.default: _linear_backward_input,
         ours.group_forward.default: _group_forward,
         ours.group_backward.default: _group_backward,
-        **dense_weights(),
+        **dense_weights(on_cpu=False),
     }
