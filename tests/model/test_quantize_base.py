@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import weakref
 
@@ -298,6 +299,9 @@ class TestBitsandbytes:
         assert_same(logits(other), logits(model))
         # transformers refuses to train what it takes for bitsandbytes' own.
         assert model.is_quantized is False
+        trainer_utils = importlib.import_module("transformers.trainer_utils")
+        if validate := getattr(trainer_utils, "validate_quantization_for_training", None):
+            validate(model)
         unload_adapter(model, merge=False)
         assert type(model.model.layers[0].mlp.up_proj) is kind and model.is_quantized is True
         assert_same(model(IDS).logits.detach(), want)

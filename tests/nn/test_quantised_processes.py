@@ -63,6 +63,11 @@ def _sharded(rank, world, folder):
             want = gradients(plain, x)
             got = [grad.full_tensor() for grad in gradients(one, x)]
             assert_same(got, [grad.to(torch.float32) for grad in want], name=f"{kind}, {policy}")
+            # DDP sends codes and scales as they are.
+            if policy is None:
+                ddp = nn.parallel.DistributedDataParallel(model(kind))
+                ddp(x).square().sum().backward()
+                assert_same([layer.lora_B.grad for layer in ddp.module], want)
             # Codes and scales come back as they were.
             state = {name: p.full_tensor() for name, p in one.named_parameters()}
             before = dict(model(kind).named_parameters())
@@ -110,7 +115,7 @@ def test_training_curves_of_peft_s_qlora(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft")
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     pytest.importorskip("accelerate", reason="needs accelerate")
-    from lorafa_kernels import LoRAFAConfig, load_adapter, lorafa_parameters
+    from lorafa_kernels import LoRAFAConfig, load_adapter, lorafa_parameters, save_adapter
 
     _llama().save_pretrained(tmp_path / "base")
 
@@ -134,6 +139,12 @@ def test_training_curves_of_peft_s_qlora(tmp_path):
     want, got = _losses(qlora, trained), _losses(ours, lorafa_parameters(ours))
     assert want[-1] < 0.8 * want[0], "it learns"
     assert_near(got, want)
+    # PEFT reads what was trained here, on the same base.
+    save_adapter(ours, tmp_path / "trained")
+    theirs = peft.PeftModel.from_pretrained(load(), tmp_path / "trained").train()
+    ids = torch.arange(32).reshape(2, 16) % 31
+    both = [module(input_ids=ids, labels=ids).loss.item() for module in (theirs, ours)]
+    assert_near(*([loss] for loss in both))
 
 
 def assert_near(got: list[float], want: list[float]) -> None:
