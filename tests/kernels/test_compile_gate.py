@@ -365,6 +365,24 @@ def test_committed_result_has_the_kernel_of_quantised_weights():
     assert {row["kernel"] for row in rows} == {"dequantise_kernel"}
 
 
+PRINT_FUSED = """
+import triton
+from bench.gate.compile import dequantise_cases, record, source, target_of
+for case in dequantise_cases(("sm_90",), quick=True):
+    for kernel, args, kwargs in record(case):
+        code, options = source(case.arch, kernel, args, kwargs)
+        ptx = triton.compile(code, target=target_of(case.arch), options=options).asm["ptx"]
+        print(case.layout, "mul.rn.f32" in ptx, ptx.count("fma.rn"))
+"""
+
+
+@pytest.mark.gate
+def test_quantised_weights_are_made_without_a_fused_multiply_add():
+    """It rounds once where PyTorch rounds twice; the interpreter never fuses."""
+    done = run_compiling(ROOT, "-c", PRINT_FUSED)
+    assert done.stdout.splitlines() == ["W: nf4 True 0", "W: nested True 0"], done.stderr
+
+
 CASE = LauncherCall("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
 SHRINK = LauncherCall("sm_90", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
 AMPERE = LauncherCall("sm_80", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)
