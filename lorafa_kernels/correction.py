@@ -15,6 +15,7 @@ that was made last. What FSDP1 and ZeRO-3 gather cannot be told from another ten
 in every forward.
 
 gram_inverse(lora_A) -> inverse
+gram_inverse_of_part(part, lora_A, total) -> inverse of the whole lora_A, a DTensor
 correct(dB, inverse, scaling) -> corrected dB
 as_corrected(lora_B, lora_A, scaling) -> lora_B whose gradient autograd corrects
 """
@@ -22,6 +23,7 @@ as_corrected(lora_B, lora_A, scaling) -> lora_B whose gradient autograd corrects
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,15 +43,15 @@ class _Made(NamedTuple):
     """An inverse, and what tells whether lora_A is still what it was made of."""
 
     inverse: Tensor
-    version: int
+    version: tuple[int, ...]
     # Another tensor's storage can have the same address, but not while this refers to it.
     storage: StorageWeakRef
     place: tuple
     source: GatheredFrom | None
 
-    def is_of(self, lora_A: Tensor) -> bool:
+    def is_of(self, lora_A: Tensor, version: tuple[int, ...]) -> bool:
         return (
-            self.version == lora_A._version
+            self.version == version
             and self.storage.cdata == lora_A.untyped_storage()._cdata
             and self.place == _place(lora_A)
             and (self.source is None or self.source.is_unchanged())
@@ -76,6 +78,18 @@ def gram_inverse(lora_A: Tensor) -> Tensor:
     return _gram_inverse_op(lora_A)
 
 
+def gram_inverse_of_part(
+    part: Tensor, lora_A: Tensor, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return gram_inverse of the whole lora_A, a DTensor of which this process has `part`, the same object at
+    each call.
+
+    total: given A Aᵀ of the part, returns the sum over all parts; None where each process has the whole
+    matrix. All processes call this alike.
+    """
+    return _kept(part, lora_A, total)
+
+
 def correct(dB: Tensor, inverse: Tensor, scaling: float) -> Tensor:
     """Return (1/s²) · dB inverse (N, R) in the dtype of dB, from dB (N, R) and inverse (R, R); multiplied in
     the wider dtype of both. scaling (s) must not be 0.
@@ -96,15 +110,19 @@ def as_corrected(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     return constant + (lora_B - constant) @ (inverse / scaling / scaling)
 
 
-def _kept(lora_A: Tensor) -> Tensor:
+def _kept(
+    lora_A: Tensor, whole: Tensor | None = None, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """whole: the DTensor that lora_A is the part of, if it is one."""
     if lora_A.is_meta or lora_A.is_inference() or is_managed(lora_A):
-        return _make(lora_A)
+        return _make(lora_A, total)
     made: _Made | None = _made.get(lora_A)
-    if made is None or not made.is_of(lora_A):
+    version = (lora_A._version,) if whole is None else (lora_A._version, whole._version)
+    if made is None or not made.is_of(lora_A, version):
         # Before it is read: what changes meanwhile must not pass for what was read.
-        version, source = lora_A._version, gathered_from(lora_A)
+        source = gathered_from(lora_A if whole is None else whole)
         storage = StorageWeakRef(lora_A.untyped_storage())
-        inverse = _make(lora_A)
+        inverse = _make(lora_A, total)
         if made is not None and _kind(made.inverse) == _kind(inverse):
             # Into the same memory, whose address a CUDA graph may have recorded.
             with torch.no_grad():
@@ -122,26 +140,29 @@ def _place(lora_A: Tensor) -> tuple:
     return lora_A.shape, lora_A.stride(), lora_A.storage_offset(), lora_A.dtype, lora_A.device
 
 
-def _make(lora_A: Tensor) -> Tensor:
+def _make(lora_A: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     if (traced := tracing_state()) is not None:
         # A trace gets the inverse as a constant, whether it was made before or not.
         set_tracing_state(None)
         try:
-            return _make(lora_A)
+            return _make(lora_A, total)
         finally:
             set_tracing_state(traced)
     # An inference tensor could not be kept for backward.
     with torch.inference_mode(False), torch.no_grad():
-        return _made_of(lora_A)
+        return _made_of(lora_A, total)
 
 
-def _made_of(lora_A: Tensor) -> Tensor:
+def _made_of(lora_A: Tensor, total: Callable[[Tensor], Tensor] | None) -> Tensor:
     wide = torch.float64 if lora_A.dtype == torch.float64 else torch.float32
     R = lora_A.shape[0]
     if lora_A.is_meta:
         return lora_A.new_empty((R, R), dtype=wide)
     # Made once, so that fp64 costs little; the inverse of a small matrix is quicker on the CPU.
-    gram = call(_gram, lora_A.device, lora_A).to("cpu", torch.float64)
+    gram = call(_gram, lora_A.device, lora_A)
+    if total is not None:
+        gram = total(gram)
+    gram = gram.to("cpu", torch.float64)
     if not bool(torch.isfinite(gram).all()):
         return lora_A.new_full((R, R), math.nan, dtype=wide)
     gram.diagonal().add_(EPSILON)

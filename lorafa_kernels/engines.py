@@ -133,7 +133,35 @@ def manager_of(module: nn.Module, name: str) -> str | None:
         return "FullyShardedDataParallel"
     if is_partitioned(parameter):
         return "DeepSpeed's ZeRO-3"
-    return "fully_shard" if is_dtensor(parameter) or _is_fully_sharded(module) else None
+    if _is_fully_sharded(module):
+        return "fully_shard"
+    return "a device mesh (parallelize_module, distribute_tensor)" if is_dtensor(parameter) else None
+
+
+def frozen_view(module: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:
+    """`tensor`, which stands for module.<name>; detached where the parameter itself is frozen.
+
+    FSDP1 (use_orig_params=True) shows views of one flat parameter during forward. These all require grad if
+    one parameter among them does, and the flat parameter keeps the others.
+    """
+    if tensor is None or not tensor.requires_grad or tensor.grad_fn is None:
+        return tensor
+    node = tensor.grad_fn
+    while node.next_functions and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    flat = getattr(node, "variable", None)
+    kept = [
+        *zip(getattr(flat, "_param_infos", ()), getattr(flat, "_params", None) or (), strict=False),
+        *zip(
+            getattr(flat, "_shared_param_infos", ()),
+            getattr(flat, "_shared_params", None) or (),
+            strict=False,
+        ),
+    ]
+    for info, parameter in kept:
+        if info.module is module and info.param_name == name:
+            return tensor if parameter.requires_grad else tensor.detach()
+    return tensor
 
 
 def is_managed(tensor: Tensor) -> bool:

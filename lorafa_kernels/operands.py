@@ -104,7 +104,9 @@ def check_tensor(name: str, tensor: Tensor, frozen: bool = True) -> None:
         if distributed is not None and isinstance(tensor, distributed.DTensor):
             raise TypeError(
                 f"{name} is a DTensor, of which this process holds a part: call the layer through the module "
-                "that fully_shard wrapped, which gathers it, or pass local tensors"
+                "that fully_shard wrapped, which gathers it (what is computed as one layer, a "
+                "LoRAFALinearGroup or a gated MLP, must be wrapped as one). To split a layer over processes, "
+                "use the styles of lorafa_kernels.integrations.parallel"
             )
         if frozen and hasattr(tensor, "__tensor_flatten__"):
             raise TypeError(

@@ -40,6 +40,7 @@ OPTIONAL = {
     "tune.command": {"rich"},
     "checks.doctor": {"numpy"},
     "integrations.peft": {"peft"},
+    "integrations.transformers": {"transformers"},
     "model.targets": {"peft"},
     "model.layouts": {"transformers"},
     "memory.models": {"transformers"},

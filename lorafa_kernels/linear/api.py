@@ -4,6 +4,8 @@ autograd node.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -100,3 +102,41 @@ def lorafa_linear(
     else:
         y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return y if rows is x else shaped_as(y, x)
+
+
+def lorafa_linear_in_parts(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    gradient_correction: bool,
+    impl: str,
+    draw: Callable[[torch.device], Tensor],
+    inverse_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """As lorafa_linear, for operands that are this process's parts of a layer's.
+
+    draw: gives the seed of the mask, int64 (1,). inverse_of: gives (A Aᵀ + εI)⁻¹ (R, R) of the whole lora_A.
+    """
+    check_tensors(x, weight, lora_A, lora_B, bias)
+    check_shapes(x, weight, lora_A, lora_B, bias)
+    check_frozen(weight, lora_A, bias)
+    scaling = checked_scaling(scaling)
+    dropout_p = checked_dropout(dropout_p, scaling)
+    check_correction(gradient_correction, scaling)
+    check_impl(impl)
+    x = cast(x, weight, lora_A, lora_B, bias)
+    rows = as_rows(x, weight.shape[1])
+    seed = draw(x.device) if dropout_p else None
+    if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
+        inverse = inverse_of(lora_A) if gradient_correction and lora_B.requires_grad else None
+        y = ops.LoRAFALinearFunction.apply(
+            rows, weight, lora_A, lora_B, bias, seed, inverse, (scaling, impl, dropout_p)
+        )
+    else:
+        y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
+    return shaped_as(y, x)

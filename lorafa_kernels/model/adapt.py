@@ -88,7 +88,7 @@ def adaptation_of(model: nn.Module, config: LoRAFAConfig, *, strict: bool = True
     check_module(model)
     config = as_config(config)
     for name, module in model.named_modules():
-        if _is_of_peft(module):
+        if is_of_peft(module):
             raise ValueError(
                 f"{name or 'the model'} is PEFT's already: to run its LoRA layers on these kernels call "
                 "lorafa_kernels.integrations.peft.accelerate_peft(model)"
@@ -110,7 +110,8 @@ def adaptation_of(model: nn.Module, config: LoRAFAConfig, *, strict: bool = True
         return _adaptation_of(model, resolved(model, config), strict)
 
 
-def _is_of_peft(module: nn.Module) -> bool:
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether `module` itself is a PeftModel or one of PEFT's layers."""
     return any(
         c.__name__ in ("PeftModel", "BaseTuner", "BaseTunerLayer") and c.__module__.startswith("peft.")
         for c in type(module).__mro__

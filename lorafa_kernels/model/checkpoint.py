@@ -40,7 +40,7 @@ from .layouts import present_names
 from .names import lorafa_layers, modules_by_name, target_names, unwrap
 from .patterns import limited
 from .peft_config import FIELDS, from_fields
-from .saved import lorafa_parameters, original_shapes, persistent_tensors, saved_tensors
+from .saved import original_shapes, persistent_tensors, saved_tensors, unsaved_parameters
 from .vocabulary import base_vocabulary, embedding_tensors, vocabulary_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -252,9 +252,7 @@ def _check_storage(key: str, tensor: Tensor) -> None:
 
 
 def _warn_unsaved(model: nn.Module) -> None:
-    adapter = {id(parameter) for parameter in lorafa_parameters(model)}
-    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
-    if others:
+    if others := unsaved_parameters(model):
         warnings.warn(
             f"the adapter file does not contain {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}, "
             "though they require grad: name their modules in modules_to_save, or save them yourself",

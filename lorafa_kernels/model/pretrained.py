@@ -22,17 +22,26 @@ class SavePretrained:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
+        # A trainer saves many checkpoints.
+        self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Warn, and save as the model's class does."""
+        """Warn, the first time, and save as the model's class does."""
         model = self._model()
+        if not self._warned:
+            self._warn()
+        return getattr(type(model), _NAME)(model, *args, **kwargs)
+
+    def _warn(self) -> None:
+        self._warned = True
         warnings.warn(
             "save_pretrained writes the base model with the adapter's tensors beside it, and from_pretrained "
             "reads that as the base model, without the adapter. Call lorafa_kernels.save_adapter(model, "
-            "folder) to save the adapter; or merge it with unload_adapter(model), and then save_pretrained",
-            stacklevel=2,
+            "folder) to save the adapter; or merge it with unload_adapter(model), and then save_pretrained. "
+            "In a Trainer, lorafa_kernels.integrations.transformers.adapter_checkpoints(trainer) makes its "
+            "checkpoints adapters",
+            stacklevel=3,
         )
-        return getattr(type(model), _NAME)(model, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
         return SavePretrained(copy.deepcopy(self._model(), memo))

@@ -153,3 +153,9 @@ def lorafa_parameters(model: nn.Module) -> list[nn.Parameter]:
     trained = [layer.lora_B for layer in adapted_layers(model)]
     trained += [tensor for tensor in saved_tensors(model).values() if isinstance(tensor, nn.Parameter)]
     return list({id(parameter): parameter for parameter in trained}.values())
+
+
+def unsaved_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that require grad and are no part of the adapter and its files."""
+    adapter = {id(parameter) for parameter in lorafa_parameters(model)}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]

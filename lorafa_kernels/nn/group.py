@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..engines import frozen_view
 from ..group.api import lorafa_linear_group
 from ..group.operands import LinearOperands
 from ..operands import check_frozen
@@ -34,13 +35,14 @@ def operands_of(module: nn.Module) -> LinearOperands:
             raise RuntimeError(
                 "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
             )
+        weight, lora_A, bias = module.frozen_operands()
         if module.merged or not module.adapter_enabled:
-            check_frozen(module.weight, module.lora_A, module.bias)
-            return LinearOperands(module.weight_matrix(), module.bias)
+            check_frozen(weight, lora_A, bias)
+            return LinearOperands(weight, bias)
         return LinearOperands(
-            module.weight_matrix(),
-            module.bias,
-            module.lora_A,
+            weight,
+            bias,
+            lora_A,
             module.lora_B,
             module.scaling,
             module.lora_dropout if module.training else 0.0,
@@ -48,7 +50,9 @@ def operands_of(module: nn.Module) -> LinearOperands:
         )
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
-    return LinearOperands(module.weight, module.bias)
+    return LinearOperands(
+        frozen_view(module, "weight", module.weight), frozen_view(module, "bias", module.bias)
+    )
 
 
 class LoRAFALinearGroup(nn.Module):

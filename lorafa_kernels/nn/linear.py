@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..correction import as_corrected
-from ..engines import full_shape, manager_of, not_plain
+from ..engines import frozen_view, full_shape, manager_of, not_plain
 from ..linear.api import lorafa_linear
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
 from .hooked import computing_device, give_hook, hook_of, is_patched, take_hook
@@ -330,9 +330,12 @@ class LoRAFALinear(nn.Module):
         except KeyError:
             # FSDP1 keeps them as plain attributes.
             lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
+        weight = self.weight_matrix()
+        if lora_A.requires_grad:
+            weight, lora_A, bias = self.frozen_operands()
         return lorafa_linear(
             input,
-            self.weight_matrix(),
+            weight,
             lora_A,
             lora_B,
             bias,
@@ -345,8 +348,9 @@ class LoRAFALinear(nn.Module):
     def _base_forward(self, input: Tensor) -> Tensor:
         if self.merged:
             self.check_merged_call()
-        check_frozen(self.weight, self.lora_A, self.bias)
-        return F.linear(input, self.weight_matrix(), self.bias)
+        weight, lora_A, bias = self.frozen_operands()
+        check_frozen(weight, lora_A, bias)
+        return F.linear(input, weight, bias)
 
     def check_merged_call(self) -> None:
         """Raise RuntimeError if this layer, which is merged, is trained or disabled."""
@@ -371,6 +375,18 @@ class LoRAFALinear(nn.Module):
         if self.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
             lora_B = as_corrected(lora_B, self.lora_A, self.scaling)
         return F.linear(x, self.weight_matrix(), self.bias) + F.linear(z, lora_B.to(z.dtype))
+
+    def frozen_operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight (out_features, in_features), lora_A and bias, for forward. They require grad only if
+        they were thawed: what FSDP1 shows of a frozen parameter, and requires grad, is detached.
+        """
+        weight, lora_A, bias = self.weight_matrix(), self.lora_A, self.bias
+        # FSDP1 has all of a module in one flat parameter.
+        if lora_A.requires_grad:
+            weight = frozen_view(self, "weight", weight)
+            lora_A = frozen_view(self, "lora_A", lora_A)
+            bias = frozen_view(self, "bias", bias)
+        return weight, lora_A, bias
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""

@@ -92,6 +92,20 @@ def with_peft(family: str, dtype: torch.dtype = torch.float32, *, made=config, *
     return model.train()
 
 
+def twin(model: nn.Module, base: nn.Module) -> nn.Module:
+    """PEFT's model of `base` with the adapter of `model`, of apply_lorafa with r=4 and all-linear; lora_A
+    frozen.
+    """
+    theirs = get_peft_model(base, config(lora_alpha=8))
+    own = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, layer in lorafa_layers(model).items():
+            for factor in ("lora_A", "lora_B"):
+                own[f"base_model.model.{name}.{factor}.default.weight"].copy_(getattr(layer, factor))
+    freeze(theirs)
+    return theirs
+
+
 def freeze(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:

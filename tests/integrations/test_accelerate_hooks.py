@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import engine_runs as runs
 import pytest
 import torch
 from accuracy import assert_same
@@ -76,6 +77,32 @@ def test_a_hooked_model_computes_and_trains_as_one_without_hooks(hooked, tmp_pat
         assert layer.weight.is_meta and not layer.lora_B.is_meta
         with pytest.raises(RuntimeError, match="is on the meta device"):
             merge_adapter(nn.Sequential(layer))
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("hooked", [offloaded, dispatched], ids=["offload", "device_map"])
+def test_fused_blocks_give_way_to_hooks(hooked):
+    """A model with hooks on its layers computes what the model without blocks does, bit for bit."""
+    config = LoRAFAConfig(r=runs.RANK, target_modules=runs.TARGETS, init_lora_weights=False)
+    x, wanted = runs.batch()
+    found = []
+    for model_of in (
+        lambda model: apply_lorafa(hooked(model), config, norm=False),
+        lambda model: hooked(apply_lorafa(model, config, norm=False)),
+        lambda model: apply_lorafa(model, config, fuse=False, norm=False),
+    ):
+        torch.manual_seed(0)
+        model = model_of(runs.Model())
+        parameters = list(lorafa_parameters(model))
+        if not any(parameter.is_meta for parameter in parameters):
+            runs.loss_of(model, x, wanted).backward()
+        with torch.no_grad():
+            found.append([model(x), *(parameter.grad for parameter in parameters)])
+    *hooks_on, plain = found
+    for got in hooks_on:
+        # Hooks that came later offload lora_B, too, which then cannot be trained.
+        assert_same(got, plain if got[1] is not None else [plain[0], *(None for _ in plain[1:])])
+    assert hooks_on[0][1] is not None
 
 
 @WAYS

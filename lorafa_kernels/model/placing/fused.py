@@ -22,7 +22,7 @@ from ...mlp.api import lorafa_gated_mlp
 from ...nn.linear import is_exported
 from ...norm import rms_norm
 from ...operands import FLOAT_DTYPES
-from .guards import common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
+from .guards import SPLIT_MLPS, common_impl, drops, is_plain, is_quiet, no_global_hooks, operands_for
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
 from .shield import Guards, Untraceable
 
@@ -69,6 +69,8 @@ class FusedMLP(FusedBlock):
         impl = common_impl(linears)
         if impl is None or not no_global_hooks():
             return None
+        if split := SPLIT_MLPS.get(tuple(map(type, linears))):
+            return split(x, *linears, roles.activation, impl)
         operands = tuple(operands_for(linear, x) for linear in linears)
         if None in operands or len({operand.weight.dtype for operand in operands}) > 1:
             return None

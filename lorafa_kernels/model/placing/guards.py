@@ -22,6 +22,11 @@ from ...operands import FLOAT_DTYPES, autocast_enabled
 LINEARS: dict[type, Callable] = {kind: kind.forward for kind in (nn.Linear, LoRAFALinear)}
 
 
+# What computes a gated MLP of which this process has a part, by the classes of its gate, up and down:
+# (x, gate, up, down, activation, impl) -> y, or None where each layer must compute by itself.
+SPLIT_MLPS: dict[tuple[type, type, type], Callable[..., Tensor | None]] = {}
+
+
 class AdaptedLinear:
     """What a layer of another library inherits from so that blocks take it for an adapted linear layer. Its
     class is to be registered in LINEARS, and has in_features and out_features.

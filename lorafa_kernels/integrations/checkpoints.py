@@ -1,0 +1,54 @@
+"""What the checkpoints of Trainer, Accelerate and Lightning have in common."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from ..model.adapt import is_of_peft
+from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from ..model.names import lorafa_layers, unwrap
+from ..model.saved import unsaved_parameters
+
+
+def adapted(model: nn.Module, how: str) -> nn.Module:
+    """`model` without its wrappers, if an adapter's file can be its checkpoint.
+
+    how: what the user called, for the message. Raises ValueError for a PeftModel, a model without LoRA-FA
+    layers, and one that trains what the file does not hold.
+    """
+    core = unwrap(model)
+    if any(is_of_peft(module) for module in core.modules()):
+        raise ValueError(
+            f"the model is PEFT's, whose own save_pretrained writes the adapter alone: leave out {how}"
+        )
+    if not lorafa_layers(core):
+        raise ValueError(
+            "the model holds no LoRA-FA layer: call apply_lorafa(model, config) before its trainer or "
+            "optimizer is made"
+        )
+    if others := unsaved_parameters(core):
+        more = ", ..." if len(others) > 4 else ""
+        raise ValueError(
+            f"{', '.join(others[:4])}{more} would be trained and be missing in the checkpoint, which holds "
+            "the adapter alone: name their modules in modules_to_save, or freeze them (requires_grad_(False))"
+        )
+    return core
+
+
+def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """load_adapter of a checkpoint into the model that goes on, whose errors say what to do then."""
+    try:
+        load_adapter(model, folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(
+            f"cannot go on from {folder}: {error}. {CONFIG_FILE} in it says with which r, lora_alpha and "
+            "target_modules to adapt the model; else resume from another checkpoint, or from none"
+        ) from error
+
+
+def holds_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has the files of save_adapter, or one of them."""
+    return any((Path(folder) / name).exists() for name in (WEIGHTS_FILE, CONFIG_FILE))
