@@ -88,6 +88,18 @@ def test_equal_to_the_dense_layer(kind, options, K):
 
 @pytest.mark.numerics
 @kinds
+@pytest.mark.parametrize("shape", [(K,), (0, K), (2, 0, K), (3, 2 * K)], ids=str)
+def test_inputs_of_other_shapes(kind, shape):
+    """The last one is read in every second column."""
+    layer, dense = layers(kind)
+    x = torch.randn(shape)
+    x = x[:, ::2] if shape[-1] != K else x
+    assert_same(results(layer, x), results(dense, x))
+    assert_same(layer(x), dense(x))
+
+
+@pytest.mark.numerics
+@kinds
 def test_a_frozen_layer_is_the_dense_one(kind):
     layer = QuantisedLinear.from_linear(nn.Linear(K, N), kind)
     dense = layer.to_linear()
