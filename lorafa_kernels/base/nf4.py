@@ -15,6 +15,10 @@ operators, some blocks at a time, so that temporaries stay small beside the resu
 
 from __future__ import annotations
 
+import functools
+import itertools
+import struct
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -137,10 +141,30 @@ def unnest(codes: Tensor, absmax2: Tensor, code: Tensor, offset: Tensor) -> Tens
 def dynamic_map() -> Tensor:
     """The 256 values of the signed 8-bit dynamic type, fp32 in rising order: ±10^(i−6) times the middles of
     2^i equal parts of [0.1, 1] for i = 0 … 6, and 0 and 1.
+
+    Each step is rounded to fp32 as torch.linspace does with fused multiply-adds, whatever this CPU has.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    return torch.tensor(_dynamic_values(), dtype=torch.float32)
+
+
+@functools.cache
+def _dynamic_values() -> tuple[float, ...]:
+    values = [0.0, 1.0]
+    first, last = _fp32(0.1), 1.0
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        middles = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += [middles, -middles]
-    return torch.cat(values).sort().values
+        parts = 2**exponent
+        step = _fp32((last - first) / parts)
+        # From the nearer end.
+        edges = [
+            _fp32(first + step * i if i < (parts + 1) // 2 else last - step * (parts - i))
+            for i in range(parts + 1)
+        ]
+        for low, high in itertools.pairwise(edges):
+            middle = _fp32(_fp32(10.0 ** (exponent - 6)) * _fp32((low + high) / 2))
+            values += [middle, -middle]
+    return tuple(sorted(values))
+
+
+def _fp32(value: float) -> float:
+    """The nearest fp32 number."""
+    return struct.unpack("f", struct.pack("f", value))[0]

@@ -100,7 +100,8 @@ def test_as_bitsandbytes_that_is_installed():
                 ours = quantised(weight, theirs.kind.name)
                 codes += 2 * stored.numel()
                 wrong += int((ours.tensors[0] != theirs.tensors[0]).sum())
-                if nested and not wrong:
+                # Where a CPU has no fused multiply-adds bitsandbytes' map has other last bits.
+                if nested and torch.equal(state.state2.code, nf4.dynamic_map()):
                     differing_scales(weight, ours, theirs)
     assert wrong <= codes / 10_000
 
