@@ -5,8 +5,8 @@
 
 The model is one of lorafa_kernels.tune.models's sizes, or "tiny", with random weights, or comes from a local
 folder; the text is a file, or Python's own help, cut into rows of bytes or of a local tokenizer's tokens.
-torchrun's processes shard the model with FSDP2, a group for each layer (data parallel; no tensor parallel):
-NCCL between GPUs, gloo between CPUs.
+torchrun's processes shard the model with FSDP2, a group for each layer; with --tensor-parallel N each N of
+them split its matrices. NCCL between GPUs, gloo between CPUs.
 
 In --out: checkpoints/ and, at the end, adapter/ in PEFT's format and results.json with all losses. The same
 command again goes on from the newest checkpoint, whatever ended the run before, on as many processes or on
@@ -38,7 +38,7 @@ DTYPES = ("float32", "bfloat16")
 SIZES = ("tiny", *(name for name, layer in MODELS.items() if "gate_proj" in {one.name for one in layer}))
 INTERRUPTED_MESSAGE = "\ninterrupted: the same command goes on from the newest checkpoint\n"
 # What another run of the same training may change: where it runs, and how often it stops to save.
-FREE = ("out", "device", "accumulate", "checkpointing", "save_every")
+FREE = ("out", "device", "accumulate", "checkpointing", "save_every", "tensor_parallel")
 
 
 class UsageError(Exception):
@@ -70,6 +70,7 @@ class Options:
     checkpointing: bool = False
     seed: int = 0
     device: str = "auto"
+    tensor_parallel: int = 1
     out: Path = OUT
 
 
@@ -115,6 +116,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--checkpointing", "keep a layer's input alone, and run it again in backward", action="store_true")
     add("--seed", "for the weights, the adapter, the order of rows and dropout", type=_whole)
     add("--device", "auto is a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    add("--tensor-parallel", "processes that split the model's matrices among them", type=count)
     add("--out", "folder for checkpoints, adapter and results.json", type=Path)
     options = Options(**vars(parser.parse_args(arguments)))
     try:
@@ -127,9 +129,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 def _check(options: Options) -> None:
     """Raise UsageError for what needs no text and no model to be wrong."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.batch % (processes * options.accumulate):
+    if processes % options.tensor_parallel:
         raise UsageError(
-            f"argument --batch: {options.batch} rows cannot be divided among {processes} processes, each in "
+            f"argument --tensor-parallel: {processes} processes cannot be divided into groups of "
+            f"{options.tensor_parallel}"
+        )
+    shares = processes // options.tensor_parallel
+    if options.batch % (shares * options.accumulate):
+        among = f"{shares} groups of processes" if options.tensor_parallel > 1 else f"{processes} processes"
+        raise UsageError(
+            f"argument --batch: {options.batch} rows cannot be divided among {among}, each in "
             f"{options.accumulate} parts (--accumulate)"
         )
     if options.sequence < 2:
@@ -193,7 +202,7 @@ def run(options: Options) -> int:
         packed = text.pack(text.read(options.text), options.tokenizer, options.sequence, options.eval_rows)
     except DemoError as error:
         raise UsageError(str(error)) from error
-    with processes.processes(options.device) as ours:
+    with processes.processes(options.device, options.tensor_parallel) as ours:
         if ours.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ours.count))
         return _train(options, packed, ours)
@@ -233,7 +242,10 @@ def _train(options: Options, packed: Any, ours: Any) -> int:
     if options.checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if ours.together:
-        model.shard(adapted, ours, dtype)
+        try:
+            model.shard(adapted, ours, dtype)
+        except ValueError as error:
+            raise UsageError(f"argument --tensor-parallel: {error}") from error
     # Dropout draws from here, in each process its own.
     torch.manual_seed(options.seed + ours.rank)
 
@@ -314,6 +326,7 @@ def _opening(options: Options, packed: Any, adapted: Any, ours: Any) -> str:
         f"{options.checkpoint or options.size}, {options.dtype}: {trained:,} of {whole:,} parameters train; "
         f"{len(packed.train):,} rows of {options.sequence} tokens, {len(packed.held_out)} held out; "
         f"{ours.count} x {ours.device.type}{', FSDP2' if ours.together else ''}"
+        f"{f', matrices split by {ours.split}' if ours.split > 1 else ''}"
     )
 
 

@@ -133,6 +133,24 @@ def test_two_processes_have_the_losses_of_one(runs, two_processes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.numerics
 @needs_gloo
+def test_tensor_parallel_processes_go_on_without_it(runs, tmp_path):
+    """Matrices split over two processes to the end; and killed, one process, killed, split again."""
+    short = (*SMALL, "--steps", "12", "--save-every", "2", "--accumulate", "2", "--rank", "4")
+    split, changed = (*short, "--tensor-parallel", "2"), str(tmp_path / "changed")
+    finish(runs, *short, "--out", str(tmp_path / "one"))
+    finish(runs, *split, "--out", str(tmp_path / "split"), processes=2)
+    assert_near(losses(tmp_path / "split"), losses(tmp_path / "one"))
+    ended = runs.run(*split, "--out", changed, processes=2, kill=Kill(steps=3))
+    assert ended.sent and "matrices split by 2" in ended.output[0]
+    ended = runs.run(*short, "--out", changed, kill=Kill(steps=3))
+    assert ended.sent and "going on from step" in ended.output[0]
+    finish(runs, *split, "--out", changed, processes=2)
+    assert_near(losses(tmp_path / "changed"), losses(tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.numerics
+@needs_gloo
 def test_another_number_of_processes_goes_on(runs, two_processes, tmp_path):
     out = tmp_path / "changed"
     ended = runs.run(*TWO, "--out", str(out), processes=2, kill=Kill(steps=9))
@@ -301,6 +319,7 @@ def test_other_options_train_on_two_processes(runs, more, tmp_path):
         pytest.param(("--dropout", "1"), "below 1", id="dropout"),
         pytest.param(("--lr", "nan"), "--lr", id="lr"),
         pytest.param(("--batch", "6", "--accumulate", "4"), "6 rows cannot be divided", id="batch"),
+        pytest.param(("--tensor-parallel", "2"), "1 processes cannot be divided", id="split"),
         pytest.param(("--steps", "5", "--warmup", "5"), "--warmup", id="warmup"),
         pytest.param(("--alpha", "0", "--gradient-correction"), "--alpha", id="alpha"),
         pytest.param(("--sequence", "1"), "--sequence", id="sequence"),

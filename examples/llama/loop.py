@@ -101,7 +101,7 @@ def _step(state: State, text: PackedText, plan: Plan, processes: Processes) -> f
     """One step of the optimizer; the mean loss of its batch over all processes."""
     model, device = state.model, processes.device
     rows = rows_at(state.progress.position, plan.batch, len(text.train), plan.seed)
-    parts = text.train[rows[processes.rank :: processes.count]].chunk(plan.accumulate)
+    parts = text.train[rows[processes.share :: processes.shares]].chunk(plan.accumulate)
     model.train()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index, part in enumerate(parts):
@@ -111,7 +111,7 @@ def _step(state: State, text: PackedText, plan: Plan, processes: Processes) -> f
         loss = row_losses(model, part.to(device)).mean() / len(parts)
         loss.backward()
         total += loss.detach()
-    mean = processes.total(total)[0] / processes.count
+    mean = processes.total(total)[0] / processes.shares
     if not math.isfinite(mean):
         raise DemoError(
             f"the loss of step {state.progress.step + 1} is {mean}: start again with a smaller --lr and "
@@ -134,15 +134,15 @@ def row_losses(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: Tensor, batch: int, processes: Processes) -> float:
-    """The mean loss of `rows`, each process taking its share, as many as every other: under FSDP2 all must
+    """The mean loss of `rows`, each process taking a share, as many as every other: under FSDP2 all must
     call forward equally often. A row that fills up a share does not count.
     """
     model.eval()
-    count = -(-len(rows) // processes.count)
-    mine = torch.arange(count) * processes.count + processes.rank
+    count = -(-len(rows) // processes.shares)
+    mine = torch.arange(count) * processes.shares + processes.share
     counts = mine < len(rows)
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
-    size = max(1, batch // processes.count)
+    size = max(1, batch // processes.shares)
     for indices, valid in zip(mine.split(size), counts.split(size), strict=True):
         part = rows[indices.clamp(max=len(rows) - 1)].to(processes.device)
         total += (row_losses(model, part) * valid.to(processes.device)).double().sum()

@@ -1,4 +1,5 @@
-"""A Llama-shaped model: by size with random weights, or from a folder; adapted, then sharded by FSDP2.
+"""A Llama-shaped model: by size with random weights, or from a folder; adapted, then split by tensor
+parallelism and sharded by FSDP2.
 
 Every process builds the whole model on its device before it is sharded, so a model must fit there once in the
 chosen dtype.
@@ -15,11 +16,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from examples import DemoError
 from examples.llama.processes import Processes
+from lorafa_kernels.integrations.parallel import llama_plan
 from lorafa_kernels.tune.models import MODELS
 
 
@@ -130,9 +133,16 @@ def shard(model: nn.Module, processes: Processes, dtype: torch.dtype) -> None:
     """Shard an adapted model in place, a group for each layer and one for the rest.
 
     A layer is one group, so that the projections that the library computes together are gathered together.
-    With a 16-bit `dtype` parameters are gathered in it; gradients are summed in fp32.
+    With a 16-bit `dtype` parameters are gathered in it; gradients are summed in fp32. Before that, matrices
+    are split over each processes.split processes.
+
+    Raises ValueError for a model that cannot be split so.
     """
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    grid = (processes.shares, processes.split)
+    mesh = init_device_mesh(processes.device.type, grid, mesh_dim_names=("data", "tensor"))
+    if processes.split > 1:
+        parallelize_module(model, mesh["tensor"], llama_plan(model, mesh["tensor"]))
+    mesh = mesh["data"]
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
     )

@@ -16,12 +16,24 @@ from examples import DemoError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count`; `together` if torchrun started them, even one."""
+    """This process among `count`; `together` if torchrun started them, even one. Each `split` of them hold
+    the parts of one model, by tensor parallelism, and take the same rows.
+    """
 
     rank: int
     count: int
     together: bool
     device: torch.device
+    split: int = 1
+
+    @property
+    def share(self) -> int:
+        """Which share of the rows this process takes, of `shares`."""
+        return self.rank // self.split
+
+    @property
+    def shares(self) -> int:
+        return self.count // self.split
 
     @property
     def first(self) -> bool:
@@ -41,12 +53,13 @@ class Processes:
         return values[0]
 
     def total(self, *values: float | torch.Tensor) -> list[float]:
-        """Sums over all processes, in fp64."""
+        """Sums over the shares, in fp64."""
         sums = torch.stack(
             [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
         )
         if self.together:
             dist.all_reduce(sums)
+            sums /= self.split
         return sums.tolist()
 
 
@@ -56,7 +69,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 @contextmanager
-def processes(device_name: str) -> Iterator[Processes]:
+def processes(device_name: str, split: int = 1) -> Iterator[Processes]:
     """Join the others: NCCL between GPUs, gloo between CPUs. `device_name`: auto, cpu or cuda.
 
     Raises DemoError if there is no GPU for this process.
@@ -73,7 +86,7 @@ def processes(device_name: str) -> Iterator[Processes]:
     if together:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     try:
-        yield Processes(rank, count, together, device)
+        yield Processes(rank, count, together, device, split)
     finally:
         if together:
             dist.destroy_process_group()
