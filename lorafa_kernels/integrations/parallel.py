@@ -38,6 +38,7 @@ from ..model.placing.members import ungroup_layer
 from ..nn.group import LoRAFALinearGroup
 from ..nn.linear import LoRAFALinear
 from ..nn.mlp import LoRAFAGeGLU, LoRAFASwiGLU
+from ..nn.quantised import Quantised
 from ..operands import autocast_enabled, check_frozen, draw_seed
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -141,6 +142,11 @@ def _is_ours(module: nn.Module) -> bool:
         raise TypeError(
             f"{type(module).__name__}, a layer of PEFT, cannot be split: adapt the model with "
             "lorafa_kernels.apply_lorafa"
+        )
+    if isinstance(module, Quantised):
+        raise TypeError(
+            f"{type(module).__name__} has a quantised base, which no style here splits: shard it with "
+            "fully_shard, or split a dense model"
         )
     return isinstance(module, LoRAFALinear)
 

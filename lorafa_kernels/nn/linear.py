@@ -180,7 +180,7 @@ class LoRAFALinear(nn.Module):
             else:
                 # Hooks, the training flag, and what its author set.
                 own[name] = value
-        _rebind_hooks(self)
+        rebind_hooks(self)
 
     @staticmethod
     def check_linear(linear: nn.Module) -> None:
@@ -347,18 +347,22 @@ class LoRAFALinear(nn.Module):
 
     def _base_forward(self, input: Tensor) -> Tensor:
         if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "the adapter is merged into the weight: call unmerge() before training, or eval() for "
-                    "inference"
-                )
-            if not self.adapter_enabled:
-                raise RuntimeError(
-                    "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
-                )
+            self.check_merged_call()
         weight, lora_A, bias = self.frozen_operands()
         check_frozen(weight, lora_A, bias)
         return F.linear(input, weight, bias)
+
+    def check_merged_call(self) -> None:
+        """Raise RuntimeError if this layer, which is merged, is trained or disabled."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the weight: call unmerge() before training, or eval() for "
+                "inference"
+            )
+        if not self.adapter_enabled:
+            raise RuntimeError(
+                "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
+            )
 
     def _plain_formula(self, x: Tensor) -> Tensor:
         """What forward computes, of operations that every exporter knows; the tracer differentiates it."""
@@ -538,7 +542,7 @@ class LoRAFALinear(nn.Module):
                 linear.__dict__[name] = value
         linear._parameters.update(parameters)
         linear.__dict__.update(self._shadowed)
-        _rebind_hooks(linear)
+        rebind_hooks(linear)
         return linear
 
     def check_unloadable(self, name: str = "the layer", *, merge: bool) -> None:
@@ -600,7 +604,7 @@ def is_exported() -> bool:
     return torch._C._is_tracing()
 
 
-def _rebind_hooks(module: nn.Module) -> None:
+def rebind_hooks(module: nn.Module) -> None:
     """Hooks on loading that are handed their module get `module` from now on; the others know none."""
     for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
         for key, hook in hooks.items():
