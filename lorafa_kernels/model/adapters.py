@@ -65,7 +65,7 @@ def targets_of(model: nn.Module, name: str, config: LoRAFAConfig) -> dict[str, L
                 f"{where or 'the model'} is under {engine} already, which would not see the adapter's "
                 "parameters: add all adapters first, then wrap the model"
             )
-    _check_not_split(layers)
+    _check_several(layers)
     config = as_config(config)
     if config.modules_to_save:
         raise ValueError(
@@ -87,10 +87,10 @@ def targets_of(model: nn.Module, name: str, config: LoRAFAConfig) -> dict[str, L
     return {target: layers[target] for target in targets}
 
 
-def _check_not_split(layers: dict[str, LoRAFALinear]) -> None:
+def _check_several(layers: dict[str, LoRAFALinear]) -> None:
     for where, layer in layers.items():
-        if not layer.takes_adapters:
-            raise ValueError(f"{where} is split by tensor parallelism, where a layer has one adapter alone")
+        if layer.adapters_obstacle:
+            raise ValueError(f"{where} {layer.adapters_obstacle}, where a layer has one adapter alone")
 
 
 def put_adapter(
@@ -181,7 +181,7 @@ def adapter_index(model: nn.Module, index: Tensor | Iterable[int | str | None]) 
     """
     layers = named_layers(model)
     names = adapter_names(model)
-    _check_not_split(layers)
+    _check_several(layers)
     for where, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{where} is merged: call unmerge_adapter(model) before adapter_index")

@@ -99,8 +99,8 @@ class LoRAFALinear(nn.Module):
     # Of layers that were pickled before there was a choice.
     gradient_correction: bool = False
     init_seed: int | None = None
-    # Whether it can have further adapters, and a mixed batch: not of a layer that is split over processes.
-    takes_adapters: bool = True
+    # Why it can have no further adapters and no mixed batch, of classes that compute otherwise.
+    adapters_obstacle: str | None = None
     # None: the layer's own adapter, as in all layers that have no other.
     _acting: Acting | None = None
 
@@ -197,7 +197,7 @@ class LoRAFALinear(nn.Module):
             else:
                 # Hooks, the training flag, and what its author set.
                 own[name] = value
-        _rebind_hooks(self)
+        rebind_hooks(self)
 
     @staticmethod
     def check_linear(linear: nn.Module) -> None:
@@ -365,6 +365,8 @@ class LoRAFALinear(nn.Module):
         taken or that no module can have, and for another rank than the layer's with share_lora_A.
         """
         check_name(name)
+        if self.adapters_obstacle:
+            raise ValueError(f"the layer {self.adapters_obstacle}, where it has one adapter alone")
         if name == DEFAULT or name in self.further_adapters():
             raise ValueError(f"the layer already has an adapter {name!r}")
         r, lora_alpha, lora_dropout = check_adapter_options(
@@ -478,21 +480,25 @@ class LoRAFALinear(nn.Module):
 
     def _base_forward(self, input: Tensor) -> Tensor:
         if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "the adapter is merged into the weight: call unmerge() before training, or eval() for "
-                    "inference"
-                )
-            if not self.adapter_enabled:
-                raise RuntimeError(
-                    "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
-                )
+            self.check_merged_call()
         return self._base_linear(input)
 
     def _base_linear(self, input: Tensor) -> Tensor:
         weight, lora_A, bias = self.frozen_operands(self)
         check_frozen(weight, lora_A, bias)
         return F.linear(input, weight, bias)
+
+    def check_merged_call(self) -> None:
+        """Raise RuntimeError if this layer, which is merged, is trained or disabled."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the weight: call unmerge() before training, or eval() for "
+                "inference"
+            )
+        if not self.adapter_enabled:
+            raise RuntimeError(
+                "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
+            )
 
     def _with_acting(self, input: Tensor) -> Tensor:
         """forward of a layer in which something else than its own adapter acts."""
@@ -719,7 +725,7 @@ class LoRAFALinear(nn.Module):
         linear.__dict__["_modules"] = {n: m for n, m in self._modules.items() if not isinstance(m, Adapters)}
         linear._parameters.update(parameters)
         linear.__dict__.update(self._shadowed)
-        _rebind_hooks(linear)
+        rebind_hooks(linear)
         return linear
 
     def check_unloadable(self, name: str = "the layer", *, merge: bool) -> None:
@@ -781,7 +787,7 @@ def is_exported() -> bool:
     return torch._C._is_tracing()
 
 
-def _rebind_hooks(module: nn.Module) -> None:
+def rebind_hooks(module: nn.Module) -> None:
     """Hooks on loading that are handed their module get `module` from now on; the others know none."""
     for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
         for key, hook in hooks.items():
