@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..engines import is_dtensor, sharding_engine
 from ..mixed.rows import BASE, Rows
-from ..nn.adapters import DEFAULT, NO_ADAPTER, Mixture, Replay, check_name
+from ..nn.adapters import DEFAULT, NO_ADAPTER, Mixture, Replay, check_name, outside_of_compilers
 from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
 from .adapt import all_or_nothing
@@ -236,7 +236,7 @@ def _hook(replay: Replay, mixture: Mixture):
             replay.now = mixture
             queue_callback(end)
 
-    @torch.compiler.disable
+    @outside_of_compilers
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
