@@ -5,9 +5,11 @@ from . import _safe_path as _safe_path
 from ._version import __version__
 from .linear.api import lorafa_linear
 from .model.adapt import apply_lorafa
+from .model.adapters import adapter_index, add_adapter, delete_adapter, set_adapter
 from .model.checkpoint import load_adapter, lorafa_state_dict, save_adapter
 from .model.config import LoRAFAConfig
 from .model.merge import disable_adapter, merge_adapter, unload_adapter, unmerge_adapter
+from .model.names import adapter_names
 from .model.quantise import quantize_base
 from .model.saved import lorafa_parameters
 from .nn import LoRAFAGeGLU, LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU
@@ -20,7 +22,11 @@ __all__ = [
     "LoRAFALinearGroup",
     "LoRAFASwiGLU",
     "__version__",
+    "adapter_index",
+    "adapter_names",
+    "add_adapter",
     "apply_lorafa",
+    "delete_adapter",
     "disable_adapter",
     "explain",
     "load_adapter",
@@ -30,6 +36,7 @@ __all__ = [
     "merge_adapter",
     "quantize_base",
     "save_adapter",
+    "set_adapter",
     "unload_adapter",
     "unmerge_adapter",
 ]

@@ -98,6 +98,56 @@ def group_backward_flops(
     return 2 * dys[used[0]][0] * total
 
 
+def mixed_forward_flops(
+    x: Shape,
+    weight: Shape,
+    lora_As: Sequence[Shape],
+    lora_Bs: Sequence[Shape],
+    bias: Shape | None,
+    index: Shape,
+    places: Sequence[int],
+    numbers: Sequence[int],
+    *_,
+    **__,
+) -> int:
+    (M, K), N = x, weight[0]
+    return 2 * (M * N * K + (K + N) * sum(_ranks_of_rows(M, lora_Bs, places, numbers)))
+
+
+def mixed_backward_flops(
+    dy: Shape,
+    z: Shape | None,
+    weight: Shape | None,
+    lora_As: Sequence[Shape],
+    lora_Bs: Sequence[Shape],
+    index: Shape,
+    places: Sequence[int],
+    numbers: Sequence[int],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    seed: Shape | None,
+    need_dx: bool,
+    need_dBs: Sequence[bool],
+    *_,
+    **__,
+) -> int:
+    M, N = dy
+    ranks = _ranks_of_rows(M, lora_Bs, places, numbers)
+    total = N * sum(rank for rank, need in zip(ranks, need_dBs, strict=True) if need)
+    if need_dx:
+        K = weight[1]
+        total += M * N * K + (N + K) * sum(ranks)
+    return 2 * total
+
+
+def _ranks_of_rows(
+    M: int, lora_Bs: Sequence[Shape], places: Sequence[int], numbers: Sequence[int]
+) -> list[int]:
+    """For each adapter its rank times the rows that it has."""
+    size = M // len(places) if places else 0
+    return [R * size * list(places).count(number) for (_, R), number in zip(lora_Bs, numbers, strict=True)]
+
+
 def gram_inverse_flops(lora_A: Shape, *_, **__) -> int:
     """Nothing: it is made once, and looked up in each step."""
     return 0
@@ -138,6 +188,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "backward_lora_B": backward_lora_B_flops,
     "group_forward": group_forward_flops,
     "group_backward": group_backward_flops,
+    "mixed_forward": mixed_forward_flops,
+    "mixed_backward": mixed_backward_flops,
     "gram_inverse": gram_inverse_flops,
     "correct": correct_flops,
     "quantised_forward": quantised_forward_flops,

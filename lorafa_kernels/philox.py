@@ -69,13 +69,27 @@ def keep_chunks(seed: Tensor, p: float, M: int, K: int, row0: int = 0) -> Iterat
     step = max(1, CHUNK // max(1, calls))
     for first in range(0, M, step):
         last = min(first + step, M)
-        yield slice(first, last), _keep_rows(seed, p, row0 + first, row0 + last, K, calls)
+        counter = torch.arange(
+            (row0 + first) * calls, (row0 + last) * calls, dtype=torch.int64, device=seed.device
+        )
+        yield slice(first, last), _keep(seed, p, counter, last - first, K)
 
 
-def _keep_rows(seed: Tensor, p: float, first: int, last: int, K: int, calls: int) -> Tensor:
-    counter = torch.arange(first * calls, last * calls, dtype=torch.int64, device=seed.device)
+def keep_chunks_of(seed: Tensor, p: float, rows: Tensor, K: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of keep_mask whose numbers are in `rows` (M_i,), int64, in parts as keep_chunks."""
+    calls = -(-K // COLUMNS_PER_CALL)
+    step = max(1, CHUNK // max(1, calls))
+    columns = torch.arange(calls, dtype=torch.int64, device=seed.device)
+    for first in range(0, len(rows), step):
+        some = rows[first : first + step]
+        counter = (some[:, None] * calls + columns).reshape(-1)
+        yield slice(first, first + len(some)), _keep(seed, p, counter, len(some), K)
+
+
+def _keep(seed: Tensor, p: float, counter: Tensor, M: int, K: int) -> Tensor:
+    """keep (M, K) of the M·⌈K/4⌉ counters of its rows."""
     zero = counter.new_zeros(())
     words = philox4x32((counter & WORD, counter >> 32, zero, zero), (seed & WORD, (seed >> 32) & WORD))
     least = threshold(p)
     keep = torch.stack([word >= least for word in words], dim=-1)
-    return keep.view(last - first, calls * COLUMNS_PER_CALL)[:, :K]
+    return keep.view(M, -(-K // COLUMNS_PER_CALL) * COLUMNS_PER_CALL)[:, :K]

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..model.adapt import is_of_peft
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from ..model.names import lorafa_layers, unwrap
+from ..model.names import chosen_adapter, lorafa_layers, unwrap
 from ..model.saved import unsaved_parameters
 
 
@@ -17,7 +17,7 @@ def adapted(model: nn.Module, how: str) -> nn.Module:
     """`model` without its wrappers, if an adapter's file can be its checkpoint.
 
     how: what the user called, for the message. Raises ValueError for a PeftModel, a model without LoRA-FA
-    layers, and one that trains what the file does not hold.
+    layers, and one that trains what the file does not hold, such as a second adapter.
     """
     core = unwrap(model)
     if any(is_of_peft(module) for module in core.modules()):
@@ -29,11 +29,12 @@ def adapted(model: nn.Module, how: str) -> nn.Module:
             "the model holds no LoRA-FA layer: call apply_lorafa(model, config) before its trainer or "
             "optimizer is made"
         )
-    if others := unsaved_parameters(core):
+    if others := unsaved_parameters(core, chosen_adapter(core, None)):
         more = ", ..." if len(others) > 4 else ""
         raise ValueError(
             f"{', '.join(others[:4])}{more} would be trained and be missing in the checkpoint, which holds "
-            "the adapter alone: name their modules in modules_to_save, or freeze them (requires_grad_(False))"
+            "the active adapter alone: name their modules in modules_to_save, or freeze them, those of other "
+            "adapters too (requires_grad_(False))"
         )
     return core
 

@@ -175,6 +175,10 @@ def _check(layer: LoRAFALinear, mesh: DeviceMesh, what: str) -> None:
         raise TypeError(f"{kind} stores its weight transposed, and cannot be split")
     if layer.merged:
         raise RuntimeError("the adapter is merged into the weight: call unmerge() before parallelize_module")
+    if layer.further_adapters():
+        raise ValueError(
+            f"{kind} has several adapters, and only a layer with one can be split: see delete_adapter"
+        )
     for name, parameter in layer.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
@@ -211,6 +215,8 @@ class _SplitLinear(LoRAFALinear):
     """A layer whose parameters are DTensors on a mesh. Its input and output are DTensors, or this process's
     parts, placed as the style says.
     """
+
+    adapters_obstacle = "is split by tensor parallelism"
 
     def _enter(self, x: Tensor, wanted: Placement, gradient: tuple[Placement] | None = None) -> Tensor:
         """This process's part of x in the placement that is wanted; its gradient may come in another."""

@@ -45,7 +45,7 @@ def forward(
     dtype = x.dtype
     factor = lora_A.t() if lora_A.dtype is dtype else lora_A.to(dtype).t()
     if dropout_p:
-        z = _dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
+        z = dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
     else:
         z = scaled_product(x, factor, scaling)
     B = lora_B if lora_B.dtype is dtype else lora_B.to(dtype)
@@ -150,7 +150,7 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     return product.addmm_(left, right, beta=0, alpha=scaling)
 
 
-def _dropped_product(left: Tensor, right: Tensor, scaling: float, dropout_p: float, seed: Tensor) -> Tensor:
+def dropped_product(left: Tensor, right: Tensor, scaling: float, dropout_p: float, seed: Tensor) -> Tensor:
     """scaling · ((left ⊙ keep) right), some rows at a time."""
     product = left.new_empty((left.shape[0], right.shape[1]))
     for rows, keep in keep_chunks(seed, dropout_p, *left.shape):

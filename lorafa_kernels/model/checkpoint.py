@@ -30,19 +30,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..engines import full_shape, is_dtensor, is_partitioned, plain_class, whole
+from ..nn.adapters import DEFAULT, LoRAFAAdapter
 from ..nn.conv1d import LoRAFAConv1D
 from ..nn.linear import LoRAFALinear, shown
 from .adapt import Adaptation, adaptation_of, all_or_nothing, apply_adaptation
+from .adapters import put_adapter, targets_of
 from .card import CARD_FILE, card_of
 from .config import LoRAFAConfig
 from .exchange import locked, replace_files
 from .layouts import present_names
-from .names import lorafa_layers, modules_by_name, target_names, unwrap
+from .names import (
+    ADAPTER_CONFIGS,
+    adapter_names,
+    chosen_adapter,
+    layers_of,
+    lorafa_layers,
+    modules_by_name,
+    target_names,
+    unwrap,
+)
 from .patterns import limited
 from .peft_config import FIELDS, from_fields
 from .saved import original_shapes, persistent_tensors, saved_tensors, unsaved_parameters
 from .vocabulary import base_vocabulary, embedding_tensors, vocabulary_of
 
+# What has the parameters and options of one adapter of a layer.
+Adapted = LoRAFALinear | LoRAFAAdapter
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -66,31 +79,33 @@ _DTYPES = {
 }
 
 
-def lorafa_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """{PEFT's key: tensor} of the adapter: the tensors themselves, detached, on their devices, in their
-    dtypes.
+def lorafa_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """{PEFT's key: tensor} of the active adapter, or of `adapter`: the tensors themselves, detached, on their
+    devices, in their dtypes.
 
-    lora_A is (r, in_features), lora_B (out_features, r); modules_to_save come with all their tensors. A
-    shared layer comes under its first name, a shared module of modules_to_save under each, as PEFT has them.
-    Names are those of the model inside DDP, AveragedModel, a DeepSpeed engine, torch.compile.
+    lora_A is (r, in_features), lora_B (out_features, r); modules_to_save come with all their tensors, with
+    "default" alone. A shared layer comes under its first name, a shared module of modules_to_save under each,
+    as PEFT has them. Names are those of the model inside DDP, AveragedModel, a DeepSpeed engine,
+    torch.compile.
 
     A DTensor and a parameter of DeepSpeed's ZeRO-3 is gathered, which every rank must take part in. Raises
-    ValueError if the model holds no LoRA-FA layer or is one, and for a tensor that is not here as a whole
-    (under FSDP1 call this within FullyShardedDataParallel.summon_full_params); RuntimeError if a layer is
-    merged.
+    ValueError if the model holds no LoRA-FA layer or is one, for an unknown adapter, and for a tensor that is
+    not here as a whole (under FSDP1 call this within FullyShardedDataParallel.summon_full_params);
+    RuntimeError if a layer is merged.
     """
     model = unwrap(model)
     for name, layer in _layers(model).items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged: call unmerge_adapter(model) before saving its adapter")
-    tensors = _tensors(model)
+    adapter = chosen_adapter(model, adapter)
+    tensors = _tensors(model, adapter)
     with whole(tensors.values()):
         # Of what is about to be partitioned again there must be a copy.
         gathered = {
             key: tensor.detach().clone() if is_partitioned(tensor) else _gathered(tensor.detach())
             for key, tensor in tensors.items()
         }
-    _check_whole(model, gathered)
+    _check_whole(model, gathered, adapter)
     return gathered
 
 
@@ -98,9 +113,9 @@ def _gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def _check_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _check_whole(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> None:
     """Raise ValueError, naming the first, if a tensor of the adapter is only a part of what it should be."""
-    for key, (shape, resizable) in _whole_shapes(model).items():
+    for key, (shape, resizable) in _whole_shapes(model, adapter).items():
         tensor = tensors[key]
         got = full_shape(tensor)
         # resize_token_embeddings changes the first dimension.
@@ -124,12 +139,14 @@ def _has_storage(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or is_partitioned(tensor) or tensor.untyped_storage().nbytes() > 0
 
 
-def _whole_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
+def _whole_shapes(model: nn.Module, adapter: str) -> dict[str, tuple[tuple[int, ...], bool]]:
     """{key: (shape, whether the model's author may have changed its first dimension)}"""
     found = {}
-    for name, layer in lorafa_layers(model).items():
+    for name, layer in layers_of(model, adapter).items():
         shapes = (layer.r, layer.in_features), (layer.out_features, layer.r)
         found |= {key: (shape, False) for key, shape in zip(_adapter_keys(name), shapes, strict=True)}
+    if adapter != DEFAULT:
+        return found
     return found | {_PREFIX + name: (shape, True) for name, shape in original_shapes(model).items()}
 
 
@@ -149,17 +166,20 @@ def _adapter_keys(name: str) -> tuple[str, str]:
     return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """The adapter's live tensors by key, for reading and for writing into."""
     found: dict[str, Tensor] = {}
-    for name, layer in lorafa_layers(model).items():
+    for name, layer in layers_of(model, adapter).items():
         key_A, key_B = _adapter_keys(name)
         found |= {key_A: layer.lora_A, key_B: layer.lora_B}
+    if adapter != DEFAULT:
+        return found
     return found | {_PREFIX + name: tensor for name, tensor in saved_tensors(model).items()}
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapter of `model` into the folder `path`, so that `load_adapter` and PEFT can load it.
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
+    """Write the active adapter of `model`, or `adapter`, into the folder `path`, so that `load_adapter` and
+    PEFT can load it.
 
     The config says the task, the base model and, without a task, its class, so that PEFT's
     AutoPeftModelForCausalLM.from_pretrained(path) and the like load both. A README.md, the card that hubs
@@ -172,14 +192,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ZeRO-3) every rank calls this and rank 0 writes.
 
     Raises RuntimeError while merged, TypeError or ValueError for a `path` that is none, ValueError if the
-    model holds no LoRA-FA layer, a tensor without storage (on the meta device), one that is not here as a
-    whole, or a config that PEFT cannot express, NotADirectoryError if `path` is a file.
+    model holds no LoRA-FA layer or no such adapter, a tensor without storage (on the meta device), one that
+    is not here as a whole, or a config that PEFT cannot express, NotADirectoryError if `path` is a file.
     """
     folder = _folder(path)
     model = unwrap(model)
-    tensors = lorafa_state_dict(model)
+    tensors = lorafa_state_dict(model, adapter)
+    adapter = chosen_adapter(model, adapter)
     with limited():
-        described = _config_of(model)
+        described = _config_of(model, adapter)
         base = _base_of(described, model)
         config = _config_json(described, base, model)
     tensors |= _extended_embeddings(model, base, tensors)
@@ -189,7 +210,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     # A copy of each: safetensors refuses tensors that share storage, as aliases do.
     copies = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     weights = _safetensors().torch.save(copies, metadata={"format": "pt"})
-    sharded = any(is_dtensor(tensor) or is_partitioned(tensor) for tensor in _tensors(model).values())
+    live = _tensors(model, adapter).values()
+    sharded = any(is_dtensor(tensor) or is_partitioned(tensor) for tensor in live)
     if sharded and dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     if folder.exists() and not folder.is_dir():
@@ -260,12 +282,18 @@ def _warn_unsaved(model: nn.Module) -> None:
         )
 
 
-def _config_of(model: nn.Module) -> LoRAFAConfig:
-    """The config of apply_lorafa, if it still describes the layers, else one derived from them."""
-    layers = lorafa_layers(model)
-    config = getattr(model, "lorafa_config", None)
+def _config_of(model: nn.Module, adapter: str) -> LoRAFAConfig:
+    """The config of apply_lorafa or add_adapter, if it still describes the layers, else one derived from
+    them.
+    """
+    layers = layers_of(model, adapter)
+    if adapter == DEFAULT:
+        given = getattr(model, "lorafa_config", None)
+    else:
+        given = getattr(model, ADAPTER_CONFIGS, {}).get(adapter)
+    config = given
     if config is None or not _describes(config, model, layers):
-        config = _derived_config(model, layers)
+        config = _derived_config(model, layers, given)
     elif config.all_linear:
         config = dataclasses.replace(config, target_modules=_exact_targets(layers, model))
     for name, layer in layers.items():
@@ -277,7 +305,7 @@ def _config_of(model: nn.Module) -> LoRAFAConfig:
     return config
 
 
-def _describes(config: LoRAFAConfig, model: nn.Module, layers: dict[str, LoRAFALinear]) -> bool:
+def _describes(config: LoRAFAConfig, model: nn.Module, layers: Mapping[str, Adapted]) -> bool:
     return target_names(model, config) == list(layers) and all(
         (layer.r, layer.lora_alpha) == config.rank_and_alpha(name)
         and layer.use_rslora == config.use_rslora
@@ -286,7 +314,9 @@ def _describes(config: LoRAFAConfig, model: nn.Module, layers: dict[str, LoRAFAL
     )
 
 
-def _derived_config(model: nn.Module, layers: dict[str, LoRAFALinear]) -> LoRAFAConfig:
+def _derived_config(
+    model: nn.Module, layers: Mapping[str, Adapted], previous: LoRAFAConfig | None
+) -> LoRAFAConfig:
     if len({layer.use_rslora for layer in layers.values()}) > 1:
         raise ValueError("use_rslora differs between layers, and PEFT's format stores one value for all")
 
@@ -295,7 +325,6 @@ def _derived_config(model: nn.Module, layers: dict[str, LoRAFALinear]) -> LoRAFA
 
     r = common(layer.r for layer in layers.values())
     alpha = common(layer.lora_alpha for layer in layers.values())
-    previous = getattr(model, "lorafa_config", None)
     return dataclasses.replace(
         previous or LoRAFAConfig(),
         r=r,
@@ -361,7 +390,9 @@ def _class_of(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, adapter: str | None = None
+) -> nn.Module:
     """Load the adapter in the folder `path`, written by `save_adapter` or by PEFT, and return `model`.
 
     A model without LoRA-FA layers is adapted first, as the file's config says, with fused blocks as in
@@ -370,6 +401,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
     model that is adapted here, and is rounded, with a warning, in one that is adapted already. A lora_A that
     PEFT trained is taken over, and stays frozen here. Embeddings in the file, of a vocabulary that was
     extended, go into the model's own. Names of modules in earlier versions of transformers are understood.
+
+    adapter: the adapter to load into; None for the active one. One that the model does not have is added to
+    layers that are adapted already, with a lora_A of its own. One that shares lora_A takes files with the
+    same lora_A only.
 
     strict: False leaves out, with a warning, what cannot be adapted here (experts of mixtures, which PEFT has
     as target_parameters) and keys that the model has no tensor for.
@@ -383,21 +418,33 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: pass the local folder that holds the adapter")
     with limited(), locked(folder, shared=True), all_or_nothing(core):
-        _load(model, core, folder, strict)
+        _load(model, core, folder, strict, adapter)
     return model
 
 
-def _load(model: nn.Module, core: nn.Module, folder: Path, strict: bool) -> None:
+def _load(model: nn.Module, core: nn.Module, folder: Path, strict: bool, adapter: str | None) -> None:
     config, experts = _read_config(folder)
     config = _present_targets(core, config)
     with _open_weights(folder) as weights:
-        adaptation = None
+        adaptation, added = None, {}
         if isinstance(core, LoRAFALinear) or lorafa_layers(core):
-            _check_layers(_layers(core), config)
-            tensors = _tensors(core)
-            _check_whole(core, tensors)
-            slots = {key: _Slot.of(tensor) for key, tensor in tensors.items()}
+            _layers(core)
+            name = chosen_adapter(core, None) if adapter is None else adapter
+            if name in adapter_names(core):
+                _check_layers(layers_of(core, name), config)
+                tensors = _tensors(core, name)
+                _check_whole(core, tensors, name)
+                slots = {key: _Slot.of(tensor) for key, tensor in tensors.items()}
+            else:
+                added = targets_of(core, name, config)
+                slots = _added_slots(added, config)
+        elif adapter not in (None, DEFAULT):
+            raise ValueError(
+                f"adapter={shown(adapter)} is to be added to an adapted model: load or apply the first "
+                "adapter without a name"
+            )
         else:
+            name = DEFAULT
             adaptation = adaptation_of(model, config, strict=strict and not experts)
             slots = _planned_slots(adaptation)
         names = _keys_here(core, weights.entries, slots)
@@ -419,10 +466,14 @@ def _load(model: nn.Module, core: nn.Module, folder: Path, strict: bool) -> None
     _check_twins(values, slots, weights.path)
     if adaptation is not None:
         apply_adaptation(core, adaptation)
-        _widen(core, values)
+        _widen(core, values, name)
+    elif added:
+        put_adapter(core, name, config, added, share_lora_A=False)
+        _widen(core, values, name)
     else:
-        _warn_rounded(core, values)
-    targets = _tensors(core) | embeddings
+        _check_shared(core, values, name)
+        _warn_rounded(core, values, name)
+    targets = _tensors(core, name) | embeddings
     # Whatever can fail does so before the first is written.
     ready = {key: _for(target, values[key]) for key, target in targets.items()}
     with whole(targets.values(), writing=True), torch.no_grad():
@@ -463,26 +514,51 @@ def _embedding_slots(
     return found
 
 
-def _rounded(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, LoRAFALinear]:
+def _added_slots(layers: Mapping[str, LoRAFALinear], config: LoRAFAConfig) -> dict[str, _Slot]:
+    """The slots that a further adapter will have."""
+    slots = {}
+    for name, layer in layers.items():
+        r, _ = config.rank_and_alpha(name)
+        shapes = (r, layer.in_features), (layer.out_features, r)
+        for key, shape in zip(_adapter_keys(name), shapes, strict=True):
+            slots[key] = _Slot(shape, True, layer.lora_B.is_meta, key)
+    return slots
+
+
+def _check_shared(model: nn.Module, values: Mapping[str, Tensor], adapter: str) -> None:
+    """Raise ValueError, naming the first, for a lora_A that other adapters have too and that would change."""
+    for name, layer in lorafa_layers(model).items():
+        sharing = [n for n, other in layer.further_adapters().items() if other.shares_lora_A]
+        if not sharing or adapter not in (DEFAULT, *sharing):
+            continue
+        key = _adapter_keys(name)[0]
+        if not torch.equal(values[key].to(layer.lora_A.device, layer.lora_A.dtype), layer.lora_A):
+            raise ValueError(
+                f"{key} in the file is not the lora_A that {', '.join((DEFAULT, *sharing))} share: load it "
+                "under a name of its own"
+            )
+
+
+def _rounded(model: nn.Module, values: Mapping[str, Tensor], adapter: str) -> dict[str, Adapted]:
     """The layers whose lora_A in the file has bits that the parameter in the model cannot hold."""
     found = {}
-    for name, layer in lorafa_layers(model).items():
+    for name, layer in layers_of(model, adapter).items():
         value = values[_adapter_keys(name)[0]]
         if not torch.equal(value.to(layer.lora_A.dtype).to(value.dtype), value):
             found[name] = layer
     return found
 
 
-def _widen(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def _widen(model: nn.Module, values: Mapping[str, Tensor], adapter: str) -> None:
     """Make lora_A fp32 where it was trained so for a weight of 16 bits, so that saving gives it back."""
-    for layer in _rounded(model, values).values():
+    for layer in _rounded(model, values, adapter).values():
         if layer.lora_A.element_size() == 2:
             wide = torch.empty_like(layer.lora_A, dtype=torch.float32)
             layer.lora_A = nn.Parameter(wide, requires_grad=False)
 
 
-def _warn_rounded(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    if rounded := list(_rounded(model, values)):
+def _warn_rounded(model: nn.Module, values: Mapping[str, Tensor], adapter: str) -> None:
+    if rounded := list(_rounded(model, values, adapter)):
         more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
         warnings.warn(
             f"lora_A of {rounded[0]}{more} has fewer bits in the model than in the file and is rounded: load "
@@ -622,7 +698,7 @@ def _open_weights(folder: Path) -> Iterator[_Weights]:
         yield _Weights(path, file)
 
 
-def _check_layers(layers: dict[str, LoRAFALinear], config: LoRAFAConfig) -> None:
+def _check_layers(layers: Mapping[str, Adapted], config: LoRAFAConfig) -> None:
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged: call unmerge_adapter(model) before loading an adapter")

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..nn.linear import LoRAFALinear
 from ..nn.quantised import LoRAFAQuantisedLinear
-from .names import adapted_layers, named_layers, owners_of, unwrap
+from .names import ADAPTER_CONFIGS, adapted_layers, named_layers, owners_of, unwrap
 from .placing.place import remove_blocks
 from .pretrained import release_save
 from .quantise import trainable_flag
@@ -27,7 +27,8 @@ _LOG = logging.getLogger("lorafa_kernels")
 def merge_adapter(
     model: nn.Module, *, keep: str = "device", safe_merge: bool = False, requantize: bool = False
 ) -> nn.Module:
-    """Install weight + scaling · lora_B lora_A (N, K) in every layer; `unmerge_adapter` takes it back.
+    """Install weight + scaling · lora_B lora_A (N, K) of the active adapter in every layer;
+    `unmerge_adapter` takes it back.
 
     The old weight is kept, with keep="cpu" on the CPU, unless another module shares it. Layers that are
     merged already stay so. A layer that shared its weight with the input embedding has one of its own then,
@@ -104,13 +105,13 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
 def unload_adapter(
     model: nn.Module, merge: bool = True, *, safe_merge: bool = False, requantize: bool = False
 ) -> nn.Module:
-    """Put a linear layer back for every LoRA-FA layer and return the model; the adapter is gone after that.
+    """Put a linear layer back for every LoRA-FA layer and return the model; all adapters are gone after that.
 
-    merge=True: with merged weights, and with the trained tensors in modules_to_save; no copy of the old is
-    kept. merge=False: with the original Parameter objects everywhere. Each has the class, hooks and
-    attributes of the layer that was adapted. requires_grad of what remains does not change. A layer that
-    shared its weight with the input embedding and was merged has one of its own then, and
-    model.config.tie_word_embeddings says so.
+    merge=True: with the active adapter merged into the weights, and with the trained tensors in
+    modules_to_save; no copy of the old is kept. merge=False: with the original Parameter objects everywhere.
+    Each has the class, hooks and attributes of the layer that was adapted. requires_grad of what remains does
+    not change. A layer that shared its weight with the input embedding and was merged has one of its own
+    then, and model.config.tie_word_embeddings says so.
 
     A layer on a quantised base becomes a dense nn.Linear when it is merged; with requantize=True it stays
     quantised, as merge_adapter says.
@@ -138,7 +139,7 @@ def unload_adapter(
     with ties_told(model), trainable_flag(model):
         _unload(model, list(layers.values()), merge, again)
     release_save(unwrap(model))
-    for name in ("lorafa_config", "lorafa_report", UNTIED):
+    for name in ("lorafa_config", "lorafa_report", ADAPTER_CONFIGS, UNTIED):
         unwrap(model).__dict__.pop(name, None)
     return model
 

@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ..engines import wrapped_child
+from ..nn.adapters import DEFAULT, Adapters, LoRAFAAdapter
 from ..nn.conv1d import is_conv1d
 from ..nn.linear import LoRAFALinear
 from .config import LoRAFAConfig, expression_of
 from .patterns import compiled
+
+# Where a model keeps the configs of its further adapters.
+ADAPTER_CONFIGS = "lorafa_adapter_configs"
 
 
 def ends_of(name: str) -> list[str]:
@@ -72,6 +76,7 @@ def target_names(model: nn.Module, config: LoRAFAConfig) -> list[str]:
         name
         for name, module in modules_by_name(model).items()
         if name
+        and not isinstance(module, (Adapters, LoRAFAAdapter))
         and is_target(name, module)
         and not is_excluded(name)
         and not any(expression.matches(name) for expression in saved)
@@ -138,6 +143,38 @@ def named_layers(model: nn.Module) -> dict[str, LoRAFALinear]:
     if not layers:
         raise ValueError("the model holds no LoRA-FA layer: call apply_lorafa(model, config) first")
     return layers
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's adapters: "default", that of apply_lorafa, then the others in the order in which
+    they were added. The place of a name here is its number in an index. Raises ValueError if the model holds
+    no LoRA-FA layer.
+    """
+    names = [DEFAULT]
+    for layer in adapted_layers(model):
+        names += layer.further_adapters()
+    return tuple(dict.fromkeys(names))
+
+
+def known_adapter(model: nn.Module, name: str) -> str:
+    """Return the name of an adapter of the model. Raises ValueError for one that it does not have."""
+    names = adapter_names(model)
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"the model has no adapter {name!r:.80}: it has {', '.join(names)}")
+    return name
+
+
+def chosen_adapter(model: nn.Module, name: str | None) -> str:
+    """The same, for None the name of the active adapter."""
+    return adapted_layers(model)[0].acting.name if name is None else known_adapter(model, name)
+
+
+def layers_of(model: nn.Module, adapter: str) -> dict[str, LoRAFALinear | LoRAFAAdapter]:
+    """{name of layer: what has the parameters and options of `adapter` there}, without layers that lack it;
+    the layers themselves for "default".
+    """
+    found = {name: layer.adapter(adapter) for name, layer in lorafa_layers(model).items()}
+    return {name: holder for name, holder in found.items() if holder is not None}
 
 
 def adapted_layers(model: nn.Module) -> list[LoRAFALinear]:

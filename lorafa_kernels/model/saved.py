@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..engines import is_dtensor
-from .names import adapted_layers, is_inside, modules_by_name, unwrap
+from ..nn.adapters import DEFAULT
+from .names import adapter_names, chosen_adapter, is_inside, layers_of, modules_by_name, unwrap
 from .report import AdapterReport
 
 ASIDE = "_lorafa_aside"
@@ -145,17 +146,24 @@ def original_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def lorafa_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What to hand to an optimizer: every lora_B (out_features, r), then the parameters of modules_to_save.
+def lorafa_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
+    """What to hand to an optimizer: every lora_B (out_features, r) of the active adapter, or of `adapter`,
+    then the parameters of modules_to_save, which belong to "default".
 
-    Each comes once. Raises ValueError if the model holds no LoRA-FA layer.
+    Each comes once. Raises ValueError if the model holds no LoRA-FA layer, or no adapter of that name.
     """
-    trained = [layer.lora_B for layer in adapted_layers(model)]
+    name = chosen_adapter(model, adapter)
+    trained = [holder.lora_B for holder in layers_of(model, name).values()]
+    if name != DEFAULT:
+        return list({id(parameter): parameter for parameter in trained}.values())
     trained += [tensor for tensor in saved_tensors(model).values() if isinstance(tensor, nn.Parameter)]
     return list({id(parameter): parameter for parameter in trained}.values())
 
 
-def unsaved_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that require grad and are no part of the adapter and its files."""
-    adapter = {id(parameter) for parameter in lorafa_parameters(model)}
-    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
+def unsaved_parameters(model: nn.Module, adapter: str | None = None) -> list[str]:
+    """Names of the parameters that require grad and are no part of `adapter` and its files; for None, of no
+    adapter's.
+    """
+    names = adapter_names(model) if adapter is None else [adapter]
+    held = {id(parameter) for name in names for parameter in lorafa_parameters(model, name)}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]

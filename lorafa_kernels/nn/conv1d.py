@@ -88,8 +88,8 @@ class LoRAFAConv1D(LoRAFALinear):
         """The shape that weight is stored in."""
         return self.in_features, self.out_features
 
-    def _plus_product(self, weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return torch.addmm(weight, A.t(), B.t(), alpha=self.scaling)
+    def _plus_product(self, weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
+        return torch.addmm(weight, A.t(), B.t(), alpha=scaling)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew, weight and bias as Conv1D does. Raises as LoRAFALinear."""
@@ -101,6 +101,8 @@ class LoRAFAConv1D(LoRAFALinear):
             nn.init.normal_(self.weight, std=0.02)
             nn.init.zeros_(self.bias)
         self.reset_lora_parameters()
+        for adapter in self.further_adapters().values():
+            adapter.reset_lora_parameters()
 
 
 _DEFAULTS = {

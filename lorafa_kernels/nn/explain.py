@@ -13,15 +13,18 @@ from typing import NamedTuple
 import torch
 
 from ..linear.library import SUMMED_IN_PLACE
+from ..mixed import ops as mixed
 from ..operands import FLOAT_DTYPES
 from ..plan.choice import choose, choose_plan, planned_device
 from ..plan.config import DeviceLimits, KernelConfig
 from ..plan.make import Plan
 from ..plan.pin import pinned
 from ..plan.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
+from .adapters import LoRAFAAdapter
 from .linear import LoRAFALinear
 from .quantised import Quantised, dtype_of
 
+Adapted = LoRAFALinear | LoRAFAAdapter
 DEFAULT_M = 2048
 
 
@@ -143,10 +146,11 @@ def explain(
             bf16 on a GPU and fp32 elsewhere.
         impl: "auto", "triton", "torch" or "reference". Default: the layer's; "auto" for shapes.
 
-    The steps are those of the layer by itself. Inside a block that apply_lorafa fused (`blocks` of its
-    report) the block's own steps run instead. Dropout is included while the layer is in training mode.
-    Backward is for the gradients of x and lora_B, or of x alone if the layer's lora_B is frozen; a model's
-    first layer, whose x needs no gradient, runs fewer steps.
+    The steps are those of the layer by itself; of one with several adapters those of the active one, and
+    within adapter_index those of a mixed batch, with R the largest rank. Inside a block that apply_lorafa
+    fused (`blocks` of its report) the block's own steps run instead. Dropout is included while the layer is
+    in training mode. Backward is for the gradients of x and lora_B, or of x alone if the layer's lora_B is
+    frozen; a model's first layer, whose x needs no gradient, runs fewer steps.
 
     Raises:
         TypeError: neither a LoRAFALinear nor shapes; a size that is no integer; M together with shapes; a
@@ -155,8 +159,11 @@ def explain(
         RuntimeError: impl="triton" where it cannot run; the layer's forward raises the same.
     """
     layer = layer_or_shapes if isinstance(layer_or_shapes, LoRAFALinear) else None
+    adapters: list[Adapted] = []
     if layer is not None:
-        sizes = (DEFAULT_M if M is None else M, layer.out_features, layer.in_features, layer.r)
+        adapters = _adapters(layer)
+        R = max((adapter.r for adapter in adapters), default=layer.r)
+        sizes = (DEFAULT_M if M is None else M, layer.out_features, layer.in_features, R)
         device = layer.weight.device if device is None else device
         dtype = _dtype_of(layer) if dtype is None else dtype
         impl = layer.impl if impl is None else impl
@@ -171,12 +178,19 @@ def explain(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, FLOAT_DTYPES))}")
-    frozen_B = layer is not None and not layer.lora_B.requires_grad
+    frozen_B = bool(adapters) and not any(adapter.lora_B.requires_grad for adapter in adapters)
     ops = ("forward", "backward_input" if frozen_B else "backward")
     asked = impl
     impl, reason = _implementation(layer, asked, device, dtype, ops)
-    dropout_p = layer.lora_dropout if layer is not None and layer.training and impl != "linear" else 0.0
+    dropout_p = 0.0
+    if layer is not None and layer.training and impl != "linear":
+        dropout_p = max(adapter.lora_dropout for adapter in adapters)
     M, N, K, R = sizes
+    if layer is not None and impl != "linear" and layer.mixes():
+        found = _mixed_products(device, dtype)
+        backward = found["dx"] + (() if frozen_B else found["dB"])
+        steps = _for_layer(layer, dtype, asked, found["forward"], backward)
+        return Explanation(impl, reason, device, dtype, *sizes, *steps, dropout_p=dropout_p)
     library = _library_products(device, dtype, N, K, R, dropout_p > 0)
     products = _PRODUCTS.get(impl, library)
     steps = {"forward": products["forward"], "backward_input": products["dx"]}
@@ -195,6 +209,13 @@ def explain(
         forward, backward = (tuple(_with_dropout(step) for step in steps) for steps in (forward, backward))
     forward, backward = _for_layer(layer, dtype, asked, forward, backward)
     return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, plans, dropout_p)
+
+
+def _adapters(layer: LoRAFALinear) -> list[Adapted]:
+    """The adapters of a layer that act: the active one, or those of a mixed batch, without what it lacks."""
+    names = layer.acting.mixture[1] if layer.mixes() else [None]
+    found = [layer.adapter(name) for name in names]
+    return [adapter for adapter in found if adapter is not None]
 
 
 def describe_plan(op: str, planned: Planned) -> list[str]:
@@ -239,6 +260,10 @@ def _implementation(
         return "linear", "the adapter is merged into the weight: call unmerge() before training"
     if layer is not None and not layer.adapter_enabled:
         return "linear", "the adapter is switched off: adapter_enabled is False"
+    if layer is not None and not _adapters(layer):
+        return "linear", f"the layer has no adapter {layer.acting.name!r}, which is active"
+    if layer is not None and layer.mixes():
+        return mixed.implementation(impl)[0], f"rows take several adapters: {mixed.NO_KERNEL}"
     # Where one operation is pinned to the Triton kernels, "triton" is the layer's implementation.
     choices = [choose(impl, device, dtype, _pinned_kernels(impl, op)) for op in ops]
     choice = next((one for one in choices if one.impl == "triton"), choices[0])
@@ -279,6 +304,22 @@ def _library_products(
         "forward": (Step("addmm_" if dropout else scaled, "z = s * (x @ lora_A.T)"), *y),
         "dx": (Step(scaled, "dz = s * (dy @ lora_B)"), *dx),
         "dB": (Step("mm", "dB = dy.T @ z"),),
+    }
+
+
+def _mixed_products(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Step, ...]]:
+    """The products of mixed/library.py, in its order; i is the adapter of a row."""
+    own, all_rows = "on the rows of each adapter", "for all rows at once where lora_A is shared"
+    if device.type == "cpu" and dtype in SUMMED_IN_PLACE:
+        y = Step("linear", "y = x @ weight.T + bias"), Step("addmm_", f"y += z @ lora_B_i.T, {own}")
+        dx = Step("mm", "dx = dy @ weight"), Step("addmm_", f"dx += dz @ lora_A_i, {all_rows}")
+    else:
+        y = Step("linear", f"y = z @ lora_B_i.T + bias, {own}"), Step("addmm_", "y += x @ weight.T")
+        dx = Step("mm", f"dx = dz @ lora_A_i, {all_rows}"), Step("addmm_", "dx += dy @ weight")
+    return {
+        "forward": (Step("mm", f"z = s_i * (x @ lora_A_i.T), {all_rows}"), *y),
+        "dx": (Step("mm", f"dz = s_i * (dy @ lora_B_i), {own}"), *dx),
+        "dB": (Step("mm", f"dB_i = dy.T @ z, {own}"),),
     }
 
 
@@ -330,7 +371,8 @@ def _for_layer(
     elif layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")
         forward, backward = (cast, *forward), (cast, *backward)
-    if layer is not None and layer.gradient_correction and any("dB =" in step.formula for step in backward):
+    corrected = layer is not None and any(adapter.gradient_correction for adapter in _adapters(layer))
+    if corrected and any(step.formula.startswith("dB") for step in backward):
         backward = (
             *backward,
             Step("addmm_", "dB = dB @ inverse(lora_A @ lora_A.T) / s^2, the inverse made once"),

@@ -17,8 +17,9 @@ from .quantised import LoRAFAQuantisedLinear, Quantised, dtype_of, is_quantised
 
 
 def operands_of(module: nn.Module) -> LinearOperands:
-    """Return what a block needs of an nn.Linear or LoRAFALinear as it is now: one that is merged or has its
-    adapter disabled is a plain linear layer, and dropout acts while it is in training mode.
+    """Return what a block needs of an nn.Linear or LoRAFALinear as it is now, with its active adapter: one
+    that is merged or has its adapter disabled is a plain linear layer, and dropout acts while it is in
+    training mode. A layer that mixes adapters must be asked itself.
 
     Raises:
         ValueError: a frozen parameter of a LoRAFALinear that requires grad.
@@ -35,24 +36,26 @@ def operands_of(module: nn.Module) -> LinearOperands:
             raise RuntimeError(
                 "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
             )
-        weight, lora_A, bias = module.frozen_operands()
         if module.merged or not module.adapter_enabled:
+            weight, lora_A, bias = module.frozen_operands(module)
             check_frozen(weight, lora_A, bias)
             return LinearOperands(weight, bias)
-        return LinearOperands(
-            weight,
-            bias,
-            lora_A,
-            module.lora_B,
-            module.scaling,
-            module.lora_dropout if module.training else 0.0,
-            module.gradient_correction,
-        )
+        return module.adapter_operands(module.adapter())
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
     return LinearOperands(
         frozen_view(module, "weight", module.weight), frozen_view(module, "bias", module.bias)
     )
+
+
+def mixes(module: nn.Module) -> bool:
+    """Whether `module` is a layer whose rows take adapters by an index now."""
+    return isinstance(module, LoRAFALinear) and module._acting is not None and module.mixes()
+
+
+def own_adapters(members: Iterable[nn.Module]) -> bool:
+    """Whether the layers act with their own adapters, and no further ones."""
+    return all(not isinstance(m, LoRAFALinear) or m._acting is None or m.adapter() is m for m in members)
 
 
 class LoRAFALinearGroup(nn.Module):
@@ -179,10 +182,11 @@ class LoRAFALinearGroup(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return one output for each member. Raises as lorafa_linear_group and operands_of."""
         # A quantised member makes its dense weight for its own product alone.
-        if self._by_member or is_exported():
+        if self._by_member or is_exported() or any(map(mixes, self.members)):
             return tuple(module(x) for module in self.members)
         operands = [operands_of(module) for module in self.members]
-        return lorafa_linear_group(x, operands, share_A=self.share_A, impl=self.impl)
+        share_A = self.share_A and own_adapters(self.members)
+        return lorafa_linear_group(x, operands, share_A=share_A, impl=self.impl)
 
     def extra_repr(self) -> str:
         """Describe the group in print(model)."""

@@ -13,10 +13,22 @@ from torch.nn.utils import parametrize
 
 from ..correction import as_corrected
 from ..engines import frozen_view, full_shape, manager_of, not_plain
+from ..group.operands import LinearOperands
 from ..linear.api import lorafa_linear
+from ..mixed.api import lorafa_linear_mixed
+from ..mixed.rows import Rows
 from ..operands import FLOAT_DTYPES, autocast_enabled, check_frozen
+from .adapters import (
+    DEFAULT,
+    Acting,
+    Adapters,
+    LoRAFAAdapter,
+    check_name,
+    mixture_now,
+    outside_of_compilers,
+    reset,
+)
 from .hooked import computing_device, give_hook, hook_of, is_patched, take_hook
-from .initialise import draw_into
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
@@ -36,6 +48,7 @@ _OWN = frozenset(
         "_unmerged",
         "_origin",
         "_shadowed",
+        "_acting",
     }
 )
 LARGEST_RANK = 2**31 - 1
@@ -86,6 +99,10 @@ class LoRAFALinear(nn.Module):
     # Of layers that were pickled before there was a choice.
     gradient_correction: bool = False
     init_seed: int | None = None
+    # Why it can have no further adapters and no mixed batch, of classes that compute otherwise.
+    adapters_obstacle: str | None = None
+    # None: the layer's own adapter, as in all layers that have no other.
+    _acting: Acting | None = None
 
     def __init__(
         self,
@@ -290,8 +307,9 @@ class LoRAFALinear(nn.Module):
         self.reset_lora_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters anew: weight and bias as torch.nn.Linear does, lora_A and lora_B as
-        init_lora_weights says. For a layer that was made on the meta device, after to_empty.
+        """Initialise all parameters anew: weight and bias as torch.nn.Linear does, lora_A and lora_B (of
+        further adapters too) as init_lora_weights says. For a layer that was made on the meta device, after
+        to_empty.
 
         Raises RuntimeError for a merged layer.
         """
@@ -301,28 +319,143 @@ class LoRAFALinear(nn.Module):
             )
         nn.Linear.reset_parameters(self)
         self.reset_lora_parameters()
+        for adapter in self.further_adapters().values():
+            adapter.reset_lora_parameters()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Initialise lora_A and lora_B anew, as init_lora_weights and init_seed say; lora_A stays frozen
         afterwards. Raises RuntimeError for a sharded lora_A that is to be orthogonal and has no init_seed.
         """
-        generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
-        kind = "kaiming" if isinstance(self.init_lora_weights, bool) else self.init_lora_weights
-        draw_into(self.lora_A, kind, generator)
-        if self.init_lora_weights is False:
-            draw_into(self.lora_B, "kaiming", generator)
-        else:
-            nn.init.zeros_(self.lora_B)
+        reset(self, draw_A=True)
+
+    def further_adapters(self) -> dict[str, LoRAFAAdapter]:
+        """{name: adapter} of those that add_adapter made, in their order."""
+        adapters = self._modules.get("adapters")
+        return dict(adapters._modules) if isinstance(adapters, Adapters) else {}
+
+    def adapter(self, name: str | None = None) -> LoRAFALinear | LoRAFAAdapter | None:
+        """Return what has r, scaling, lora_A, lora_B and the other options of the adapter `name`, the active
+        one for None: the layer itself for "default", a LoRAFAAdapter for another, None where the layer has
+        none of that name and is the frozen base layer.
+        """
+        acting = self._acting
+        if name is None and acting is not None:
+            name = acting.name
+        return self if name is None or name == DEFAULT else self.further_adapters().get(name)
+
+    def add_adapter(
+        self,
+        name: str,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        init_seed: int | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        gradient_correction: bool = False,
+        share_lora_A: bool = False,
+    ) -> LoRAFAAdapter:
+        """Add another adapter to the layer and return it; which one acts does not change.
+
+        share_lora_A: it has the layer's lora_A, and so its rank; z is then computed once for both in a batch
+        that mixes them. The other arguments, and errors, as in the class; ValueError also for a name that is
+        taken or that no module can have, and for another rank than the layer's with share_lora_A.
+        """
+        check_name(name)
+        if self.adapters_obstacle:
+            raise ValueError(f"the layer {self.adapters_obstacle}, where it has one adapter alone")
+        if name == DEFAULT or name in self.further_adapters():
+            raise ValueError(f"the layer already has an adapter {name!r}")
+        r, lora_alpha, lora_dropout = check_adapter_options(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            init_seed=init_seed,
+            adapter_dtype=adapter_dtype,
+            gradient_correction=gradient_correction,
+        )
+        _check_flag("share_lora_A", share_lora_A)
+        if share_lora_A and r != self.r:
+            raise ValueError(f"share_lora_A=True with r={r}, but the shared lora_A has r={self.r}")
+        adapter = LoRAFAAdapter(
+            self,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            init_seed=init_seed,
+            adapter_dtype=adapter_dtype,
+            gradient_correction=gradient_correction,
+            share_lora_A=share_lora_A,
+        )
+        if "adapters" not in self._modules:
+            self.adapters = Adapters()
+            self.adapters.train(self.training)
+        self.adapters.add_module(name, adapter)
+        return adapter
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove a further adapter; does nothing if the layer has none of that name. Raises ValueError for
+        the active one and for the layer's own.
+        """
+        if name == DEFAULT or self.adapter() is self.adapter(name) is not None:
+            raise ValueError(
+                f"{name!r} is the layer's own adapter or acts now: unload_adapter(model) removes the layer's "
+                "own with the layer, set_adapter(model, other) chooses another"
+            )
+        if name in self.further_adapters():
+            del self.adapters._modules[name]
+            if not self.adapters._modules:
+                del self._modules["adapters"]
+
+    def set_acting(self, acting: Acting) -> None:
+        """Choose what acts from the next forward on; the layer's own adapter alone costs no look at it."""
+        self.__dict__["_acting"] = None if acting == Acting() else acting
+
+    @property
+    def acting(self) -> Acting:
+        """What acts: an adapter, and in a mixed batch the index of its rows."""
+        return Acting() if self._acting is None else self._acting
+
+    def adapter_operands(self, adapter: LoRAFALinear | LoRAFAAdapter | None) -> LinearOperands:
+        """Return what an operation needs to compute the layer with one of its adapters, or with none."""
+        weight, lora_A, bias = self.frozen_operands(adapter)
+        if adapter is None:
+            return LinearOperands(weight, bias)
+        return LinearOperands(
+            weight,
+            bias,
+            lora_A,
+            adapter.lora_B,
+            adapter.scaling,
+            adapter.lora_dropout if self.training else 0.0,
+            adapter.gradient_correction,
+        )
+
+    def mixes(self) -> bool:
+        """Whether the rows of a batch take adapters by an index now."""
+        return (
+            self._acting is not None
+            and self.adapter_enabled
+            and mixture_now(self._acting, self.training) is not None
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y (..., out_features) for input (..., in_features). Raises as lorafa_linear; RuntimeError
-        if trained or disabled while merged.
+        if trained or disabled while merged, or given a mixed batch.
         """
         if self.merged or not self.adapter_enabled:
             return self._base_forward(input)
+        if self._acting is not None:
+            return self._with_acting(input)
         if is_exported():
-            return self._plain_formula(input)
+            return self._plain_formula(input, self)
         # nn.Module finds a Parameter last of all, after two failed look-ups and a call for each.
         parameters = self._parameters
         try:
@@ -332,7 +465,7 @@ class LoRAFALinear(nn.Module):
             lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
         weight = self.weight_matrix()
         if lora_A.requires_grad:
-            weight, lora_A, bias = self.frozen_operands()
+            weight, lora_A, bias = self.frozen_operands(self)
         return lorafa_linear(
             input,
             weight,
@@ -348,7 +481,10 @@ class LoRAFALinear(nn.Module):
     def _base_forward(self, input: Tensor) -> Tensor:
         if self.merged:
             self.check_merged_call()
-        weight, lora_A, bias = self.frozen_operands()
+        return self._base_linear(input)
+
+    def _base_linear(self, input: Tensor) -> Tensor:
+        weight, lora_A, bias = self.frozen_operands(self)
         check_frozen(weight, lora_A, bias)
         return F.linear(input, weight, bias)
 
@@ -364,27 +500,64 @@ class LoRAFALinear(nn.Module):
                 "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
             )
 
-    def _plain_formula(self, x: Tensor) -> Tensor:
+    def _with_acting(self, input: Tensor) -> Tensor:
+        """forward of a layer in which something else than its own adapter acts."""
+        if (mixed := mixture_now(self._acting, self.training)) is not None:
+            return self._mixed(input, *mixed)
+        adapter = self.adapter()
+        if adapter is None:
+            return self._base_linear(input)
+        if is_exported():
+            return self._plain_formula(input, adapter)
+        weight, lora_A, bias = self.frozen_operands(adapter)
+        return lorafa_linear(
+            input,
+            weight,
+            lora_A,
+            adapter.lora_B,
+            bias,
+            scaling=adapter.scaling,
+            dropout_p=adapter.lora_dropout if self.training else 0.0,
+            gradient_correction=adapter.gradient_correction,
+            impl=self.impl,
+        )
+
+    @outside_of_compilers
+    def _mixed(self, input: Tensor, rows: Rows, names: tuple[str, ...]) -> Tensor:
+        if is_exported():
+            raise RuntimeError("a mixed batch cannot be exported: leave adapter_index, and choose an adapter")
+        found = {number: self.adapter(name) for number, name in enumerate(names)}
+        members = {number: self.adapter_operands(a) for number, a in found.items() if a is not None}
+        rows.check(input)
+        if not members:
+            return self._base_linear(input)
+        return lorafa_linear_mixed(input, members, rows, impl=self.impl)
+
+    def _plain_formula(self, x: Tensor, adapter: LoRAFALinear | LoRAFAAdapter) -> Tensor:
         """What forward computes, of operations that every exporter knows; the tracer differentiates it."""
-        check_frozen(self.weight, self.lora_A, self.bias)
+        lora_A, lora_B = adapter.lora_A, adapter.lora_B
+        check_frozen(self.weight, lora_A, self.bias)
         dtype = x.dtype
-        dropped = F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
-        z = F.linear(dropped, self.lora_A.to(dtype)) * self.scaling
-        lora_B = self.lora_B
+        dropped = F.dropout(x, adapter.lora_dropout) if self.training and adapter.lora_dropout else x
+        z = F.linear(dropped, lora_A.to(dtype)) * adapter.scaling
         # Nobody differentiates an ONNX graph.
-        if self.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
-            lora_B = as_corrected(lora_B, self.lora_A, self.scaling)
+        if adapter.gradient_correction and self.training and not torch.onnx.is_in_onnx_export():
+            lora_B = as_corrected(lora_B, lora_A, adapter.scaling)
         return F.linear(x, self.weight_matrix(), self.bias) + F.linear(z, lora_B.to(z.dtype))
 
-    def frozen_operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return weight (out_features, in_features), lora_A and bias, for forward. They require grad only if
-        they were thawed: what FSDP1 shows of a frozen parameter, and requires grad, is detached.
+    def frozen_operands(
+        self, adapter: LoRAFALinear | LoRAFAAdapter | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight (out_features, in_features), lora_A of an adapter (the layer's for None) and bias,
+        for forward. They require grad only if they were thawed: what FSDP1 shows of a frozen parameter, and
+        requires grad, is detached.
         """
-        weight, lora_A, bias = self.weight_matrix(), self.lora_A, self.bias
+        owner = self if adapter is None or adapter is self or adapter.shares_lora_A else adapter
+        weight, lora_A, bias = self.weight_matrix(), owner.lora_A, self.bias
         # FSDP1 has all of a module in one flat parameter.
         if lora_A.requires_grad:
             weight = frozen_view(self, "weight", weight)
-            lora_A = frozen_view(self, "lora_A", lora_A)
+            lora_A = frozen_view(owner, "lora_A", lora_A)
             bias = frozen_view(self, "bias", bias)
         return weight, lora_A, bias
 
@@ -398,8 +571,8 @@ class LoRAFALinear(nn.Module):
         return self.out_features, self.in_features
 
     def merged_weight(self) -> Tensor:
-        """Return round(weight + scaling · lora_B lora_A), a new tensor in weight's dtype and shape (N, K);
-        computed in fp32 or wider, under autocast too.
+        """Return round(weight + scaling · lora_B lora_A) of the active adapter, a new tensor in weight's
+        dtype and shape (N, K); computed in fp32 or wider, under autocast too.
         """
         device = self.lora_B.device
         # An inference tensor could never be trained on again.
@@ -411,14 +584,16 @@ class LoRAFALinear(nn.Module):
 
     def _merged_weight(self, device: torch.device) -> Tensor:
         weight = self._unmerged[0] if self.merged else self.weight
+        if (adapter := self.adapter()) is None:
+            return weight.detach().to(device, copy=True)
         wide = torch.promote_types(weight.dtype, torch.float32)
         # lora_B acts rounded to weight's dtype in forward, so it is merged as it acts.
-        B = self.lora_B.to(weight.dtype).to(wide)
+        B = adapter.lora_B.to(weight.dtype).to(wide)
         base = weight.to(device=device, dtype=wide)
-        return self._plus_product(base, B, self.lora_A.to(wide)).to(weight.dtype)
+        return self._plus_product(base, B, adapter.lora_A.to(wide), adapter.scaling).to(weight.dtype)
 
-    def _plus_product(self, weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return torch.addmm(weight, B, A, alpha=self.scaling)
+    def _plus_product(self, weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
+        return torch.addmm(weight, B, A, alpha=scaling)
 
     def check_mergeable(self, name: str = "the layer") -> None:
         """Raise RuntimeError, naming the layer, if it cannot be merged as it is: its adapter is disabled, or
@@ -429,9 +604,12 @@ class LoRAFALinear(nn.Module):
                 f"the adapter of {name} is disabled, and merging would switch it on: leave disable_adapter, "
                 "or set adapter_enabled = True, first"
             )
+        if self.acting.mixture is not None:
+            raise RuntimeError(f"{name} is computing a mixed batch: leave adapter_index before merging")
         self._check_owned(name, "merged")
         weight = "weight" if not self.merged else "the weight that was kept"
-        for what, tensor in ((weight, self._base()), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+        adapter = self.adapter() or self
+        for what, tensor in ((weight, self._base()), ("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
             if tensor.is_meta:
                 raise RuntimeError(
                     f"{what} of {name} is on the meta device and has no values: if a hook offloads the "
@@ -442,14 +620,18 @@ class LoRAFALinear(nn.Module):
         return self._unmerged[0] if self.merged else self.weight
 
     def _check_owned(self, name: str, done: str) -> None:
+        adapter = self.adapter() or self
         shapes = {
-            "weight": self.weight_shape(),
-            "lora_A": (self.r, self.in_features),
-            "lora_B": (self.out_features, self.r),
+            "weight": (self, self.weight_shape()),
+            "lora_A": (
+                self if adapter is not self and adapter.shares_lora_A else adapter,
+                (adapter.r, self.in_features),
+            ),
+            "lora_B": (adapter, (self.out_features, adapter.r)),
         }
-        for what, shape in shapes.items():
-            tensor = getattr(self, what)
-            if engine := manager_of(self, what):
+        for what, (owner, shape) in shapes.items():
+            tensor = getattr(owner, what)
+            if engine := manager_of(owner, what):
                 raise RuntimeError(
                     f"{name} cannot be {done}: its {what} belongs to {engine}, which would overwrite it. "
                     "Save the adapter, load it into a model that is not sharded, and do this there"
@@ -540,6 +722,7 @@ class LoRAFALinear(nn.Module):
             # A forward of the instance is this class's own, which check_unloadable has seen to.
             if name not in _OWN and name not in ("_parameters", "forward"):
                 linear.__dict__[name] = value
+        linear.__dict__["_modules"] = {n: m for n, m in self._modules.items() if not isinstance(m, Adapters)}
         linear._parameters.update(parameters)
         linear.__dict__.update(self._shadowed)
         rebind_hooks(linear)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mlp.api import lorafa_gated_mlp
-from .group import checked_names, operands_of
+from .group import checked_names, mixes, operands_of
 from .initialise import seed_for
 from .linear import LoRAFALinear, check_seed, checked_size, is_exported, shown
 from .quantised import LoRAFAQuantisedLinear, Quantised, dtype_of, is_quantised
@@ -138,7 +138,7 @@ class _GatedMLP(nn.Module):
         """Return y (..., hidden) for x (..., hidden). Raises as lorafa_gated_mlp and operands_of."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         # A quantised layer makes its dense weight for its own product alone.
-        if self._by_layer or is_exported():
+        if self._by_layer or is_exported() or any(map(mixes, layers)):
             return self.down_proj(self._activate(self.gate_proj(x)) * self.up_proj(x))
         return lorafa_gated_mlp(x, *map(operands_of, layers), activation=self.activation, impl=self.impl)
 

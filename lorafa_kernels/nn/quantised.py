@@ -210,6 +210,8 @@ class LoRAFAQuantisedLinear(Quantised, LoRAFALinear):
     LoRAFALinear.from_linear; apply_lorafa calls it.
     """
 
+    adapters_obstacle = "has a quantised base"
+
     def __init__(self, *args, **kwargs) -> None:
         raise TypeError(
             "LoRAFAQuantisedLinear is made from a quantised layer: LoRAFAQuantisedLinear.from_linear(layer)"
@@ -265,7 +267,7 @@ class LoRAFAQuantisedLinear(Quantised, LoRAFALinear):
         if self.merged and not self._holds_base():
             return self._dense_forward(input)
         if is_exported():
-            return self._plain_formula(input)
+            return self._plain_formula(input, self)
         if self.merged or not self.adapter_enabled:
             check_frozen(self.base(), self.lora_A, self.bias)
             return frozen_linear(input, self.base(), self.bias, compute_dtype=self.compute_dtype)
@@ -320,7 +322,8 @@ class LoRAFAQuantisedLinear(Quantised, LoRAFALinear):
         wide = torch.promote_types(dtype, torch.float32)
         # As in LoRAFALinear.
         B = self.lora_B.to(dtype).to(wide)
-        return self._plus_product(base.dense(wide).to(device), B, self.lora_A.to(wide)).to(dtype)
+        dense, A = base.dense(wide).to(device), self.lora_A.to(wide)
+        return self._plus_product(dense, B, A, self.scaling).to(dtype)
 
     def merge(self, keep: str = "device", safe_merge: bool = False, requantize: bool = False) -> None:
         """Install the merged weight as a dense one in dense_dtype, or with requantize=True quantised anew,

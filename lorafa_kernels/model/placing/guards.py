@@ -80,9 +80,10 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     """Return what a block needs of `linear`, of a class in LINEARS, to compute it from x; None where its own
     forward must.
 
-    Which is so if it has hooks or is patched, merged or disabled; if a parameter is elsewhere than x
-    (offloaded ones are on meta), sharded, empty or of a subclass; if a frozen one was thawed, which that
-    forward trains or refuses; if its dtype is not that of x, outside of autocast.
+    Which is so if it has hooks or is patched, merged or disabled; if the rows of a batch have several
+    adapters; if a parameter is elsewhere than x (offloaded ones are on meta), sharded, empty or of a
+    subclass; if a frozen one was thawed, which that forward trains or refuses; if its dtype is not that of
+    x, outside of autocast.
     """
     kind = type(linear)
     if kind not in LINEARS or kind.forward is not LINEARS[kind] or not is_quiet(linear):
@@ -94,13 +95,21 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
     adapted = kind is not nn.Linear
     if adapted and (attributes["merged"] or not attributes["adapter_enabled"]):
         return None
+    # Looked up in the class where the layer never had another adapter than its own.
+    several = adapted and linear._acting is not None
+    if several and linear.mixes():
+        return None
+    adapter = linear.adapter() if several else linear
     weight = parameters.get("weight")
     if weight is None or weight.shape != (attributes["out_features"], attributes["in_features"]):
         return None
     if weight.dtype != x.dtype and not autocast_enabled(x.device.type):
         return None
     device = x.device
-    for name, parameter in parameters.items():
+    owned = parameters.items()
+    if adapter is not linear and adapter is not None:
+        owned = (*owned, *adapter._parameters.items())
+    for name, parameter in owned:
         if parameter is not None and (
             not is_plain_parameter(parameter)
             or parameter.device != device
@@ -109,6 +118,8 @@ def operands_for(linear: nn.Module, x: Tensor) -> LinearOperands | None:
             return None
     if not adapted:
         return LinearOperands(weight, parameters.get("bias"))
+    if several:
+        return linear.adapter_operands(adapter)
     dropout_p = attributes["lora_dropout"] if attributes["training"] else 0.0
     return LinearOperands(
         weight,
