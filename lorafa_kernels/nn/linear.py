@@ -464,7 +464,7 @@ class LoRAFALinear(nn.Module):
             # FSDP1 keeps them as plain attributes.
             lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
         weight = self.weight_matrix()
-        if lora_A.requires_grad:
+        if lora_A.requires_grad or weight.requires_grad:
             weight, lora_A, bias = self.frozen_operands(self)
         return lorafa_linear(
             input,
@@ -555,7 +555,7 @@ class LoRAFALinear(nn.Module):
         owner = self if adapter is None or adapter is self or adapter.shares_lora_A else adapter
         weight, lora_A, bias = self.weight_matrix(), owner.lora_A, self.bias
         # FSDP1 has all of a module in one flat parameter.
-        if lora_A.requires_grad:
+        if lora_A.requires_grad or weight.requires_grad:
             weight = frozen_view(self, "weight", weight)
             lora_A = frozen_view(owner, "lora_A", lora_A)
             bias = frozen_view(self, "bias", bias)
@@ -563,8 +563,11 @@ class LoRAFALinear(nn.Module):
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""
-        weight = self._parameters.get("weight")
-        return self.weight if weight is None else weight
+        parameters = self._parameters
+        if "weight" not in parameters:
+            return self.weight
+        # Not get(), past which DeepSpeed's ZeRO-3 could not gather it.
+        return parameters["weight"]
 
     def weight_shape(self) -> tuple[int, int]:
         """The shape that weight is stored in."""
