@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..base import bnb
 from ..engines import sharding_engine
 from ..nn.conv1d import is_conv1d, layer_class, sizes
 from ..nn.foreign import what_is_missing
@@ -368,7 +369,7 @@ def _report(model: nn.Module, adaptation: Adaptation, blocks: tuple[Block, ...])
         layers,
         tuple(adaptation.saved),
         sum(parameter.numel() for parameter in lorafa_parameters(model)),
-        _parameters_of(model),
+        parameters_of(model),
         blocks,
         adaptation.doubts,
         tuple(_left_out(model)) if adaptation.config.all_linear else (),
@@ -380,13 +381,17 @@ def _base_of(layer: LoRAFALinear) -> str:
     return layer.quantised_kind if isinstance(layer, Quantised) else "dense"
 
 
-def _parameters_of(model: nn.Module) -> int:
+def parameters_of(model: nn.Module) -> int:
     """Parameters of the model; of a quantised layer those of the weight that it stands for."""
     total = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, Quantised):
             codes = sum(tensor.numel() for tensor in module.base().tensors)
-            total += module.in_features * module.out_features - codes
+        elif bnb.is_linear4bit(module):
+            codes = module.weight.numel()
+        else:
+            continue
+        total += module.in_features * module.out_features - codes
     return total
 
 
