@@ -70,6 +70,14 @@ class ServedOnQuantised(ServedAdapter):
             compute_dtype=compute_dtype,
         )
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """As PEFT's, (N, K), also where lora_B was cast without the frozen lora_A."""
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if A.dtype == B.dtype:
+            return super().get_delta_weight(adapter)
+        wide = torch.promote_types(A.dtype, B.dtype)
+        return (B.to(wide) @ A.to(wide)) * self.scaling[adapter]
+
 
 class ServedQuantisedLinear(ServedOnQuantised, lora.Linear):
     """A `lora.Linear` over a QuantisedLinear. Merging quantises the merged weight anew, as PEFT does with
