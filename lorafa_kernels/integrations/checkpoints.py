@@ -7,9 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..model.adapt import is_of_peft
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from ..model.names import chosen_adapter, lorafa_layers, unwrap
+from ..model.names import chosen_adapter, is_of_peft, lorafa_layers, unwrap
 from ..model.saved import unsaved_parameters
 
 

@@ -30,6 +30,7 @@ from .names import (
     check_module,
     ends_of,
     is_inside,
+    is_of_peft,
     lorafa_layers,
     modules_by_name,
     owners_of,
@@ -109,14 +110,6 @@ def adaptation_of(model: nn.Module, config: LoRAFAConfig, *, strict: bool = True
         )
     with limited():
         return _adaptation_of(model, resolved(model, config), strict)
-
-
-def is_of_peft(module: nn.Module) -> bool:
-    """Whether `module` itself is a PeftModel or one of PEFT's layers."""
-    return any(
-        c.__name__ in ("PeftModel", "BaseTuner", "BaseTunerLayer") and c.__module__.startswith("peft.")
-        for c in type(module).__mro__
-    )
 
 
 def _adaptation_of(model: nn.Module, config: LoRAFAConfig, strict: bool) -> Adaptation:

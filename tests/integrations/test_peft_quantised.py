@@ -10,7 +10,14 @@ from accuracy import assert_same
 from saved import pickled
 from torch import nn
 
-from lorafa_kernels import LoRAFAConfig, apply_lorafa, quantize_base
+from lorafa_kernels import (
+    LoRAFAConfig,
+    apply_lorafa,
+    lorafa_parameters,
+    merge_adapter,
+    quantize_base,
+    save_adapter,
+)
 from lorafa_kernels.base import bnb
 from lorafa_kernels.base.frozen import quantised
 from lorafa_kernels.checks.budget import allowed_error, relative_error
@@ -482,3 +489,14 @@ def test_frozen_matrices_that_are_thawed_by_hand_are_refused(folder):
     layer.lora_A["default"].weight.requires_grad_(True)
     with pytest.raises(ValueError, match="lora_A requires grad, but LoRA-FA keeps it frozen"):
         model(**beds.tokens(model))
+
+
+def test_wrong_order_and_functions_of_the_other_way_in_say_what_to_do(folder):
+    model = peft.get_peft_model(beds.base("llama"), beds.config())
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="call quantize_base before get_peft_model"):
+        quantize_base(model, "nf4")
+    assert [type(module) for module in model.modules()] == before
+    for call in (lorafa_parameters, merge_adapter, lambda model: save_adapter(model, folder)):
+        with pytest.raises(ValueError, match=r"the model is PEFT's, and has PEFT's methods for this"):
+            call(model)
