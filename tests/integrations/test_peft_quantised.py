@@ -452,6 +452,7 @@ def test_inference_does_not_pack_the_codes(folder):
         layer(torch.randn(2, 64, requires_grad=True))
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 def test_a_whole_model_is_compiled_in_one_graph(folder):
     torch._dynamo.reset()
