@@ -463,7 +463,7 @@ def test_errors_come_before_any_product(monkeypatch):
         lorafa_linear_mixed(x.flatten(0, 1), members, rows)
     with pytest.raises(ValueError, match="index is on meta"):
         lorafa_linear_mixed(x, members, Rows(PLACES, torch.device("meta")))
-    with pytest.raises(RuntimeError, match="not torch.float64"):
+    with pytest.raises(RuntimeError, match=r"not torch\.float64"):
         wide = {
             i: LinearOperands(*(None if t is None else t.double() for t in m[:4])) for i, m in members.items()
         }
