@@ -417,7 +417,7 @@ def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, fo
 
 def part_of(arch: str, options: argparse.Namespace, part: int, parts: int) -> list[Scenario]:
     if options.mixed:
-        return list(MIXED_CASES)[part::parts]
+        return list(MIXED_CASES[:1] if options.core else MIXED_CASES)[part::parts]
     core, whole = (WS_CORE, ws_cases) if options.ws else (CORE, lambda: all_cases(arch))
     return list(core if options.core else whole())[part::parts]
 
