@@ -70,6 +70,9 @@ def report(out: Path, losses: list[float]) -> None:
     """Write losses.json into `out` and say how it went; of several processes the first does."""
     if os.environ.get("RANK", "0") != "0":
         return
+    if not losses:
+        print(f"nothing left to do: {out} has all of these steps")
+        return
     out.mkdir(parents=True, exist_ok=True)
     (out / "losses.json").write_text(json.dumps(losses))
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; results in {out}")

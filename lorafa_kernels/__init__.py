@@ -10,6 +10,7 @@ from .model.checkpoint import load_adapter, lorafa_state_dict, save_adapter
 from .model.config import LoRAFAConfig
 from .model.merge import disable_adapter, merge_adapter, unload_adapter, unmerge_adapter
 from .model.names import adapter_names
+from .model.quantise import quantize_base
 from .model.saved import lorafa_parameters
 from .nn import LoRAFAGeGLU, LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU
 from .nn.explain import explain
@@ -33,6 +34,7 @@ __all__ = [
     "lorafa_parameters",
     "lorafa_state_dict",
     "merge_adapter",
+    "quantize_base",
     "save_adapter",
     "set_adapter",
     "unload_adapter",

@@ -158,6 +158,29 @@ def correct_flops(dB: Shape, inverse: Shape, *_, **__) -> int:
     return 2 * N * R * R
 
 
+def quantised_forward_flops(
+    x: Shape, base: object, kind: str, shape: Shape, dtype: object, lora_A: Shape, *_, **__
+) -> int:
+    return forward_flops(x, shape, lora_A)
+
+
+def quantised_backward_flops(
+    dy: Shape, z: Shape, base: object, kind: str, shape: Shape, dtype: object, lora_A: Shape, *_, **__
+) -> int:
+    return backward_input_flops(dy, shape, lora_A) + backward_lora_B_flops(dy, z)
+
+
+def quantised_backward_input_flops(
+    dy: Shape, base: object, kind: str, shape: Shape, dtype: object, lora_A: Shape, *_, **__
+) -> int:
+    return backward_input_flops(dy, shape, lora_A)
+
+
+def frozen_flops(rows: Shape, base: object, kind: str, shape: Shape, *_, **__) -> int:
+    """Of x W.T and of dy W; making W takes no product."""
+    return 2 * rows[0] * shape[0] * shape[1]
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "forward": forward_flops,
     "backward": backward_flops,
@@ -169,4 +192,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "mixed_backward": mixed_backward_flops,
     "gram_inverse": gram_inverse_flops,
     "correct": correct_flops,
+    "quantised_forward": quantised_forward_flops,
+    "quantised_backward": quantised_backward_flops,
+    "quantised_backward_input": quantised_backward_input_flops,
+    "frozen_product": frozen_flops,
+    "frozen_gradient": frozen_flops,
 }

@@ -21,7 +21,7 @@ FLOORS = (
     {"plan"},
     {"kernels"},
     {"dispatch"},
-    {"correction"},
+    {"base", "correction"},
     {"linear"},
     {"group"},
     {"mixed", "mlp", "norm"},
@@ -45,6 +45,7 @@ OPTIONAL = {
     "model.layouts": {"transformers"},
     "memory.models": {"transformers"},
     "memory.plot": {"matplotlib"},
+    "base.bnb": {"bitsandbytes"},
 }
 # Written on top of a library, and imported by a function of the module beside them.
 BUILT_ON = {"integrations.peft_layers": {"peft", "transformers"}}
@@ -223,6 +224,7 @@ def test_public_names():
         "lorafa_parameters",
         "lorafa_state_dict",
         "merge_adapter",
+        "quantize_base",
         "save_adapter",
         "set_adapter",
         "unload_adapter",

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OPTIONAL = ("peft", "transformers", "rich", "matplotlib", "platformdirs")
 
@@ -48,8 +49,17 @@ def without_triton():
     assert "triton" not in sys.modules
 
 
+class MakesOthers(TorchDispatchMode):
+    """As FakeTensorMode does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} is called by an import")
+
+
 def without_a_gpu():
-    import lorafa_kernels
+    # What a mode made of the package's constants would stay.
+    with MakesOthers():
+        import lorafa_kernels
     import lorafa_kernels.model.checkpoint
 
     # Nor is Triton imported before a kernel is needed.

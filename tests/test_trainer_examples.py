@@ -55,6 +55,14 @@ def losses(out):
     return json.loads((out / "losses.json").read_text())
 
 
+def test_nothing_left_to_do_leaves_the_results(tmp_path, capsys):
+    tiny = pytest.importorskip("examples.tiny")
+    tiny.report(tmp_path, [2.0, 1.0])
+    tiny.report(tmp_path, [])
+    assert json.loads((tmp_path / "losses.json").read_text()) == [2.0, 1.0]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("nothing left to do")
+
+
 @pytest.mark.slow
 @pytest.mark.numerics
 @pytest.mark.filterwarnings("ignore")

@@ -44,7 +44,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from lorafa_kernels.kernels import expand, gated, grad, group, mixed, recompute, shrink
+from lorafa_kernels.kernels import dequantise, expand, gated, grad, group, mixed, recompute, shrink
+from lorafa_kernels.kernels.dequantise import BLOCK as DEQUANTISE_BLOCK
+from lorafa_kernels.kernels.dequantise import NUM_WARPS as DEQUANTISE_WARPS
 from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
 from lorafa_kernels.kernels.gated import NUM_WARPS as GATED_WARPS
 from lorafa_kernels.kernels.launch import forget_launches
@@ -110,12 +112,12 @@ SUM_KERNELS = ("shrink_sum_kernel", "grad_sum_kernel", "shrink_group_sum_kernel"
 # What the kernels of the gated activation write, for each activation; they have no configuration to pick.
 GATED_RESULTS = ("h", "dg, du", "dg", "du")
 WAITS_FIRST = "waits before its first product"
-WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel")
+WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel", "dequantise_kernel")
 MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
-MODULES += ("expand_ws", "expand_ws_z", "mixed")
+MODULES += ("expand_ws", "expand_ws_z", "dequantise", "mixed")
 KERNELS = (*OPS, "group", "gated")
-# By their names alone: no heuristic picks them.
-ASKED_FOR = ("ws", "mixed")
+# By their names alone: no heuristic picks the first and the last, the other has no configuration to pick.
+ASKED_FOR = ("ws", "dequantise", "mixed")
 # Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
 SM_SHARED_MEMORY = 228 * 1024
 SM_REGISTERS = 65536
@@ -164,6 +166,8 @@ class LauncherCall:
             return mixed_config(MIXED_BASE[self.op], limits, operand_bytes, self.R, aligned, self.dropout)
         if self.op == "gated":
             return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
+        if self.op == "dequantise":
+            return KernelConfig(1, 2 * DEQUANTISE_BLOCK, 0, 0, 1, DEQUANTISE_WARPS, 1)
         if self.op == "grad" and self.beside:
             return beside_config(*split)
         return default_config(self.op, *split, aligned, self.recompute, self.dropout)
@@ -183,7 +187,7 @@ class LauncherCall:
     def shared_memory(self) -> int:
         """What its configuration is estimated to need."""
         config, limits, operand_bytes = self.config, KNOWN_DEVICES[self.arch], DTYPES[self.dtype].itemsize
-        if self.op == "gated":
+        if self.op in ("gated", "dequantise"):
             return 0
         if self.op == "shrink_group":
             # The ranks of all members lie side by side.
@@ -277,6 +281,13 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
                 else gated.gated_backward(g, g, u, activation, result != "dg")
             )
         }
+    if case.op == "dequantise":
+        codes, scales = tensor(N, K // 2, dtype=torch.uint8), tensor(N, K // 64, dtype=torch.float32)
+        nested = None
+        if case.layout == "W: nested":
+            scales = scales.to(torch.uint8)
+            nested = tuple(tensor(n, dtype=torch.float32) for n in (scales.numel() // 256, 256, 1))
+        calls_of = {case.layout: lambda: dequantise.dequantise(codes, scales, nested, dtype, dtype)}
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.asked_tf32 else "ieee"
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -742,6 +753,13 @@ def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Launche
             yield from (wide, replace(wide, sizes="odd"), replace(case, dtype="fp16", factor_dtype="fp16"))
 
 
+def dequantise_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
+    """The kernel that makes a weight of NF4 codes, with scales in fp32 and nested, for each dtype."""
+    for arch, layout, dtype in itertools.product(archs, ("W: nf4", "W: nested"), PRECISIONS):
+        if not quick or dtype == "bf16":
+            yield LauncherCall(arch, "dequantise", dtype, dtype, layout, "even", 0, 0, pdl=False)
+
+
 def distinct_launches(cases: Iterator[LauncherCall]) -> list[tuple[LauncherCall, int]]:
     """Return the launches of all cases, without those that compile to the same code as an earlier one."""
     found: dict[tuple, tuple[LauncherCall, int]] = {}
@@ -814,7 +832,7 @@ def main(argv: list[str] | None = None) -> int:
     archs, kernels = tuple(options.arch), set(options.kernel)
     ops = tuple(op for op in options.kernel if op in OPS)
     more = {"group": group_cases, "expand grad": beside_cases, "ws": ws_cases, "gated": gated_cases}
-    more["mixed"] = mixed_cases
+    more |= {"dequantise": dequantise_cases, "mixed": mixed_cases}
     cases = itertools.chain(
         (quick_cases if options.quick else all_cases)(archs, ops),
         *(make(archs, options.quick) for names, make in more.items() if set(names.split()) <= kernels),

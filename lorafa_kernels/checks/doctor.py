@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..base.frozen import quantised
 from ..command_line import one_line
+from ..linear.quantised import quantised_linear
 from ..nn.explain import DEFAULT_M, describe_limits, describe_plan, explain
 from ..norm import FORMS
 from ..plan.choice import choose, planned_device, triton_obstacle
@@ -180,6 +182,31 @@ def check(impl: str, device: torch.device, dtype: str) -> list[Check]:
         yield from _side_by_side(got, plain_formula(operands), plain_formula(operands, torch.float64))
 
     return _worst(impl, dtype, "y, dx, dB", _shapes(device), compare)
+
+
+def check_quantised(impl: str, device: torch.device, dtype: str) -> list[Check]:
+    """Measure y, dx and dB of a layer on an NF4 base, as check does, beside the formula with the weight that
+    the base stands for.
+    """
+
+    def compare(shape: Shape) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        M, N, K, R = shape
+        drawn = draw_operands(M, K, N, R, CHECKED_DTYPES[dtype], device, factor_dtype=torch.float32)
+        base = quantised(drawn.weight, "nf4")
+        operands = dataclasses.replace(drawn, weight=base.dense())
+        x, lora_B = (tensor.detach().requires_grad_() for tensor in (operands.x, operands.lora_B))
+        factors = operands.lora_A, lora_B, operands.bias
+        y = quantised_linear(x, base, *factors, scaling=operands.scaling, impl=impl)
+        dx, dB = torch.autograd.grad(y, (x, lora_B), operands.dy)
+        got = {"y": y.detach(), "dx": dx, "dB": dB}
+        exact = plain_formula(operands, torch.float64)
+        yield from _side_by_side(got, plain_formula(operands), exact, "nf4.")
+
+    shapes = _shapes(device)
+    if impl == "triton" and device.type == "cpu":
+        # In the interpreter a layer takes a second.
+        shapes = shapes[:1]
+    return _worst(impl, dtype, "nf4", shapes, compare)
 
 
 def check_blocks(impl: str, device: torch.device, dtype: str) -> list[Check]:
@@ -446,7 +473,7 @@ def _joined(one: Section, other: Section) -> Section:
 
 def _all_checks(impl: str, device: torch.device) -> Iterator[list[Check]]:
     """Yield the lists of checks one by one, each as it is done."""
-    for checked in (check, check_blocks):
+    for checked in (check, check_quantised, check_blocks):
         for dtype in CHECKED_DTYPES:
             yield checked(impl, device, dtype)
 

@@ -52,6 +52,10 @@ def adapter_states(accelerator: Any) -> Any:
         chosen = _adapted(models)
         on_each_node = accelerator.project_configuration.save_on_each_node
         writes = accelerator.is_local_main_process if on_each_node else accelerator.is_main_process
+        if writes and len(chosen) == len(models):
+            # Of an earlier save_state without adapter_states.
+            for file in _whole_models(folder):
+                file.unlink()
         for index in reversed(chosen):
             del weights[index]
             if writes:
@@ -59,7 +63,14 @@ def adapter_states(accelerator: Any) -> Any:
 
     def load(models: list[nn.Module], folder: str) -> None:
         chosen = _adapted(models)
-        if not any(holds_adapter(_folder(folder, index)) for index in chosen) and _holds_model(folder):
+        of_adapters = any(holds_adapter(_folder(folder, index)) for index in chosen)
+        whole = _whole_models(folder)
+        if of_adapters and whole and len(chosen) == len(models):
+            raise ValueError(
+                f"{folder} holds both an adapter and {whole[0].name}, a whole model saved without {_HOW}: "
+                "delete those that are not of this state"
+            )
+        if whole and not of_adapters:
             return
         for index in reversed(chosen):
             read_adapter(chosen[index], _folder(folder, index))
@@ -90,6 +101,6 @@ def _folder(folder: str | os.PathLike[str], index: int) -> Path:
     return Path(folder) / f"adapter_{index}" if index else Path(folder)
 
 
-def _holds_model(folder: str | os.PathLike[str]) -> bool:
-    """Whether Accelerate has written a whole model there."""
-    return any(Path(folder).glob("model*.safetensors*")) or any(Path(folder).glob("pytorch_model*.bin*"))
+def _whole_models(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of the whole models that Accelerate has written there."""
+    return sorted((*Path(folder).glob("model*.safetensors*"), *Path(folder).glob("pytorch_model*.bin*")))

@@ -25,9 +25,9 @@ _SCALINGS = "lorafa_scalings"
 class AdapterCheckpoints:
     """Base class to put before LightningModule, so that checkpoints leave out the frozen base.
 
-    state_dict of a checkpoint has lora_A, lora_B, the modules of modules_to_save, whatever else requires grad
-    and what is outside of the adapted model, under the module's own names. Resuming, `load_from_checkpoint`
-    and checkpoints that were written without this class work as they do in Lightning.
+    state_dict of a checkpoint has lora_A, lora_B, the modules of modules_to_save, whatever else requires
+    grad, buffers, and what is outside of the adapted model, under the module's own names. Resuming,
+    `load_from_checkpoint` and checkpoints that were written without this class work as they do in Lightning.
 
     A checkpoint of other layers, ranks or scalings is a ValueError that names the first; so are a PeftModel,
     and a module without LoRA-FA layers. A subclass that has these hooks itself calls super()'s.
@@ -73,24 +73,19 @@ def _layers(module: nn.Module) -> dict[str, Any]:
 
 
 def _base_names(module: nn.Module) -> set[str]:
-    """Names in the state dict of frozen parameters and of buffers that belong to adapted models."""
+    """Names in the state dict of frozen parameters of adapted models. Buffers stay: training may change them
+    (BatchNorm's running statistics).
+    """
     roots = [inner for inner in module.modules() if "lorafa_report" in vars(inner)] or [module]
     kept = {id(factor) for layer in lorafa_layers(module).values() for factor in (layer.lora_A, layer.lora_B)}
     kept |= {id(tensor) for root in roots for tensor in saved_tensors(root).values()}
     base = {
         id(tensor)
         for root in roots
-        for tensor in (*root.parameters(), *root.buffers())
+        for tensor in root.parameters()
         if not tensor.requires_grad and id(tensor) not in kept
     }
-    return {n for n, tensor in _named_tensors(module) if id(tensor) in base}
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
+    return {n for n, tensor in module.named_parameters(remove_duplicate=False) if id(tensor) in base}
 
 
 def _check_state(state: dict[str, Tensor], own: dict[str, Tensor], base: set[str]) -> None:

@@ -38,6 +38,7 @@ from ..model.placing.members import ungroup_layer
 from ..nn.group import LoRAFALinearGroup
 from ..nn.linear import LoRAFALinear
 from ..nn.mlp import LoRAFAGeGLU, LoRAFASwiGLU
+from ..nn.quantised import Quantised
 from ..operands import autocast_enabled, check_frozen, draw_seed
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -142,6 +143,11 @@ def _is_ours(module: nn.Module) -> bool:
             f"{type(module).__name__}, a layer of PEFT, cannot be split: adapt the model with "
             "lorafa_kernels.apply_lorafa"
         )
+    if isinstance(module, Quantised):
+        raise TypeError(
+            f"{type(module).__name__} has a quantised base, which no style here splits: shard it with "
+            "fully_shard, or split a dense model"
+        )
     return isinstance(module, LoRAFALinear)
 
 
@@ -210,7 +216,7 @@ class _SplitLinear(LoRAFALinear):
     parts, placed as the style says.
     """
 
-    takes_adapters = False
+    adapters_obstacle = "is split by tensor parallelism"
 
     def _enter(self, x: Tensor, wanted: Placement, gradient: tuple[Placement] | None = None) -> Tensor:
         """This process's part of x in the placement that is wanted; its gradient may come in another."""

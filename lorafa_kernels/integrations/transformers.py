@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,21 @@ class AdapterCheckpoints:
         _check(self)
         folder = self.args.output_dir if output_dir is None else output_dir
         core = unwrap(self.model)
+        if self.args.should_save and _FOLDER.fullmatch(Path(folder).name):
+            # Of an earlier training: until it is written anew the checkpoint is not whole.
+            (Path(folder) / _STATE).unlink(missing_ok=True)
         if isinstance(core, PreTrainedModel):
             with _saving_adapter(core):
                 super()._save(output_dir, state_dict)
         elif self.args.should_save:
             # Of other models Trainer writes the state dict.
             save_adapter(core, folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            # As Trainer, which looks there, too.
+            tokenizer = self.processing_class
+            if tokenizer is None:
+                tokenizer = getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -197,24 +204,40 @@ def _check_finished(folder: Path) -> None:
 
 
 def _check_whole(model: nn.Module, folder: Path) -> None:
-    """Raise ValueError if a checkpoint of a whole model in safetensors lacks tensors of the adapter."""
-    if (names := _names_in(folder)) is None:
+    """Raise ValueError if a checkpoint of a whole model in safetensors is not of this adapter: it lacks
+    tensors of it, has others, or has them in other shapes.
+    """
+    if (shapes := _shapes_in(folder)) is None:
         return
-    needed = (n for n, _ in model.named_parameters() if n.rpartition(".")[2] in ("lora_A", "lora_B"))
-    if missing := [name for name in needed if name not in names]:
+    factors = {name: p.shape for name, p in model.named_parameters() if _is_factor(name)}
+    if missing := [name for name in factors if name not in shapes]:
         raise ValueError(
             f"{folder} holds a whole model without {missing[0]}: it is no checkpoint of this adapter. Start "
             "without resume_from_checkpoint, with this model as the base"
         )
+    advice = "adapt the model with the r and target_modules that it was trained with"
+    if surplus := [name for name in shapes if _is_factor(name) and name not in factors]:
+        raise ValueError(f"{folder} has {surplus[0]}, which the model has not: {advice}")
+    for name, shape in factors.items():
+        if tuple(shapes[name] or shape) != tuple(shape):
+            raise ValueError(
+                f"{folder} has {name} of shape {tuple(shapes[name])}, the model {tuple(shape)}: {advice}"
+            )
 
 
-def _names_in(folder: Path) -> Iterable[str] | None:
-    """The names of a whole model's tensors, None where it is not in safetensors."""
+def _is_factor(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+def _shapes_in(folder: Path) -> dict[str, Sequence[int] | None] | None:
+    """{name: shape} of a whole model's tensors, None where it is not in safetensors; a model in several files
+    tells names alone.
+    """
     if (folder / _WHOLE).is_file():
         from safetensors import safe_open
 
         with safe_open(folder / _WHOLE, framework="pt") as file:
-            return set(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     if (folder / _WHOLE_INDEX).is_file():
-        return read_json(folder / _WHOLE_INDEX)["weight_map"]
+        return dict.fromkeys(read_json(folder / _WHOLE_INDEX)["weight_map"])
     return None

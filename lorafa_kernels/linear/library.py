@@ -22,13 +22,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..philox import keep_chunks
 
 # The dtypes that sums_in_place holds for on a CPU.
 SUMMED_IN_PLACE = (torch.float32, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
-_ADDED_TIMES_0 = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (*SUMMED_IN_PLACE, *_NARROW)}
+# The package may be imported under a mode that makes other tensors than these.
+with _disable_current_modes():
+    _ADDED_TIMES_0 = {d: torch.zeros((), dtype=d, device="cpu") for d in (*SUMMED_IN_PLACE, *_NARROW)}
 
 
 def forward(

@@ -76,7 +76,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default=None,
         metavar="KEYS",
-        help="some of full,peft,lora,lorafa-plain,lorafa (default: all)",
+        help="some of full,peft,lora,lorafa-plain,lorafa,lorafa-nf4 (default: all)",
     )
     add("--padding", action="store_true", help="sequences have padding, and so a mask")
     add(

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.frozen import making_bytes
+from ..base.kinds import has_rows
 from .trace import Temporary
 
 MIB = 2**20
@@ -170,6 +172,45 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
     return dy.shape[0] * ranks * dy.itemsize + copies if need_dx else 0
 
 
+def dense_weights(on_cpu: bool) -> Mapping[object, Temporary]:
+    """What operators on a quantised base allocate inside a call: the dense weight, and what takes more of
+    making it and of multiplying by it.
+    """
+
+    def taken(first: int, args: tuple, product: int) -> int:
+        # args[first:]: a base in four arguments.
+        kind, shape = args[first + 1], args[first + 2]
+        N, K = shape
+        by_kernel = not on_cpu and kind.startswith("nf4") and has_rows(K)
+        made = making_bytes(kind, shape, args[0].dtype, by_kernel, on_cpu)
+        return N * K * args[0].itemsize + max(made, product)
+
+    def forward(args: tuple, kwargs: dict, out: object) -> int:
+        return taken(1, args, _factors(args[5:7], args[0].dtype))
+
+    def backward(args: tuple, kwargs: dict, out: object) -> int:
+        dy, lora_B = args[0], args[7]
+        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
+        return taken(2, args, dz + _factors(args[6:8], dy.dtype))
+
+    def backward_input(args: tuple, kwargs: dict, out: object) -> int:
+        dy, lora_B = args[0], args[6]
+        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
+        return taken(1, args, dz + _factors(args[5:7], dy.dtype))
+
+    def frozen(args: tuple, kwargs: dict, out: object) -> int:
+        return taken(1, args, 0)
+
+    ours = torch.ops.lorafa_kernels
+    return {
+        ours.quantised_forward.default: forward,
+        ours.quantised_backward.default: backward,
+        ours.quantised_backward_input.default: backward_input,
+        ours.frozen_product.default: frozen,
+        ours.frozen_gradient.default: frozen,
+    }
+
+
 def temporaries() -> Mapping[object, Temporary]:
     """Return what CUDA's kernels allocate inside a call, by the operation that stands for them here."""
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -181,4 +222,5 @@ def temporaries() -> Mapping[object, Temporary]:
         ours.backward_input.default: _linear_backward_input,
         ours.group_forward.default: _group_forward,
         ours.group_backward.default: _group_backward,
+        **dense_weights(on_cpu=False),
     }

@@ -5,6 +5,7 @@
     lora          LoRA with lora_A and lora_B in the model's dtype (autocast_adapter_dtype=False)
     lorafa-plain  LoRA-FA as a formula of PyTorch operations: lora_A frozen, in the model's dtype
     lorafa        apply_lorafa of this library
+    lorafa-nf4    the same on a base of NF4 (quantize_base)
 
 All adapt the same layers. Source of the formulas of peft and lora: peft/tuners/lora/layer.py, Linear.forward.
 """
@@ -19,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.frozen import base_of
+from ..base.kinds import KINDS
 from ..model.adapt import adaptation_of, apply_lorafa
 from ..model.config import LoRAFAConfig
 from ..model.names import lorafa_layers, target_names
+from ..model.quantise import layers_to_quantise
 from ..nn.linear import LoRAFALinear
+from ..nn.quantised import QuantisedLinear, dtype_of
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,26 @@ def _lorafa(model: nn.Module, adapters: Adapters) -> None:
         warnings.simplefilter("ignore")
         apply_lorafa(model, config)
     for layer in lorafa_layers(model).values():
-        dtype = adapters.adapter_dtype or layer.weight.dtype
+        dtype = adapters.adapter_dtype or dtype_of(layer)
         if layer.lora_B.dtype != dtype:
             layer.lora_B = nn.Parameter(layer.lora_B.detach().to(dtype))
+
+
+def _lorafa_nf4(model: nn.Module, adapters: Adapters) -> None:
+    kind = KINDS["nf4"]
+    for name in layers_to_quantise(model):
+        linear = model.get_submodule(name)
+        N, K = linear.weight.shape
+        # Of sizes alone: codes of no weight.
+        codes = [
+            torch.empty(shape, dtype=dtype, device=linear.weight.device)
+            for dtype, shape in kind.spec(N, K).values()
+        ]
+        base = base_of(kind.name, codes, (N, K), linear.weight.dtype)
+        layer = QuantisedLinear.with_base(linear, base)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+    _lorafa(model, adapters)
 
 
 METHODS = (
@@ -175,6 +197,7 @@ METHODS = (
     Method("lora", "LoRA in the model's dtype", _lora),
     Method("lorafa-plain", "LoRA-FA in plain PyTorch", _lorafa_plain),
     Method("lorafa", "LoRA-FA, this library", _lorafa),
+    Method("lorafa-nf4", "LoRA-FA on an NF4 base", _lorafa_nf4),
 )
 BY_KEY = {method.key: method for method in METHODS}
 

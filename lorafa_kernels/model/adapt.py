@@ -20,8 +20,10 @@ from torch import nn
 
 from ..engines import sharding_engine
 from ..nn.conv1d import is_conv1d, layer_class, sizes
+from ..nn.foreign import what_is_missing
 from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
+from ..nn.quantised import Quantised
 from .config import LoRAFAConfig, ends_as
 from .names import (
     check_module,
@@ -39,6 +41,7 @@ from .placing.bypass import check_calls
 from .placing.first_steps import watch_first_steps
 from .placing.place import Block, place_blocks
 from .pretrained import guard_save
+from .quantise import trainable_flag
 from .report import AdaptedLayer, AdapterReport
 from .saved import ASIDE, clone_tensors, lorafa_parameters, swap
 from .targets import HEADS, new_parameters, resolved
@@ -127,6 +130,8 @@ def _adaptation_of(model: nn.Module, config: LoRAFAConfig, strict: bool) -> Adap
                 f"{name} matches target_modules, and modules_to_save trains it whole as part of "
                 f"{inside_saved[id(module)]}: leave it out of one of the two"
             )
+        if text := what_is_missing(module):
+            raise TypeError(f"{name}: {text} (or leave it out with exclude_modules)")
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             if not strict:
                 continue
@@ -249,10 +254,11 @@ def apply_lorafa(
     """Adapt `model` in place and return it. config: a LoRAFAConfig or a `peft.LoraConfig`.
 
     Every `nn.Linear` that `config` matches, and transformers' `Conv1D`, becomes a `LoRAFALinear` that shares
-    its weight and bias; a module under several names becomes one shared `LoRAFALinear`. All parameters are
-    frozen but lora_B and those of `modules_to_save`. What was done is logged at INFO to the logger
-    "lorafa_kernels" and kept as `model.lorafa_report` (an `AdapterReport`), the config, with what it left to
-    the model filled in, as `model.lorafa_config`. Source: arXiv 2308.03303.
+    its weight and bias; so does what `quantize_base` has quantised, and bitsandbytes' Linear4bit of NF4,
+    whose codes and scales are shared. A module under several names becomes one shared `LoRAFALinear`. All
+    parameters are frozen but lora_B and those of `modules_to_save`. What was done is logged at INFO to the
+    logger "lorafa_kernels" and kept as `model.lorafa_report` (an `AdapterReport`), the config, with what it
+    left to the model filled in, as `model.lorafa_config`. Source: arXiv 2308.03303.
 
     fuse: gated MLPs, and adapted layers of one module that are fed the same tensor (q/k/v, gate/up), compute
     in one autograd node. norm: RMS norms keep their input instead of an fp32 copy of it. Both are recognised
@@ -286,7 +292,7 @@ def apply_adaptation(
 ) -> None:
     """Carry out a checked adaptation, all of it or, after an error, nothing."""
     model, config = unwrap(model), adaptation.config
-    with all_or_nothing(model), ties_told(model):
+    with all_or_nothing(model), ties_told(model), trainable_flag(model):
         layers = {
             id(target.linear): layer_class(target.linear).from_linear(
                 target.linear,
@@ -355,19 +361,33 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
 
 def _report(model: nn.Module, adaptation: Adaptation, blocks: tuple[Block, ...]) -> AdapterReport:
     layers = tuple(
-        AdaptedLayer(name, layer.in_features, layer.out_features, layer.r, layer.scaling)
+        AdaptedLayer(name, layer.in_features, layer.out_features, layer.r, layer.scaling, _base_of(layer))
         for name, layer in lorafa_layers(model).items()
     )
     return AdapterReport(
         layers,
         tuple(adaptation.saved),
         sum(parameter.numel() for parameter in lorafa_parameters(model)),
-        sum(parameter.numel() for parameter in model.parameters()),
+        _parameters_of(model),
         blocks,
         adaptation.doubts,
         tuple(_left_out(model)) if adaptation.config.all_linear else (),
         vocabulary_of(model),
     )
+
+
+def _base_of(layer: LoRAFALinear) -> str:
+    return layer.quantised_kind if isinstance(layer, Quantised) else "dense"
+
+
+def _parameters_of(model: nn.Module) -> int:
+    """Parameters of the model; of a quantised layer those of the weight that it stands for."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            codes = sum(tensor.numel() for tensor in module.base().tensors)
+            total += module.in_features * module.out_features - codes
+    return total
 
 
 def _left_out(model: nn.Module) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..engines import is_dtensor, sharding_engine
 from ..mixed.rows import BASE, Rows
-from ..nn.adapters import DEFAULT, NO_ADAPTER, Mixture, Replay, check_name
+from ..nn.adapters import DEFAULT, NO_ADAPTER, Mixture, Replay, check_name, outside_of_compilers
 from ..nn.initialise import seed_for
 from ..nn.linear import LoRAFALinear
 from .adapt import all_or_nothing
@@ -65,7 +65,7 @@ def targets_of(model: nn.Module, name: str, config: LoRAFAConfig) -> dict[str, L
                 f"{where or 'the model'} is under {engine} already, which would not see the adapter's "
                 "parameters: add all adapters first, then wrap the model"
             )
-    _check_not_split(layers)
+    _check_several(layers)
     config = as_config(config)
     if config.modules_to_save:
         raise ValueError(
@@ -87,10 +87,10 @@ def targets_of(model: nn.Module, name: str, config: LoRAFAConfig) -> dict[str, L
     return {target: layers[target] for target in targets}
 
 
-def _check_not_split(layers: dict[str, LoRAFALinear]) -> None:
+def _check_several(layers: dict[str, LoRAFALinear]) -> None:
     for where, layer in layers.items():
-        if not layer.takes_adapters:
-            raise ValueError(f"{where} is split by tensor parallelism, where a layer has one adapter alone")
+        if layer.adapters_obstacle:
+            raise ValueError(f"{where} {layer.adapters_obstacle}, where a layer has one adapter alone")
 
 
 def put_adapter(
@@ -181,7 +181,7 @@ def adapter_index(model: nn.Module, index: Tensor | Iterable[int | str | None]) 
     """
     layers = named_layers(model)
     names = adapter_names(model)
-    _check_not_split(layers)
+    _check_several(layers)
     for where, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{where} is merged: call unmerge_adapter(model) before adapter_index")
@@ -236,7 +236,7 @@ def _hook(replay: Replay, mixture: Mixture):
             replay.now = mixture
             queue_callback(end)
 
-    @torch.compiler.disable
+    @outside_of_compilers
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:

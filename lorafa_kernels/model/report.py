@@ -11,13 +11,16 @@ from .placing.place import Block
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One adapted layer: weight (out_features, in_features), rank r, scaling as LoRAFALinear applies it."""
+    """One adapted layer: weight (out_features, in_features), rank r, scaling as LoRAFALinear applies it;
+    base: "dense", or the kind of a quantised one.
+    """
 
     name: str
     in_features: int
     out_features: int
     r: int
     scaling: float
+    base: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def layer_lines(layers: Iterable[AdaptedLayer]) -> list[str]:
     """A line for each kind of layer: last name, sizes, rank and scaling, with their number."""
     kinds = Counter(
         f"{layer.name.rsplit('.', 1)[-1]}: {layer.in_features} -> {layer.out_features}, r={layer.r}, "
-        f"scaling={layer.scaling:g}"
+        f"scaling={layer.scaling:g}{'' if layer.base == 'dense' else f', {layer.base} base'}"
         for layer in layers
     )
     return [f"  {count:4d} x {text}" for text, count in kinds.items()]

@@ -7,6 +7,7 @@ no such child.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,4 +184,11 @@ def mixture_now(acting: Acting, training: bool) -> Mixture | None:
 
 def outside_of_compilers(function: Callable) -> Callable:
     """Keep torch.compile out of a function: the index of a batch is another in each step."""
-    return torch.compiler.disable(function)
+    # Not torch.compiler.disable, which imports the compiler, and Triton with it, when it is called.
+    disabled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def called(*args):
+        return disabled(*args) if torch.compiler.is_compiling() else function(*args)
+
+    return called

@@ -13,6 +13,7 @@ from ..engines import not_plain
 from ..operands import FLOAT_DTYPES
 from .hooked import is_patched
 from .linear import LoRAFALinear
+from .quantised import LoRAFAQuantisedLinear, is_quantised
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -24,6 +25,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def layer_class(linear: nn.Module) -> type[LoRAFALinear]:
     """The class that stands in for `linear`."""
+    if is_quantised(linear):
+        return LoRAFAQuantisedLinear
     return LoRAFAConv1D if is_conv1d(linear) else LoRAFALinear
 
 

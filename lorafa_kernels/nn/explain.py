@@ -21,6 +21,7 @@ from ..plan.pin import pinned
 from ..plan.recipe import Problem, describe, grad_makes_dz, kernel_configs, launches
 from .adapters import LoRAFAAdapter
 from .linear import LoRAFALinear
+from .quantised import Quantised, dtype_of
 
 Adapted = LoRAFALinear | LoRAFAAdapter
 DEFAULT_M = 2048
@@ -95,7 +96,7 @@ class Planned:
 _SYMBOLS = "x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R); s: scaling; dx, dB: gradients of x, lora_B"
 _SYMBOLS_OF_LINEAR = "x (M, K), weight (N, K); dx: gradient of x"
 # The calls that are Triton kernels; the others are PyTorch's.
-_KERNELS = ("shrink", "shrink_sum", "expand", "recompute", "grad", "grad_sum")
+_KERNELS = ("dequantise", "shrink", "shrink_sum", "expand", "recompute", "grad", "grad_sum")
 _KERNELS += ("mixed_shrink", "mixed_expand", "mixed_grad")
 # Of a mixed batch, by mixed/fused.py.
 _MIXED_LAUNCHES = {
@@ -176,7 +177,7 @@ def explain(
         R = max((adapter.r for adapter in adapters), default=layer.r)
         sizes = (DEFAULT_M if M is None else M, layer.out_features, layer.in_features, R)
         device = layer.weight.device if device is None else device
-        dtype = layer.weight.dtype if dtype is None else dtype
+        dtype = _dtype_of(layer) if dtype is None else dtype
         impl = layer.impl if impl is None else impl
     else:
         sizes = _sizes_of(layer_or_shapes)
@@ -198,7 +199,7 @@ def explain(
         dropout_p = max(adapter.lora_dropout for adapter in adapters)
     M, N, K, R = sizes
     if layer is not None and impl != "linear" and layer.mixes():
-        steps = _for_layer(layer, dtype, *_mixed_steps(asked, device, dtype, frozen_B))
+        steps = _for_layer(layer, dtype, asked, *_mixed_steps(asked, device, dtype, frozen_B))
         limits = planned_device(device).limits if impl == "triton" else None
         return Explanation(impl, reason, device, dtype, *sizes, *steps, limits, dropout_p=dropout_p)
     library = _library_products(device, dtype, N, K, R, dropout_p > 0)
@@ -217,7 +218,7 @@ def explain(
     forward, backward = (steps[op] for op in ops)
     if dropout_p:
         forward, backward = (tuple(_with_dropout(step) for step in steps) for steps in (forward, backward))
-    forward, backward = _for_layer(layer, dtype, forward, backward)
+    forward, backward = _for_layer(layer, dtype, asked, forward, backward)
     return Explanation(impl, reason, device, dtype, *sizes, forward, backward, limits, plans, dropout_p)
 
 
@@ -388,14 +389,22 @@ def _plan_steps(
 
 
 def _for_layer(
-    layer: LoRAFALinear | None, dtype: torch.dtype, forward: tuple[Step, ...], backward: tuple[Step, ...]
+    layer: LoRAFALinear | None,
+    dtype: torch.dtype,
+    impl: str,
+    forward: tuple[Step, ...],
+    backward: tuple[Step, ...],
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """Adapt the steps to a layer without a bias, with a weight in another dtype than x, or whose dB is
     corrected.
     """
     if layer is not None and layer.bias is None:
         forward = tuple(Step(call, formula.replace(" + bias", "")) for call, formula in forward)
-    if layer is not None and layer.weight.dtype != dtype:
+    if isinstance(layer, Quantised):
+        by = "dequantise" if layer.base().by_kernel(dtype, impl) else "plain PyTorch"
+        made = Step(by, f"weight from {layer.quantised_kind} to {_name(dtype)}, into a temporary")
+        forward, backward = (made, *forward), (made, *backward)
+    elif layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")
         forward, backward = (cast, *forward), (cast, *backward)
     corrected = layer is not None and any(adapter.gradient_correction for adapter in _adapters(layer))
@@ -405,6 +414,11 @@ def _for_layer(
             Step("addmm_", "dB = dB @ inverse(lora_A @ lora_A.T) / s^2, the inverse made once"),
         )
     return forward, backward
+
+
+def _dtype_of(layer: LoRAFALinear) -> torch.dtype:
+    """What a layer computes in outside of autocast."""
+    return getattr(layer, "compute_dtype", None) or dtype_of(layer)
 
 
 def _with_dropout(step: Step) -> Step:

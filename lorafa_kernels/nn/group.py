@@ -13,6 +13,7 @@ from ..group.operands import LinearOperands
 from ..operands import check_frozen
 from .initialise import seed_for
 from .linear import LoRAFALinear, check_seed, is_exported, shown
+from .quantised import LoRAFAQuantisedLinear, Quantised, dtype_of, is_quantised
 
 
 def operands_of(module: nn.Module) -> LinearOperands:
@@ -80,8 +81,11 @@ class LoRAFALinearGroup(nn.Module):
             nn.Linear nor a LoRAFALinear; a share_A that is no bool.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear; that of the members is not looked
-    at.
+    at. Where one is quantised, all are computed one by one.
     """
+
+    # Of groups that were pickled before there was a choice.
+    _by_member = False
 
     def __init__(
         self, members: Mapping[str, nn.Module] | Iterable[nn.Module], *, share_A: bool = False
@@ -101,8 +105,9 @@ class LoRAFALinearGroup(nn.Module):
                     f"a member cannot be called {name!r}: names must not be empty, hold a dot, or be an "
                     "attribute of the group"
                 )
+        self._by_member = any(isinstance(module, Quantised) for module in named.values())
         for name, module in named.items():
-            if not isinstance(module, LoRAFALinear):
+            if not isinstance(module, (LoRAFALinear, Quantised)):
                 try:
                     LoRAFALinear.check_linear(module)
                 except (TypeError, ValueError) as error:
@@ -147,8 +152,9 @@ class LoRAFALinearGroup(nn.Module):
             if name not in adapt:
                 members[name] = linear
                 continue
+            kind = LoRAFAQuantisedLinear if is_quantised(linear) else LoRAFALinear
             try:
-                members[name] = layer = LoRAFALinear.from_linear(
+                members[name] = layer = kind.from_linear(
                     linear,
                     r=r,
                     lora_alpha=lora_alpha,
@@ -175,7 +181,8 @@ class LoRAFALinearGroup(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return one output for each member. Raises as lorafa_linear_group and operands_of."""
-        if is_exported() or any(map(mixes, self.members)):
+        # A quantised member makes its dense weight for its own product alone.
+        if self._by_member or is_exported() or any(map(mixes, self.members)):
             return tuple(module(x) for module in self.members)
         operands = [operands_of(module) for module in self.members]
         share_A = self.share_A and own_adapters(self.members)
@@ -244,7 +251,7 @@ def _check_alike(named: Mapping[str, nn.Module], share_A: bool) -> None:
     for name, module in others:
         for what, value, expected in (
             ("in_features", module.in_features, first.in_features),
-            ("dtype", module.weight.dtype, first.weight.dtype),
+            ("dtype", dtype_of(module), dtype_of(first)),
             ("device", module.weight.device, first.weight.device),
         ):
             if value != expected:

@@ -99,8 +99,8 @@ class LoRAFALinear(nn.Module):
     # Of layers that were pickled before there was a choice.
     gradient_correction: bool = False
     init_seed: int | None = None
-    # Whether it can have further adapters, and a mixed batch: not of a layer that is split over processes.
-    takes_adapters: bool = True
+    # Why it can have no further adapters and no mixed batch, of classes that compute otherwise.
+    adapters_obstacle: str | None = None
     # None: the layer's own adapter, as in all layers that have no other.
     _acting: Acting | None = None
 
@@ -197,7 +197,7 @@ class LoRAFALinear(nn.Module):
             else:
                 # Hooks, the training flag, and what its author set.
                 own[name] = value
-        _rebind_hooks(self)
+        rebind_hooks(self)
 
     @staticmethod
     def check_linear(linear: nn.Module) -> None:
@@ -365,6 +365,8 @@ class LoRAFALinear(nn.Module):
         taken or that no module can have, and for another rank than the layer's with share_lora_A.
         """
         check_name(name)
+        if self.adapters_obstacle:
+            raise ValueError(f"the layer {self.adapters_obstacle}, where it has one adapter alone")
         if name == DEFAULT or name in self.further_adapters():
             raise ValueError(f"the layer already has an adapter {name!r}")
         r, lora_alpha, lora_dropout = check_adapter_options(
@@ -462,7 +464,7 @@ class LoRAFALinear(nn.Module):
             # FSDP1 keeps them as plain attributes.
             lora_A, lora_B, bias = self.lora_A, self.lora_B, self.bias
         weight = self.weight_matrix()
-        if lora_A.requires_grad:
+        if lora_A.requires_grad or weight.requires_grad:
             weight, lora_A, bias = self.frozen_operands(self)
         return lorafa_linear(
             input,
@@ -478,21 +480,25 @@ class LoRAFALinear(nn.Module):
 
     def _base_forward(self, input: Tensor) -> Tensor:
         if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "the adapter is merged into the weight: call unmerge() before training, or eval() for "
-                    "inference"
-                )
-            if not self.adapter_enabled:
-                raise RuntimeError(
-                    "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
-                )
+            self.check_merged_call()
         return self._base_linear(input)
 
     def _base_linear(self, input: Tensor) -> Tensor:
         weight, lora_A, bias = self.frozen_operands(self)
         check_frozen(weight, lora_A, bias)
         return F.linear(input, weight, bias)
+
+    def check_merged_call(self) -> None:
+        """Raise RuntimeError if this layer, which is merged, is trained or disabled."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the weight: call unmerge() before training, or eval() for "
+                "inference"
+            )
+        if not self.adapter_enabled:
+            raise RuntimeError(
+                "the adapter is merged into the weight and cannot be disabled: call unmerge() first"
+            )
 
     def _with_acting(self, input: Tensor) -> Tensor:
         """forward of a layer in which something else than its own adapter acts."""
@@ -549,7 +555,7 @@ class LoRAFALinear(nn.Module):
         owner = self if adapter is None or adapter is self or adapter.shares_lora_A else adapter
         weight, lora_A, bias = self.weight_matrix(), owner.lora_A, self.bias
         # FSDP1 has all of a module in one flat parameter.
-        if lora_A.requires_grad:
+        if lora_A.requires_grad or weight.requires_grad:
             weight = frozen_view(self, "weight", weight)
             lora_A = frozen_view(owner, "lora_A", lora_A)
             bias = frozen_view(self, "bias", bias)
@@ -557,8 +563,11 @@ class LoRAFALinear(nn.Module):
 
     def weight_matrix(self) -> Tensor:
         """Return weight as (out_features, in_features), as it is stored here."""
-        weight = self._parameters.get("weight")
-        return self.weight if weight is None else weight
+        parameters = self._parameters
+        if "weight" not in parameters:
+            return self.weight
+        # Not get(), past which DeepSpeed's ZeRO-3 could not gather it.
+        return parameters["weight"]
 
     def weight_shape(self) -> tuple[int, int]:
         """The shape that weight is stored in."""
@@ -719,7 +728,7 @@ class LoRAFALinear(nn.Module):
         linear.__dict__["_modules"] = {n: m for n, m in self._modules.items() if not isinstance(m, Adapters)}
         linear._parameters.update(parameters)
         linear.__dict__.update(self._shadowed)
-        _rebind_hooks(linear)
+        rebind_hooks(linear)
         return linear
 
     def check_unloadable(self, name: str = "the layer", *, merge: bool) -> None:
@@ -781,7 +790,7 @@ def is_exported() -> bool:
     return torch._C._is_tracing()
 
 
-def _rebind_hooks(module: nn.Module) -> None:
+def rebind_hooks(module: nn.Module) -> None:
     """Hooks on loading that are handed their module get `module` from now on; the others know none."""
     for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
         for key, hook in hooks.items():

@@ -12,6 +12,7 @@ from ..mlp.api import lorafa_gated_mlp
 from .group import checked_names, mixes, operands_of
 from .initialise import seed_for
 from .linear import LoRAFALinear, check_seed, checked_size, is_exported, shown
+from .quantised import LoRAFAQuantisedLinear, Quantised, dtype_of, is_quantised
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -20,6 +21,8 @@ class _GatedMLP(nn.Module):
     """What LoRAFASwiGLU and LoRAFAGeGLU have in common; they tell what `activation` is."""
 
     activation: str
+    # Of modules that were pickled before there was a choice.
+    _by_layer = False
 
     def _activate(self, gate: Tensor) -> Tensor:
         if self.activation == "silu":
@@ -92,7 +95,7 @@ class _GatedMLP(nn.Module):
         adapt = NAMES if adapt is None else checked_names(adapt, NAMES)
         layers = dict(zip(NAMES, (gate, up, down), strict=True))
         for name, layer in layers.items():
-            if isinstance(layer, LoRAFALinear):
+            if isinstance(layer, LoRAFALinear) or is_quantised(layer):
                 continue
             try:
                 LoRAFALinear.check_linear(layer)
@@ -105,7 +108,8 @@ class _GatedMLP(nn.Module):
             if name not in adapt:
                 layer.requires_grad_(False)
                 continue
-            layers[name] = LoRAFALinear.from_linear(
+            kind = LoRAFAQuantisedLinear if is_quantised(layer) else LoRAFALinear
+            layers[name] = kind.from_linear(
                 layer,
                 r=r,
                 lora_alpha=lora_alpha,
@@ -128,11 +132,13 @@ class _GatedMLP(nn.Module):
         self.gate_proj = gate
         self.up_proj = up
         self.down_proj = down
+        self._by_layer = any(isinstance(layer, Quantised) for layer in (gate, up, down))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., hidden) for x (..., hidden). Raises as lorafa_gated_mlp and operands_of."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if is_exported() or any(map(mixes, layers)):
+        # A quantised layer makes its dense weight for its own product alone.
+        if self._by_layer or is_exported() or any(map(mixes, layers)):
             return self.down_proj(self._activate(self.gate_proj(x)) * self.up_proj(x))
         return lorafa_gated_mlp(x, *map(operands_of, layers), activation=self.activation, impl=self.impl)
 
@@ -225,8 +231,10 @@ def _check_shapes(layers: Mapping[str, nn.Module]) -> None:
                 f"{gate.in_features} → {gate.out_features}"
             )
     for name, layer in layers.items():
-        for what in ("dtype", "device"):
-            value, expected = (getattr(module.weight, what) for module in (layer, gate))
+        for what, value, expected in (
+            ("dtype", dtype_of(layer), dtype_of(gate)),
+            ("device", layer.weight.device, gate.weight.device),
+        ):
             if value != expected:
                 raise ValueError(
                     f"{name} has {what} {value}, gate_proj has {expected}: both must be the same"

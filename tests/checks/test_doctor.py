@@ -59,7 +59,7 @@ def assert_all_passed(out: str, impl: str) -> None:
     blocks += ["norm.y", "norm.dx"] if impl == "torch" else []
     assert found == [
         (dtype, output)
-        for outputs in (("y", "dx", "dB"), blocks)
+        for outputs in (("y", "dx", "dB"), ("nf4.y", "nf4.dx", "nf4.dB"), blocks)
         for dtype in ("fp32", "bf16", "fp16")
         for output in outputs
     ]
@@ -110,12 +110,12 @@ def test_the_verdict_comes_first_and_each_section_has_a_line(monkeypatch, capsys
     assert main(["doctor", "--device", "cpu"]) == 0
     said = capsys.readouterr()
     verdict, empty, *sections = said.out.splitlines()
-    compared = 63 if TRITON else 60
+    compared = 81 if TRITON else 78
     assert verdict == f"PASSED: all {compared} results are right" and empty == "" and said.err == ""
     heads = ["versions", "machine", "variables", *UNSEEN_GPU, "cpu", "checks"]
     assert [line.split()[0] for line in sections] == heads
     assert f"torch {torch.__version__}, " in sections[0] and f"{PLAN_VARIABLE}=library" in sections[2]
-    assert "reference on cpu 27 of 27 right; torch on cpu 33 of 33 right; " in sections[-1]
+    assert "reference on cpu 36 of 36 right; torch on cpu 42 of 42 right; " in sections[-1]
     assert said.out.isascii()
 
 
@@ -166,13 +166,13 @@ def test_wrong_implementation_fails_and_is_named(monkeypatch, capsys):
     assert main(["doctor", "--device", "cpu"]) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] not in ([], ["GPU"])]
     verdict, *wrong, versions, machine, cpu, checks, advice = said
-    assert verdict == "FAILED: 3 of the checks; do not trust results of this installation"
+    assert verdict == "FAILED: 6 of the checks; do not trust results of this installation"
     assert [line.partition(" at M=")[0].strip() for line in wrong] == [
-        f"torch on cpu, {dtype}, y" for dtype in doctor.CHECKED_DTYPES
+        f"torch on cpu, {dtype}, {y}" for y in ("y", "nf4.y") for dtype in doctor.CHECKED_DTYPES
     ]
     assert versions.startswith("versions  lorafa_kernels ") and machine.startswith("machine ")
     assert cpu.startswith("cpu       torch for fp32, bf16, fp16, fp64 (x is on the CPU")
-    assert checks == "checks    reference on cpu 27 of 27 right; torch on cpu 30 of 33 right"
+    assert checks == "checks    reference on cpu 36 of 36 right; torch on cpu 36 of 42 right"
     assert "doctor --verbose" in advice
 
 
@@ -187,7 +187,7 @@ def test_raising_implementation_is_reported_in_any_locale():
         "-c", BLOCK_TRITON + SMALL + plant + RUN, LC_ALL="C", PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0"
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    summary = done.stdout[done.stdout.index("\nFAILED: 3") :]
+    summary = done.stdout[done.stdout.index("\nFAILED: 6") :]
     assert r"reference on cpu, bf16, y, dx, dB" in summary and r"ValueError: no x \xd7 A today" in summary
     assert_all_passed(done.stdout, "torch")
 

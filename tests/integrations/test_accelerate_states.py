@@ -113,6 +113,15 @@ def test_several_models_and_states_that_were_written_whole(tmp_path):
     accelerator.load_state(str(tmp_path / "whole"))
     assert_same(lorafa_state_dict(fresh), lorafa_state_dict(first))
 
+    state = tmp_path / "both"
+    accelerator.save_state(str(state))
+    whole.save_state(str(state))
+    with pytest.raises(ValueError, match=r"holds both an adapter and model\.safetensors, a whole model"):
+        accelerator.load_state(str(state))
+    accelerator.save_state(str(state))
+    assert not list(state.glob("model*"))
+    accelerator.load_state(str(state))
+
 
 def test_what_has_no_adapter_to_save_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"must be an accelerate\.Accelerator, got Linear"):

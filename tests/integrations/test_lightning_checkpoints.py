@@ -131,6 +131,11 @@ def test_only_the_frozen_base_is_left_out():
     other.load_state_dict(read["state_dict"])
     assert_same(saved(other)["state_dict"], checkpoint["state_dict"])
     assert_same(other.inner[0].weight, base)
+    assert {name for name in saved(Around(modules_to_save=None))["state_dict"] if "inner.1." in name} == {
+        "inner.1.running_mean",
+        "inner.1.running_var",
+        "inner.1.num_batches_tracked",
+    }
     # Written without the class.
     other.on_load_checkpoint({"state_dict": one.state_dict()})
 

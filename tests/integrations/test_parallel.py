@@ -183,6 +183,14 @@ def test_what_cannot_be_split_is_refused(parallel, mesh, tmp_path):
     split(swiglu, mesh, {"gate_proj": column()})
     with pytest.raises(TypeError, match="must be wrapped as one"):
         swiglu(torch.zeros(2, WIDTH))
+    from lorafa_kernels.nn import LoRAFAQuantisedLinear, QuantisedLinear
+
+    for kind in ("nf4", "int8"):
+        frozen = QuantisedLinear.from_linear(nn.Linear(64, 8), kind)
+        for quantised in (frozen, LoRAFAQuantisedLinear.from_linear(frozen)):
+            for style in (column(), row()):
+                with pytest.raises(TypeError, match="has a quantised base, which no style here splits"):
+                    split(quantised, mesh, style)
     one = split(layer(), mesh, column())
     with pytest.raises(ValueError, match="weight is sharded already: call parallelize_module once"):
         split(one, mesh, row())

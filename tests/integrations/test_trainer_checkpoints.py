@@ -227,6 +227,25 @@ def test_forgotten_the_whole_model_is_saved_with_a_warning_and_can_be_taken_up(t
     resumed = adapter_checkpoints(trainer(tmp_path, model=adapted(seed=9)))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     same(resumed, forgotten)
+    for fields, message in (
+        ({"r": 2}, r"has .*lora_A of shape \(4, 64\), the model \(2, 64\): adapt the model with the r"),
+        ({"target_modules": ["q_proj"]}, r"has .*lora_[AB], which the model has not: adapt the model with"),
+    ):
+        other = adapted(seed=9, **fields)
+        before = lorafa_state_dict(other)
+        before = {name: value.clone() for name, value in before.items()}
+        with pytest.raises(ValueError, match=message):
+            adapter_checkpoints(trainer(tmp_path, model=other)).train(str(tmp_path / "checkpoint-2"))
+        assert_same(lorafa_state_dict(other), before)
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_before_its_end(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    adapter_checkpoints(trainer(tmp_path))._save(str(folder))
+    names = {path.name for path in folder.iterdir()}
+    assert "adapter_model.safetensors" in names and "trainer_state.json" not in names
 
 
 class Plain(nn.Module):

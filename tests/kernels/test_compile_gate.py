@@ -22,6 +22,7 @@ from bench.gate.compile import (
     WAITS_FIRST,
     LauncherCall,
     beside_cases,
+    dequantise_cases,
     failures,
     gated_cases,
     group_cases,
@@ -384,6 +385,33 @@ def test_kernels_of_a_mixed_batch_compile(tmp_path):
     for row in rows:
         assert row["failures"] == [] and row["spills"] == 0 and row["dependent_launch"] == []
         assert row["instructions"].keys() == {"wgmma" if row["arch"] == "sm_90" else "mfma"}
+
+
+def test_committed_result_has_the_kernel_of_quantised_weights():
+    rows = json.loads((ROOT / "bench/results/compile-gate-quantised.json").read_text())["rows"]
+    # Not its code, whose registers another Triton changes: what was compiled, and that it is clean.
+    found = {(row["arch"], row["layout"], row["dtype"]) for row in rows}
+    assert found == {(case.arch, case.layout, case.dtype) for case in dequantise_cases(ARCHS)}
+    assert all(row["spills"] == 0 and not row["failures"] for row in rows)
+    assert {row["kernel"] for row in rows} == {"dequantise_kernel"}
+
+
+PRINT_FUSED = """
+import triton
+from bench.gate.compile import dequantise_cases, record, source, target_of
+for case in dequantise_cases(("sm_90",), quick=True):
+    for kernel, args, kwargs in record(case):
+        code, options = source(case.arch, kernel, args, kwargs)
+        ptx = triton.compile(code, target=target_of(case.arch), options=options).asm["ptx"]
+        print(case.layout, "mul.rn.f32" in ptx, ptx.count("fma.rn"))
+"""
+
+
+@pytest.mark.gate
+def test_quantised_weights_are_made_without_a_fused_multiply_add():
+    """It rounds once where PyTorch rounds twice; the interpreter never fuses."""
+    done = run_compiling(ROOT, "-c", PRINT_FUSED)
+    assert done.stdout.splitlines() == ["W: nf4 True 0", "W: nested True 0"], done.stderr
 
 
 CASE = LauncherCall("sm_90", "expand", "bf16", "fp32", "y", "even", 8192, 16, bias=True)

@@ -362,3 +362,29 @@ def test_ptx_says_how_large_parameters_are():
 	ld.param.u32 %r1, [_kernel_param_2];
 """
     assert stub_gpu.parameter_sizes(ptx) == [128, 8, 4, 4, 1]
+
+
+QUANTISED_STEP = """
+import importlib
+import torch
+from lorafa_kernels.nn import LoRAFAQuantisedLinear, QuantisedLinear
+stub = importlib.import_module("tests.stub_gpu")
+for kind in ("nf4", "nf4-nested"):
+    frozen = QuantisedLinear.from_linear(torch.nn.Linear(256, 512).bfloat16(), kind)
+    layer = LoRAFAQuantisedLinear.from_linear(frozen, r=16)
+    for _ in range(2):
+        x = torch.zeros(300, 256, dtype=torch.bfloat16, requires_grad=True)
+        with stub.recording() as launched:
+            layer(x).sum().backward()
+        names = [launch.kernel for launch in launched if launch.kernel == "dequantise_kernel"]
+        print(kind, names, stub.faults(launched))
+"""
+
+
+def test_a_weight_of_codes_is_made_by_one_launch_forward_and_one_backward(tmp_path):
+    """In the first step and, by the launches that are kept, in the second."""
+    (tmp_path / "step.py").write_text(QUANTISED_STEP)
+    done = run_python("-m", "tests.stub_gpu", "--arch", "sm_90", str(tmp_path / "step.py"))
+    rows = [line for line in done.stdout.splitlines() if line.startswith("nf4")]
+    made = ["dequantise_kernel"] * 2
+    assert rows == [f"{kind} {made} []" for kind in ("nf4", "nf4", "nf4-nested", "nf4-nested")], done.stderr

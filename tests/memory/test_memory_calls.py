@@ -268,7 +268,7 @@ def test_json_is_alone_and_holds_every_method(sound, tmp_path):
     code, out, err = call(sound, "--json", "--plot", str(plot), "--sequence", "64", "--device", "cpu")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert list(found["methods"]) == ["full", "peft", "lora", "lorafa-plain", "lorafa"]
+    assert list(found["methods"]) == ["full", "peft", "lora", "lorafa-plain", "lorafa", "lorafa-nf4"]
     for method in found["methods"].values():
         assert 0 < method["kept_bytes"] <= method["peak_bytes"] < method["total_bytes"]
         assert method["total_bytes"] == method["fixed_bytes"] + method["peak_bytes"]

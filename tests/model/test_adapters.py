@@ -33,6 +33,7 @@ from lorafa_kernels import (
     lorafa_parameters,
     lorafa_state_dict,
     merge_adapter,
+    quantize_base,
     save_adapter,
     set_adapter,
     unload_adapter,
@@ -642,6 +643,17 @@ def test_an_adapter_may_have_the_name_of_a_layer(tmp_path):
     save_adapter(alone, tmp_path / "alone")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_layers_on_a_quantised_base_have_one_adapter():
+    model = apply_lorafa(quantize_base(Net(), "int8"), LoRAFAConfig(r=2, target_modules=["q"]))
+    with pytest.raises(ValueError, match=r"blocks\.0\.q has a quantised base"):
+        add_adapter(model, "b", LoRAFAConfig(r=2))
+    with pytest.raises(ValueError, match="quantised base"), adapter_index(model, [0] * B):
+        pass
+    with pytest.raises(ValueError, match="quantised base"):
+        model.blocks[0].q.add_adapter("b")
+    assert adapter_names(model) == ("default",)
 
 
 def test_thawed_lora_A_is_an_error():

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_same, check_budget
+from processes import group
 from torch import nn
 
 from lorafa_kernels import LoRAFALinear
+from lorafa_kernels.nn.group import operands_of
 
 numerics = pytest.mark.numerics
 
@@ -346,3 +348,46 @@ def test_subclasses_with_the_plain_forward_are_fine(x):
 def test_repr():
     text = repr(LoRAFALinear(12, 10, r=3, lora_alpha=6))
     assert "in_features=12, out_features=10, bias=True, r=3, scaling=2" in text
+
+
+def test_parameters_are_read_where_an_engine_gathers_them():
+    """DeepSpeed's ZeRO-3 gathers a parameter as its dict is asked for it, in [] alone."""
+
+    class Gathering(dict):
+        def __getitem__(self, name):
+            read.append(name)
+            return super().__getitem__(name)
+
+        def get(self, name, default=None):
+            raise AssertionError("nothing is gathered here")
+
+    read = []
+    layer = LoRAFALinear(6, 4, r=2)
+    layer._parameters = Gathering(layer._parameters)
+    layer(torch.randn(3, 6)).sum().backward()
+    assert set(read) >= {"weight", "bias", "lora_A", "lora_B"}
+    del read[:]
+    operands_of(layer)
+    assert set(read) >= {"weight", "bias", "lora_A", "lora_B"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_fsdp1_that_ignores_the_frozen_lora_A(tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    layer = LoRAFALinear(6, 4, r=2, init_lora_weights=False)
+    x = torch.randn(3, 6)
+    layer(x).sum().backward()
+    want = layer.lora_B.grad.clone()
+    layer.zero_grad()
+    with group(0, 1, tmp_path):
+        options = {
+            "use_orig_params": True,
+            "device_id": torch.device("cpu"),
+            "ignored_states": [layer.lora_A],
+        }
+        wrapped = FullyShardedDataParallel(layer, **options)
+        wrapped(x).sum().backward()
+        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+            assert_same(layer.lora_B.grad, want)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...base import bnb
+from ...nn.quantised import Quantised
 from .fused import fuse_module, restore_module
 from .guards import ADAPTED, LINEARS, is_quiet, trained_names
 from .members import MEMBERS, group_layers, ungroup_layer
@@ -85,7 +87,10 @@ def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Bloc
             if reason is None:
                 group_layers([module._modules[layer] for layer in layers], type(module))
             blocks.append(Block(name, "shared input", kind, layers if reason is None else (), reason))
-    return blocks or [Block(name, "shared input", kind, (), "none of its adapted layers share an input")]
+    reason = "none of its adapted layers share an input"
+    if any(isinstance(module._modules[name], Quantised) for name in linears):
+        reason = "its layers are quantised, and computed by themselves"
+    return blocks or [Block(name, "shared input", kind, (), reason)]
 
 
 def _place_mlp(name: str, module: nn.Module) -> list[Block]:
@@ -128,6 +133,8 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
         return "its forward was patched on the instance"
     for name in children:
         child = module._modules[name]
+        if isinstance(child, Quantised) or bnb.is_linear4bit(child):
+            return f"{name} is quantised, and computed by itself"
         if not is_quiet(child):
             return f"{name} has hooks or a patched forward"
         trained = [
