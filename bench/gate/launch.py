@@ -380,8 +380,11 @@ def kernels() -> set[str]:
 
 
 def kind_of(kernel: str) -> str:
-    """Which cases launch a kernel: those of --ws, of --mixed, or the others ("")."""
-    return "ws" if "_ws_" in kernel else "mixed" if kernel.startswith("mixed_") else ""
+    """Which cases launch a kernel: those of --ws, of --mixed, or the others (""). That of quantised weights
+    is launched by a test of its own.
+    """
+    kinds = {"_ws_": "ws", "mixed_": "mixed", "dequantise_": "quantised"}
+    return next((kind for part, kind in kinds.items() if part in kernel), "")
 
 
 def not_launched(rows: list[dict], archs: tuple[str, ...], kind: str = "") -> list[str]:

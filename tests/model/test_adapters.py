@@ -584,14 +584,14 @@ def test_a_wrong_index_is_told_before_anything_is_computed(monkeypatch, case):
 
 
 def test_wrong_lengths_and_implementations(monkeypatch):
-    model = build()
+    model = build(dtype=WIDE)
     monkeypatch.setattr(ops.library, "forward", lambda *_: pytest.fail("something was computed"))
     with adapter_index(model, INDEX[:-1]), pytest.raises(ValueError, match="5 entries"):
-        model(batch())
+        model(batch(WIDE))
     for layer in lorafa_layers(model).values():
         layer.impl = "triton"
     with adapter_index(model, INDEX), pytest.raises(RuntimeError, match='impl="triton" cannot run'):
-        model(batch())
+        model(batch(WIDE))
 
 
 def test_wrong_adapters():
