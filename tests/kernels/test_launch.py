@@ -88,6 +88,17 @@ def test_launches_of_a_llama_layer(core):
     assert dependent == forward + down + gate_and_up + o + q_k_v
 
 
+def test_committed_result_has_every_mixed_batch():
+    """After a change of their kernels or cases, run `make gate` and commit the result."""
+    from bench.gate.launch import MIXED_CASES
+
+    result = json.loads((ROOT / "bench" / "results" / "launch-gate-mixed.json").read_text())
+    assert result["versions"]["triton"].startswith("3.7") and not result["core"]
+    assert result["failed"] == 0 and not result["not_launched"]
+    wanted = {(arch, case.name) for arch in ("sm_80", "sm_90", "sm_100") for case in MIXED_CASES}
+    assert {(row["arch"], row["case"]) for row in result["rows"]} == wanted
+
+
 @pytest.mark.slow
 def test_launches_of_a_mixed_batch(tmp_path):
     """Of three adapters with two ranks: as many launches as of one, forward and then backward."""
