@@ -174,7 +174,8 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
 
 def dense_weights(on_cpu: bool) -> Mapping[object, Temporary]:
     """What operators on a quantised base allocate inside a call: the dense weight, and what takes more of
-    making it and of multiplying by it.
+    making it and of multiplying by it. A chunk of dropout's mask, which the library makes on a CPU, is left
+    out.
     """
 
     def taken(first: int, args: tuple, product: int) -> int:

@@ -46,9 +46,11 @@ def adapt(model: nn.Module, method: str, names: tuple[str, ...], r: int, dropout
     """Adapt the layers `names` of a model with values, by PEFT, this library or the formula."""
     if method == "full":
         return model.requires_grad_(True)
-    if method == "lorafa":
-        from lorafa_kernels import LoRAFAConfig, apply_lorafa
+    if method in ("lorafa", "lorafa-nf4"):
+        from lorafa_kernels import LoRAFAConfig, apply_lorafa, quantize_base
 
+        if method == "lorafa-nf4":
+            quantize_base(model, "nf4")
         config = LoRAFAConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(names))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -60,6 +62,8 @@ def adapt(model: nn.Module, method: str, names: tuple[str, ...], r: int, dropout
             base = model.get_submodule(name)
             setattr(model.get_submodule(parent), last, PlainLoRAFA(base, r, dropout, torch.float32))
         return model
+    if method not in ("peft", "lora"):
+        raise ValueError(f"no step is known for the method {method!r}")
     import peft
 
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(names))

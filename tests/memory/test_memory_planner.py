@@ -144,10 +144,7 @@ def test_a_step_takes_what_is_planned(case, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", draw(SEED, DRAWN), ids=str)
-def test_a_drawn_step_takes_what_is_planned(case, tmp_path, request):
-    if "nf4" in str(case):
-        # A fault that is open: the plan keeps a quarter less than the step.
-        request.node.add_marker(pytest.mark.xfail(reason="the planner's NF4 row keeps too little"))
+def test_a_drawn_step_takes_what_is_planned(case, tmp_path):
     check(case, tmp_path)
 
 
