@@ -103,9 +103,11 @@ gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --kernel shrink expand grad gated --out bench/results/compile-gate.json
 	$(BIN)/python -m bench.gate --kernel group --out bench/results/compile-gate-groups.json
 	$(BIN)/python -m bench.gate --kernel ws --arch sm_90 --out bench/results/compile-gate-ws.json
+	$(BIN)/python -m bench.gate --kernel mixed --arch sm_80 sm_90 sm_100 gfx942 --out bench/results/compile-gate-mixed.json
 	$(BIN)/python -m bench.gate --kernel dequantise --out bench/results/compile-gate-quantised.json
 	$(BIN)/python -m bench.launch_gate --out bench/results/launch-gate.json
 	$(BIN)/python -m bench.launch_gate --ws --out bench/results/launch-gate-ws.json
+	$(BIN)/python -m bench.launch_gate --mixed --out bench/results/launch-gate-mixed.json
 
 $(VENV36)/.gate: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV36)

@@ -55,7 +55,7 @@ BUILT_ON = {
     "integrations.peft_quantised": {"peft"},
 }
 # They compose kernels, and are imported where those are.
-COMPOSED = ("linear.fused", "group.fused")
+COMPOSED = ("linear.fused", "group.fused", "mixed.fused")
 
 
 def modules() -> dict[str, Path]:

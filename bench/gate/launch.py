@@ -10,7 +10,8 @@ kernel of the library was not launched at all.
 
 Cases are chosen pairwise: any two values of two options meet in one case at least. --core takes those few
 that launch each kernel of Hopper, without most masks. --ws takes the cases of an expand with specialised
-warps instead, which runs on sm_90 where a plan names it.
+warps instead, which runs on sm_90 where a plan names it; --mixed those of a batch of several adapters, whose
+kernels run where they are asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ from lorafa_kernels import kernels as library
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
+from lorafa_kernels.mixed.api import lorafa_linear_mixed
+from lorafa_kernels.mixed.rows import Rows
 from lorafa_kernels.mlp.activation import ACTIVATIONS
 from lorafa_kernels.mlp.api import lorafa_gated_mlp
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
@@ -163,6 +166,18 @@ WS_CORE = (
     # Dropout on x alone: of dx it has none to make.
     Scenario(plan="ws, one pass, PDL", dropout=True, needs="dB"),
 )
+# Three adapters, one of which has no rows, samples without one, and rows of an adapter that lie apart.
+MIXED_PLACES = (1, 0, -1, 0, 1, 1, -1, 0, 0, 1)
+MIXED_CASES = (
+    Scenario("mixed"),
+    Scenario("mixed", R=100, sizes="ragged", factor_dtype="own", bias=False, dtype="fp16"),
+    Scenario("mixed", R=24, sizes="odd", dropout=True),
+    Scenario("mixed", R=64, dropout=True, share_A=True),
+    Scenario("mixed", dtype="fp32", share_A=True, needs="dx"),
+    Scenario("mixed", sizes="offset", needs="dB"),
+    Scenario("mixed", sizes="no K"),
+    Scenario("mixed", sizes="no N"),
+)
 # Beside Hopper, which has kernels of its own.
 FEWER = {"R": (1, 8, 64, 256), "M": (MANY_ROWS, 16), "sizes": ("even", "odd"), "members": (2, 5)}
 CORE = (
@@ -223,6 +238,12 @@ def operands(case: Scenario, N: int, K: int, adapted: bool, lora_A=None) -> Line
     return LinearOperands(weight, bias, lora_A, lora_B, 2.0, 0.1 if case.dropout else 0.0)
 
 
+def mixed_member(case: Scenario, N: int, K: int, number: int) -> LinearOperands:
+    """One adapter; the second has another rank where lora_A is not shared."""
+    R = case.R if case.share_A or number != 1 else max(1, case.R // 2 + 1)
+    return operands(replace(case, R=R), N, K, True)
+
+
 def tensor(case: Scenario, rows: int, columns: int) -> torch.Tensor:
     """A matrix as case.sizes says; one at an offset begins 8 bytes behind a multiple of 16."""
     dtype = DTYPES[case.dtype]
@@ -242,6 +263,14 @@ def step(case: Scenario) -> None:
             layer = operands(case, N, K, True)
             more = {"scaling": layer.scaling, "dropout_p": layer.dropout_p}
             ys = [lorafa_linear(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, **more)]
+        elif case.what == "mixed":
+            adapters = {number: mixed_member(case, N, K, number) for number in range(3)}
+            for number, member in adapters.items():
+                shared = adapters[0].lora_A if case.share_A else member.lora_A
+                kept = {"weight": adapters[0].weight, "bias": adapters[0].bias, "lora_A": shared}
+                adapters[number] = member._replace(**kept)
+            x = x.view(len(MIXED_PLACES), -1, K) if K else x.view(len(MIXED_PLACES), MANY_ROWS // 10, 0)
+            ys = [lorafa_linear_mixed(x, adapters, Rows.of(MIXED_PLACES, len(adapters)))]
         elif case.what == "group":
             members = []
             for index in range(case.members):
@@ -350,16 +379,23 @@ def kernels() -> set[str]:
     return {key.strip("_") for module in modules for key in vars(module) if key.endswith("_kernel")}
 
 
-def not_launched(rows: list[dict], archs: tuple[str, ...], ws: bool = False) -> list[str]:
-    """Name the kernels that no case launched, by architecture; TMA is asked for on sm_90 alone. ws: of --ws,
-    which has a kernel that other cases do not launch.
+def kind_of(kernel: str) -> str:
+    """Which cases launch a kernel: those of --ws, of --mixed, or the others (""). That of quantised weights
+    is launched by a test of its own.
+    """
+    kinds = {"_ws_": "ws", "mixed_": "mixed", "dequantise_": "quantised"}
+    return next((kind for part, kind in kinds.items() if part in kernel), "")
+
+
+def not_launched(rows: list[dict], archs: tuple[str, ...], kind: str = "") -> list[str]:
+    """Name the kernels that no case launched, by architecture; TMA is asked for on sm_90 alone. kind: as in
+    kind_of.
     """
     missing = []
     for arch in archs:
         launched = {kernel for row in rows if row["arch"] == arch for kernel in row["launches"]}
         wanted = {kernel for kernel in kernels() if arch == "sm_90" or "tma" not in kernel}
-        # That of quantised weights is launched by a test of its own.
-        wanted = {k for k in wanted if ("_ws_" in k) == ws and not k.startswith("dequantise")}
+        wanted = {kernel for kernel in wanted if kind_of(kernel) == kind}
         missing += [f"{arch}: {kernel} was not launched" for kernel in sorted(wanted - launched)]
     return missing
 
@@ -369,7 +405,7 @@ def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, fo
     out = folder / f"{arch}-{part}.jsonl"
     stub = (sys.executable, "-m", "tests.stub_gpu", "--arch", arch, "-m", "bench.launch_gate")
     command = [*stub, "--out", str(out), "--part", str(part), str(parts)]
-    command += ["--core"] * options.core + ["--ws"] * options.ws
+    command += ["--core"] * options.core + ["--ws"] * options.ws + ["--mixed"] * options.mixed
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     unset = ("TRITON_INTERPRET", "LORAFA_KERNELS_PLAN")
     kept = {key: value for key, value in os.environ.items() if key not in unset} | {"PYTHONPATH": path}
@@ -383,6 +419,8 @@ def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, fo
 
 
 def part_of(arch: str, options: argparse.Namespace, part: int, parts: int) -> list[Scenario]:
+    if options.mixed:
+        return list(MIXED_CASES[:1] if options.core else MIXED_CASES)[part::parts]
     core, whole = (WS_CORE, ws_cases) if options.ws else (CORE, lambda: all_cases(arch))
     return list(core if options.core else whole())[part::parts]
 
@@ -393,6 +431,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--core", action="store_true", help="only a few cases, which launch most kernels")
     parser.add_argument("--ws", action="store_true", help="the cases of specialised warps alone, on sm_90")
+    several = "the cases of a batch of several adapters alone"
+    parser.add_argument("--mixed", action="store_true", help=several)
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -418,10 +458,11 @@ def main(argv: list[str] | None = None) -> int:
         ]
         rows = [row for job in jobs for row in job.result()]
     failed = [row for row in rows if row["faults"]]
-    missing = not_launched(rows, archs, options.ws) if not options.core or archs == ("sm_90",) else []
+    kind = "ws" if options.ws else "mixed" if options.mixed else ""
+    missing = not_launched(rows, archs, kind) if not options.core or archs == ("sm_90",) else []
     result = {
         "what": "kernels launched into a stub driver for GPUs that were not present: nothing was computed",
-        "command": "python -m bench.launch_gate" + " --ws" * options.ws,
+        "command": f"python -m bench.launch_gate{f' --{kind}' if kind else ''}",
         "core": options.core,
         **now,
         "archs": list(archs),

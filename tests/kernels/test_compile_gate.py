@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 
 from bench.gate.compile import (
     ARCHS,
+    MIXED_ARCHS,
     WAITS_FIRST,
     LauncherCall,
     beside_cases,
@@ -26,6 +27,7 @@ from bench.gate.compile import (
     gated_cases,
     group_cases,
     misplaced_wait,
+    mixed_cases,
     serialized,
 )
 from lorafa_kernels.plan.config import KNOWN_DEVICES, OPS, KernelConfig, low_rank_block, makes_mask
@@ -354,6 +356,35 @@ def test_committed_result_covers_the_heuristics(version):
         (c.arch, c.op, c.dtype, c.dropout, code_of(c.config, c.R)) for c in of_blocks if c.dtype != "fp16"
     }
     assert wanted == compiled
+
+
+def test_committed_result_covers_mixed_batches():
+    """After a change of their kernels, run `make gate` and commit the result."""
+    result = json.loads((ROOT / "bench" / "results" / "compile-gate-mixed.json").read_text())
+    assert result["versions"]["triton"].startswith("3.7") and not result["failed"]
+    assert not [row for row in result["rows"] if row["failures"] or row["spills"]]
+
+    def codes(rows) -> set[tuple]:
+        return {
+            (row["arch"], row["op"], row["dtype"], row["dropout"], tuple(row["config"].values()))
+            for row in rows
+        }
+
+    wanted = [asdict(case) | {"config": asdict(case.config)} for case in mixed_cases(MIXED_ARCHS)]
+    assert codes(result["rows"]) == codes(wanted)
+
+
+@pytest.mark.gate
+@pytest.mark.slow
+def test_kernels_of_a_mixed_batch_compile(tmp_path):
+    archs = ("sm_90", "gfx942")
+    rows = run_gate(tmp_path / "mixed.json", "--quick", "--kernel", "mixed", "--arch", *archs)["rows"]
+    kernels = {("mixed_shrink_kernel", False), ("mixed_expand_kernel", True), ("mixed_grad_kernel", False)}
+    found = {(row["arch"], row["kernel"], row["dropout"]) for row in rows}
+    assert found == {(arch, *kernel) for arch in archs for kernel in kernels}
+    for row in rows:
+        assert row["failures"] == [] and row["spills"] == 0 and row["dependent_launch"] == []
+        assert row["instructions"].keys() == {"wgmma" if row["arch"] == "sm_90" else "mfma"}
 
 
 def test_committed_result_has_the_kernel_of_quantised_weights():

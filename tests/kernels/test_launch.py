@@ -88,6 +88,31 @@ def test_launches_of_a_llama_layer(core):
     assert dependent == forward + down + gate_and_up + o + q_k_v
 
 
+def test_committed_result_has_every_mixed_batch():
+    """After a change of their kernels or cases, run `make gate` and commit the result."""
+    from bench.gate.launch import MIXED_CASES
+
+    result = json.loads((ROOT / "bench" / "results" / "launch-gate-mixed.json").read_text())
+    assert result["versions"]["triton"].startswith("3.7") and not result["core"]
+    assert result["failed"] == 0 and not result["not_launched"]
+    wanted = {(arch, case.name) for arch in ("sm_80", "sm_90", "sm_100") for case in MIXED_CASES}
+    assert {(row["arch"], row["case"]) for row in result["rows"]} == wanted
+
+
+@pytest.mark.slow
+def test_launches_of_a_mixed_batch(tmp_path):
+    """Of three adapters with two ranks: as many launches as of one, forward and then backward."""
+    out = tmp_path / "mixed.json"
+    options = ("--mixed", "--core", "--arch", "sm_90", "--out", str(out))
+    done = run_python("-m", "bench.launch_gate", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert row["faults"] == [] and not result["not_launched"] and row["repeated"] == 5
+    low_rank = ["mixed_shrink_kernel", "mixed_expand_kernel"]
+    assert row["launches"] == [*low_rank, "mixed_grad_kernel", *low_rank]
+
+
 def test_nothing_is_launched_on_an_empty_grid(core):
     rows = [row for row in core["rows"] if "no K" in row["case"] or "no N" in row["case"]]
     assert len(rows) == 2

@@ -29,6 +29,10 @@ def calls(kernel: str) -> Iterator[tuple]:
             yield "shrink_total_config", limits, *shape
         elif kernel == "expand_total":
             yield "expand_total_config", limits, *shape, aligned, dropout
+        elif kernel.startswith("mixed_"):
+            operand_bytes, _, R = shape
+            op = kernel.removeprefix("mixed_")
+            yield "mixed_config", op, limits, operand_bytes, R, aligned, dropout
         elif kernel == "beside":
             yield "beside_config", limits, *shape
         elif kernel == "recompute":
