@@ -41,8 +41,9 @@ def is_packed(module: nn.Module) -> bool:
     return hasattr(state, "original_qshape") or getattr(state, "packing_format_for_cpu", False)
 
 
-def from_linear4bit(module: nn.Module) -> QuantisedBase:
-    """Return the base of a Linear4bit, whose tensors share their memory with it.
+def from_linear4bit(module: nn.Module, *, known: bool = False) -> QuantisedBase:
+    """Return the base of a Linear4bit, whose tensors share their memory with it. known: its state was taken
+    over before; its table of values, which the device must be waited for, is not read again.
 
     Raises ValueError for one that has not been quantised yet, has been packed for CPU inference, or is not of
     NF4 with blocks of 64.
@@ -64,7 +65,7 @@ def from_linear4bit(module: nn.Module) -> QuantisedBase:
             f"this Linear4bit has blocks of {state.blocksize}, and only blocks of {nf4.BLOCK} are supported "
             f"(with nested scales, {nf4.NESTED_BLOCK} of them)"
         )
-    if not torch.equal(state.code.cpu(), torch.tensor(nf4.CODE)):
+    if not known and not torch.equal(state.code.cpu(), torch.tensor(nf4.CODE)):
         raise ValueError("this Linear4bit has another table of values than NF4's")
     shape = (module.out_features, module.in_features)
     if tuple(state.shape) != shape:

@@ -64,12 +64,11 @@ class ServedLinear4bit(ServedOnQuantised, Linear4bit):
             return None
         state = bnb.state_of(linear)
         of = weight, state, getattr(state, "absmax", None)
-        # Taking it over reads the table of values, which waits for the device: once for these tensors.
         known = self.__dict__.get(_BASE)
         if known is not None and known.is_of(of, weight.data_ptr()):
             return known.base
         try:
-            base = bnb.from_linear4bit(linear)
+            base = bnb.from_linear4bit(linear, known=known is not None and known.of[1] is state)
         except ValueError:
             return None
         self.__dict__[_BASE] = _Known(of, weight.data_ptr(), base)

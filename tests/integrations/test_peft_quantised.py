@@ -32,35 +32,23 @@ beds = pytest.importorskip("peft_beds", reason="the models are transformers' and
 ServedOnQuantised = pytest.importorskip("lorafa_kernels.integrations.peft_quantised").ServedOnQuantised
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# bitsandbytes 0.50.2 takes wrong scales on a CPU with AVX-512 where K is a multiple of 16 and not of 64.
-LLAMA = {**beds.DECODER, "intermediate_size": 128}
 KINDS = pytest.mark.parametrize("kind", ["bitsandbytes", "bitsandbytes nested", "nf4", "nf4-nested", "int8"])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small LLaMA on disk."""
-    torch.manual_seed(0)
-    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     folder = tmp_path_factory.mktemp("base")
-    made.save_pretrained(folder)
+    beds.save_llama(folder)
     return folder
 
 
 def load(folder, kind, dtype=torch.float32) -> nn.Module:
     """The same model each time, on a base of the kind."""
-    if not kind.startswith("bitsandbytes"):
-        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
-        return quantize_base(model, kind)
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    pytest.importorskip("accelerate", reason="needs accelerate")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant="nested" in kind,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    if kind.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+        pytest.importorskip("accelerate", reason="needs accelerate")
+    return beds.load_quantised(folder, kind, dtype)
 
 
 def with_peft(model, **fields) -> nn.Module:
