@@ -108,8 +108,8 @@ MIXED_ADAPTERS, MIXED_SAMPLES = 4, 64
 # The architectures that make gate compiles them for: one of each family.
 MIXED_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 QUICK_MIXED = (("z", False), ("dx", True), ("dB", False))
-# Of a quantised weight whose codes are read: its kinds; K and N as in SIZES. Of NF4 K is a multiple of 64, and
-# rows of x that are not aligned are parts of longer ones.
+# Of a quantised weight whose codes are read: its kinds; K and N as in SIZES. Of NF4 K is a multiple of
+# 64, and rows of x that are not aligned are parts of longer ones.
 CODES_KINDS = ("nf4", "nf4-nested", "int8", "fp8")
 CODES_SIZES = {"even": (4096, 4096), "ragged": (4160, 4112), "odd": (4099, 4101)}
 CODES_ODD_NF4 = (4160, 4101)
