@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..base.frozen import making_bytes
 from ..base.kinds import has_rows
-from .trace import Temporary
+from ..linear.library import add_dropped, dropped_product
+from .trace import INPUTS, LiveStorages, Temporary
 
 MIB = 2**20
 # What an entry of the table stands on until a GPU has shown it.
@@ -172,32 +174,71 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
     return dy.shape[0] * ranks * dy.itemsize + copies if need_dx else 0
 
 
-def dense_weights(on_cpu: bool) -> Mapping[object, Temporary]:
+_NOTHING: Mapping[object, Temporary] = {}
+
+
+def dense_weights(on_cpu: bool, within: Mapping[object, Temporary] = _NOTHING) -> Mapping[object, Temporary]:
     """What operators on a quantised base allocate inside a call: the dense weight, and what takes more of
-    making it and of multiplying by it. A chunk of dropout's mask, which the library makes on a CPU, is left
-    out.
+    making it, of a chunk of dropout's mask, which the library makes on a CPU, and of multiplying by it.
+
+    within: what kernels allocate that are called for the mask, by operation.
     """
 
-    def taken(first: int, args: tuple, product: int) -> int:
+    def taken(first: int, args: tuple, product: int, mask: int = 0) -> int:
         # args[first:]: a base in four arguments.
         kind, shape = args[first + 1], args[first + 2]
         N, K = shape
         by_kernel = not on_cpu and kind.startswith("nf4") and has_rows(K)
         made = making_bytes(kind, shape, args[0].dtype, by_kernel, on_cpu)
-        return N * K * args[0].itemsize + max(made, product)
+        return N * K * args[0].itemsize + max(made, product, mask)
+
+    @functools.cache
+    def mask_bytes(forward: bool, M: int, K: int, R: int, dtype: torch.dtype) -> int:
+        # Nothing is computed on the meta device.
+        tensor = functools.partial(torch.empty, device="meta", dtype=dtype)
+        with _disable_current_modes(), torch.no_grad():
+            rows, z, A = tensor(M, K), tensor(M, R), tensor(R, K)
+            seed = tensor(1, dtype=torch.int64)
+            given = rows, z, A, seed
+            with LiveStorages(within) as seen:
+                for operand in given:
+                    seen.add(operand, INPUTS)
+                seen.mark("mask")
+                if forward:
+                    dropped_product(rows, A.t(), 1.0, 0.5, seed)
+                else:
+                    add_dropped(rows, z, A, 0.5, seed)
+        seen.settle("mask")
+        found = seen.segments()["mask"].peak - sum(operand.nbytes for operand in given)
+        return found - z.nbytes if forward else found
+
+    def mask(args: tuple, kwargs: dict, forward: bool, place: int, rows: Tensor, shape, R: int) -> int:
+        """args[place:]: dropout_p and seed. What the mask takes beside z, or dx and dz, and the factors."""
+        dropout_p = args[place] if len(args) > place else kwargs.get("dropout_p", 0.0)
+        if not on_cpu or not dropout_p:
+            return 0
+        return mask_bytes(forward, rows.shape[0], shape[1], R, rows.dtype)
 
     def forward(args: tuple, kwargs: dict, out: object) -> int:
-        return taken(1, args, _factors(args[5:7], args[0].dtype))
+        x, R = args[0], args[5].shape[0]
+        factors = _factors(args[5:7], x.dtype)
+        # y is not there yet.
+        chunk = mask(args, kwargs, True, 10, x, args[3], R)
+        y = x.shape[0] * args[3][0] * x.itemsize
+        return taken(1, args, factors, max(0, chunk + factors - y))
 
     def backward(args: tuple, kwargs: dict, out: object) -> int:
         dy, lora_B = args[0], args[7]
-        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
-        return taken(2, args, dz + _factors(args[6:8], dy.dtype))
+        of_dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[6:8], dy.dtype)
+        # dB is not there yet.
+        chunk = mask(args, kwargs, False, 10, dy, args[4], lora_B.shape[1])
+        return taken(2, args, of_dz, max(0, chunk + of_dz - lora_B.numel() * lora_B.itemsize))
 
     def backward_input(args: tuple, kwargs: dict, out: object) -> int:
         dy, lora_B = args[0], args[6]
-        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
-        return taken(1, args, dz + _factors(args[5:7], dy.dtype))
+        of_dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[5:7], dy.dtype)
+        chunk = mask(args, kwargs, False, 9, dy, args[3], lora_B.shape[1])
+        return taken(1, args, of_dz, chunk + of_dz)
 
     def frozen(args: tuple, kwargs: dict, out: object) -> int:
         return taken(1, args, 0)

@@ -379,7 +379,7 @@ def test_ptx_says_how_large_parameters_are():
 
 
 def test_launches_of_few_rows_on_a_quantised_base(tmp_path):
-    """Forward reads the codes, and starts while z is made; backward makes the weight, for the library here."""
+    """Forward reads the codes, and starts while z is made; backward makes the weight for the library."""
     out = tmp_path / "codes.json"
     done = run_python("-m", "bench.launch_gate", "--codes", "--core", "--arch", "sm_90", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
