@@ -13,9 +13,9 @@ bits: round(round(value · scale)) to the dtype of the weight, then to that of P
 
 Reads codes and scales once per row of blocks, P once per column of blocks (from L2, but for the first).
 2·M·N·(K + R) FLOPs. For few rows: a block makes its part of W anew for each block of rows. Bound by memory,
-or by the instructions for a weight: nine of NF4 where 16 rows are multiplied (counted: code for sm_90). CODE
-lies in shared memory, of which 16 neighbouring words have no conflicts of banks; choosing it by selections,
-as dequantise.py does, takes 17.
+or by the instructions for an element: eleven of NF4 where 16 rows are multiplied (counted: code for sm_90).
+CODE lies in shared memory, where 16 neighbouring words have no conflicts of banks; choosing it by selections,
+as dequantise.py does, takes half as many instructions again.
 
 The tile is computed as Cᵀ = W · Pᵀ: the tensor cores of Hopper take 64 or more rows of the first operand, of
 which W has enough, and take it from registers.

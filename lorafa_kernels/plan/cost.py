@@ -81,9 +81,9 @@ PHILOX_CALLS = 115
 PHILOX_BYTES = 2000
 # Bytes of codes and scales for an element of a quantised weight (counted: base/kinds.py).
 CODE_BYTES = {"nf4": 9 / 16, "nf4-nested": 0.5 + 1 / 64, "int8": 1.0, "fp8": 1.0}
-# Instructions that expand_codes takes to make an element (counted: its loop's machine code for sm_90, by
-# python -m bench.gate, less those of its product).
-CODE_INSTRUCTIONS = {"nf4": 9, "nf4-nested": 10, "int8": 5, "fp8": 10}
+# Instructions of the loop of expand_codes for an element (counted: machine code for sm_90 by Triton 3.7.1, 16
+# rows).
+CODE_INSTRUCTIONS = {"nf4": 11, "nf4-nested": 11, "int8": 9, "fp8": 28}
 # PyTorch's calls that make a chunk of an int8 or fp8 weight, elements of one on a GPU, and bytes that they
 # read and write for an element beside the result (counted: base/channel.py).
 CHANNEL_CALLS, CHANNEL_CHUNK, CHANNEL_BYTES = 5, 2**24, 21

@@ -271,6 +271,8 @@ def test_the_model_of_the_cost_counts_the_weight_that_is_made():
     large, small = make_plan(problem(16, 14336), H100), make_plan(problem(16, 1024, 1024), H100)
     assert "codes read" in large.predicted[0][0] and "codes read" not in small.predicted[0][0]
     assert large.kernels.expand.reads_codes and not small.kernels.expand.reads_codes
+    # As docs/quantised.md says.
+    assert not make_plan(problem(16), H100).kernels.expand.reads_codes
     times = dict(large.predicted)
     assert times["library"] > dict(make_plan(problem(16, 14336, codes=""), H100).predicted)["library"]
     # One launch beside two: a layer without an adapter takes the kernel sooner.
