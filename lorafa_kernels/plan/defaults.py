@@ -356,7 +356,7 @@ EXCEPTIONS: dict[str, tuple[Departure, ...]] = {
             "nested scales of 128 elements beside 32 rows: two words spill on sm_80"),
         Departure(NVIDIA, HALF, {"M": (17, 64), "aligned": False}, {"num_warps": 8},
             "codes of unaligned rows come byte by byte, each by a pointer: four warps spill"),
-        Departure(BLACKWELL, HALF, {"M": OVER_64, "aligned": True}, {"num_warps": 4},
+        Departure(BLACKWELL, HALF, {"aligned": True}, {"num_warps": 4},
             "the sums are in tensor memory: ptxas squeezes eight warps into 64 registers and spills"),
     ),
     "mixed_shrink": (),
