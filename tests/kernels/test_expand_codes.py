@@ -4,6 +4,7 @@ what is left to the weight made in memory.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from accuracy import assert_same, check_budget
 from conftest import GPU, TRITON_DEVICE
 
+from lorafa_kernels import explain
 from lorafa_kernels.base.frozen import base_of, quantised
 from lorafa_kernels.base.kinds import KINDS, bits
 from lorafa_kernels.base.reading import product_of_codes, readable, reading_config
 from lorafa_kernels.checks.budget import Operands, draw_operands, plain_formula
 from lorafa_kernels.linear.quantised import frozen_linear, quantised_linear
+from lorafa_kernels.nn.quantised import LoRAFAQuantisedLinear, QuantisedLinear
 from lorafa_kernels.plan.choice import planned_device
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig, KernelPlan
 from lorafa_kernels.plan.defaults import CODES_ROWS, codes_config
@@ -157,6 +160,34 @@ def test_writes_every_element_and_no_other(monkeypatch):
     monkeypatch.undo()
     assert got.data_ptr() == room[1].data_ptr()
     assert bool(got.isfinite().all()) and bool(room[0].isnan().all()) and bool(room[-1].isnan().all())
+
+
+@pytest.mark.numerics
+def test_reads_no_scale_beyond_the_weight():
+    """K is a block and a half; behind the last scale there is NaN."""
+    inputs, base = drawn(16, 32, 192, 4, "nf4", BF16)
+    codes, absmax = base.tensors
+    room = torch.full((absmax.numel() + 16,), float("nan"), device=TRITON_DEVICE)
+    room[: absmax.numel()] = absmax.view(torch.float32).view(-1)
+    near = bits(room[: absmax.numel()].view(absmax.shape))
+    again = base_of("nf4", [codes, near], base.shape, base.dtype)
+    got = product_of_codes(inputs.x, again, None, config=SMALL)
+    assert_same(got, product_of_codes(inputs.x, base, None, config=SMALL))
+
+
+def test_explain_says_what_is_read_and_what_is_made():
+    frozen = QuantisedLinear.from_linear(torch.nn.Linear(128, 40, device=TRITON_DEVICE).to(BF16), "nf4")
+    layer = LoRAFAQuantisedLinear.from_linear(frozen, r=4)
+    layer.impl = "triton"
+    with pin_plan(READS):
+        few = explain(layer, M=16)
+    assert [step.call for step in few.forward][-1] == "expand_codes"
+    assert "weight from nf4 in the product" in str(few) and "codes read in the product" in str(few)
+    assert few.backward[0].call == "dequantise" and "dequantise" not in [step.call for step in few.forward]
+    for plan, M in ((MAKES, 16), (None, CODES_ROWS + 1)):
+        with pin_plan(plan) if plan else contextlib.nullcontext():
+            made = explain(layer, M=M)
+        assert made.forward[0].call == "dequantise" and "expand_codes" not in str(made)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)], ids=str)
