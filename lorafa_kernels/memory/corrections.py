@@ -177,23 +177,13 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
 _NOTHING: Mapping[object, Temporary] = {}
 
 
-def dense_weights(on_cpu: bool, within: Mapping[object, Temporary] = _NOTHING) -> Mapping[object, Temporary]:
-    """What operators on a quantised base allocate inside a call: the dense weight, and what takes more of
-    making it, of a chunk of dropout's mask, which the library makes on a CPU, and of multiplying by it.
-
-    within: what kernels allocate that are called for the mask, by operation.
+def _masks(within: Mapping[object, Temporary]) -> Callable[..., int]:
+    """Return what the library's chunk of a dropout mask takes beside z, or dx and dz, and the factors:
+    (forward, rows, K, R, dropout_p) -> bytes.
     """
 
-    def taken(first: int, args: tuple, product: int, mask: int = 0) -> int:
-        # args[first:]: a base in four arguments.
-        kind, shape = args[first + 1], args[first + 2]
-        N, K = shape
-        by_kernel = not on_cpu and kind.startswith("nf4") and has_rows(K)
-        made = making_bytes(kind, shape, args[0].dtype, by_kernel, on_cpu)
-        return N * K * args[0].itemsize + max(made, product, mask)
-
     @functools.cache
-    def mask_bytes(forward: bool, M: int, K: int, R: int, dtype: torch.dtype) -> int:
+    def bytes_of(forward: bool, M: int, K: int, R: int, dtype: torch.dtype) -> int:
         # Nothing is computed on the meta device.
         tensor = functools.partial(torch.empty, device="meta", dtype=dtype)
         with _disable_current_modes(), torch.no_grad():
@@ -212,37 +202,57 @@ def dense_weights(on_cpu: bool, within: Mapping[object, Temporary] = _NOTHING) -
         found = seen.segments()["mask"].peak - sum(operand.nbytes for operand in given)
         return found - z.nbytes if forward else found
 
-    def mask(args: tuple, kwargs: dict, forward: bool, place: int, rows: Tensor, shape, R: int) -> int:
-        """args[place:]: dropout_p and seed. What the mask takes beside z, or dx and dz, and the factors."""
-        dropout_p = args[place] if len(args) > place else kwargs.get("dropout_p", 0.0)
-        if not on_cpu or not dropout_p:
-            return 0
-        return mask_bytes(forward, rows.shape[0], shape[1], R, rows.dtype)
+    def found(forward: bool, rows: Tensor, K: int, R: int, dropout_p: float) -> int:
+        return bytes_of(forward, rows.shape[0], K, R, rows.dtype) if dropout_p else 0
+
+    return found
+
+
+def dense_weights(on_cpu: bool, within: Mapping[object, Temporary] = _NOTHING) -> Mapping[object, Temporary]:
+    """What operators on a quantised base allocate inside a call: the dense weight, and what takes more of
+    making it, of a chunk of dropout's mask, which the library makes on a CPU, and of multiplying by it.
+
+    within: what kernels allocate that are called for the mask, by operation.
+    """
+
+    def taken(first: int, args: tuple, product: int) -> int:
+        # args[first:]: a base in four arguments.
+        kind, shape = args[first + 1], args[first + 2]
+        N, K = shape
+        by_kernel = not on_cpu and kind.startswith("nf4") and has_rows(K)
+        made = making_bytes(kind, shape, args[0].dtype, by_kernel, on_cpu)
+        return N * K * args[0].itemsize + max(made, product)
 
     def forward(args: tuple, kwargs: dict, out: object) -> int:
-        x, R = args[0], args[5].shape[0]
+        x, (N, K), R = args[0], args[3], args[5].shape[0]
         factors = _factors(args[5:7], x.dtype)
         # y is not there yet.
-        chunk = mask(args, kwargs, True, 10, x, args[3], R)
-        y = x.shape[0] * args[3][0] * x.itemsize
-        return taken(1, args, factors, max(0, chunk + factors - y))
+        chunk = mask(True, x, K, R, dropout(args, kwargs, 10)) - x.shape[0] * N * x.itemsize
+        return taken(1, args, factors + max(0, chunk))
 
     def backward(args: tuple, kwargs: dict, out: object) -> int:
-        dy, lora_B = args[0], args[7]
+        dy, (_, K), lora_B = args[0], args[4], args[7]
         of_dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[6:8], dy.dtype)
         # dB is not there yet.
-        chunk = mask(args, kwargs, False, 10, dy, args[4], lora_B.shape[1])
-        return taken(2, args, of_dz, max(0, chunk + of_dz - lora_B.numel() * lora_B.itemsize))
+        chunk = (
+            mask(False, dy, K, lora_B.shape[1], dropout(args, kwargs, 10)) - lora_B.numel() * lora_B.itemsize
+        )
+        return taken(2, args, of_dz + max(0, chunk))
 
     def backward_input(args: tuple, kwargs: dict, out: object) -> int:
-        dy, lora_B = args[0], args[6]
+        dy, (_, K), lora_B = args[0], args[3], args[6]
         of_dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[5:7], dy.dtype)
-        chunk = mask(args, kwargs, False, 9, dy, args[3], lora_B.shape[1])
-        return taken(1, args, of_dz, chunk + of_dz)
+        return taken(1, args, of_dz + mask(False, dy, K, lora_B.shape[1], dropout(args, kwargs, 9)))
 
     def frozen(args: tuple, kwargs: dict, out: object) -> int:
         return taken(1, args, 0)
 
+    def dropout(args: tuple, kwargs: dict, place: int) -> float:
+        """dropout_p of a call, 0 where the kernels make the mask in registers."""
+        found = args[place] if len(args) > place else kwargs.get("dropout_p", 0.0)
+        return found if on_cpu else 0.0
+
+    mask = _masks(within)
     ours = torch.ops.lorafa_kernels
     return {
         ours.quantised_forward.default: forward,
