@@ -11,7 +11,7 @@ kernel of the library was not launched at all.
 Cases are chosen pairwise: any two values of two options meet in one case at least. --core takes those few
 that launch each kernel of Hopper, without most masks. --ws takes the cases of an expand with specialised
 warps instead, which runs on sm_90 where a plan names it; --mixed those of a batch of several adapters, whose
-kernels run where they are asked for.
+kernels run where they are asked for; --codes those of few rows on a quantised base.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from pathlib import Path
 import torch
 
 from lorafa_kernels import kernels as library
+from lorafa_kernels.base.frozen import quantised
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
+from lorafa_kernels.linear.quantised import frozen_linear, quantised_linear
 from lorafa_kernels.mixed.api import lorafa_linear_mixed
 from lorafa_kernels.mixed.rows import Rows
 from lorafa_kernels.mlp.activation import ACTIVATIONS
@@ -52,6 +54,8 @@ from ..run.environment import ROOT, origin
 from ..run.shell import write_rows
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
+# Cases that are asked for by name.
+KINDS = ("ws", "mixed", "codes")
 PLANS = {
     "fused, one pass, PDL": Recipe("fused", KernelPlan(one_pass=True, pdl=True)),
     "fused, two passes, PDL": Recipe("fused", KernelPlan(one_pass=False, pdl=True)),
@@ -69,6 +73,12 @@ WS_PLANS = {
     "ws, two passes": Recipe("fused", KernelPlan(expand=WS, one_pass=False, pdl=False)),
     "ws_z": Recipe("fused", KernelPlan(expand=WS_Z, one_pass=False, pdl=False)),
 }
+# Of few rows: the blocks that heuristics pick for 16.
+CODES = KernelConfig(16, 32, 128, 64, 1, 4, 4, "codes")
+CODES_PLANS = {
+    "codes, PDL": Recipe("fused", KernelPlan(expand=CODES, pdl=True)),
+    "codes": Recipe("fused", KernelPlan(expand=CODES, pdl=False)),
+}
 # K and N of a layer, and how its operands lie: rows at multiples of 16 bytes that fill whole blocks, that do
 # not, rows at no multiple of 16 bytes, memory that begins at none, and nothing.
 SIZES = {
@@ -79,6 +89,7 @@ SIZES = {
     "no K": (0, 768),
     "no N": (512, 0),
 }
+EVERY_PLAN = PLANS | WS_PLANS | CODES_PLANS
 MANY_ROWS = 1100
 # A kernel that writes z or dz alone, behind which expand may start early.
 LOW_RANK = ("shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel")
@@ -178,6 +189,18 @@ MIXED_CASES = (
     Scenario("mixed", sizes="no K"),
     Scenario("mixed", sizes="no N"),
 )
+# On a quantised base whose codes are read in forward; activation is the kind of base, and K of NF4 a multiple
+# of 64. needs "": a layer without an adapter.
+CODES_KINDS = ("nf4", "nf4-nested", "int8", "fp8")
+CODES_PLAN = "codes, PDL"
+CODES_CASES = (
+    Scenario("quantised", M=16, plan=CODES_PLAN, activation="nf4"),
+    Scenario("quantised", M=128, R=100, plan="codes", activation="nf4-nested", bias=False, dtype="fp16"),
+    Scenario("quantised", M=33, R=4, plan=CODES_PLAN, activation="nf4", dropout=True, sizes="offset"),
+    Scenario("quantised", M=1, R=64, plan=CODES_PLAN, activation="int8", factor_dtype="own", sizes="odd"),
+    Scenario("quantised", M=16, R=24, plan=CODES_PLAN, activation="fp8", needs="dx", sizes="ragged"),
+    *(Scenario("quantised", M=16, plan="codes", activation=kind, needs="") for kind in CODES_KINDS),
+)
 # Beside Hopper, which has kernels of its own.
 FEWER = {"R": (1, 8, 64, 256), "M": (MANY_ROWS, 16), "sizes": ("even", "odd"), "members": (2, 5)}
 CORE = (
@@ -244,6 +267,17 @@ def mixed_member(case: Scenario, N: int, K: int, number: int) -> LinearOperands:
     return operands(replace(case, R=R), N, K, True)
 
 
+def quantised_ys(case: Scenario, x: torch.Tensor, N: int, K: int) -> list[torch.Tensor]:
+    """y of a layer on a quantised base."""
+    kind, dtype = case.activation, DTYPES[case.dtype]
+    base = quantised(torch.zeros((N, K), dtype=dtype), kind)
+    if not case.needs:
+        return [frozen_linear(x, base, torch.zeros(N, dtype=dtype) if case.bias else None)]
+    layer = operands(case, N, K, True)
+    how = {"scaling": layer.scaling, "dropout_p": layer.dropout_p}
+    return [quantised_linear(x, base, layer.lora_A, layer.lora_B, layer.bias, **how)]
+
+
 def tensor(case: Scenario, rows: int, columns: int) -> torch.Tensor:
     """A matrix as case.sizes says; one at an offset begins 8 bytes behind a multiple of 16."""
     dtype = DTYPES[case.dtype]
@@ -255,7 +289,10 @@ def step(case: Scenario) -> None:
     """Run the forward and backward of a case."""
     K, N = SIZES[case.sizes]
     last = case.members - (case.adapted != "all")
-    with pin_plan(dict.fromkeys(OPERATIONS, (PLANS | WS_PLANS)[case.plan])):
+    recipe = EVERY_PLAN[case.plan]
+    # Only forward reads codes.
+    pinned = {"forward": recipe} if case.plan in CODES_PLANS else dict.fromkeys(OPERATIONS, recipe)
+    with pin_plan(pinned):
         if case.what == "llama":
             return llama_step()
         x = tensor(case, case.M, K).requires_grad_("dx" in case.needs)
@@ -263,6 +300,10 @@ def step(case: Scenario) -> None:
             layer = operands(case, N, K, True)
             more = {"scaling": layer.scaling, "dropout_p": layer.dropout_p}
             ys = [lorafa_linear(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, **more)]
+        elif case.what == "quantised":
+            K = K // 64 * 64 if case.activation.startswith("nf4") else K
+            x = tensor(case, case.M, K).requires_grad_("dx" in case.needs)
+            ys = quantised_ys(case, x, N, K)
         elif case.what == "mixed":
             adapters = {number: mixed_member(case, N, K, number) for number in range(3)}
             for number, member in adapters.items():
@@ -334,7 +375,7 @@ def judge(case: Scenario, arch: str) -> dict:
     found += [f"{fault}, the second time" for fault in stub.faults(again)]
     if not raised and list(map(_asked, again)) != list(map(_asked, launched)):
         found.append(f"launches {', '.join(launch.kernel for launch in again)} the second time")
-    recipe = (PLANS | WS_PLANS)[case.plan]
+    recipe = EVERY_PLAN[case.plan]
     # z of a layer without columns is filled with zeros: there is nothing to overlap.
     overlaps = recipe.kernels.pdl and arch != "sm_80" and 0 not in SIZES[case.sizes]
     for index, launch in enumerate(launched):
@@ -380,10 +421,8 @@ def kernels() -> set[str]:
 
 
 def kind_of(kernel: str) -> str:
-    """Which cases launch a kernel: those of --ws, of --mixed, or the others (""). That of quantised weights
-    is launched by a test of its own.
-    """
-    kinds = {"_ws_": "ws", "mixed_": "mixed", "dequantise_": "quantised"}
+    """Which cases launch a kernel: those of --ws, of --mixed, of --codes, or the others ("")."""
+    kinds = {"_ws_": "ws", "mixed_": "mixed", "dequantise_": "codes", "_codes_": "codes"}
     return next((kind for part, kind in kinds.items() if part in kernel), "")
 
 
@@ -405,7 +444,7 @@ def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, fo
     out = folder / f"{arch}-{part}.jsonl"
     stub = (sys.executable, "-m", "tests.stub_gpu", "--arch", arch, "-m", "bench.launch_gate")
     command = [*stub, "--out", str(out), "--part", str(part), str(parts)]
-    command += ["--core"] * options.core + ["--ws"] * options.ws + ["--mixed"] * options.mixed
+    command += ["--core"] * options.core + [f"--{kind}" for kind in KINDS if getattr(options, kind)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     unset = ("TRITON_INTERPRET", "LORAFA_KERNELS_PLAN")
     kept = {key: value for key, value in os.environ.items() if key not in unset} | {"PYTHONPATH": path}
@@ -419,8 +458,9 @@ def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, fo
 
 
 def part_of(arch: str, options: argparse.Namespace, part: int, parts: int) -> list[Scenario]:
-    if options.mixed:
-        return list(MIXED_CASES[:1] if options.core else MIXED_CASES)[part::parts]
+    for kind, cases in (("mixed", MIXED_CASES), ("codes", CODES_CASES)):
+        if getattr(options, kind):
+            return list(cases[:1] if options.core else cases)[part::parts]
     core, whole = (WS_CORE, ws_cases) if options.ws else (CORE, lambda: all_cases(arch))
     return list(core if options.core else whole())[part::parts]
 
@@ -433,6 +473,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ws", action="store_true", help="the cases of specialised warps alone, on sm_90")
     several = "the cases of a batch of several adapters alone"
     parser.add_argument("--mixed", action="store_true", help=several)
+    few = "the cases of few rows on a quantised base alone"
+    parser.add_argument("--codes", action="store_true", help=few)
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -458,7 +500,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         rows = [row for job in jobs for row in job.result()]
     failed = [row for row in rows if row["faults"]]
-    kind = "ws" if options.ws else "mixed" if options.mixed else ""
+    kind = next((kind for kind in KINDS if getattr(options, kind)), "")
     missing = not_launched(rows, archs, kind) if not options.core or archs == ("sm_90",) else []
     result = {
         "what": "kernels launched into a stub driver for GPUs that were not present: nothing was computed",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..base.reading import readable
 from ..linear.library import SUMMED_IN_PLACE
 from ..operands import FLOAT_DTYPES
 from ..plan.choice import Choice, choose, choose_mixed, choose_plan, planned_device
@@ -96,7 +97,7 @@ class Planned:
 _SYMBOLS = "x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R); s: scaling; dx, dB: gradients of x, lora_B"
 _SYMBOLS_OF_LINEAR = "x (M, K), weight (N, K); dx: gradient of x"
 # The calls that are Triton kernels; the others are PyTorch's.
-_KERNELS = ("dequantise", "shrink", "shrink_sum", "expand", "recompute", "grad", "grad_sum")
+_KERNELS = ("dequantise", "shrink", "shrink_sum", "expand", "expand_codes", "recompute", "grad", "grad_sum")
 _KERNELS += ("mixed_shrink", "mixed_expand", "mixed_grad")
 # Of a mixed batch, by mixed/fused.py.
 _MIXED_LAUNCHES = {
@@ -210,8 +211,11 @@ def explain(
     if impl == "triton":
         limits = planned_device(device).limits
         bias = layer is None or layer.bias is not None
+        codes = readable(layer.base(), dtype) if isinstance(layer, Quantised) else ""
         for op in ops:
-            problem = Problem(op, dtype, M, N, K, R, bias and op == "forward", dropout_p > 0)
+            forward = op == "forward"
+            of_codes = codes if forward else ""
+            problem = Problem(op, dtype, M, N, K, R, bias and forward, dropout_p > 0, codes=of_codes)
             if planned := _planned(asked, problem, device, limits):
                 plans[op] = planned
                 steps[op] = _plan_steps(planned.plan, problem, limits, library)
@@ -297,7 +301,9 @@ def _planned(impl: str, problem: Problem, device: torch.device, limits: DeviceLi
     p = problem
     if choose(impl, device, p.dtype, _pinned_kernels(impl, p.op)).impl != "triton":
         return None
-    plan = choose_plan(impl, p.op, device, p.dtype, p.M, p.N, p.K, p.R, p.bias, p.dropout, pinned())
+    plan = choose_plan(
+        impl, p.op, device, p.dtype, p.M, p.N, p.K, p.R, p.bias, p.dropout, pinned(), codes=p.codes
+    )
     return Planned(plan, kernel_configs(plan.recipe, replace(p, M=max(1, p.M)), limits))
 
 
@@ -376,6 +382,7 @@ def _plan_steps(
         "shrink": "z = s * (x @ lora_A.T)" if forward else "dz = s * (dy @ lora_B)",
         "shrink_sum": f"{'z' if forward else 'dz'} = sum of the parts that shrink made, in a fixed order",
         "expand": "y = x @ weight.T + z @ lora_B.T + bias" if forward else "dx = dy @ weight + dz @ lora_A",
+        "expand_codes": f"y = x @ weight.T + z @ lora_B.T + bias, weight from {problem.codes} in the product",
         "recompute": "y = x @ weight.T + z @ lora_B.T + bias and z = s * (x @ lora_A.T)"
         if forward
         else "dx = dy @ weight + dz @ lora_A, where dz = s * (dy @ lora_B)",
@@ -403,7 +410,8 @@ def _for_layer(
     if isinstance(layer, Quantised):
         by = "dequantise" if layer.base().by_kernel(dtype, impl) else "plain PyTorch"
         made = Step(by, f"weight from {layer.quantised_kind} to {_name(dtype)}, into a temporary")
-        forward, backward = (made, *forward), (made, *backward)
+        reads = any(step.call == "expand_codes" for step in forward)
+        forward, backward = forward if reads else (made, *forward), (made, *backward)
     elif layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")
         forward, backward = (cast, *forward), (cast, *backward)

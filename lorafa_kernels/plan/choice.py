@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .config import KernelConfig
 from .kernels import MixedConfigs, mixed_configs
-from .make import Plan, make_plan
-from .pin import Pin, forget_environment
+from .make import Plan, config_of_frozen, make_plan
+from .pin import Pin, forget_environment, pinned
 from .recipe import NAMES, Device, Problem
 from .tables import forget
 
@@ -126,6 +127,7 @@ def choose_plan(
     pin: Pin | None = None,
     widths: tuple[int, ...] = (),
     makers: int = 1,
+    codes: str = "",
 ) -> Plan:
     """Decide with which plan operation `op` runs where choose() gives "triton"; sizes and what follows them
     as in Problem.
@@ -135,7 +137,28 @@ def choose_plan(
     """
     shift = max(0, M.bit_length() - 5)
     rounded = ((M + (1 << shift) - 1) >> shift) << shift
-    return _plan(impl, op, device, dtype, rounded, N, K, R, bias, dropout, pin, widths, makers)
+    return _plan(impl, op, device, dtype, rounded, N, K, R, bias, dropout, pin, widths, makers, codes)
+
+
+def choose_frozen(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, bias: bool, codes: str
+) -> KernelConfig | None:
+    """Decide how a layer without an adapter computes y on a quantised base of kind `codes`: by the kernel
+    that reads codes, in this configuration, or None. Sizes as in Problem.
+    """
+    pin = pinned()
+    recipe = pin.recipe("forward") if pin is not None else None
+    by_name = recipe is not None and recipe.kernels.expand is not None and recipe.kernels.expand.reads_codes
+    if choose("auto", device, dtype, by_name).impl != "triton":
+        return None
+    return _frozen(device, dtype, M, N, K, bias, codes, pin)
+
+
+@functools.lru_cache(maxsize=4096)
+def _frozen(device, dtype, M, N, K, bias, codes, pin) -> KernelConfig | None:
+    return config_of_frozen(
+        Problem("forward", dtype, M, N, K, 0, bias, codes=codes), planned_device(device), pin
+    )
 
 
 def forget_plans() -> None:
@@ -143,15 +166,16 @@ def forget_plans() -> None:
     choose.cache_clear()
     _plan.cache_clear()
     plan_mixed.cache_clear()
+    _frozen.cache_clear()
     planned_device.cache_clear()
     forget()
     forget_environment()
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin, widths, makers) -> Plan:
+def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin, widths, makers, codes) -> Plan:
     names = ("fused",) if impl == "triton" else NAMES
-    problem = Problem(op, dtype, M, N, K, R, bias, dropout, widths, makers)
+    problem = Problem(op, dtype, M, N, K, R, bias, dropout, widths, makers, codes)
     return make_plan(problem, planned_device(device), pin=pin, names=names)
 
 
