@@ -94,8 +94,9 @@ def accelerate_peft(model: nn.Module, *, fuse: bool = True, norm: bool = True) -
     `print(model.lorafa_report)` says what runs where and why; it is logged at INFO too. Call it again after a
     change to have it told anew.
 
-    Raises TypeError if `model` is no module, ValueError if it holds no LoRA layer of PEFT, ImportError
-    without PEFT 0.20 or newer. Any error leaves the model untouched.
+    Raises TypeError if `model` is no module, ValueError if it holds no LoRA layer of PEFT, or one of DoRA or
+    another variant on what quantize_base made, ImportError without PEFT 0.20 or newer. Any error leaves the
+    model untouched.
     """
     check_module(model)
     peft_layers = _layers_module()
@@ -108,6 +109,8 @@ def accelerate_peft(model: nn.Module, *, fuse: bool = True, norm: bool = True) -
             "the model holds no LoRA layer of PEFT: pass what get_peft_model(model, LoraConfig(...)) "
             "returned, or adapt a plain model with lorafa_kernels.apply_lorafa(model, config)"
         )
+    for layer in layers.values():
+        peft_layers.check_variants(layer)
     with all_or_nothing(core):
         remove_blocks(core.modules())
         kept = {n: reason for n, layer in layers.items() if (reason := peft_layers.obstacle(layer))}

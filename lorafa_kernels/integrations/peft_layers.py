@@ -189,6 +189,17 @@ def obstacle(layer: lora.LoraLayer, *, injected: bool = True) -> str | None:
     return None if None in reasons or not names else "; ".join(sorted(reasons))
 
 
+def check_variants(layer: lora.LoraLayer) -> None:
+    """Raise ValueError for an adapter, such as DoRA's, that PEFT computes from the weight of its base layer,
+    where that holds the codes of quantize_base: PEFT would take them for the weight.
+    """
+    if isinstance(layer.base_layer, Quantised) and (names := list(layer.lora_variant)):
+        raise ValueError(
+            f"{adapter_obstacle(layer, names[0])}, and PEFT would compute it from the codes of a quantised "
+            "base: take plain LoRA, or a base of bitsandbytes"
+        )
+
+
 def kind_of_base(layer: nn.Module) -> str:
     """ "dense", or the kind of the quantised base of a served layer."""
     base = layer.quantised_base(layer.base_layer) if isinstance(layer, ServedOnQuantised) else None
@@ -250,7 +261,9 @@ def present_obstacle(layer: ServedLinear) -> str | None:
 
 
 def choose(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """What PEFT calls for the class of a layer: a served one, or None, whereupon PEFT chooses."""
+    """What PEFT calls for the class of a layer: a served one, or None, whereupon PEFT chooses. Raises as
+    check_variants.
+    """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     of_bnb = bnb.is_linear4bit(base)
     if kwargs.get("parameter_name") is not None or config.bias != "none" or _base_obstacle(base, of_bnb):
@@ -259,6 +272,8 @@ def choose(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> 
         importlib.import_module("peft.tuners.lora.bnb").dispatch_bnb_4bit if of_bnb else dispatch_default
     )
     layer = dispatch(target, adapter_name, config=config, **kwargs)
+    if layer is not None:
+        check_variants(layer)
     if layer is not None and obstacle(layer, injected=False) is None:
         serve(layer)
     return layer

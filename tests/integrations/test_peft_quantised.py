@@ -489,3 +489,12 @@ def test_wrong_order_and_functions_of_the_other_way_in_say_what_to_do(folder):
     for call in (lorafa_parameters, merge_adapter, lambda model: save_adapter(model, folder)):
         with pytest.raises(ValueError, match=r"the model is PEFT's, and has PEFT's methods for this"):
             call(model)
+
+
+@pytest.mark.parametrize("way", ["accelerate_peft", "register"])
+def test_variants_that_read_the_weight_are_refused_on_codes(way, folder):
+    config, base = beds.config(use_dora=True), load(folder, "int8")
+    with pytest.raises(ValueError, match="Dora is not plain LoRA, and PEFT would compute it from the codes"):
+        if way == "register":
+            peft.get_peft_model(base, register(config))
+        accelerate_peft(peft.get_peft_model(base, config))
