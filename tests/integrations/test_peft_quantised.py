@@ -32,6 +32,8 @@ beds = pytest.importorskip("peft_beds", reason="the models are transformers' and
 ServedOnQuantised = pytest.importorskip("lorafa_kernels.integrations.peft_quantised").ServedOnQuantised
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+# Relative difference of the losses of 20 steps in fp32 that users are promised.
+PROMISED = 1e-5
 KINDS = pytest.mark.parametrize("kind", ["bitsandbytes", "bitsandbytes nested", "nf4", "nf4-nested", "int8"])
 
 
@@ -279,7 +281,9 @@ def test_files_are_those_of_peft_and_of_save_adapter(kind, folder, tmp_path):
 def test_states_that_are_peft_s_while_they_last(kind, state, folder):
     if (kind, state) == ("int8", "merged"):
         pytest.skip("PEFT alone cannot merge into it")
-    models = served(load(folder, kind)), with_peft(load(folder, kind))
+    ours = with_peft(load(folder, kind))
+    # Without norms, which round in another order.
+    models = accelerate_peft(ours, norm=False), with_peft(load(folder, kind))
     found = []
     for model in models:
         model.add_adapter("other", beds.config(r=2))
@@ -297,9 +301,7 @@ def test_states_that_are_peft_s_while_they_last(kind, state, folder):
         with torch.set_grad_enabled(state != "mixed batch"):
             found.append(model(**inputs)[0])
         assert state != "mixed batch" or torch.isfinite(found[-1]).all()
-    exact = relative_error(*found)
-    # RMS norms that are fused round in another order.
-    assert exact <= 1e-6, exact
+    assert_same(*found)
 
 
 @pytest.mark.numerics
@@ -343,10 +345,9 @@ def trainer(model, folder, **fields):
     return transformers.Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows()[:2])
 
 
-def within_1e_5(got, wanted):
-    """What users are promised of the losses of 20 steps in fp32."""
+def as_promised(got, wanted):
     assert len(got) == len(wanted) == 20 and got[-1] < got[0]
-    assert max(abs(one - other) / other for one, other in zip(got, wanted, strict=True)) <= 1e-5
+    assert max(abs(one - other) / other for one, other in zip(got, wanted, strict=True)) <= PROMISED
 
 
 @pytest.mark.slow
@@ -358,7 +359,7 @@ def test_trainer_on_bitsandbytes_saves_and_resumes(checkpointing, folder, tmp_pa
     wanted = losses(trainer(with_peft(load(folder, kind)), tmp_path, **how))
     first = trainer(served(load(folder, kind)), tmp_path / "run", save_strategy="steps", save_steps=10, **how)
     uninterrupted = losses(first)
-    within_1e_5(uninterrupted, wanted)
+    as_promised(uninterrupted, wanted)
     written = {path.name for path in (tmp_path / "run" / "checkpoint-10").iterdir()}
     assert "adapter_model.safetensors" in written and "model.safetensors" not in written
     # An evaluation makes bitsandbytes pack codes on some CPUs, whereupon they give no gradients.
@@ -397,7 +398,7 @@ def test_sft_trainer(kind, folder, tmp_path):
             beds.freeze(made.model)
         found.append(losses(made))
         assert not thawed(made.model)
-    within_1e_5(found[1], found[0])
+    as_promised(found[1], found[0])
 
 
 def test_preparing_for_k_bit_training_and_bf16_factors(folder):
