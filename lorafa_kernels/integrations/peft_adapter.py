@@ -11,7 +11,7 @@ from typing import NamedTuple
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from ..model.placing.guards import AdaptedLinear, is_quiet
+from ..model.placing.guards import is_quiet
 
 
 class Acting(NamedTuple):
@@ -24,7 +24,7 @@ class Acting(NamedTuple):
     dropout_p: float
 
 
-class ServedAdapter(AdaptedLinear):
+class ServedAdapter:
     """Beside a class of PEFT's LoRA layers: what of its state these kernels can compute."""
 
     def acting(self) -> Acting | None:

@@ -23,7 +23,7 @@ from ..base import bnb
 from ..engines import not_plain
 from ..group.operands import LinearOperands
 from ..linear.api import lorafa_linear
-from ..model.placing.guards import LINEARS, is_plain, is_quiet, no_global_hooks
+from ..model.placing.guards import LINEARS, AdaptedLinear, is_plain, is_quiet, no_global_hooks
 from ..model.placing.members import Member, register_member
 from ..model.placing.place import remove_blocks
 from ..nn.hooked import is_patched
@@ -37,7 +37,7 @@ from .peft_quantised import ServedOnQuantised, ServedQuantisedLinear
 _BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 
 
-class ServedLinear(ServedAdapter, lora.Linear):
+class ServedLinear(ServedAdapter, AdaptedLinear, lora.Linear):
     """A `lora.Linear` that runs on these kernels where it can. "Linear" in its name is how PEFT finds it for
     a second adapter on "all-linear".
     """

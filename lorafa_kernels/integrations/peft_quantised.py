@@ -26,9 +26,7 @@ from .peft_adapter import ServedAdapter
 
 
 class ServedOnQuantised(ServedAdapter):
-    """Beside a class of PEFT's LoRA layers: forward on a quantised base."""
-
-    has_quantised_base = True
+    """Beside a class of PEFT's LoRA layers: forward on a quantised base, of each layer by itself."""
 
     def quantised_base(self, linear: nn.Module) -> QuantisedBase | None:
         """The base of the layer that PEFT wraps, None if it cannot be used as it is now."""

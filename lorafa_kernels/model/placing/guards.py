@@ -33,7 +33,6 @@ class AdaptedLinear:
     """
 
     impl = "auto"
-    has_quantised_base = False
 
     def block_operands(self, x: Tensor) -> LinearOperands | None:
         """As operands_for, whose checks of the class and of hooks on the layer itself are done."""

@@ -11,7 +11,7 @@ from torch import nn
 from ...base import bnb
 from ...nn.quantised import Quantised
 from .fused import fuse_module, restore_module
-from .guards import ADAPTED, LINEARS, AdaptedLinear, is_quiet, trained_names
+from .guards import ADAPTED, LINEARS, is_quiet, trained_names
 from .members import MEMBERS, group_layers, ungroup_layer
 from .projections import obstacle_between, shared_inputs
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
@@ -88,7 +88,7 @@ def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Bloc
                 group_layers([module._modules[layer] for layer in layers], type(module))
             blocks.append(Block(name, "shared input", kind, layers if reason is None else (), reason))
     reason = "none of its adapted layers share an input"
-    if any(_is_quantised(module._modules[name]) for name in linears):
+    if any(isinstance(module._modules[name], Quantised) for name in linears):
         reason = "its layers are quantised, and computed by themselves"
     return blocks or [Block(name, "shared input", kind, (), reason)]
 
@@ -133,7 +133,7 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
         return "its forward was patched on the instance"
     for name in children:
         child = module._modules[name]
-        if _is_quantised(child):
+        if isinstance(child, Quantised) or bnb.is_linear4bit(child):
             return f"{name} is quantised, and computed by itself"
         if not is_quiet(child):
             return f"{name} has hooks or a patched forward"
@@ -143,11 +143,6 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
         if trained:
             return f"{name}.{trained[0]} is trained"
     return None
-
-
-def _is_quantised(child: nn.Module) -> bool:
-    on_codes = isinstance(child, AdaptedLinear) and child.has_quantised_base
-    return on_codes or isinstance(child, Quantised) or bnb.is_linear4bit(child)
 
 
 def _linears(module: nn.Module) -> list[str]:
