@@ -48,7 +48,12 @@ OPTIONAL = {
     "base.bnb": {"bitsandbytes"},
 }
 # Written on top of a library, and imported by a function of the module beside them.
-BUILT_ON = {"integrations.peft_layers": {"peft", "transformers"}}
+BUILT_ON = {
+    "integrations.peft_adapter": {"peft"},
+    "integrations.peft_layers": {"peft", "transformers"},
+    "integrations.peft_linear4bit": {"peft"},
+    "integrations.peft_quantised": {"peft"},
+}
 # They compose kernels, and are imported where those are.
 COMPOSED = ("linear.fused", "group.fused", "mixed.fused")
 

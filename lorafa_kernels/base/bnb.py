@@ -11,6 +11,8 @@ bitsandbytes is imported by to_params4bit alone. Source of the names: bitsandbyt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,19 +29,31 @@ def is_linear4bit(module: nn.Module) -> bool:
     )
 
 
-def from_linear4bit(module: nn.Module) -> QuantisedBase:
-    """Return the base of a Linear4bit, whose tensors share their memory with it.
+def state_of(module: nn.Module) -> Any:
+    """bitsandbytes' QuantState of a Linear4bit, None before it is quantised."""
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether bitsandbytes has packed a Linear4bit for CPU inference."""
+    state = state_of(module)
+    return hasattr(state, "original_qshape") or getattr(state, "packing_format_for_cpu", False)
+
+
+def from_linear4bit(module: nn.Module, *, known: bool = False) -> QuantisedBase:
+    """Return the base of a Linear4bit, whose tensors share their memory with it. known: its state was taken
+    over before; its table of values, which the device must be waited for, is not read again.
 
     Raises ValueError for one that has not been quantised yet, has been packed for CPU inference, or is not of
     NF4 with blocks of 64.
     """
-    parameter = module.weight
-    state = getattr(parameter, "quant_state", None) or getattr(module, "quant_state", None)
+    parameter, state = module.weight, state_of(module)
     if state is None:
         raise ValueError(
             "this Linear4bit has not been quantised yet: move it to its device first (module.to(device))"
         )
-    if hasattr(state, "original_qshape") or getattr(state, "packing_format_for_cpu", False):
+    if is_packed(module):
         raise ValueError(
             "bitsandbytes has packed this Linear4bit for CPU inference (a forward in eval mode does), which "
             "rounds its scales: load the model again and adapt it before the first forward"
@@ -51,7 +65,7 @@ def from_linear4bit(module: nn.Module) -> QuantisedBase:
             f"this Linear4bit has blocks of {state.blocksize}, and only blocks of {nf4.BLOCK} are supported "
             f"(with nested scales, {nf4.NESTED_BLOCK} of them)"
         )
-    if not torch.equal(state.code.cpu(), torch.tensor(nf4.CODE)):
+    if not known and not torch.equal(state.code.cpu(), torch.tensor(nf4.CODE)):
         raise ValueError("this Linear4bit has another table of values than NF4's")
     shape = (module.out_features, module.in_features)
     if tuple(state.shape) != shape:

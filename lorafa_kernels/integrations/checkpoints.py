@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..model.adapt import is_of_peft
+from ..engines import is_dtensor
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from ..model.names import chosen_adapter, lorafa_layers, unwrap
+from ..model.names import chosen_adapter, is_of_peft, lorafa_layers, unwrap
 from ..model.saved import unsaved_parameters
 
 
@@ -17,7 +17,8 @@ def adapted(model: nn.Module, how: str) -> nn.Module:
     """`model` without its wrappers, if an adapter's file can be its checkpoint.
 
     how: what the user called, for the message. Raises ValueError for a PeftModel, a model without LoRA-FA
-    layers, and one that trains what the file does not hold, such as a second adapter.
+    layers, one that is split over processes, and one that trains what the file does not hold, such as a
+    second adapter.
     """
     core = unwrap(model)
     if any(is_of_peft(module) for module in core.modules()):
@@ -28,6 +29,12 @@ def adapted(model: nn.Module, how: str) -> nn.Module:
         raise ValueError(
             "the model holds no LoRA-FA layer: call apply_lorafa(model, config) before its trainer or "
             "optimizer is made"
+        )
+    if any(map(is_dtensor, core.parameters())):
+        raise ValueError(
+            "the model is split over processes already (tensor parallelism, fully_shard), and Trainer and "
+            "Accelerate wrap it in DistributedDataParallel, which refuses it: train it in a loop of your "
+            "own, as examples/train_llama.py does, and call save_adapter"
         )
     if others := unsaved_parameters(core, chosen_adapter(core, None)):
         more = ", ..." if len(others) > 4 else ""

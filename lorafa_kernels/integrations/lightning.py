@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.adapt import is_of_peft
-from ..model.names import lorafa_layers
+from ..model.names import is_of_peft, lorafa_layers
 from ..model.saved import saved_tensors
 
 # Beside Lightning's own entries: {layer: scaling}, which state dicts do not have.

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.adapt import all_or_nothing
+from ..model.adapt import all_or_nothing, parameters_of
 from ..model.names import check_module, modules_by_name, unwrap
 from ..model.placing.place import Block, place_blocks, remove_blocks
 from ..model.report import AdaptedLayer, block_lines, layer_lines
@@ -82,19 +82,21 @@ def _layers_module() -> ModuleType:
 def accelerate_peft(model: nn.Module, *, fuse: bool = True, norm: bool = True) -> nn.Module:
     """Let the LoRA layers of a PeftModel run on these kernels, in place, with lora_A frozen; return `model`.
 
-    model: a PeftModel, or any model that holds `peft.tuners.lora` layers. Every `lora.Linear` over a plain
-    nn.Linear or Conv1D is served: it stays what it is, with PEFT's names, files, merging and adapters, and
+    model: a PeftModel, or any model that holds `peft.tuners.lora` layers. Every LoRA layer over a plain
+    nn.Linear or Conv1D, over bitsandbytes' Linear4bit of NF4 and over what quantize_base made is served: it
+    stays what it is, with PEFT's names, files, merging and adapters, and
     computes y = x weightᵀ + scaling · (x lora_Aᵀ) lora_Bᵀ + bias as `lorafa_linear` does, for x
     (..., in_features). lora_A, (r, in_features), stays frozen whatever is called on the model. What cannot be
-    served (DoRA, embeddings, convolutions, quantised bases, trained biases) keeps PEFT's own path and trained
-    lora_A; several active or merged adapters and mixed batches do so while they last. Adapters that are added
-    later are served as well. fuse, norm: as in `apply_lorafa`; unloading takes the blocks out.
+    served (DoRA, embeddings, convolutions, other quantised bases, trained biases) keeps PEFT's own path and
+    trained lora_A; several active or merged adapters and mixed batches do so while they last. Adapters that
+    are added later are served as well. fuse, norm: as in `apply_lorafa`; unloading takes the blocks out.
 
     `print(model.lorafa_report)` says what runs where and why; it is logged at INFO too. Call it again after a
     change to have it told anew.
 
-    Raises TypeError if `model` is no module, ValueError if it holds no LoRA layer of PEFT, ImportError
-    without PEFT 0.20 or newer. Any error leaves the model untouched.
+    Raises TypeError if `model` is no module, ValueError if it holds no LoRA layer of PEFT, or one of DoRA or
+    another variant on what quantize_base made, ImportError without PEFT 0.20 or newer. Any error leaves the
+    model untouched.
     """
     check_module(model)
     peft_layers = _layers_module()
@@ -107,6 +109,8 @@ def accelerate_peft(model: nn.Module, *, fuse: bool = True, norm: bool = True) -
             "the model holds no LoRA layer of PEFT: pass what get_peft_model(model, LoraConfig(...)) "
             "returned, or adapt a plain model with lorafa_kernels.apply_lorafa(model, config)"
         )
+    for layer in layers.values():
+        peft_layers.check_variants(layer)
     with all_or_nothing(core):
         remove_blocks(core.modules())
         kept = {n: reason for n, layer in layers.items() if (reason := peft_layers.obstacle(layer))}
@@ -121,26 +125,31 @@ def accelerate_peft(model: nn.Module, *, fuse: bool = True, norm: bool = True) -
         inside = {id(m) for layer in layers.values() for m in layer.modules() if m is not layer}
         outside = {name: module for name, module in modules.items() if id(module) not in inside}
         blocks = place_blocks(outside, fuse=fuse, norm=norm)
-        core.lorafa_report = _report(core, layers, kept, blocks)
+        core.lorafa_report = _report(core, peft_layers, layers, kept, blocks)
     _LOG.info("%s", core.lorafa_report)
     return model
 
 
 def _report(
-    model: nn.Module, layers: dict[str, Any], kept: dict[str, str], blocks: Iterable[Block]
+    model: nn.Module,
+    peft_layers: ModuleType,
+    layers: dict[str, Any],
+    kept: dict[str, str],
+    blocks: Iterable[Block],
 ) -> PeftReport:
     served = []
     for name, layer in layers.items():
         if name not in kept:
             (adapter,) = (a for a in layer.active_adapters if a in layer.lora_A)
             shape = layer.in_features, layer.out_features
-            served.append(AdaptedLayer(name, *shape, layer.r[adapter], layer.scaling[adapter]))
-    parameters = list(model.parameters())
+            base = peft_layers.kind_of_base(layer)
+            served.append(AdaptedLayer(name, *shape, layer.r[adapter], layer.scaling[adapter], base))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return PeftReport(
         tuple(served),
         tuple(KeptLayer(n, type(layers[n].get_base_layer()).__name__, reason) for n, reason in kept.items()),
-        sum(p.numel() for p in parameters if p.requires_grad),
-        sum(p.numel() for p in parameters),
+        trained,
+        parameters_of(model),
         tuple(blocks),
     )
 

@@ -9,7 +9,8 @@ what leaving disable_adapter does), set_requires_grad and while an adapter is ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import sys
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from peft.tuners.lora.layer import dispatch_default
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..base import bnb
 from ..engines import not_plain
 from ..group.operands import LinearOperands
 from ..linear.api import lorafa_linear
@@ -26,13 +28,16 @@ from ..model.placing.members import Member, register_member
 from ..model.placing.place import remove_blocks
 from ..nn.hooked import is_patched
 from ..nn.linear import LoRAFALinear
+from ..nn.quantised import Quantised, QuantisedLinear
 from ..operands import FLOAT_DTYPES, autocast_enabled
+from .peft_adapter import ServedAdapter, adapter_obstacle
+from .peft_quantised import ServedOnQuantised, ServedQuantisedLinear
 
-# Base layers that can be served, and the forward that is computed.
+# Dense base layers that can be served, and the forward that is computed.
 _BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 
 
-class ServedLinear(AdaptedLinear, lora.Linear):
+class ServedLinear(ServedAdapter, AdaptedLinear, lora.Linear):
     """A `lora.Linear` that runs on these kernels where it can. "Linear" in its name is how PEFT finds it for
     a second adapter on "all-linear".
     """
@@ -62,51 +67,22 @@ class ServedLinear(AdaptedLinear, lora.Linear):
         frozen = (found.weight, found.lora_A, found.bias)
         return None if any(t is not None and t.requires_grad for t in frozen) else found
 
-    def trained_names(self) -> frozenset[str]:
-        return frozenset(f"lora_B.{name}.weight" for name in self.lora_B)
-
     def _operands(self, x: Tensor) -> LinearOperands | None:
         """What lorafa_linear computes for x, None where PEFT's own forward must."""
-        if self._disable_adapters or self.merged_adapters:
+        found = self.acting()
+        if found is None:
             return None
-        # Past nn.Module's __getattr__, which takes longer than the rest.
-        own = self._modules
-        As, Bs = own["lora_A"]._modules, own["lora_B"]._modules
-        names = [name for name in self.active_adapters if name in As]
-        if len(names) != 1 or not self._is_plain_lora(names[0]):
-            return None
-        name = names[0]
-        base, A, B, dropout = own["base_layer"], As[name], Bs[name], own["lora_dropout"]._modules[name]
-        if not (type(A) is type(B) is nn.Linear and type(dropout) in (nn.Identity, nn.Dropout)):
-            return None
+        base, lora_A, lora_B, scaling, dropout_p = found
         if type(base).forward is not _BASES.get(type(base)):
             return None
-        if not (is_quiet(base) and is_quiet(A) and is_quiet(B) and is_quiet(dropout)):
-            return None
-        scaling = self.scaling[name]
-        # A tensor after PEFT's hotswapping; p=1 drops all.
-        dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        if type(scaling) not in (int, float) or not 0.0 <= dropout_p < 1.0:
-            return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-        lora_A, lora_B = A._parameters.get("weight"), B._parameters.get("weight")
         if not _computable(x, weight, lora_A, lora_B, bias):
             return None
         if type(base) is Conv1D:
             weight = weight.t()
         if weight.shape != (self.out_features, self.in_features):
             return None
-        return LinearOperands(weight, bias, lora_A, lora_B, float(scaling), dropout_p)
-
-    def _is_plain_lora(self, name: str) -> bool:
-        """Whether the adapter is x lora_Aᵀ lora_Bᵀ and nothing more (no DoRA, no bias on lora_B, ...)."""
-        return name not in self.lora_variant and not self.lora_bias.get(name)
-
-    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
-        super()._freeze_non_trainable_peft_weights(adapter_names)
-        for name, A in self.lora_A.items():
-            if self._is_plain_lora(name):
-                A.requires_grad_(False)
+        return LinearOperands(weight, bias, lora_A, lora_B, scaling, dropout_p)
 
 
 class ServedMemberLinear(Member, ServedLinear):
@@ -118,6 +94,7 @@ class ServedMemberLinear(Member, ServedLinear):
         return ServedLinear.forward(self, x, *args, **kwargs) if y is None else y
 
 
+_SERVED = (ServedLinear, ServedMemberLinear, ServedQuantisedLinear)
 LINEARS[ServedLinear] = ServedLinear.forward
 register_member(ServedLinear, ServedMemberLinear)
 
@@ -173,9 +150,13 @@ class ServedLoraModel(lora.LoraModel):
 
 
 def serve(layer: nn.Module) -> None:
-    """Make a lora.Linear without an obstacle a ServedLinear, with lora_A frozen; nothing else changes."""
+    """Make a LoRA layer without an obstacle a served one, with lora_A frozen; nothing else changes."""
     if type(layer) is lora.Linear:
-        layer.__class__ = ServedLinear
+        on_codes = isinstance(layer.base_layer, Quantised)
+        layer.__class__ = ServedQuantisedLinear if on_codes else ServedLinear
+    elif _is_on_linear4bit(layer):
+        layer.__class__ = _served_linear4bit()
+        layer.quantised_base(layer.base_layer)
     layer._freeze_non_trainable_peft_weights()
 
 
@@ -183,8 +164,8 @@ def obstacle(layer: lora.LoraLayer, *, injected: bool = True) -> str | None:
     """Why no adapter of a LoRA layer of PEFT can ever run on these kernels, or None. injected: PEFT has
     frozen what it freezes.
     """
-    kind = type(layer)
-    if kind not in (lora.Linear, ServedLinear, ServedMemberLinear):
+    kind, of_bnb = type(layer), _is_on_linear4bit(layer)
+    if kind not in (lora.Linear, *_SERVED) and not of_bnb:
         for known, reason in (
             (lora.Embedding, "an embedding"),
             ((lora.Conv2d, lora.layer.Conv1d, lora.layer.Conv3d), "a convolution"),
@@ -198,20 +179,57 @@ def obstacle(layer: lora.LoraLayer, *, injected: bool = True) -> str | None:
             f"PEFT's {kind.__module__.rsplit('.', 1)[-1]}.{kind.__name__} on a quantised or parallel {base}"
         )
     base = layer.base_layer
-    if reason := _base_obstacle(base):
+    if reason := _base_obstacle(base, of_bnb):
         return reason
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     if trained and injected:
         return f"its {trained[0]} is trained"
     names = list(layer.lora_A)
-    reasons = {_adapter_obstacle(layer, name) for name in names}
+    reasons = {adapter_obstacle(layer, name) for name in names}
     return None if None in reasons or not names else "; ".join(sorted(reasons))
 
 
-def _base_obstacle(base: nn.Module) -> str | None:
+def check_variants(layer: lora.LoraLayer) -> None:
+    """Raise ValueError for an adapter, such as DoRA's, that PEFT computes from the weight of its base layer,
+    where that holds the codes of quantize_base: PEFT would take them for the weight.
+    """
+    if isinstance(layer.base_layer, Quantised) and (names := list(layer.lora_variant)):
+        raise ValueError(
+            f"{adapter_obstacle(layer, names[0])}, and PEFT would compute it from the codes of a quantised "
+            "base: take plain LoRA, or a base of bitsandbytes"
+        )
+
+
+def kind_of_base(layer: nn.Module) -> str:
+    """ "dense", or the kind of the quantised base of a served layer."""
+    base = layer.quantised_base(layer.base_layer) if isinstance(layer, ServedOnQuantised) else None
+    return "dense" if base is None else base.kind.name
+
+
+def _is_on_linear4bit(layer: nn.Module) -> bool:
+    """Whether it is of PEFT's class for bitsandbytes' Linear4bit, or of what stands in for that."""
+    kind = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    return kind is not None and type(layer) in (kind, _served_linear4bit())
+
+
+def _served_linear4bit() -> type:
+    from .peft_linear4bit import ServedLinear4bit
+
+    return ServedLinear4bit
+
+
+def _base_obstacle(base: nn.Module, of_bnb: bool = False) -> str | None:
     if isinstance(base, lora.LoraLayer):
         return "its base layer is itself a LoRA layer"
-    if type(base) is Conv1D:
+    if of_bnb:
+        try:
+            bnb.from_linear4bit(base)
+        except ValueError as error:
+            return str(error)
+    elif isinstance(base, Quantised):
+        if type(base) is not QuantisedLinear:
+            return f"its base layer is a {type(base).__name__}"
+    elif type(base) is Conv1D:
         for name, tensor in base.named_parameters():
             if reason := not_plain(tensor):
                 return f"{name} is {reason}"
@@ -225,12 +243,6 @@ def _base_obstacle(base: nn.Module) -> str | None:
     return None
 
 
-def _adapter_obstacle(layer: lora.Linear, name: str) -> str | None:
-    if name in layer.lora_variant:
-        return f"{type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')} is not plain LoRA"
-    return "lora_bias=True" if layer.lora_bias.get(name) else None
-
-
 def present_obstacle(layer: ServedLinear) -> str | None:
     """Why a served layer would be computed by PEFT if it were called now, or None."""
     base = layer.base_layer
@@ -241,7 +253,7 @@ def present_obstacle(layer: ServedLinear) -> str | None:
         return "its adapters are disabled"
     if len(active) != 1:
         return f"{len(active)} adapters are active" if active else "none of its adapters is active"
-    if reason := _adapter_obstacle(layer, active[0]):
+    if reason := adapter_obstacle(layer, active[0]):
         return reason
     if not is_quiet(base):
         return "its base layer has hooks or a patched forward (offloading), while these are there"
@@ -249,11 +261,19 @@ def present_obstacle(layer: ServedLinear) -> str | None:
 
 
 def choose(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """What PEFT calls for the class of a layer: a ServedLinear, or None, whereupon PEFT chooses."""
+    """What PEFT calls for the class of a layer: a served one, or None, whereupon PEFT chooses. Raises as
+    check_variants.
+    """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    if kwargs.get("parameter_name") is not None or config.bias != "none" or _base_obstacle(base):
+    of_bnb = bnb.is_linear4bit(base)
+    if kwargs.get("parameter_name") is not None or config.bias != "none" or _base_obstacle(base, of_bnb):
         return None
-    layer = dispatch_default(target, adapter_name, config=config, **kwargs)
-    if type(layer) is lora.Linear and obstacle(layer, injected=False) is None:
+    dispatch = (
+        importlib.import_module("peft.tuners.lora.bnb").dispatch_bnb_4bit if of_bnb else dispatch_default
+    )
+    layer = dispatch(target, adapter_name, config=config, **kwargs)
+    if layer is not None:
+        check_variants(layer)
+    if layer is not None and obstacle(layer, injected=False) is None:
         serve(layer)
     return layer

@@ -43,8 +43,8 @@ def adapter_checkpoints(trainer: Any) -> Any:
     read them. The trainer's class becomes one that derives from `AdapterCheckpoints` and the one it has.
 
     Raises TypeError for what is no Trainer, and ValueError for a PeftModel, a model without LoRA-FA layers,
-    parameters that require grad and are no part of the adapter, and under FSDP and DeepSpeed, which write
-    checkpoints of their own.
+    one that is split over processes (tensor parallelism), parameters that require grad and are no part of the
+    adapter, and under FSDP and DeepSpeed, which write checkpoints of their own.
     """
     import transformers
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..base import bnb
 from ..engines import sharding_engine
 from ..nn.conv1d import is_conv1d, layer_class, sizes
 from ..nn.foreign import what_is_missing
@@ -29,6 +30,7 @@ from .names import (
     check_module,
     ends_of,
     is_inside,
+    is_of_peft,
     lorafa_layers,
     modules_by_name,
     owners_of,
@@ -108,14 +110,6 @@ def adaptation_of(model: nn.Module, config: LoRAFAConfig, *, strict: bool = True
         )
     with limited():
         return _adaptation_of(model, resolved(model, config), strict)
-
-
-def is_of_peft(module: nn.Module) -> bool:
-    """Whether `module` itself is a PeftModel or one of PEFT's layers."""
-    return any(
-        c.__name__ in ("PeftModel", "BaseTuner", "BaseTunerLayer") and c.__module__.startswith("peft.")
-        for c in type(module).__mro__
-    )
 
 
 def _adaptation_of(model: nn.Module, config: LoRAFAConfig, strict: bool) -> Adaptation:
@@ -368,7 +362,7 @@ def _report(model: nn.Module, adaptation: Adaptation, blocks: tuple[Block, ...])
         layers,
         tuple(adaptation.saved),
         sum(parameter.numel() for parameter in lorafa_parameters(model)),
-        _parameters_of(model),
+        parameters_of(model),
         blocks,
         adaptation.doubts,
         tuple(_left_out(model)) if adaptation.config.all_linear else (),
@@ -380,13 +374,17 @@ def _base_of(layer: LoRAFALinear) -> str:
     return layer.quantised_kind if isinstance(layer, Quantised) else "dense"
 
 
-def _parameters_of(model: nn.Module) -> int:
+def parameters_of(model: nn.Module) -> int:
     """Parameters of the model; of a quantised layer those of the weight that it stands for."""
     total = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, Quantised):
             codes = sum(tensor.numel() for tensor in module.base().tensors)
-            total += module.in_features * module.out_features - codes
+        elif bnb.is_linear4bit(module):
+            codes = module.weight.numel()
+        else:
+            continue
+        total += module.in_features * module.out_features - codes
     return total
 
 

@@ -46,6 +46,7 @@ from .names import (
     layers_of,
     lorafa_layers,
     modules_by_name,
+    no_layers,
     target_names,
     unwrap,
 )
@@ -158,7 +159,7 @@ def _layers(model: nn.Module) -> dict[str, LoRAFALinear]:
         )
     layers = lorafa_layers(model)
     if not layers:
-        raise ValueError("the model holds no LoRA-FA layer: call apply_lorafa(model, config) first")
+        raise no_layers(model)
     return layers
 
 

@@ -138,10 +138,28 @@ def lorafa_layers(model: nn.Module) -> dict[str, LoRAFALinear]:
     }
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether `module` itself is a PeftModel or one of PEFT's layers."""
+    return any(
+        c.__name__ in ("PeftModel", "BaseTuner", "BaseTunerLayer") and c.__module__.startswith("peft.")
+        for c in type(module).__mro__
+    )
+
+
+def no_layers(model: nn.Module) -> ValueError:
+    """What to raise for a model that holds no LoRA-FA layer."""
+    if any(map(is_of_peft, model.modules())):
+        return ValueError(
+            "the model is PEFT's, and has PEFT's methods for this (save_pretrained, set_adapter, "
+            "disable_adapter, merge_adapter, ...): this function is for what apply_lorafa has adapted"
+        )
+    return ValueError("the model holds no LoRA-FA layer: call apply_lorafa(model, config) first")
+
+
 def named_layers(model: nn.Module) -> dict[str, LoRAFALinear]:
     layers = lorafa_layers(model)
     if not layers:
-        raise ValueError("the model holds no LoRA-FA layer: call apply_lorafa(model, config) first")
+        raise no_layers(model)
     return layers
 
 

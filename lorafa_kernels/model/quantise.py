@@ -13,7 +13,7 @@ from ..base.kinds import kind_of
 from ..engines import sharding_engine
 from ..nn.linear import LoRAFALinear
 from ..nn.quantised import Quantised, QuantisedLinear
-from .names import check_module, ends_of, lorafa_layers, modules_by_name, owners_of, unwrap
+from .names import check_module, ends_of, is_of_peft, lorafa_layers, modules_by_name, owners_of, unwrap
 
 _LOG = logging.getLogger("lorafa_kernels")
 # transformers says with it that a quantised model cannot be trained; kept aside under the second name.
@@ -32,10 +32,10 @@ def quantize_base(model: nn.Module, kind: str = "nf4", *, skip: Iterable[str] | 
     what the model's class keeps in fp32. Always left dense: a layer that shares its weight with another
     module, and one whose forward is not nn.Linear's.
 
-    Raises ValueError for an unknown kind, a model without a layer to quantise, one that is adapted or sharded
-    already, or is an nn.Linear itself, a weight on the meta device and one that is not finite everywhere;
-    TypeError for a skip that holds no str. All but the last are found before anything is changed; after it
-    the layers before are quantised, and a second call goes on.
+    Raises ValueError for an unknown kind, a model without a layer to quantise, one that is adapted (by PEFT,
+    too) or sharded already, or is an nn.Linear itself, a weight on the meta device and one that is not finite
+    everywhere; TypeError for a skip that holds no str. All but the last are found before anything is changed;
+    after it the layers before are quantised, and a second call goes on.
     """
     kind_of(kind)
     check_module(model)
@@ -75,6 +75,11 @@ def layers_to_quantise(model: nn.Module, skip: Iterable[str] | None = None) -> l
             raise ValueError(
                 f"{name or 'the model'} is under {engine} already: quantise the model before it is wrapped"
             )
+    if any(map(is_of_peft, model.modules())):
+        raise ValueError(
+            "the model holds PEFT's layers already, whose adapters would be quantised, too: call "
+            "quantize_base before get_peft_model"
+        )
     if lorafa_layers(core):
         raise ValueError("the model holds LoRA-FA layers already: call quantize_base before apply_lorafa")
     if isinstance(core, nn.Linear):

@@ -9,7 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lorafa_kernels import LoRAFAConfig, apply_lorafa, lorafa_parameters
+from lorafa_kernels import LoRAFAConfig, apply_lorafa, lorafa_parameters, quantize_base
 from lorafa_kernels.model.names import lorafa_layers
 
 VOCABULARY = 61
@@ -68,6 +68,28 @@ def base(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     kind = getattr(transformers, kind)
     torch.manual_seed(0)
     return kind(kind.config_class(**fields)).to(dtype)
+
+
+def save_llama(folder) -> None:
+    """A LLaMA for load_quantised. bitsandbytes 0.50.2 takes wrong scales on a CPU with AVX-512 where K is a
+    multiple of 16 and not of 64.
+    """
+    torch.manual_seed(0)
+    fields = {**DECODER, "intermediate_size": 128}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder)
+
+
+def load_quantised(folder, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """kind: quantize_base's, or "bitsandbytes", "bitsandbytes nested"."""
+    if not kind.startswith("bitsandbytes"):
+        return quantize_base(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype), kind)
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant="nested" in kind,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=options, dtype=dtype)
 
 
 def config(**fields) -> LoraConfig:

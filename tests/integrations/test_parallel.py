@@ -260,3 +260,15 @@ def test_fsdp1_refuses_what_was_thawed_and_flat_parameters_alone(parallel):
             wrapped(model, True)(runs.batch()[0])
     with pytest.raises(ValueError, match=r"uniform `requires_grad` when `use_orig_params=False`"):
         wrapped(runs.build(), False)
+
+
+def test_trainers_of_a_split_model_are_refused(parallel, mesh, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the Trainer is transformers'")
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    from lorafa_kernels.integrations.transformers import adapter_checkpoints
+
+    model = runs.build()
+    split(model, mesh, parallel.llama_plan(model, mesh))
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match=r"is split over processes already .*a loop of your own"):
+        adapter_checkpoints(transformers.Trainer(model, arguments))

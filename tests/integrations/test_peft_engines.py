@@ -1,29 +1,44 @@
-"""A PeftModel on these kernels inside DDP, FSDP1 and FSDP2: losses and adapters of one process."""
+"""A PeftModel on these kernels inside DDP, FSDP1 and FSDP2, on a dense base and on quantised ones: losses and
+adapters of one process.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from accuracy import assert_same
-from peft_beds import plain_name, tokens, with_peft
+from peft import get_peft_model
+from peft_beds import config, draw, load_quantised, plain_name, save_llama, tokens, with_peft
 from processes import start
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from lorafa_kernels.integrations import peft_quantised
 from lorafa_kernels.integrations.peft import accelerate_peft
+from lorafa_kernels.linear.quantised import quantised_linear
 
 STEPS, ROWS = 5, 4
 # What docs/engines.md says.
 LARGEST = 1e-6
-ENGINES = ("ddp", "fsdp1", "fsdp2")
+BASES = ["dense", "nf4"] + ["bitsandbytes nested"] * (importlib.util.find_spec("bitsandbytes") is not None)
+# FSDP1 flattens no whole numbers.
+ENGINES = [
+    (e, base) for base in BASES for e in ("ddp", "fsdp1", "fsdp2") if (e, base != "dense") != ("fsdp1", True)
+]
 pytestmark = [pytest.mark.numerics, pytest.mark.slow]
 
 
-def accelerated() -> nn.Module:
-    return accelerate_peft(with_peft("llama"))
+def accelerated(base: str, folder) -> nn.Module:
+    if base == "dense":
+        return accelerate_peft(with_peft("llama"))
+    model = get_peft_model(load_quantised(folder, base), config())
+    draw(model)
+    return accelerate_peft(model).train()
 
 
 def train(wrapped: nn.Module, model: nn.Module, rank: int, world: int) -> list[float]:
@@ -48,8 +63,8 @@ def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(n): p.detach().clone() for n, p in named if "lora_" in n}
 
 
-def _through(engine: str, rank: int, world: int) -> dict:
-    model = accelerated()
+def _through(engine: str, base: str, rank: int, world: int, folder: str) -> dict:
+    model = accelerated(base, folder)
     if engine == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
         return {"losses": train(wrapped, model, rank, world), "adapters": adapters(model)}
@@ -74,7 +89,11 @@ def _through(engine: str, rank: int, world: int) -> dict:
 
 
 def _worker(rank: int, world: int, folder: str) -> None:
-    found = {engine: _through(engine, rank, world) for engine in ENGINES}
+    found = {}
+    for engine, base in ENGINES:
+        with mock.patch.object(peft_quantised, "quantised_linear", wraps=quantised_linear) as served:
+            found[engine, base] = _through(engine, base, rank, world, f"{folder}/base")
+        assert served.call_count == (0 if base == "dense" else STEPS * 14)
     if rank == 0:
         torch.save(found, f"{folder}/found")
 
@@ -84,28 +103,30 @@ def found(tmp_path_factory):
     if not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("engines")
+    save_llama(folder / "base")
     start(_worker, 2, folder)
-    return torch.load(folder / "found")
+    return torch.load(folder / "found") | {"folder": folder / "base"}
 
 
-@pytest.fixture(scope="module")
-def alone():
-    model = accelerated()
+@functools.cache
+def alone(base: str, folder) -> dict:
+    model = accelerated(base, folder)
     before = adapters(model)
     return {"before": before, "losses": train(model, model, 0, 1), "adapters": adapters(model)}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_losses_and_adapters_are_those_of_one_process(found, alone, engine):
-    got, want = found[engine]["losses"], alone["losses"]
+@pytest.mark.parametrize(("engine", "base"), ENGINES)
+def test_losses_and_adapters_are_those_of_one_process(found, engine, base):
+    one = alone(base, found["folder"])
+    got, want = found[engine, base]["losses"], one["losses"]
     assert want[-1] < want[0]
     faults = [f"loss {a} of {b}" for a, b in zip(got, want, strict=True) if abs(a - b) > LARGEST * abs(b)]
-    for name, value in alone["adapters"].items():
-        mine = found[engine]["adapters"][name]
+    for name, value in one["adapters"].items():
+        mine = found[engine, base]["adapters"][name]
         if "lora_A" in name:
-            assert_same(mine, alone["before"][name], name=name)
+            assert_same(mine, one["before"][name], name=name)
             continue
-        assert not torch.equal(value, alone["before"][name])
+        assert not torch.equal(value, one["before"][name])
         if (apart := (mine - value).norm() / value.norm()) > LARGEST:
             faults.append(f"{name} by {apart:.1e}")
     assert not faults
