@@ -200,8 +200,9 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return dx and the dB of gate, up and down."""
-    values, operands = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-    return gradients(ctx, DENSE, dy, Kept(values, *(operands[i : i + 3] for i in range(0, 12, 3))))
+    # Read once: a checkpoint refuses a second time.
+    saved = ctx.saved_tensors
+    return gradients(ctx, DENSE, dy, Kept(saved[:5], *(saved[i : i + 3] for i in range(5, 17, 3))))
 
 
 def _part(
