@@ -291,6 +291,7 @@ class TestBitsandbytes:
         want = model(IDS).logits.detach()
         before = model.model.layers[0].mlp.up_proj.weight.data_ptr()
         apply_lorafa(model, CONFIG)
+        assert sum(block.fused and block.kind != "norm" for block in model.lorafa_report.blocks) == 4
         layer = model.model.layers[0].mlp.up_proj
         assert layer.quantised_kind == ("nf4-nested" if nested else "nf4")
         assert layer.weight.data_ptr() == before

@@ -13,9 +13,8 @@ import pytest
 import torch
 from accuracy import assert_same, check_budget
 from conftest import implementation_cases
-from saved import Saved, copied, pickled
+from saved import DenseWeights, Saved, copied, pickled
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa_kernels import LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU, explain
 from lorafa_kernels.base.frozen import base_of, quantised
@@ -128,24 +127,6 @@ def test_keeps_z_and_the_codes_and_scales_themselves(kind, dtype, autocast):
     with Saved() as saved:
         layer(x.detach())
     assert saved.tensors == []
-
-
-class DenseWeights(TorchDispatchMode):
-    """Counts the storages that operations make, of tensors of these shapes, and that live at a time."""
-
-    def __init__(self, shapes: set[tuple[int, int]]) -> None:
-        super().__init__()
-        self.shapes, self.alive, self.most = shapes, {}, 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        out = function(*arguments, **(keywords or {}))
-        for tensor in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
-            if isinstance(tensor, Tensor) and tuple(tensor.shape) in self.shapes:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = torch.multiprocessing.reductions.StorageWeakRef(storage)
-        self.alive = {key: ref for key, ref in self.alive.items() if not ref.expired()}
-        self.most = max(self.most, len(self.alive))
-        return out
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -155,7 +155,9 @@ def _mixed(module: nn.Module, names: Iterable[str]) -> str | None:
             return f"{name} is bitsandbytes' {type(layer).__name__}, without an adapter"
         if bases and name not in bases:
             return f"{bases[0]} is quantised, and {name} is not"
-    kinds = {(dtype_of(layers[name]), layers[name].compute_dtype): name for name in bases}
+    kinds: dict[tuple, str] = {}
+    for name in bases:
+        kinds.setdefault((dtype_of(layers[name]), layers[name].compute_dtype), name)
     if len(kinds) > 1:
         return f"{' and '.join(list(kinds.values())[:2])} compute in different dtypes"
     return None
