@@ -130,8 +130,9 @@ class Group:
             return None
         return self._compute_all(x, operands, place, state, impl)
 
-    # How the outputs are computed, and what is remembered of each, of dense weights.
-    linears = staticmethod(lorafa_linear_group)
+    def linears(self, x: Tensor, operands: list[LinearOperands], *, impl: str) -> tuple[Tensor, ...]:
+        """The outputs of all."""
+        return lorafa_linear_group(x, operands, impl=impl)
 
     @staticmethod
     def remembered(y: Tensor, operands: LinearOperands) -> Output:

@@ -55,7 +55,7 @@ class QuantisedGroup(Group):
         return None if self._compute_dtype() is None else super().compute(member, x)
 
     def linears(self, x: Tensor, operands: list[LinearOperands], *, impl: str) -> tuple[Tensor, ...]:
-        """The outputs of all."""
+        """As Group.linears."""
         (compute_dtype,) = self._compute_dtype()
         return quantised_linear_group(x, operands, impl=impl, compute_dtype=compute_dtype)
 
