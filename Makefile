@@ -23,7 +23,7 @@ help:
 	@echo "make dist         wheel and sdist in dist/, checked by twine"
 	@echo "make test-dist    installs the wheel into fresh environments away from the checkout, and tries it there"
 	@echo "make gate         compile every kernel config for seven GPU architectures, launch every plan into a stub driver"
-	@echo "make gate-3.6     both for Hopper on Triton 3.6.0"
+	@echo "make gate-3.6     both on Triton 3.6.0, of most kernels for Hopper"
 	@echo "make gpu          a first call on a GPU, in stages, within nine minutes, on the machine's own Python"
 	@echo "make bench        a quick benchmark on the CPU against PyTorch and PEFT, and a report"
 	@echo "make bench-cpu    the CPU numbers of docs/results.md, measured again (minutes; an idle machine)"
@@ -103,9 +103,13 @@ gate: $(VENV)/.dev
 	$(BIN)/python -m bench.gate --kernel shrink expand grad gated --out bench/results/compile-gate.json
 	$(BIN)/python -m bench.gate --kernel group --out bench/results/compile-gate-groups.json
 	$(BIN)/python -m bench.gate --kernel ws --arch sm_90 --out bench/results/compile-gate-ws.json
+	$(BIN)/python -m bench.gate --kernel mixed --arch sm_80 sm_90 sm_100 gfx942 --out bench/results/compile-gate-mixed.json
 	$(BIN)/python -m bench.gate --kernel dequantise --out bench/results/compile-gate-quantised.json
+	$(BIN)/python -m bench.gate --kernel codes --out bench/results/compile-gate-codes.json
 	$(BIN)/python -m bench.launch_gate --out bench/results/launch-gate.json
 	$(BIN)/python -m bench.launch_gate --ws --out bench/results/launch-gate-ws.json
+	$(BIN)/python -m bench.launch_gate --mixed --out bench/results/launch-gate-mixed.json
+	$(BIN)/python -m bench.launch_gate --codes --out bench/results/launch-gate-codes.json
 
 $(VENV36)/.gate: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV36)
@@ -116,7 +120,11 @@ $(VENV36)/.gate: pyproject.toml constraints.txt
 gate-3.6: $(VENV36)/.gate
 	$(VENV36)/bin/python -m bench.gate --arch sm_90 --out bench/results/compile-gate-triton-3.6.json
 	$(VENV36)/bin/python -m bench.gate --kernel ws --arch sm_90 --out bench/results/compile-gate-ws-triton-3.6.json
+	$(VENV36)/bin/python -m bench.gate --kernel mixed --arch sm_80 sm_90 sm_100 gfx942 --out bench/results/compile-gate-mixed-triton-3.6.json
+	$(VENV36)/bin/python -m bench.gate --kernel codes --out bench/results/compile-gate-codes-triton-3.6.json
 	$(VENV36)/bin/python -m bench.launch_gate --arch sm_90 --out bench/results/launch-gate-triton-3.6.json
+	$(VENV36)/bin/python -m bench.launch_gate --mixed --out bench/results/launch-gate-mixed-triton-3.6.json
+	$(VENV36)/bin/python -m bench.launch_gate --codes --out bench/results/launch-gate-codes-triton-3.6.json
 	$(VENV36)/bin/python -m bench.launch_gate --ws --out bench/results/launch-gate-ws-triton-3.6.json
 
 # Not in .venv: whatever torch and Triton the machine with the GPU has. docs/benchmarks.md has the stages.

@@ -39,7 +39,7 @@ from .measure.cases import (
     unknown,
     with_dropout,
 )
-from .measure.contenders import CONTENDERS, TITLES, layer_contenders
+from .measure.contenders import BY_NAME, CONTENDERS, TITLES, layer_contenders
 from .quality import command as quality
 from .report import compare
 from .report import page as report
@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         option(found, "--fresh", "discard what the result file has", action="store_true")
         option(found, "--rounds", f"interleaved rounds a case ({by_device(ROUNDS)})", type=int)
         option(found, "--sittings", f"that its rounds are spread over ({by_device(SITTINGS)})", type=int)
-        names = "only these, which list names (default: all)"
+        names = "only these, which list names (default: all but those on NF4)"
         option(found, "--contenders", names, nargs="+", metavar="NAME")
         where = "where to measure (default: the GPU if there is one)"
         option(found, "--device", where, choices=("cpu", "cuda"))
@@ -278,8 +278,8 @@ def list_names(options: argparse.Namespace) -> int:
         print(f"  {name}: {len(make())} cases. {make.__doc__.splitlines()[0]}")
     print(f"kinds, for --kinds: {', '.join(KINDS)}")
     print("contenders of layers, for --contenders:")
-    for key in CONTENDERS:
-        print(f"  {key}: {TITLES[key]}")
+    for key in (*CONTENDERS, *BY_NAME):
+        print(f"  {key}: {TITLES[key]}{' (where it is named)' if key in BY_NAME else ''}")
     print("contenders of blocks (kinds block-time, block and family) and training:")
     for key, title in models.TITLES.items():
         print(f"  {key}: {title} ({', '.join(models.CONTENDERS[key].scopes)})")

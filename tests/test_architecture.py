@@ -50,7 +50,7 @@ OPTIONAL = {
 # Written on top of a library, and imported by a function of the module beside them.
 BUILT_ON = {"integrations.peft_layers": {"peft", "transformers"}}
 # They compose kernels, and are imported where those are.
-COMPOSED = ("linear.fused", "group.fused")
+COMPOSED = ("linear.fused", "group.fused", "mixed.fused")
 
 
 def modules() -> dict[str, Path]:

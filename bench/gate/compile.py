@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,7 +44,17 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from lorafa_kernels.kernels import dequantise, expand, gated, grad, group, recompute, shrink
+from lorafa_kernels.kernels import (
+    dequantise,
+    expand,
+    expand_codes,
+    gated,
+    grad,
+    group,
+    mixed,
+    recompute,
+    shrink,
+)
 from lorafa_kernels.kernels.dequantise import BLOCK as DEQUANTISE_BLOCK
 from lorafa_kernels.kernels.dequantise import NUM_WARPS as DEQUANTISE_WARPS
 from lorafa_kernels.kernels.gated import BLOCK as GATED_BLOCK
@@ -69,8 +79,10 @@ from lorafa_kernels.plan.defaults import (
     SPLIT_ROWS,
     all_default_configs,
     beside_config,
+    codes_config,
     default_config,
     expand_total_config,
+    mixed_config,
     shrink_group_config,
     shrink_total_config,
 )
@@ -89,6 +101,19 @@ LAYOUTS = {"shrink": ("z", "dz"), "expand": ("y", "dx"), "grad": ("dz, dB", "dB"
 # Of layers that share an input: what each launches, and the kernel whose configurations it takes.
 GROUP_LAYOUTS = {"shrink_group": "all z", "expand_total": "dx of all", "shrink_total": "dz of all"}
 GROUP_BASE = {"shrink_group": "shrink", "expand_total": "expand", "shrink_total": "shrink"}
+# Of a mixed batch, and so many adapters and samples: numbers in the launch, which change no code.
+MIXED_LAYOUTS = {"mixed_shrink": ("z", "dz"), "mixed_expand": ("y", "dx"), "mixed_grad": ("dB",)}
+MIXED_BASE = {op: op.removeprefix("mixed_") for op in MIXED_LAYOUTS}
+MIXED_ADAPTERS, MIXED_SAMPLES = 4, 64
+# The architectures that make gate compiles them for: one of each family.
+MIXED_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+QUICK_MIXED = (("z", False), ("dx", True), ("dB", False))
+# Of a quantised weight whose codes are read: its kinds; K and N as in SIZES. Of NF4 K is a multiple of
+# 64, and rows of x that are not aligned are parts of longer ones.
+CODES_KINDS = ("nf4", "nf4-nested", "int8", "fp8")
+CODES_SIZES = {"even": (4096, 4096), "ragged": (4160, 4112), "odd": (4099, 4101)}
+CODES_ODD_NF4 = (4160, 4101)
+CODES_ROWS_TO_COMPILE = (16, 32, 64, 128)
 # K and N. even: multiples of every block; ragged: aligned rows, a masked last block; odd: unaligned rows.
 SIZES = {"even": (4096, 4096), "ragged": (4112, 4112), "odd": (4099, 4101)}
 INSTRUCTIONS = {
@@ -106,10 +131,10 @@ GATED_RESULTS = ("h", "dg, du", "dg", "du")
 WAITS_FIRST = "waits before its first product"
 WITHOUT_PRODUCT = (*SUM_KERNELS, "gated_kernel", "gated_backward_kernel", "dequantise_kernel")
 MODULES = ("shrink", "expand", "expand_tma", "recompute", "grad", "group", "group_tma", "gated")
-MODULES += ("expand_ws", "expand_ws_z", "dequantise")
+MODULES += ("expand_ws", "expand_ws_z", "expand_codes", "dequantise", "mixed")
 KERNELS = (*OPS, "group", "gated")
-# By their names alone: no heuristic picks the first, the second has no configuration to pick.
-ASKED_FOR = ("ws", "dequantise")
+# By their names alone: no heuristic picks "ws" and "mixed", and the others are for quantised weights.
+ASKED_FOR = ("ws", "dequantise", "codes", "mixed")
 # Of a multiprocessor of sm_90; each block on it takes another KB of the shared memory.
 SM_SHARED_MEMORY = 228 * 1024
 SM_REGISTERS = 65536
@@ -154,6 +179,10 @@ class LauncherCall:
             return shrink_total_config(*split)
         if self.op == "expand_total":
             return expand_total_config(*split, aligned, self.dropout)
+        if self.op in MIXED_BASE:
+            return mixed_config(MIXED_BASE[self.op], limits, operand_bytes, self.R, aligned, self.dropout)
+        if self.op == "codes":
+            return codes_config(*split, aligned)
         if self.op == "gated":
             return KernelConfig(1, GATED_BLOCK, 0, 0, 1, GATED_WARPS, 1)
         if self.op == "dequantise":
@@ -182,7 +211,7 @@ class LauncherCall:
         if self.op == "shrink_group":
             # The ranks of all members lie side by side.
             config = replace(config, BLOCK_R=config.BLOCK_R * self.members_at_once)
-        op = GROUP_BASE.get(self.op, self.op)
+        op = (GROUP_BASE | MIXED_BASE | {"codes": "expand"}).get(self.op, self.op)
         estimate = shared_memory(op, config, operand_bytes, limits, self.dropout)
         if self.op != "expand_total":
             return estimate
@@ -195,10 +224,10 @@ class LauncherCall:
     @property
     def overlaps(self) -> bool:
         """Whether its kernels run beside others: expand, and what writes z or dz before it."""
-        writes_low_rank = self.layout not in ("y", "dx", "dB")
+        writes_low_rank = self.layout not in ("y", "dx", "dB") and self.op != "codes"
         takes_part = writes_low_rank or not self.config.makes_low_rank
         return (
-            self.op not in GROUP_LAYOUTS
+            self.op not in (*GROUP_LAYOUTS, *MIXED_LAYOUTS)
             and self.pdl
             and (self.layout != "dB" or self.beside)
             and takes_part
@@ -257,6 +286,8 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
             "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n, **drop),
             "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0, **config),
         }
+    if case.op in MIXED_LAYOUTS:
+        calls_of = mixed_calls(case, x, dy, weight, z, bias)
     if case.op == "gated":
         result, activation = case.layout.split(": ")
         # Contiguous, or rows within a larger matrix.
@@ -276,6 +307,8 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
             scales = scales.to(torch.uint8)
             nested = tuple(tensor(n, dtype=torch.float32) for n in (scales.numel() // 256, 256, 1))
         calls_of = {case.layout: lambda: dequantise.dequantise(codes, scales, nested, dtype, dtype)}
+    if case.op == "codes":
+        calls_of = codes_calls(case)
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.asked_tf32 else "ieee"
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -292,6 +325,46 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
         stack.callback(forget_launches)
         calls_of[case.layout]()
     return calls
+
+
+def mixed_calls(case: LauncherCall, x, dy, weight, z, bias) -> dict[str, Callable]:
+    """What launches the kernels of a mixed batch, by result. Factors are stacked in the dtype of x."""
+    (N, K), E = weight.shape, MIXED_ADAPTERS
+    whole = functools.partial(torch.empty, device="meta", dtype=torch.int32)
+    lora_As, lora_Bs = x.new_empty((E, case.R, K)), x.new_empty((E, N, case.R))
+    reals = x.new_empty(E, dtype=torch.float32)
+    sorted_rows = whole(MIXED_SAMPLES), whole(case.M // case.config.BLOCK_M, mixed.FIELDS)
+    config = {"config": case.config}
+    drop = {"seed": x.new_empty(1, dtype=torch.int64), "thresholds": whole(E)} if case.dropout else {}
+    drop |= config
+    scales = {"scales": reals} if case.dropout else {}
+    of_y = x, weight.t(), z, lora_Bs.transpose(1, 2), bias
+    return {
+        "z": lambda: mixed.mixed_shrink(x, lora_As.transpose(1, 2), reals, *sorted_rows, **drop),
+        "dz": lambda: mixed.mixed_shrink(dy, lora_Bs, reals, *sorted_rows, **config),
+        "y": lambda: mixed.mixed_expand(*of_y, *sorted_rows, **config),
+        "dx": lambda: mixed.mixed_expand(dy, weight, z, lora_As, None, *sorted_rows, **drop, **scales),
+        "dB": lambda: mixed.mixed_grad(dy, z, *sorted_rows, **config),
+    }
+
+
+def codes_calls(case: LauncherCall) -> dict[str, Callable]:
+    """What launches the kernel that reads codes; R = 0: of a layer without an adapter."""
+    kind, dtype = case.layout.removeprefix("y: "), DTYPES[case.dtype]
+    nf4, odd = kind.startswith("nf4"), case.sizes == "odd"
+    K, N = CODES_ODD_NF4 if nf4 and odd else CODES_SIZES[case.sizes]
+    tensor = functools.partial(torch.empty, device="meta", dtype=dtype)
+    real = functools.partial(tensor, dtype=torch.float32)
+    x, nested = tensor(case.M, K + (nf4 and odd))[:, :K], None
+    codes = tensor(N, K // 2 if nf4 else K, dtype=torch.int8 if kind == "int8" else torch.uint8)
+    scale = real(N, K // 64) if nf4 else real(N)
+    if kind == "nf4-nested":
+        scale, nested = scale.to(torch.uint8), (real(N * K // 64 // 256 + 1), real(256), real(1))
+    L, F = (tensor(case.M, case.R), tensor(N, case.R).t()) if case.R else (None, None)
+    rest = L, F, tensor(N) if case.bias else None
+    how = {"config": case.config, "pdl": case.pdl}
+    operands = x, kind, codes, scale, nested, DTYPES[case.factor_dtype], *rest
+    return {case.layout: lambda: expand_codes.expand_codes(*operands, **how)}
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -331,7 +404,8 @@ def conversions(arch: str, compiled) -> int | None:
     """Return how many instructions of expand's machine code narrow numbers, two at a time: of the result, and
     of F where the kernel gets it in fp32. None for AMD, and for other kernels.
     """
-    if arch.startswith("gfx") or not compiled.metadata.name.startswith(("_expand", "_total")):
+    name = compiled.metadata.name
+    if arch.startswith("gfx") or "codes" in name or not name.startswith(("_expand", "_total")):
         return None
     return len(re.findall(r"\bF2FP?\.", cuobjdump("-sass", compiled)))
 
@@ -477,7 +551,7 @@ def failures(case: LauncherCall, row: dict) -> list[str]:
     if (row.get("tensor_memory") or 0) > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY_COLUMNS} columns")
     # Where shrink makes masks, their 24 instructions an element are the time, and the products wait for them.
-    if row["serialized"] and not (case.dropout and row["kernel"].startswith("shrink")):
+    if row["serialized"] and not (case.dropout and row["kernel"].startswith(("shrink", "mixed_shrink"))):
         found.append("ptxas does not leave its products in flight")
     found += overlap_failures(case, row)
     if row["kernel"] in WITHOUT_PRODUCT:
@@ -682,6 +756,24 @@ def ws_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCa
                         yield replace(case, pdl=False)
 
 
+def mixed_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
+    """Every configuration of the kernels of a mixed batch, in the sizes and orders that change the code, and
+    with dropout where a kernel makes the mask. quick: z, masked dx and dB in bf16 at R = 16, in whole blocks.
+    """
+    for arch, (op, layouts), dtype in itertools.product(archs, MIXED_LAYOUTS.items(), ("bf16", "fp32")):
+        shapes = layouts, (16, 32, 64, 128), ("even", "ragged", "odd"), (False, True)
+        seen = set()
+        for layout, R, sizes, dropout in itertools.product(*shapes):
+            bias = layout == "y"
+            case = LauncherCall(arch, op, dtype, dtype, layout, sizes, 8192, R, bias, dropout=dropout)
+            masks = layout in ("z", "dx") or not dropout
+            key = layout, case.config, sizes, dropout
+            few = (dtype, R, sizes) == ("bf16", 16, "even") and (layout, dropout) in QUICK_MIXED
+            if masks and (few or not quick) and key not in seen:
+                seen.add(key)
+                yield case
+
+
 def gated_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
     """The kernels of the gated activation: every activation and result, and both gradients and h also in
     fp32, in rows that are not contiguous, and in fp16. Architectures with the instructions of sm_80: bf16.
@@ -707,6 +799,27 @@ def dequantise_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[La
     for arch, layout, dtype in itertools.product(archs, ("W: nf4", "W: nested"), PRECISIONS):
         if not quick or dtype == "bf16":
             yield LauncherCall(arch, "dequantise", dtype, dtype, layout, "even", 0, 0, pdl=False)
+
+
+def codes_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
+    """The kernel that reads codes, of every kind: each configuration, in sizes that change the code, with
+    bias and without an adapter; fp16, and a weight of another dtype, for the fewest rows. factor_dtype is
+    that of the weight. Architectures with the instructions of sm_80: the configurations of NF4. quick: of NF4
+    for the fewest rows and the most.
+    """
+    for arch, kind in itertools.product(archs, CODES_KINDS):
+        case = LauncherCall(arch, "codes", "bf16", "bf16", f"y: {kind}", "even", 16, 16, bias=True)
+        if quick or arch in NEIGHBOURS:
+            if kind == "nf4":
+                yield from (replace(case, M=M) for M in ((16, 128) if quick else CODES_ROWS_TO_COMPILE))
+            continue
+        for M, R in itertools.product(CODES_ROWS_TO_COMPILE, (16, 64)):
+            of_rows = replace(case, M=M, R=R)
+            yield from (of_rows, replace(of_rows, sizes="ragged"), replace(of_rows, sizes="odd"))
+        few = replace(case, R=8)
+        yield from (few, replace(few, bias=False, pdl=False), replace(case, R=0, bias=False, pdl=False))
+        yield from (replace(case, dtype="fp16", factor_dtype=own) for own in ("fp16", "bf16"))
+        yield replace(case, factor_dtype="fp32")
 
 
 def distinct_launches(cases: Iterator[LauncherCall]) -> list[tuple[LauncherCall, int]]:
@@ -781,7 +894,7 @@ def main(argv: list[str] | None = None) -> int:
     archs, kernels = tuple(options.arch), set(options.kernel)
     ops = tuple(op for op in options.kernel if op in OPS)
     more = {"group": group_cases, "expand grad": beside_cases, "ws": ws_cases, "gated": gated_cases}
-    more["dequantise"] = dequantise_cases
+    more |= {"dequantise": dequantise_cases, "codes": codes_cases, "mixed": mixed_cases}
     cases = itertools.chain(
         (quick_cases if options.quick else all_cases)(archs, ops),
         *(make(archs, options.quick) for names, make in more.items() if set(names.split()) <= kernels),

@@ -10,7 +10,8 @@ kernel of the library was not launched at all.
 
 Cases are chosen pairwise: any two values of two options meet in one case at least. --core takes those few
 that launch each kernel of Hopper, without most masks. --ws takes the cases of an expand with specialised
-warps instead, which runs on sm_90 where a plan names it.
+warps instead, which runs on sm_90 where a plan names it; --mixed those of a batch of several adapters, whose
+kernels run where they are asked for; --codes those of few rows on a quantised base.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lorafa_kernels import kernels as library
+from lorafa_kernels.base.frozen import quantised
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear.api import lorafa_linear
+from lorafa_kernels.linear.quantised import frozen_linear, quantised_linear
+from lorafa_kernels.mixed.api import lorafa_linear_mixed
+from lorafa_kernels.mixed.rows import Rows
 from lorafa_kernels.mlp.activation import ACTIVATIONS
 from lorafa_kernels.mlp.api import lorafa_gated_mlp
 from lorafa_kernels.plan.config import KernelConfig, KernelPlan
@@ -49,6 +54,8 @@ from ..run.environment import ROOT, origin
 from ..run.shell import write_rows
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
+# Cases that are asked for by name.
+KINDS = ("ws", "mixed", "codes")
 PLANS = {
     "fused, one pass, PDL": Recipe("fused", KernelPlan(one_pass=True, pdl=True)),
     "fused, two passes, PDL": Recipe("fused", KernelPlan(one_pass=False, pdl=True)),
@@ -66,6 +73,12 @@ WS_PLANS = {
     "ws, two passes": Recipe("fused", KernelPlan(expand=WS, one_pass=False, pdl=False)),
     "ws_z": Recipe("fused", KernelPlan(expand=WS_Z, one_pass=False, pdl=False)),
 }
+# Of few rows: the blocks that heuristics pick for 16.
+CODES = KernelConfig(16, 32, 128, 64, 1, 4, 4, "codes")
+CODES_PLANS = {
+    "codes, PDL": Recipe("fused", KernelPlan(expand=CODES, pdl=True)),
+    "codes": Recipe("fused", KernelPlan(expand=CODES, pdl=False)),
+}
 # K and N of a layer, and how its operands lie: rows at multiples of 16 bytes that fill whole blocks, that do
 # not, rows at no multiple of 16 bytes, memory that begins at none, and nothing.
 SIZES = {
@@ -76,6 +89,7 @@ SIZES = {
     "no K": (0, 768),
     "no N": (512, 0),
 }
+EVERY_PLAN = PLANS | WS_PLANS | CODES_PLANS
 MANY_ROWS = 1100
 # A kernel that writes z or dz alone, behind which expand may start early.
 LOW_RANK = ("shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel")
@@ -163,6 +177,30 @@ WS_CORE = (
     # Dropout on x alone: of dx it has none to make.
     Scenario(plan="ws, one pass, PDL", dropout=True, needs="dB"),
 )
+# Three adapters, one of which has no rows, samples without one, and rows of an adapter that lie apart.
+MIXED_PLACES = (1, 0, -1, 0, 1, 1, -1, 0, 0, 1)
+MIXED_CASES = (
+    Scenario("mixed"),
+    Scenario("mixed", R=100, sizes="ragged", factor_dtype="own", bias=False, dtype="fp16"),
+    Scenario("mixed", R=24, sizes="odd", dropout=True),
+    Scenario("mixed", R=64, dropout=True, share_A=True),
+    Scenario("mixed", dtype="fp32", share_A=True, needs="dx"),
+    Scenario("mixed", sizes="offset", needs="dB"),
+    Scenario("mixed", sizes="no K"),
+    Scenario("mixed", sizes="no N"),
+)
+# On a quantised base whose codes are read in forward; activation is the kind of base, and K of NF4 a multiple
+# of 64. needs "": a layer without an adapter.
+CODES_KINDS = ("nf4", "nf4-nested", "int8", "fp8")
+CODES_PLAN = "codes, PDL"
+CODES_CASES = (
+    Scenario("quantised", M=16, plan=CODES_PLAN, activation="nf4"),
+    Scenario("quantised", M=128, R=100, plan="codes", activation="nf4-nested", bias=False, dtype="fp16"),
+    Scenario("quantised", M=33, R=4, plan=CODES_PLAN, activation="nf4", dropout=True, sizes="offset"),
+    Scenario("quantised", M=1, R=64, plan=CODES_PLAN, activation="int8", factor_dtype="own", sizes="odd"),
+    Scenario("quantised", M=16, R=24, plan=CODES_PLAN, activation="fp8", needs="dx", sizes="ragged"),
+    *(Scenario("quantised", M=16, plan="codes", activation=kind, needs="") for kind in CODES_KINDS),
+)
 # Beside Hopper, which has kernels of its own.
 FEWER = {"R": (1, 8, 64, 256), "M": (MANY_ROWS, 16), "sizes": ("even", "odd"), "members": (2, 5)}
 CORE = (
@@ -223,6 +261,23 @@ def operands(case: Scenario, N: int, K: int, adapted: bool, lora_A=None) -> Line
     return LinearOperands(weight, bias, lora_A, lora_B, 2.0, 0.1 if case.dropout else 0.0)
 
 
+def mixed_member(case: Scenario, N: int, K: int, number: int) -> LinearOperands:
+    """One adapter; the second has another rank where lora_A is not shared."""
+    R = case.R if case.share_A or number != 1 else max(1, case.R // 2 + 1)
+    return operands(replace(case, R=R), N, K, True)
+
+
+def quantised_ys(case: Scenario, x: torch.Tensor, N: int, K: int) -> list[torch.Tensor]:
+    """y of a layer on a quantised base."""
+    kind, dtype = case.activation, DTYPES[case.dtype]
+    base = quantised(torch.zeros((N, K), dtype=dtype), kind)
+    if not case.needs:
+        return [frozen_linear(x, base, torch.zeros(N, dtype=dtype) if case.bias else None)]
+    layer = operands(case, N, K, True)
+    how = {"scaling": layer.scaling, "dropout_p": layer.dropout_p}
+    return [quantised_linear(x, base, layer.lora_A, layer.lora_B, layer.bias, **how)]
+
+
 def tensor(case: Scenario, rows: int, columns: int) -> torch.Tensor:
     """A matrix as case.sizes says; one at an offset begins 8 bytes behind a multiple of 16."""
     dtype = DTYPES[case.dtype]
@@ -234,7 +289,10 @@ def step(case: Scenario) -> None:
     """Run the forward and backward of a case."""
     K, N = SIZES[case.sizes]
     last = case.members - (case.adapted != "all")
-    with pin_plan(dict.fromkeys(OPERATIONS, (PLANS | WS_PLANS)[case.plan])):
+    recipe = EVERY_PLAN[case.plan]
+    # Only forward reads codes.
+    pinned = {"forward": recipe} if case.plan in CODES_PLANS else dict.fromkeys(OPERATIONS, recipe)
+    with pin_plan(pinned):
         if case.what == "llama":
             return llama_step()
         x = tensor(case, case.M, K).requires_grad_("dx" in case.needs)
@@ -242,6 +300,18 @@ def step(case: Scenario) -> None:
             layer = operands(case, N, K, True)
             more = {"scaling": layer.scaling, "dropout_p": layer.dropout_p}
             ys = [lorafa_linear(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, **more)]
+        elif case.what == "quantised":
+            K = K // 64 * 64 if case.activation.startswith("nf4") else K
+            x = tensor(case, case.M, K).requires_grad_("dx" in case.needs)
+            ys = quantised_ys(case, x, N, K)
+        elif case.what == "mixed":
+            adapters = {number: mixed_member(case, N, K, number) for number in range(3)}
+            for number, member in adapters.items():
+                shared = adapters[0].lora_A if case.share_A else member.lora_A
+                kept = {"weight": adapters[0].weight, "bias": adapters[0].bias, "lora_A": shared}
+                adapters[number] = member._replace(**kept)
+            x = x.view(len(MIXED_PLACES), -1, K) if K else x.view(len(MIXED_PLACES), MANY_ROWS // 10, 0)
+            ys = [lorafa_linear_mixed(x, adapters, Rows.of(MIXED_PLACES, len(adapters)))]
         elif case.what == "group":
             members = []
             for index in range(case.members):
@@ -305,7 +375,7 @@ def judge(case: Scenario, arch: str) -> dict:
     found += [f"{fault}, the second time" for fault in stub.faults(again)]
     if not raised and list(map(_asked, again)) != list(map(_asked, launched)):
         found.append(f"launches {', '.join(launch.kernel for launch in again)} the second time")
-    recipe = (PLANS | WS_PLANS)[case.plan]
+    recipe = EVERY_PLAN[case.plan]
     # z of a layer without columns is filled with zeros: there is nothing to overlap.
     overlaps = recipe.kernels.pdl and arch != "sm_80" and 0 not in SIZES[case.sizes]
     for index, launch in enumerate(launched):
@@ -350,16 +420,21 @@ def kernels() -> set[str]:
     return {key.strip("_") for module in modules for key in vars(module) if key.endswith("_kernel")}
 
 
-def not_launched(rows: list[dict], archs: tuple[str, ...], ws: bool = False) -> list[str]:
-    """Name the kernels that no case launched, by architecture; TMA is asked for on sm_90 alone. ws: of --ws,
-    which has a kernel that other cases do not launch.
+def kind_of(kernel: str) -> str:
+    """Which cases launch a kernel: those of --ws, of --mixed, of --codes, or the others ("")."""
+    kinds = {"_ws_": "ws", "mixed_": "mixed", "dequantise_": "codes", "_codes_": "codes"}
+    return next((kind for part, kind in kinds.items() if part in kernel), "")
+
+
+def not_launched(rows: list[dict], archs: tuple[str, ...], kind: str = "") -> list[str]:
+    """Name the kernels that no case launched, by architecture; TMA is asked for on sm_90 alone. kind: as in
+    kind_of.
     """
     missing = []
     for arch in archs:
         launched = {kernel for row in rows if row["arch"] == arch for kernel in row["launches"]}
         wanted = {kernel for kernel in kernels() if arch == "sm_90" or "tma" not in kernel}
-        # That of quantised weights is launched by a test of its own.
-        wanted = {k for k in wanted if ("_ws_" in k) == ws and not k.startswith("dequantise")}
+        wanted = {kernel for kernel in wanted if kind_of(kernel) == kind}
         missing += [f"{arch}: {kernel} was not launched" for kernel in sorted(wanted - launched)]
     return missing
 
@@ -369,7 +444,7 @@ def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, fo
     out = folder / f"{arch}-{part}.jsonl"
     stub = (sys.executable, "-m", "tests.stub_gpu", "--arch", arch, "-m", "bench.launch_gate")
     command = [*stub, "--out", str(out), "--part", str(part), str(parts)]
-    command += ["--core"] * options.core + ["--ws"] * options.ws
+    command += ["--core"] * options.core + [f"--{kind}" for kind in KINDS if getattr(options, kind)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     unset = ("TRITON_INTERPRET", "LORAFA_KERNELS_PLAN")
     kept = {key: value for key, value in os.environ.items() if key not in unset} | {"PYTHONPATH": path}
@@ -383,6 +458,9 @@ def run_worker(arch: str, options: argparse.Namespace, part: int, parts: int, fo
 
 
 def part_of(arch: str, options: argparse.Namespace, part: int, parts: int) -> list[Scenario]:
+    for kind, cases in (("mixed", MIXED_CASES), ("codes", CODES_CASES)):
+        if getattr(options, kind):
+            return list(cases[:1] if options.core else cases)[part::parts]
     core, whole = (WS_CORE, ws_cases) if options.ws else (CORE, lambda: all_cases(arch))
     return list(core if options.core else whole())[part::parts]
 
@@ -393,6 +471,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--core", action="store_true", help="only a few cases, which launch most kernels")
     parser.add_argument("--ws", action="store_true", help="the cases of specialised warps alone, on sm_90")
+    several = "the cases of a batch of several adapters alone"
+    parser.add_argument("--mixed", action="store_true", help=several)
+    few = "the cases of few rows on a quantised base alone"
+    parser.add_argument("--codes", action="store_true", help=few)
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -418,10 +500,11 @@ def main(argv: list[str] | None = None) -> int:
         ]
         rows = [row for job in jobs for row in job.result()]
     failed = [row for row in rows if row["faults"]]
-    missing = not_launched(rows, archs, options.ws) if not options.core or archs == ("sm_90",) else []
+    kind = next((kind for kind in KINDS if getattr(options, kind)), "")
+    missing = not_launched(rows, archs, kind) if not options.core or archs == ("sm_90",) else []
     result = {
         "what": "kernels launched into a stub driver for GPUs that were not present: nothing was computed",
-        "command": "python -m bench.launch_gate" + " --ws" * options.ws,
+        "command": f"python -m bench.launch_gate{f' --{kind}' if kind else ''}",
         "core": options.core,
         **now,
         "archs": list(archs),

@@ -88,10 +88,14 @@ def checks(device: str, small: bool) -> list[Check]:
     """Return what is checked, the default paths first. Each kernel of the package is in at least one."""
     import torch
 
+    from lorafa_kernels.base.frozen import quantised
     from lorafa_kernels.checks.blocks import block_results, draw_block, plain_block
     from lorafa_kernels.checks.budget import draw_operands, lorafa_results, plain_formula
     from lorafa_kernels.kernels.gated import gated, gated_backward
+    from lorafa_kernels.linear.quantised import quantised_linear
+    from lorafa_kernels.plan.choice import planned_device
     from lorafa_kernels.plan.config import KernelPlan
+    from lorafa_kernels.plan.defaults import codes_config
     from lorafa_kernels.plan.pin import pin_plan
     from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
 
@@ -111,6 +115,25 @@ def checks(device: str, small: bool) -> list[Check]:
             return compute, plain_formula(o, torch.float64), plain_formula(o)
 
         return f"layer {name} {M}x{K}x{N} R={R}", make, (True, False)
+
+    def quantised_layer(kind: str, M: int) -> Check:
+        def make():
+            o = draw_operands(M, 1024, 1536, 16, bf16, device, factor_dtype=fp32)
+            base = quantised(o.weight, kind)
+            o = replace(o, weight=base.dense())
+            config = codes_config(planned_device(torch.device(device)).limits, 2, M, 16)
+
+            def compute(pdl: bool) -> dict:
+                x, lora_B = (t.detach().requires_grad_() for t in (o.x, o.lora_B))
+                with pin_plan({"forward": Recipe("fused", KernelPlan(expand=config, pdl=pdl))}):
+                    how = {"scaling": o.scaling, "impl": "triton"}
+                    y = quantised_linear(x, base, o.lora_A, lora_B, o.bias, **how)
+                    dx, dB = torch.autograd.grad(y, (x, lora_B), o.dy)
+                return {"y": y.detach(), "dx": dx, "dB": dB}
+
+            return compute, plain_formula(o, torch.float64), plain_formula(o)
+
+        return f"layer on {kind}, codes read {M}x1024x1536 R=16", make, (True, False)
 
     def block(name: str, dtype, text: str) -> Check:
         def make():
@@ -146,6 +169,10 @@ def checks(device: str, small: bool) -> list[Check]:
         layer("bf16, two passes", many, 1024, 1536, 16, bf16, one_pass=False),
         layer("bf16, portable", many, 1024, 1536, 16, bf16, expand=PORTABLE_CONFIG),
         layer("bf16, few rows", 16, 1024, 1536, 16, bf16),
+        quantised_layer("nf4", 16),
+        quantised_layer("nf4-nested", 128),
+        quantised_layer("int8", 64),
+        quantised_layer("fp8", 17),
         layer("bf16, dropout", many, 1024, 1536, 16, bf16, dropout=0.1),
         layer("bf16, not aligned", 300, 501, 777, 7, bf16),
         activation("silu"),
@@ -157,7 +184,7 @@ def checks(device: str, small: bool) -> list[Check]:
         layer("bf16 R=128", many, 1024, 1536, 128, bf16),
         layer("fp16, dropout", many, 1024, 1536, 64, fp16, dropout=0.1),
     ]
-    return found[:2] + found[8:9] if small else found
+    return found[:2] + found[6:7] + found[12:13] if small else found
 
 
 def check_job(key: str, make: Callable, pdl: bool, stub: bool):

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafa_kernels import LoRAFALinear
+from lorafa_kernels.base.bnb import to_params4bit
+from lorafa_kernels.base.frozen import quantised
 from lorafa_kernels.checks.budget import Operands
+from lorafa_kernels.nn.quantised import LoRAFAQuantisedLinear, QuantisedLinear
 from lorafa_kernels.plan.choice import triton_obstacle
 
 from .cases import DTYPES, Case, unknown
@@ -55,7 +58,8 @@ class Contender:
     run on nothing else. triton: whether they are this library's. adapted: whether there is an adapter at all.
     compiled: by torch.compile. without_dropout: why it has none. mask_dtype: of the tensor on which it calls
     torch's dropout, that of x ("dtype") or of lora_B ("adapter"), or SEEDED. scopes: where a
-    contender of models has a row.
+    contender of models has a row. base: the kind of quantised weight that a layer has, whose values are what
+    it is held against.
     """
 
     key: str
@@ -69,6 +73,7 @@ class Contender:
     without_dropout: str = ""
     mask_dtype: str = "dtype"
     scopes: tuple[str, ...] = SCOPES
+    base: str = ""
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer | None] = adamw
 
     def obstacle(self, device: str, case: Case | None = None) -> str | None:
@@ -115,6 +120,20 @@ def build_lorafa(operands: Operands, case: Case, impl: str = "auto") -> Layer:
         adapter_dtype=DTYPES[case.adapter],
     )
     layer.impl = impl
+    with torch.no_grad():
+        layer.lora_A.copy_(operands.lora_A)
+        layer.lora_B.copy_(operands.lora_B)
+    return Layer(layer, layer.lora_B)
+
+
+def build_lorafa_nf4(operands: Operands, case: Case) -> Layer:
+    layer = LoRAFAQuantisedLinear.from_linear(
+        QuantisedLinear.from_linear(frozen_linear(operands), "nf4"),
+        r=case.R,
+        lora_alpha=case.R * operands.scaling,
+        lora_dropout=case.dropout,
+        adapter_dtype=DTYPES[case.adapter],
+    )
     with torch.no_grad():
         layer.lora_A.copy_(operands.lora_A)
         layer.lora_B.copy_(operands.lora_B)
@@ -202,14 +221,27 @@ def build_addmm(operands: Operands, case: Case) -> Layer:
     return Layer(module, module.lora_B)
 
 
-def build_peft(operands: Operands, case: Case, train_A: bool = False) -> Layer:
+def linear4bit(operands: Operands) -> nn.Module:
+    """Return bitsandbytes' Linear4bit with the codes of this library's NF4."""
+    from bitsandbytes.nn import Linear4bit
+
+    dense = frozen_linear(operands)
+    layer = Linear4bit(dense.in_features, dense.out_features, bias=False, device="meta", quant_type="nf4")
+    layer.weight = to_params4bit(quantised(operands.weight, "nf4"), layer)
+    layer.quant_state, layer.bias = layer.weight.quant_state, dense.bias
+    layer.compute_dtype, layer.compute_type_is_set = operands.weight.dtype, True
+    return layer
+
+
+def build_peft(operands: Operands, case: Case, train_A: bool = False, nf4: bool = False) -> Layer:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=case.R, lora_alpha=case.R * operands.scaling, lora_dropout=case.dropout, target_modules=["proj"]
     )
     base = nn.Sequential()
-    base.add_module("proj", frozen_linear(operands))
+    base.add_module("proj", linear4bit(operands) if nf4 else frozen_linear(operands))
+    base.is_loaded_in_4bit = nf4
     # True makes 16-bit adapters fp32, and is PEFT's default.
     get_peft_model(base, config, autocast_adapter_dtype=case.adapter != case.dtype)
     layer = base.proj
@@ -247,21 +279,35 @@ _ALL = (
     Contender("peft-lora", "PEFT LoRA", partial(build_peft, train_A=True), **_PEFT),
 )
 CONTENDERS = {contender.key: contender for contender in _ALL}
-TITLES = {contender.key: contender.title for contender in _ALL}
+# Measured where they are named: their weight is another one than that of the others.
+_ON_NF4 = (
+    Contender("lorafa-nf4", "lorafa_kernels on NF4", build_lorafa_nf4, base="nf4", **_OURS),
+    Contender(
+        "peft-nf4",
+        "PEFT on bitsandbytes' NF4, A frozen",
+        partial(build_peft, nf4=True),
+        base="nf4",
+        needs=("peft", "bitsandbytes"),
+        mask_dtype="adapter",
+    ),
+)
+BY_NAME = {contender.key: contender for contender in _ON_NF4}
+TITLES = {contender.key: contender.title for contender in (*_ALL, *_ON_NF4)}
 # Rows of these get a ratio to every other contender, the others one to the frozen linear.
 OURS = (LORAFA, "triton", "library")
 
 
 def layer_contenders(keys: Iterable[str] | None = None) -> dict[str, Contender]:
-    """Return the contenders of these keys, all by default. Raises ValueError for an unknown key, listing the
-    known ones.
+    """Return the contenders of these keys; by default all but those of BY_NAME. Raises ValueError for an
+    unknown key, listing the known ones.
     """
     if keys is None:
         return dict(CONTENDERS)
+    known = CONTENDERS | BY_NAME
     for key in keys:
-        if key not in CONTENDERS:
-            raise unknown("contender", key, CONTENDERS)
-    return {key: CONTENDERS[key] for key in CONTENDERS if key in keys}
+        if key not in known:
+            raise unknown("contender", key, known)
+    return {key: known[key] for key in known if key in keys}
 
 
 def gradients(layer: Layer, y: Tensor, operands: Operands, keep_graph: bool = False) -> tuple[Tensor, ...]:

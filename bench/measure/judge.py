@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafa_kernels.base.frozen import quantised
 from lorafa_kernels.checks.budget import Operands, allowed_error, draw_operands, plain_formula, relative_error
 from lorafa_kernels.operands import draw_seed
 from lorafa_kernels.philox import keep_mask
@@ -111,11 +112,13 @@ class Judge:
         return verdict(got, *self._right(contender, None))
 
     def _right(self, contender: Contender, mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, float]]:
-        key = (contender.adapted, contender.mask_dtype if self.case.dropout else None)
+        key = (contender.adapted, contender.base, contender.mask_dtype if self.case.dropout else None)
         if key not in self._known:
             inputs = self.operands
             if not contender.adapted:
                 inputs = replace(inputs, lora_B=torch.zeros_like(inputs.lora_B))
+            if contender.base:
+                inputs = replace(inputs, weight=quantised(inputs.weight, contender.base).dense())
             exact = plain_formula(inputs, torch.float64, mask, train_A=True)
             plain = plain_formula(inputs, None, mask, train_A=True)
             names = exact if contender.adapted else ("y", "dx")

@@ -7,13 +7,13 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ..measure import blocks, ceilings, kernels, layers, main_loop, memory, models, training
 from ..measure.cases import HOST_CASES, Case, cases, find_layers, first_hour_grid, grid, with_dropout
 from ..measure.cases import layers as distinct_layers
-from ..measure.contenders import CONTENDERS
+from ..measure.contenders import BY_NAME, CONTENDERS
 from ..measure.timing import SAMPLE_SECONDS
 from .environment import ROOT, gpu_state
 from .runner import Job
@@ -139,6 +139,12 @@ def time_job(
     seconds = 0.1 if mode == "graph" and device != "cuda" else times
     describe = {"case": case.as_record(), "mode": mode}
     return job(f"{mode} {case.label}", "time", seconds, measure, describe, keys, left_out, rounds, sittings)
+
+
+def nf4_job(case: Case, setting: Setting) -> Job:
+    """The contenders on NF4 beside those on the dense weight, in a measurement of its own."""
+    one = time_job(case, replace(setting, contenders=("frozen", "lorafa", *BY_NAME)))
+    return replace(one, key=f"nf4 {one.key}")
 
 
 def kernel_job(case: Case, setting: Setting) -> Job:
@@ -267,9 +273,9 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     """Return what a first hour on a GPU needs, most telling first.
 
     The rate of expand over the library's product; ceilings; the tests; the large product against the device's
-    library; whole layers at M = 8192 against the arrangements of PyTorch; the pass over dy by rank; the
-    host's time; blocks, their time and memory; training, then at the largest batch that fits; then dropout,
-    other sizes, memory per layer, and CUDA graphs.
+    library; whole layers at M = 8192 against the arrangements of PyTorch; the pass over dy by rank; layers on
+    NF4, few rows and many; the host's time; blocks, their time and memory; training, then at the largest
+    batch that fits; then dropout, other sizes, memory per layer, and CUDA graphs.
     """
     if setting.device != "cuda":
         return jobs_of(grid("quick"), (*QUICK_KINDS, "kernel"), setting, compiled=False)
@@ -287,6 +293,7 @@ def suite(setting: Setting, tests: bool = True) -> list[Job]:
     found += [kernel_job(case, setting) for case in products]
     found += [time_job(case, setting, left_out=None if case in few else peers) for case in telling]
     found += [kernel_job(case, setting) for case in ranks if case not in products]
+    found += [nf4_job(case, setting) for case in cases(llama, (16, 8192), (16,))]
     found += [time_job(case, setting, "host", compiled) for case in HOST_CASES]
     found += block_time_jobs(setting, "cuda")
     found += [block_job(block, setting) for block in memory.BLOCKS["cuda"]]

@@ -3,7 +3,8 @@
     product(x, base, bias)    y (M, N) = x Wᵀ + bias, in the dtype of x (M, K)
     gradient(dy, base)        dx (M, K) = dy W, in the dtype of dy (M, N)
 
-W (N, K) is made for the call and freed after it, and again in backward: the node keeps the codes and scales,
+W (N, K) is made for the call and freed after it, and again in backward; where plan/ says so, product() reads
+the codes and makes no W (reading.py). The node keeps the codes and scales,
 by reference, and neither W nor x. Each is an operator of its own (dispatch.py), so that a compiler cannot
 keep W from the one for the other.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..dispatch import announce, call, define, first_order, open_to_direct_calls
 from .frozen import QuantisedBase, base_of
+from .reading import product_of_codes, reading_config
 
 _BASE = "Tensor[] base, str kind, int[] shape, ScalarType dtype"
 
@@ -48,7 +50,10 @@ def gradient(dy: Tensor, base: QuantisedBase) -> Tensor:
 
 def _product(x, base, kind, shape, dtype, bias):
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, base_of(kind, base, shape, dtype).dense(x.dtype), bias)
+    held = base_of(kind, base, shape, dtype)
+    if config := reading_config(x, held, bias is not None):
+        return product_of_codes(x, held, bias, config=config)
+    return F.linear(x, held.dense(x.dtype), bias)
 
 
 def _gradient(dy, base, kind, shape, dtype):

@@ -27,7 +27,7 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit
-def _value(code):
+def value_of(code):
     """CODE[code] in fp32 (base/nf4.py)."""
     first, second, third, fourth = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
     a = tl.where(first, -0.6961928009986877, -1.0)
@@ -69,8 +69,8 @@ def _dequantise_kernel(
         scale = scale + tl.load(offset_ptr)
     else:
         scale = tl.load(absmax_ptr + block, mask=mask, other=0.0)
-    high = round_as(_value(pair >> 4) * scale, VIA, EMULATE_BF16)
-    low = round_as(_value(pair & 15) * scale, VIA, EMULATE_BF16)
+    high = round_as(value_of(pair >> 4) * scale, VIA, EMULATE_BF16)
+    low = round_as(value_of(pair & 15) * scale, VIA, EMULATE_BF16)
     element = offsets(pid, 2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     both = tl.interleave(high.to(tl.float32), low.to(tl.float32))
     store(out_ptr + element, both, element < 2 * offsets(tl.full((), 1, tl.int64), count), EMULATE_BF16)

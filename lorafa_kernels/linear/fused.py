@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base.frozen import QuantisedBase
+from ..base.reading import product_of_codes
 from ..kernels.expand import expand
 from ..kernels.grad import grad
 from ..kernels.recompute import recompute, serves
@@ -42,6 +44,28 @@ def forward(
     lora_B, copy = copied(lora_B, x.dtype)
     z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=pdl, copy=copy, **dropout)
     return expand(x, weight.t(), z, lora_B.t(), bias, **expand_configs(plan), pdl=pdl), z
+
+
+def forward_of_codes(
+    x: Tensor,
+    base: QuantisedBase,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    plan: KernelConfigs,
+) -> tuple[Tensor, Tensor]:
+    """Compute y (M, N) and z (M, R) of a quantised base whose codes are read, without a dense weight: in
+    two launches, or three where shrink cuts its contraction.
+    """
+    pdl = plan.pdl and _launches(x)
+    lora_B, copy = copied(lora_B, x.dtype)
+    how = {"config": plan.shrink, "pdl": pdl, "copy": copy, "dropout_p": dropout_p, "seed": seed}
+    z = shrink(x, lora_A.t(), scaling / (1 - dropout_p), **how)
+    return product_of_codes(x, base, bias, z, lora_B.t(), config=plan.expand, pdl=pdl), z
 
 
 def backward(

@@ -1,9 +1,10 @@
 """A LoRA-FA linear layer on a quantised base: operators, autograd node, and the functions that check.
 
 The formula is that of reference.py with W = base.dense(dtype of x). W is made for forward, freed at its end,
-and made again in backward; between them the node keeps, through save_for_backward only, what ops.py keeps,
-and in the place of the weight the codes and scales of the base, the objects themselves. Each operator makes W
-and calls what ops.py would call for a dense layer, so a compiler sees no W that it could keep.
+and made again in backward; for few rows a plan may read the codes in forward instead (base/reading.py).
+Between them the node keeps, through save_for_backward only, what ops.py keeps, and in the place of the weight
+the codes and scales of the base, the objects themselves. Each operator makes W and calls what ops.py would
+call for a dense layer, so a compiler sees no W that it could keep.
 
 quantised_forward(x, base, …, lora_A, lora_B, bias, scaling, impl, dropout_p, seed) -> (y, z)
 quantised_backward(dy, z, base, …, lora_A, lora_B, scaling, impl, dropout_p, seed) -> (dx, dB)
@@ -14,11 +15,15 @@ base, …: QuantisedBase in four arguments (base/product.py). The rest as in ops
 
 from __future__ import annotations
 
+import importlib
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..base.frozen import QuantisedBase, base_of
 from ..base.product import FrozenFunction, is_direct, parts_of, product
+from ..base.reading import reading_plan
 from ..correction import correct, gram_inverse
 from ..dispatch import announce, call, define, first_order
 from ..operands import (
@@ -194,7 +199,13 @@ def backward_input(
 
 
 def _forward(x, base, kind, shape, dtype, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
-    weight = call(base_of(kind, base, shape, dtype).dense, x.device, x.dtype, impl)
+    held = base_of(kind, base, shape, dtype)
+    if plan := reading_plan(x, held, lora_A.shape[0], bias is not None, dropout_p > 0, impl):
+        fused = importlib.import_module(".fused", __package__)
+        bias = None if bias is None else bias.to(x.dtype)
+        operands = x, held, lora_A, lora_B, bias, scaling, dropout_p, seed
+        return call(partial(fused.forward_of_codes, plan=plan.kernels), x.device, *operands)
+    weight = call(held.dense, x.device, x.dtype, impl)
     return ops.forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
 
 

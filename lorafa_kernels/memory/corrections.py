@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..base.frozen import making_bytes
 from ..base.kinds import has_rows
-from .trace import Temporary
+from ..linear.library import add_dropped, dropped_product
+from .trace import INPUTS, LiveStorages, Temporary
 
 MIB = 2**20
 # What an entry of the table stands on until a GPU has shown it.
@@ -172,10 +174,45 @@ def _group_backward(args: tuple, kwargs: dict, out: object) -> int:
     return dy.shape[0] * ranks * dy.itemsize + copies if need_dx else 0
 
 
-def dense_weights(on_cpu: bool) -> Mapping[object, Temporary]:
+_NOTHING: Mapping[object, Temporary] = {}
+
+
+def _masks(within: Mapping[object, Temporary]) -> Callable[..., int]:
+    """Return what the library's chunk of a dropout mask takes beside z, or dx and dz, and the factors:
+    (forward, rows, K, R, dropout_p) -> bytes.
+    """
+
+    @functools.cache
+    def bytes_of(forward: bool, M: int, K: int, R: int, dtype: torch.dtype) -> int:
+        # Nothing is computed on the meta device.
+        tensor = functools.partial(torch.empty, device="meta", dtype=dtype)
+        with _disable_current_modes(), torch.no_grad():
+            rows, z, A = tensor(M, K), tensor(M, R), tensor(R, K)
+            seed = tensor(1, dtype=torch.int64)
+            given = rows, z, A, seed
+            with LiveStorages(within) as seen:
+                for operand in given:
+                    seen.add(operand, INPUTS)
+                seen.mark("mask")
+                if forward:
+                    dropped_product(rows, A.t(), 1.0, 0.5, seed)
+                else:
+                    add_dropped(rows, z, A, 0.5, seed)
+        seen.settle("mask")
+        found = seen.segments()["mask"].peak - sum(operand.nbytes for operand in given)
+        return found - z.nbytes if forward else found
+
+    def found(forward: bool, rows: Tensor, K: int, R: int, dropout_p: float) -> int:
+        return bytes_of(forward, rows.shape[0], K, R, rows.dtype) if dropout_p else 0
+
+    return found
+
+
+def dense_weights(on_cpu: bool, within: Mapping[object, Temporary] = _NOTHING) -> Mapping[object, Temporary]:
     """What operators on a quantised base allocate inside a call: the dense weight, and what takes more of
-    making it and of multiplying by it. A chunk of dropout's mask, which the library makes on a CPU, is left
-    out.
+    making it, of a chunk of dropout's mask, which the library makes on a CPU, and of multiplying by it.
+
+    within: what kernels allocate that are called for the mask, by operation.
     """
 
     def weight(kind: str, shape: Sequence[int], dtype: torch.dtype, product: int) -> int:
@@ -194,7 +231,11 @@ def dense_weights(on_cpu: bool) -> Mapping[object, Temporary]:
         return max(weight(kind, shape, dtype, 0) for kind, shape in sizes)
 
     def group_forward(args: tuple, kwargs: dict, out: object) -> int:
-        return largest(*args[2:4], args[0].dtype) + _factors(args[6], args[0].dtype)
+        x, ranks = args[0], [0 if lora_A is None else lora_A.shape[0] for lora_A in args[5]]
+        # z comes before the y_i, and they before the next weight.
+        ys = x.shape[0] * sum(args[3][::2]) * x.itemsize
+        chunk = masks(True, x, args[3][1], ranks, args[9]) - ys
+        return max(chunk, largest(*args[2:4], x.dtype) + _factors(args[6], x.dtype))
 
     def group_backward(args: tuple, kwargs: dict, out: object) -> int:
         dy = next(dy for dy in args[0] if dy is not None)
@@ -202,24 +243,45 @@ def dense_weights(on_cpu: bool) -> Mapping[object, Temporary]:
         K = args[4][1]
         # dz, and lora_A side by side; the kernels make no copy of it, and a dx for each member to be added.
         beside = dy.shape[0] * ranks + (ranks * K if on_cpu else dy.shape[0] * K)
-        return beside * dy.itemsize + largest(*args[3:5], dy.dtype)
+        # The masks come last, when no weight is there.
+        each = [0 if lora_A is None else lora_A.shape[0] for lora_A in args[6]]
+        return beside * dy.itemsize + max(largest(*args[3:5], dy.dtype), masks(False, dy, K, each, args[9]))
+
+    def masks(forward: bool, rows: Tensor, K: int, ranks: Sequence[int], ps: Sequence[float]) -> int:
+        # Of one member at a time.
+        found = [mask(forward, rows, K, R, p) for R, p in zip(ranks, ps, strict=True) if R and on_cpu]
+        return max(found, default=0)
 
     def forward(args: tuple, kwargs: dict, out: object) -> int:
-        return taken(1, args, _factors(args[5:7], args[0].dtype))
+        x, (N, K), R = args[0], args[3], args[5].shape[0]
+        factors = _factors(args[5:7], x.dtype)
+        # y is not there yet.
+        chunk = mask(True, x, K, R, dropout(args, kwargs, 10)) - x.shape[0] * N * x.itemsize
+        return taken(1, args, factors + max(0, chunk))
 
     def backward(args: tuple, kwargs: dict, out: object) -> int:
-        dy, lora_B = args[0], args[7]
-        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
-        return taken(2, args, dz + _factors(args[6:8], dy.dtype))
+        dy, (_, K), lora_B = args[0], args[4], args[7]
+        of_dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[6:8], dy.dtype)
+        # dB is not there yet.
+        chunk = (
+            mask(False, dy, K, lora_B.shape[1], dropout(args, kwargs, 10)) - lora_B.numel() * lora_B.itemsize
+        )
+        return taken(2, args, of_dz + max(0, chunk))
 
     def backward_input(args: tuple, kwargs: dict, out: object) -> int:
-        dy, lora_B = args[0], args[6]
-        dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize
-        return taken(1, args, dz + _factors(args[5:7], dy.dtype))
+        dy, (_, K), lora_B = args[0], args[3], args[6]
+        of_dz = dy.shape[0] * lora_B.shape[1] * dy.itemsize + _factors(args[5:7], dy.dtype)
+        return taken(1, args, of_dz + mask(False, dy, K, lora_B.shape[1], dropout(args, kwargs, 9)))
 
     def frozen(args: tuple, kwargs: dict, out: object) -> int:
         return taken(1, args, 0)
 
+    def dropout(args: tuple, kwargs: dict, place: int) -> float:
+        """dropout_p of a call, 0 where the kernels make the mask in registers."""
+        found = args[place] if len(args) > place else kwargs.get("dropout_p", 0.0)
+        return found if on_cpu else 0.0
+
+    mask = _masks(within)
     ours = torch.ops.lorafa_kernels
     return {
         ours.quantised_forward.default: forward,

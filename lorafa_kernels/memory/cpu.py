@@ -105,7 +105,7 @@ def temporaries() -> Mapping[object, Temporary]:
         for packet in (getattr(aten, name), getattr(aten, f"{name}_")):
             found[packet.Tensor] = _elementwise
     found[aten.convolution_backward.default] = _convolution_backward
-    found |= dense_weights(on_cpu=True)
+    found |= dense_weights(on_cpu=True, within=found)
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         found |= {aten.mm.default: _mm, aten.bmm.default: _mm}
         found |= {aten.addmm.default: _addmm, aten.addmm_.default: _addmm}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..group.operands import LinearOperands, check_kinds, checked_member, inverses_of
 from ..operands import as_rows, draw_seed, shaped_as
+from ..plan.choice import check_impl
 from . import ops
 from .rows import Rows
 
@@ -31,7 +32,7 @@ def lorafa_linear_mixed(
         adapters: {number: operands}, at least one, with the same weight (N, K) and bias in all. Those that
             have the same lora_A object, scaling and dropout_p take one product for z.
         rows: which sample has which adapter, B entries.
-        impl: "auto", "torch" or "reference".
+        impl: "auto" (that is "torch", unless a plan "fused" is pinned), "triton", "torch" or "reference".
 
     Returns:
         y (B, ..., N) in the dtype of x, or autocast's under autocast.
@@ -41,9 +42,9 @@ def lorafa_linear_mixed(
     Raises:
         ValueError: x that does not fit the index; and what lorafa_linear raises it for.
         TypeError: as lorafa_linear.
-        RuntimeError: impl="triton".
+        RuntimeError: impl="triton" without what it needs.
     """
-    ops.implementation(impl)
+    check_impl(impl)
     given = x
     members = []
     for number, member in adapters.items():

@@ -11,8 +11,8 @@ Shapes and dtypes as in reference.py. lora_As and lora_Bs have one entry per ada
 stand in several. weight and bias may have another dtype than x (under autocast): they are cast here, into
 temporaries that end with the call. seed is None without dropout.
 
-No Triton kernel computes this yet: impl="auto" takes the library's products on every device, and "triton"
-raises.
+impl="auto" takes the library's products on every device, unless a plan "fused" is pinned: the kernels were
+never timed on a GPU.
 
 The node keeps, through save_for_backward only: z (M, R) if a lora_B needs a gradient, R the largest rank; the
 index (B,) int32, one object for all layers; the weight, lora_A and lora_B objects themselves, and the seed of
@@ -22,28 +22,26 @@ dropout, if x needs a gradient. It keeps neither x nor an output. For corrected 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..dispatch import announce, call, define, first_order, open_to_direct_calls
+from ..dispatch import (
+    announce,
+    call,
+    define,
+    first_order,
+    functorch_level,
+    open_to_direct_calls,
+    tracing_state,
+)
 from ..group.operands import corrected
-from ..plan.choice import check_impl
+from ..plan.choice import choose_mixed, plan_mixed
+from ..plan.pin import pinned
 from . import library, reference
-
-NO_KERNEL = "no Triton kernel computes a batch of several adapters yet"
-
-
-def implementation(impl: str) -> tuple[str, ModuleType]:
-    """Return the name and module of what computes a mixed batch. Raises RuntimeError for impl="triton",
-    ValueError for an unknown one.
-    """
-    check_impl(impl)
-    if impl == "triton":
-        raise RuntimeError(f'impl="triton" cannot run: {NO_KERNEL}; take "auto" or "torch"')
-    return ("reference", reference) if impl == "reference" else ("torch", library)
 
 
 def mixed_forward(
@@ -62,8 +60,8 @@ def mixed_forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
     arguments = (x, weight, lora_As, lora_Bs, bias, index, places, numbers, scalings, dropout_ps, seed)
-    if _direct(x, weight, bias):
-        return implementation(impl)[1].forward(*arguments)
+    if _direct(x, weight, bias) and (run := _found(impl, "forward", x, weight, lora_Bs, seed, direct=True)):
+        return run(*arguments)
     announce()
     return _forward_op(*arguments, impl)
 
@@ -88,8 +86,10 @@ def mixed_backward(
     is needed; where dx is not, weight is not read and may be None.
     """
     arguments = (dy, z, weight, lora_As, lora_Bs, index, places, numbers, scalings, dropout_ps, seed)
-    if _direct(dy, weight, None):
-        return implementation(impl)[1].backward(*arguments, need_dx, need_dBs)
+    if _direct(dy, weight, None) and (
+        run := _found(impl, "backward", dy, weight, lora_Bs, seed, direct=True)
+    ):
+        return run(*arguments, need_dx, need_dBs)
     announce()
     found = iter(_backward_op(*arguments, need_dx, need_dBs, impl))
     return next(found) if need_dx else None, [next(found) if need else None for need in need_dBs]
@@ -100,9 +100,34 @@ def _direct(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     return open_to_direct_calls() and all(t is None or t.dtype == x.dtype for t in (weight, bias))
 
 
+def _found(
+    impl: str,
+    op: str,
+    rows: Tensor,
+    weight: Tensor | None,
+    lora_Bs: Sequence[Tensor],
+    seed: Tensor | None,
+    direct: bool = False,
+) -> Callable | None:
+    """The function that computes `op`. direct: as it is called without its operator, or None where that must
+    be called, as in dispatch.Implementations.direct.
+    """
+    pin = pinned() if impl == "auto" else None
+    choice = choose_mixed(impl, op, rows.device, rows.dtype, pin)
+    if choice.impl != "triton":
+        return getattr(library if choice.impl == "torch" else reference, op)
+    if direct and (type(rows) is not Tensor or tracing_state() is not None or functorch_level() is not None):
+        return None
+    N, K = (rows.shape[1], 0) if weight is None else weight.shape
+    R = max(B.shape[1] for B in lora_Bs)
+    plan = plan_mixed(op, rows.device, rows.dtype, N, K, R, seed is not None)
+    run = partial(getattr(importlib.import_module(f"{__package__}.fused"), op), plan=plan)
+    return partial(call, run, rows.device) if direct else run
+
+
 def _forward(x, weight, lora_As, lora_Bs, bias, index, places, numbers, scalings, dropout_ps, seed, impl):
     weight, bias = _cast(weight, x.dtype), _cast(bias, x.dtype)
-    run = implementation(impl)[1].forward
+    run = _found(impl, "forward", x, weight, lora_Bs, seed)
     arguments = (lora_As, lora_Bs, bias, index, places, numbers, scalings, dropout_ps, seed)
     return call(run, x.device, x, weight, *arguments)
 
@@ -110,7 +135,7 @@ def _forward(x, weight, lora_As, lora_Bs, bias, index, places, numbers, scalings
 def _backward(dy, z, weight, *arguments):
     *arguments, need_dx, need_dBs, impl = arguments
     weight = _cast(weight, dy.dtype) if need_dx else None
-    run = implementation(impl)[1].backward
+    run = _found(impl, "backward", dy, weight, arguments[1], arguments[7])
     dx, dBs = call(run, dy.device, dy, z, weight, *arguments, need_dx, need_dBs)
     return [grad for grad in (dx, *dBs) if grad is not None]
 

@@ -11,6 +11,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 BASE = -1
 _DTYPES = (torch.int32, torch.int64)
@@ -90,3 +91,81 @@ def rows_of(index: Tensor, places: Sequence[int], number: int, M: int) -> slice 
     before = sum(place < number for place in places)
     samples = torch.argsort(index, stable=True)[before : before + count]
     return (samples[:, None] * size + torch.arange(size, device=index.device)).reshape(-1)
+
+
+class SortedRows:
+    """The rows of x (M, K) sorted by adapter, as kernels/mixed.py reads them: tables on a device, made on the
+    host when they are first asked for.
+
+    ranks: of each entry of numbers. order: the samples by adapter, those without one first, in the order of
+    the batch within each, int32 (B,). adapters: the places in numbers of those that have rows.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        places: Sequence[int],
+        numbers: Sequence[int],
+        ranks: Sequence[int],
+        M: int,
+    ) -> None:
+        place_of = {number: place for place, number in enumerate(numbers)}
+        of_samples = [place_of.get(number, BASE) for number in places]
+        samples = sorted(range(len(places)), key=of_samples.__getitem__)
+        size = M // len(places)
+        self._device = device
+        self._tables: dict[tuple, Tensor] = {}
+        self._tiles: dict[int, Tensor] = {}
+        # As a tile of all its rows: adapter, first, count, rank.
+        self._runs: dict[int, tuple[int, int, int, int]] = {}
+        first = 0
+        for place in sorted(set(of_samples)):
+            count = of_samples.count(place) * size
+            self._runs[place] = place, first, count, 0 if place == BASE else ranks[place]
+            first += count
+        self.adapters = tuple(place for place in self._runs if place != BASE)
+        self.order = self._table(samples, torch.int32)
+
+    def tiles(self, block: int) -> Tensor:
+        """Return tiles of at most `block` rows, int32 (T, 4)."""
+        if block not in self._tiles:
+            found = [
+                (place, first + start, min(block, count - start), rank)
+                for place, first, count, rank in self._runs.values()
+                for start in range(0, count, block)
+            ]
+            self._tiles[block] = self._table(found, torch.int32)
+        return self._tiles[block]
+
+    def runs(self, adapters: Sequence[int]) -> Tensor:
+        """Return the whole of the rows of some adapters, int32 (n, 4)."""
+        return self._table([self._runs[place] for place in adapters], torch.int32)
+
+    def reals(self, values: Sequence[float]) -> Tensor:
+        """Return numbers as an fp32 tensor."""
+        return self._table(values, torch.float32)
+
+    def integers(self, values: Sequence[int]) -> Tensor:
+        """Return numbers as an int32 tensor."""
+        return self._table(values, torch.int32)
+
+    def _table(self, values: Sequence, dtype: torch.dtype) -> Tensor:
+        key = dtype, tuple(values)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(values, dtype=dtype, device=self._device)
+        return self._tables[key]
+
+
+# By index, as long as that lives: all layers of a forward and its backward share what is made of it.
+_sorted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def sorted_rows(
+    index: Tensor, places: Sequence[int], numbers: Sequence[int], ranks: Sequence[int], M: int
+) -> SortedRows:
+    """Return the rows of x (M, K) sorted by adapter, one object for all who ask with the same index."""
+    of_index = _sorted.setdefault(index, {})
+    key = tuple(numbers), tuple(ranks), M
+    if key not in of_index:
+        of_index[key] = SortedRows(index.device, places, numbers, ranks, M)
+    return of_index[key]

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..base.reading import readable
 from ..linear.library import SUMMED_IN_PLACE
-from ..mixed import ops as mixed
 from ..operands import FLOAT_DTYPES
-from ..plan.choice import choose, choose_plan, planned_device
+from ..plan.choice import Choice, choose, choose_mixed, choose_plan, planned_device
 from ..plan.config import DeviceLimits, KernelConfig
 from ..plan.make import Plan
 from ..plan.pin import pinned
@@ -97,7 +97,20 @@ class Planned:
 _SYMBOLS = "x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R); s: scaling; dx, dB: gradients of x, lora_B"
 _SYMBOLS_OF_LINEAR = "x (M, K), weight (N, K); dx: gradient of x"
 # The calls that are Triton kernels; the others are PyTorch's.
-_KERNELS = ("dequantise", "shrink", "shrink_sum", "expand", "recompute", "grad", "grad_sum")
+_KERNELS = ("dequantise", "shrink", "shrink_sum", "expand", "expand_codes", "recompute", "grad", "grad_sum")
+_KERNELS += ("mixed_shrink", "mixed_expand", "mixed_grad")
+# Of a mixed batch, by mixed/fused.py.
+_MIXED_LAUNCHES = {
+    "forward": (
+        Step("mixed_shrink", "z = s_i * (x @ lora_A_i.T), rows sorted by adapter"),
+        Step("mixed_expand", "y = x @ weight.T + z @ lora_B_i.T + bias, rows sorted by adapter"),
+    ),
+    "dB": (Step("mixed_grad", "dB_i = dy.T @ z, the rows of each adapter in order"),),
+    "dx": (
+        Step("mixed_shrink", "dz = s_i * (dy @ lora_B_i), rows sorted by adapter"),
+        Step("mixed_expand", "dx = dy @ weight + dz @ lora_A_i, rows sorted by adapter"),
+    ),
+}
 
 _PRODUCTS = {
     "reference": {
@@ -187,10 +200,9 @@ def explain(
         dropout_p = max(adapter.lora_dropout for adapter in adapters)
     M, N, K, R = sizes
     if layer is not None and impl != "linear" and layer.mixes():
-        found = _mixed_products(device, dtype)
-        backward = found["dx"] + (() if frozen_B else found["dB"])
-        steps = _for_layer(layer, dtype, asked, found["forward"], backward)
-        return Explanation(impl, reason, device, dtype, *sizes, *steps, dropout_p=dropout_p)
+        steps = _for_layer(layer, dtype, asked, *_mixed_steps(asked, device, dtype, frozen_B))
+        limits = planned_device(device).limits if impl == "triton" else None
+        return Explanation(impl, reason, device, dtype, *sizes, *steps, limits, dropout_p=dropout_p)
     library = _library_products(device, dtype, N, K, R, dropout_p > 0)
     products = _PRODUCTS.get(impl, library)
     steps = {"forward": products["forward"], "backward_input": products["dx"]}
@@ -199,8 +211,11 @@ def explain(
     if impl == "triton":
         limits = planned_device(device).limits
         bias = layer is None or layer.bias is not None
+        codes = readable(layer.base(), dtype) if isinstance(layer, Quantised) else ""
         for op in ops:
-            problem = Problem(op, dtype, M, N, K, R, bias and op == "forward", dropout_p > 0)
+            forward = op == "forward"
+            of_codes = codes if forward else ""
+            problem = Problem(op, dtype, M, N, K, R, bias and forward, dropout_p > 0, codes=of_codes)
             if planned := _planned(asked, problem, device, limits):
                 plans[op] = planned
                 steps[op] = _plan_steps(planned.plan, problem, limits, library)
@@ -263,7 +278,8 @@ def _implementation(
     if layer is not None and not _adapters(layer):
         return "linear", f"the layer has no adapter {layer.acting.name!r}, which is active"
     if layer is not None and layer.mixes():
-        return mixed.implementation(impl)[0], f"rows take several adapters: {mixed.NO_KERNEL}"
+        choice = _mixed_choice(impl, device, dtype)
+        return choice.impl, choice.reason
     # Where one operation is pinned to the Triton kernels, "triton" is the layer's implementation.
     choices = [choose(impl, device, dtype, _pinned_kernels(impl, op)) for op in ops]
     choice = next((one for one in choices if one.impl == "triton"), choices[0])
@@ -272,12 +288,22 @@ def _implementation(
     return choice.impl, choice.reason
 
 
+def _mixed_choice(impl: str, device: torch.device, dtype: torch.dtype, op: str | None = None) -> Choice:
+    """Of an operation of a mixed batch, or of the first that is "triton", if one is."""
+    pin = pinned() if impl == "auto" else None
+    ops = ("forward", "backward") if op is None else (op,)
+    choices = [choose_mixed(impl, one, device, dtype, pin) for one in ops]
+    return next((one for one in choices if one.impl == "triton"), choices[0])
+
+
 def _planned(impl: str, problem: Problem, device: torch.device, limits: DeviceLimits) -> Planned | None:
     """The plan of an operation, or None where it runs without one."""
     p = problem
     if choose(impl, device, p.dtype, _pinned_kernels(impl, p.op)).impl != "triton":
         return None
-    plan = choose_plan(impl, p.op, device, p.dtype, p.M, p.N, p.K, p.R, p.bias, p.dropout, pinned())
+    plan = choose_plan(
+        impl, p.op, device, p.dtype, p.M, p.N, p.K, p.R, p.bias, p.dropout, pinned(), codes=p.codes
+    )
     return Planned(plan, kernel_configs(plan.recipe, replace(p, M=max(1, p.M)), limits))
 
 
@@ -305,6 +331,22 @@ def _library_products(
         "dx": (Step(scaled, "dz = s * (dy @ lora_B)"), *dx),
         "dB": (Step("mm", "dB = dy.T @ z"),),
     }
+
+
+def _mixed_steps(
+    impl: str, device: torch.device, dtype: torch.dtype, frozen_B: bool
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The steps of forward and of backward of a mixed batch."""
+    products = _mixed_products(device, dtype)
+    forward, backward = (
+        _MIXED_LAUNCHES if _mixed_choice(impl, device, dtype, op).impl == "triton" else products
+        for op in ("forward", "backward")
+    )
+    # The order of each: dB comes first of the kernels, and last of the products.
+    names = ("dB", "dx") if backward is _MIXED_LAUNCHES else ("dx", "dB")
+    return forward["forward"], tuple(
+        step for name in names if name == "dx" or not frozen_B for step in backward[name]
+    )
 
 
 def _mixed_products(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Step, ...]]:
@@ -340,6 +382,7 @@ def _plan_steps(
         "shrink": "z = s * (x @ lora_A.T)" if forward else "dz = s * (dy @ lora_B)",
         "shrink_sum": f"{'z' if forward else 'dz'} = sum of the parts that shrink made, in a fixed order",
         "expand": "y = x @ weight.T + z @ lora_B.T + bias" if forward else "dx = dy @ weight + dz @ lora_A",
+        "expand_codes": f"y = x @ weight.T + z @ lora_B.T + bias, weight from {problem.codes} in the product",
         "recompute": "y = x @ weight.T + z @ lora_B.T + bias and z = s * (x @ lora_A.T)"
         if forward
         else "dx = dy @ weight + dz @ lora_A, where dz = s * (dy @ lora_B)",
@@ -367,7 +410,8 @@ def _for_layer(
     if isinstance(layer, Quantised):
         by = "dequantise" if layer.base().by_kernel(dtype, impl) else "plain PyTorch"
         made = Step(by, f"weight from {layer.quantised_kind} to {_name(dtype)}, into a temporary")
-        forward, backward = (made, *forward), (made, *backward)
+        reads = any(step.call == "expand_codes" for step in forward)
+        forward, backward = forward if reads else (made, *forward), (made, *backward)
     elif layer is not None and layer.weight.dtype != dtype:
         cast = Step("cast", f"weight from {_name(layer.weight.dtype)} to {_name(dtype)}, into a temporary")
         forward, backward = (cast, *forward), (cast, *backward)

@@ -4,6 +4,9 @@ The rule of impl="auto": "triton" for fp32, bf16 and fp16 tensors on a GPU that 
 sm_80 on, AMD), else "torch". There each operation runs with the plan that plan/make.py gives it: the fused
 kernels, or the library's products where those are faster. An implementation asked for by name runs or raises;
 it is never replaced by another: impl="triton" takes plans of the fused kernels alone.
+
+In a mixed batch "auto" is "torch" on every device: its kernels were never timed on a GPU. impl="triton" and a
+pinned plan "fused" take them.
 """
 
 from __future__ import annotations
@@ -14,14 +17,20 @@ from dataclasses import dataclass
 
 import torch
 
-from .make import Plan, make_plan
-from .pin import Pin, forget_environment
+from .config import KernelConfig
+from .kernels import MixedConfigs, mixed_configs
+from .make import Plan, config_of_frozen, make_plan
+from .pin import Pin, forget_environment, pinned
 from .recipe import NAMES, Device, Problem
 from .tables import forget
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+UNTIMED = (
+    "rows take several adapters, and the Triton kernels for that were never timed on a GPU: "
+    'impl="triton" takes them'
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,25 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype, pinned_kernels: 
     return Choice("triton", f"Triton supports {_device_name(device)}")
 
 
+def choose_mixed(impl: str, op: str, device: torch.device, dtype: torch.dtype, pin: Pin | None) -> Choice:
+    """Decide which implementation runs for operation `op` of a mixed batch. Raises as choose()."""
+    pinned_kernels = impl == "auto" and pin is not None and pin.name_for(op) == "fused"
+    if impl == "auto" and not pinned_kernels:
+        return Choice("torch", UNTIMED)
+    return choose(impl, device, dtype, pinned_kernels)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_mixed(
+    op: str, device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, dropout: bool
+) -> MixedConfigs:
+    """Return the configurations of the kernels where choose_mixed() gives "triton"; sizes as in Problem, R
+    the largest rank.
+    """
+    problem = Problem(op, dtype, 1, N, K, R, dropout=dropout)
+    return mixed_configs(problem, planned_device(device).limits)
+
+
 def choose_plan(
     impl: str,
     op: str,
@@ -99,6 +127,7 @@ def choose_plan(
     pin: Pin | None = None,
     widths: tuple[int, ...] = (),
     makers: int = 1,
+    codes: str = "",
 ) -> Plan:
     """Decide with which plan operation `op` runs where choose() gives "triton"; sizes and what follows them
     as in Problem.
@@ -108,22 +137,45 @@ def choose_plan(
     """
     shift = max(0, M.bit_length() - 5)
     rounded = ((M + (1 << shift) - 1) >> shift) << shift
-    return _plan(impl, op, device, dtype, rounded, N, K, R, bias, dropout, pin, widths, makers)
+    return _plan(impl, op, device, dtype, rounded, N, K, R, bias, dropout, pin, widths, makers, codes)
+
+
+def choose_frozen(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, bias: bool, codes: str
+) -> KernelConfig | None:
+    """Decide how a layer without an adapter computes y on a quantised base of kind `codes`: by the kernel
+    that reads codes, in this configuration, or None. Sizes as in Problem.
+    """
+    pin = pinned()
+    recipe = pin.recipe("forward") if pin is not None else None
+    by_name = recipe is not None and recipe.kernels.expand is not None and recipe.kernels.expand.reads_codes
+    if choose("auto", device, dtype, by_name).impl != "triton":
+        return None
+    return _frozen(device, dtype, M, N, K, bias, codes, pin)
+
+
+@functools.lru_cache(maxsize=4096)
+def _frozen(device, dtype, M, N, K, bias, codes, pin) -> KernelConfig | None:
+    return config_of_frozen(
+        Problem("forward", dtype, M, N, K, 0, bias, codes=codes), planned_device(device), pin
+    )
 
 
 def forget_plans() -> None:
     """Decide anew: after another table was written or the environment changed."""
     choose.cache_clear()
     _plan.cache_clear()
+    plan_mixed.cache_clear()
+    _frozen.cache_clear()
     planned_device.cache_clear()
     forget()
     forget_environment()
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin, widths, makers) -> Plan:
+def _plan(impl, op, device, dtype, M, N, K, R, bias, dropout, pin, widths, makers, codes) -> Plan:
     names = ("fused",) if impl == "triton" else NAMES
-    problem = Problem(op, dtype, M, N, K, R, bias, dropout, widths, makers)
+    problem = Problem(op, dtype, M, N, K, R, bias, dropout, widths, makers, codes)
     return make_plan(problem, planned_device(device), pin=pin, names=names)
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 OPS = ("shrink", "expand", "grad")
-VARIANTS = ("portable", "tma", "recompute", "ws", "ws_z")
+VARIANTS = ("portable", "tma", "recompute", "codes", "ws", "ws_z")
 # Least block: tl.dot asks for 16 rows and columns, the tensor cores contract 16 16-bit elements (published:
 # Triton's documentation, PTX ISA).
 MIN_BLOCK = 16
@@ -33,6 +33,8 @@ WS_SIZES = {
     "ctas_per_sm": (1,),
 }
 WS_SUMS = {"ws": 128, "ws_z": 144}
+# Elements of a weight of NF4 that share a scale, which expand_codes.py takes at least (base/nf4.py).
+CODES_BLOCK = 64
 # Row blocks up to which grad is one chunk and dB needs no partial sums (estimate).
 DIRECT_BLOCKS = 4
 
@@ -47,6 +49,8 @@ class KernelConfig:
 
     variant: "portable"; "tma", for Hopper: the persistent kernel of expand, and grad with its loads by TMA;
     "recompute", expand alone: for few rows, it makes z or dz itself, in one launch, and shrink is not called;
+    "codes", expand alone, for few rows of 16 bits on a quantised weight: it reads the codes of that
+    (expand_codes.py), and no dense weight is made;
     "ws" and "ws_z", expand on sm_90 alone: a warp for each kind of work (expand_ws.py), num_warps of them for
     products; "ws_z" makes z or dz itself, too (expand_ws_z.py).
     EPILOGUE_SUBTILE, expand by TMA: into how many parts (1, 2 or 4) a tile of the result is cut on its way
@@ -70,6 +74,11 @@ class KernelConfig:
     def makes_low_rank(self) -> bool:
         """Whether it is of an expand that makes z or dz itself: no shrink is called."""
         return self.variant in ("recompute", "ws_z")
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether it is of an expand that takes a quantised weight as it is."""
+        return self.variant == "codes"
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,8 @@ def wrong_field(op: str, config: KernelConfig) -> str | None:
         unused = name not in _BLOCKS[op] and value == 0 and not isinstance(value, bool)
         if not unused and not (power_of_2(name, most_block) and value >= MIN_BLOCK):
             return name
+    if config.reads_codes and config.BLOCK_K < CODES_BLOCK:
+        return "BLOCK_K"
     if not power_of_2("num_warps", MOST_WARPS):
         return "num_warps"
     for name, most in (
@@ -274,6 +285,11 @@ def shared_memory(
         return max(stages * K * (M + R) * operand_bytes + masked_rows, 4 * M * R) + barriers
     if config.variant == "recompute":
         return (stages * (M + N) + R) * K * operand_bytes + stages * K * R * 4 + masked_rows + barriers
+    if config.reads_codes:
+        # Codes of a byte each, scales, and CODE, which other numbers of a block pass through too; the weight
+        # on its way to tensor cores that do not take it from registers. The result changes its layout.
+        loop = stages * K * (M * operand_bytes + N) + stages * N * 4 * max(1, K // CODES_BLOCK)
+        return max(loop + N * K * operand_bytes, R * (M + N) * operand_bytes, 4 * M * N) + 1024
     if config.variant in WS_SUMS:
         # Ring, rank-R operands, a part of the result, bias in fp32, and barriers.
         rank_rows = R if config.variant == "ws_z" else 0

@@ -6,6 +6,8 @@ device can do.
     fused      shrink (or grad and the sum of its parts), then the product with a rank-R step, whose FLOPs it
                adds; with PDL the kernel before expand has no gap and is hidden but for a share
     library    skinny products, the rank-R term written into the output, and the product that reads it again
+    quantised  the weight made first, into a temporary that the product reads; or in the product, of codes:
+               bytes of these, and instructions for each element
     dropout    arithmetic of one kernel; the library's plan computes keep by passes over int64 tensors
 
 Pure functions of shapes, configurations and a table of published device figures, for choosing a plan where
@@ -52,8 +54,8 @@ READ_BACK_SHARE = 0.25
 LONE_BLOCK_RATE = 1.0
 # Rate of expand's main loop over that of the library's product, by variant. tma (published: Triton's Gluon
 # tutorial 07, products not overlapped from tile to tile reach 609 to 630 TFLOP/s beside cuBLAS's 646, H100).
-# portable, recompute, ws, ws_z (estimate).
-MAIN_LOOP_SHARE = {"tma": 0.96, "portable": 0.95, "recompute": 0.9, "ws": 0.96, "ws_z": 0.96}
+# The others (estimate).
+MAIN_LOOP_SHARE = {"tma": 0.96, "portable": 0.95, "recompute": 0.9, "codes": 0.5, "ws": 0.96, "ws_z": 0.96}
 # Variants whose kernels take their wide operands by TMA.
 BY_DESCRIPTORS = ("tma", "ws", "ws_z")
 # The same for pointer loads on tensor cores that read from shared memory, Hopper's (estimate).
@@ -77,6 +79,14 @@ PHILOX_CALLS = 115
 # Bytes that these read and write for a counter (counted): a round is two products, two shifts and two masks
 # of 16 bytes each, and four xors of 24.
 PHILOX_BYTES = 2000
+# Bytes of codes and scales for an element of a quantised weight (counted: base/kinds.py).
+CODE_BYTES = {"nf4": 9 / 16, "nf4-nested": 0.5 + 1 / 64, "int8": 1.0, "fp8": 1.0}
+# Instructions of the loop of expand_codes for an element (counted: machine code for sm_90 by Triton 3.7.1, 16
+# rows).
+CODE_INSTRUCTIONS = {"nf4": 11, "nf4-nested": 11, "int8": 9, "fp8": 28}
+# PyTorch's calls that make a chunk of an int8 or fp8 weight, elements of one on a GPU, and bytes that they
+# read and write for an element beside the result (counted: base/channel.py).
+CHANNEL_CALLS, CHANNEL_CHUNK, CHANNEL_BYTES = 5, 2**24, 21
 # Rows and columns of a library product's block, by which it fills the device or not (estimate).
 ROW_BLOCK = 64
 
@@ -114,6 +124,9 @@ class Cost:
     @property
     def us(self) -> float:
         return max(self.device_us, self.host_us)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.device_us + other.device_us, self.host_us + other.host_us)
 
 
 # Published, in the makers' data sheets: dense TFLOP/s of 16-bit products accumulated in fp32, TFLOP/s of fp32
@@ -185,9 +198,9 @@ def predict(
     was measured; for others the one assumed.
     """
     model = _Model(problem, limits, reached)
-    if recipe.name == "library":
-        return model.library(recipe)
-    return model.fused(recipe, main_loop)
+    found = model.library(recipe) if recipe.name == "library" else model.fused(recipe, main_loop)
+    expand = recipe.kernels.expand if recipe.name == "fused" else None
+    return found if expand and expand.reads_codes else found + model.making()
 
 
 def main_loop_share(
@@ -204,11 +217,19 @@ def main_loop_share(
 
 
 def frozen(problem: Problem, limits: DeviceLimits, reached: Ceilings) -> Cost:
-    """Predict the time of the frozen linear's share of `problem`: y, or dx; nothing for backward_lora_B."""
+    """Predict the time of the frozen linear's share of `problem`: y, or dx; nothing for backward_lora_B. Of a
+    quantised weight with its making.
+    """
     model = _Model(problem, limits, reached)
     if problem.op == "backward_lora_B":
         return Cost(0.0, 0.0)
-    return Cost(model.product(), LIBRARY_CALL_US)
+    return Cost(model.product(), LIBRARY_CALL_US) + model.making()
+
+
+def frozen_of_codes(config: KernelConfig, problem: Problem, limits: DeviceLimits, reached: Ceilings) -> Cost:
+    """Predict the time of y alone, without an adapter, by the kernel that reads codes."""
+    model = _Model(problem, limits, reached)
+    return Cost(model.expand_codes(config, ASSUMED), TRITON_LAUNCH_US + DRIVER_US)
 
 
 def predict_step(
@@ -247,9 +268,14 @@ class _Model:
             # With PDL the launch overlaps the last kernel before it, whose work is mostly hidden: not where a
             # mask, or the specialised warps, take the registers that it needs.
             variant = configs["expand"].variant
-            if before and variant in ("tma", "ws") and recipe.kernels.pdl and self.limits.dependent_launch:
+            if (
+                before
+                and variant in ("tma", "ws", "codes")
+                and recipe.kernels.pdl
+                and self.limits.dependent_launch
+            ):
                 alone = variant == "ws" or drops(self.problem, "expand", configs["expand"])
-                last = names[names.index("expand") - 1]
+                last = names[names.index("expand_codes" if variant == "codes" else "expand") - 1]
                 device -= GAP_US + (0.0 if alone else self.hidden(before[-1], last, configs))
             device += self.expand(configs["expand"], main_loop)
         if runs_beside(recipe, self.problem.op):
@@ -318,6 +344,8 @@ class _Model:
 
     def expand(self, config: KernelConfig, main_loop: Mapping[str, float]) -> float:
         """The fused product: its rank-R step, and z made again in every column of blocks if recomputed."""
+        if config.reads_codes:
+            return self.expand_codes(config, main_loop)
         p = self.problem
         blocks_m, blocks_n = _ceil(p.M, config.BLOCK_M), _ceil(p.out_width, config.BLOCK_N)
         R = max(p.R, config.BLOCK_R)
@@ -342,6 +370,38 @@ class _Model:
         times = blocks_n if config.variant == "recompute" and p.op == "forward" else 1
         mask = times * self.philox_us() if drops(p, "expand", config) else 0.0
         return GAP_US + flags + max(arithmetic, self.bytes_us(elements) / drawn) + mask
+
+    def expand_codes(self, config: KernelConfig, main_loop: Mapping[str, float]) -> float:
+        """The product whose K loop makes the weight of codes, once a row of blocks, beside its arithmetic."""
+        p = self.problem
+        blocks_m, blocks_n = _ceil(p.M, config.BLOCK_M), _ceil(p.N, config.BLOCK_N)
+        fill = self.fill(blocks_m * blocks_n)
+        share = main_loop_share(config.variant, self.itemsize, self.limits, main_loop)
+        flops = 2 * blocks_m * config.BLOCK_M * p.N * (p.K + p.R)
+        arithmetic = flops / (self.reached.flops_per_us(self.itemsize) * share)
+        # Two FLOPs each at the rate of ordinary fp32 arithmetic.
+        instructions = CODE_INSTRUCTIONS[p.codes] * blocks_m * p.N * p.K
+        arithmetic += 2 * instructions / self.reached.flops_per_us(4)
+        rest = self.bytes_us(p.M * p.K + p.M * p.N + (p.M + p.N) * p.R)
+        moved = self.codes_us() + rest
+        return GAP_US + max(arithmetic / fill, moved / self.drawn(blocks_m * blocks_n))
+
+    def codes_us(self) -> float:
+        """Reading the codes and scales once."""
+        p = self.problem
+        return CODE_BYTES[p.codes] * p.N * p.K / self.reached.bytes_per_us
+
+    def making(self) -> Cost:
+        """A quantised weight made into a temporary: of NF4 by one kernel, of other kinds by PyTorch."""
+        p = self.problem
+        if not p.codes:
+            return Cost(0.0, 0.0)
+        device = self.codes_us() + self.bytes_us(p.N * p.K)
+        if p.codes.startswith("nf4"):
+            return Cost(GAP_US + device, TRITON_LAUNCH_US + DRIVER_US)
+        calls = CHANNEL_CALLS * _ceil(p.N * p.K, CHANNEL_CHUNK)
+        device += CHANNEL_BYTES * p.N * p.K / self.reached.bytes_per_us
+        return Cost(calls * GAP_US + device, calls * LIBRARY_CALL_US)
 
     def shrink(self, config: KernelConfig) -> list[float]:
         """One pass over x or dy, and the sum of its parts. Without the gaps."""

@@ -24,6 +24,9 @@ MAX_BLOCK_R = 128
 # repeated work (estimate).
 RECOMPUTE_ROWS = 128
 RECOMPUTE_RANK = 64
+# Rows up to which expand may read the codes of a quantised weight: one block of rows, since each makes the
+# weight's elements anew (estimate).
+CODES_ROWS = 128
 # Rows up to which shrink cuts its contraction, and into how many parts at most (estimate).
 SPLIT_ROWS = 512
 SPLITS = 16
@@ -210,6 +213,42 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _row(HOPPER,             HALF, ANY, 32,  EITHER,  64,  64, 0, 128, 1, 4, 3, "tma"),
         _row(HOPPER,             HALF, ANY, ANY, EITHER,  32,  64, 0, 128, 1, 4, 3, "tma"),
     ),
+    # Of a quantised weight whose codes are read. Few columns a block, since blocks_n alone fills the device;
+    # of 32 there are enough multiprocessors busy at N = 4096 (estimate).
+    "codes": (
+        _row(NVIDIA, HALF, 16,         ANY, EITHER,  16, 32, 128, 64, 1, 4, 4, "codes"),
+        _row(NVIDIA, HALF, 32,         ANY, EITHER,  32, 64, 128, 64, 1, 4, 4, "codes"),
+        _row(NVIDIA, HALF, 64,         ANY, EITHER,  64, 64,  64, 64, 1, 4, 4, "codes"),
+        _row(NVIDIA, HALF, ANY,        ANY, EITHER, 128, 64,  64, 64, 1, 8, 4, "codes"),
+        _row(AMD,    HALF, 16,         ANY, EITHER,  16, 32, 128, 64, 1, 4, 2, "codes"),
+        _row(AMD,    HALF, 64,         ANY, EITHER,  64, 64,  64, 64, 1, 4, 2, "codes"),
+        _row(AMD,    HALF, ANY,        ANY, EITHER, 128, 64,  64, 64, 1, 8, 2, "codes"),
+        _row(CPU,    HALF, ANY,        ANY, EITHER, 128, 128, 128, 128, 1, 4, 1, "codes"),
+    ),
+    # Of a mixed batch. Never timed, so no more rows than the compiler asks for: a pointer for each row takes
+    # registers (measured: compile-gate-mixed.json).
+    "mixed_shrink": (
+        _row(AMPERE | BLACKWELL, HALF, ANY, ANY, EITHER,  64,   0,  32, 128, 1, 8, 3),
+        _row(HOPPER,             HALF, ANY, 32,  EITHER,  64,   0,  64, 128, 1, 4, 3),
+        _row(HOPPER,             HALF, ANY, ANY, EITHER,  64,   0,  64, 128, 1, 8, 3),
+        _row(AMD,                HALF, ANY, ANY, EITHER,  64,   0,  64, 128, 1, 8, 2),
+        _row(GPU,                FP32, ANY, ANY, EITHER,  32,   0,  32,  32, 1, 8, 2),
+        _row(CPU,                BOTH, ANY, ANY, EITHER, 128,   0, 128, 128, 1, 4, 1),
+    ),
+    "mixed_expand": (
+        _row(GPU,    HALF, ANY, ANY, False,   64,  64,  32,  64, 8, 4, 2),
+        _row(NVIDIA, HALF, ANY, ANY, True,   128, 128,  64,  64, 8, 8, 3),
+        _row(AMD,    HALF, ANY, ANY, True,   128, 128,  64,  64, 8, 8, 2),
+        _row(GPU,    FP32, ANY, ANY, EITHER,  64,  64,  16,  16, 8, 8, 2),
+        _row(CPU,    BOTH, ANY, ANY, EITHER, 128, 128, 128, 128, 4, 4, 1),
+    ),
+    "mixed_grad": (
+        _row(NVIDIA, HALF, ANY, 32,  EITHER,  64, 128,   0, 128, 1, 4, 3),
+        _row(NVIDIA, HALF, ANY, ANY, EITHER,  64, 128,   0, 128, 1, 8, 3),
+        _row(AMD,    HALF, ANY, ANY, EITHER,  64, 128,   0, 128, 1, 8, 2),
+        _row(GPU,    FP32, ANY, ANY, EITHER,  64,  64,   0,  32, 1, 8, 2),
+        _row(CPU,    BOTH, ANY, ANY, EITHER,  64, 128,   0, 128, 1, 4, 1),
+    ),
 }
 # fmt: on
 
@@ -312,6 +351,25 @@ EXCEPTIONS: dict[str, tuple[Departure, ...]] = {
         Departure(BLACKWELL, HALF, {"R": (33, 64)}, {"num_warps": 4},
             "the accumulators are in tensor memory: ptxas squeezes eight warps into 64 registers and spills"),
     ),
+    "codes": (
+        Departure(AMPERE, HALF, {"M": (17, 32)}, {"BLOCK_K": 64},
+            "nested scales of 128 elements beside 32 rows: two words spill on sm_80"),
+        Departure(NVIDIA, HALF, {"M": (17, 64), "aligned": False}, {"num_warps": 8},
+            "codes of unaligned rows come byte by byte, each by a pointer: four warps spill"),
+        Departure(BLACKWELL, HALF, {"aligned": True}, {"num_warps": 4},
+            "the sums are in tensor memory: ptxas squeezes eight warps into 64 registers and spills"),
+    ),
+    "mixed_shrink": (),
+    "mixed_expand": (
+        Departure(BLACKWELL, HALF, {"dropout": True}, {"BLOCK_R": 32},
+            "a mask and a wider rank block spill two words on sm_100"),
+        Departure(BLACKWELL, FP32, {"aligned": False}, {"BLOCK_M": 32},
+            "unaligned rows pass through registers: of 64 two words spill on sm_100"),
+    ),
+    "mixed_grad": (
+        Departure(BLACKWELL, HALF, {"R": (33, 64)}, {"num_warps": 4},
+            "as in grad: the accumulators are in tensor memory"),
+    ),
 }
 # fmt: on
 
@@ -346,6 +404,13 @@ def default_config(
     config = replace(config, BLOCK_R=min(config.BLOCK_R, _rank_block(R)))
     if op == "shrink":
         config = replace(config, SPLIT_K=_parts(call, config, limits))
+    return _fitted(op, config, limits, operand_bytes, dropout)
+
+
+def _fitted(
+    op: str, config: KernelConfig, limits: DeviceLimits, operand_bytes: int, dropout: bool
+) -> KernelConfig:
+    """The configuration with fewer stages, and then smaller rank blocks, until it fits the device."""
     while shared_memory(op, config, operand_bytes, limits, dropout) > limits.shared_memory:
         if config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
@@ -406,6 +471,37 @@ def expand_total_config(
     config = default_config("expand", limits, operand_bytes, M, R, aligned, recompute=False, dropout=dropout)
     call = Call(limits.family, _operands(operand_bytes), M, R, aligned, dropout)
     return _with_exceptions("expand_total", call, config)
+
+
+@functools.lru_cache(maxsize=1024)
+def mixed_config(
+    op: str, limits: DeviceLimits, operand_bytes: int, R: int, aligned: bool = True, dropout: bool = False
+) -> KernelConfig:
+    """Return the configuration of mixed_shrink, mixed_expand or mixed_grad, op being the last part of the
+    name, for operands of `operand_bytes`-byte elements and the largest rank R; aligned and dropout as in
+    default_config.
+    """
+    call = Call(limits.family, _operands(operand_bytes), 0, R, aligned, dropout)
+    config = _with_exceptions(f"mixed_{op}", call, _first_row(f"mixed_{op}", call))
+    config = replace(config, BLOCK_R=min(config.BLOCK_R, _rank_block(R)))
+    return _fitted(op, config, limits, operand_bytes, dropout)
+
+
+@functools.lru_cache(maxsize=1024)
+def codes_config(
+    limits: DeviceLimits, operand_bytes: int, M: int, R: int, aligned: bool = True
+) -> KernelConfig | None:
+    """Return the configuration of expand_codes for x with M rows of `operand_bytes`-byte elements and rank R;
+    aligned: rows of x and of the codes start at multiples of 16 bytes. None where it has none: it takes
+    operands of 16 bits.
+    """
+    call = Call(limits.family, _operands(operand_bytes), M, R, aligned)
+    config = _first_row("codes", call)
+    if config is None or operand_bytes != 2:
+        return None
+    config = _with_exceptions("codes", call, config)
+    config = replace(config, BLOCK_R=min(config.BLOCK_R, _rank_block(R)))
+    return _fitted("expand", config, limits, operand_bytes, False)
 
 
 def all_default_configs(

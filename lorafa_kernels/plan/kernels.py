@@ -7,7 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import DeviceLimits, KernelConfig, KernelPlan
-from .defaults import default_config, expand_total_config, shrink_group_config, shrink_total_config
+from .defaults import (
+    default_config,
+    expand_total_config,
+    mixed_config,
+    shrink_group_config,
+    shrink_total_config,
+)
 from .recipe import Problem, Recipe, default_of, heuristic_config, runs_beside
 
 
@@ -24,6 +30,18 @@ class GroupConfigs:
     shrink_total: KernelConfig
     expand_total: KernelConfig
     expand_unaligned: KernelConfig
+
+
+@dataclass(frozen=True)
+class MixedConfigs:
+    """Configurations of the kernels of a mixed batch.
+
+    shrink: of z in forward, of dz in backward. expand: of y or dx. grad: of all dB.
+    """
+
+    shrink: KernelConfig
+    expand: KernelConfig
+    grad: KernelConfig
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,19 @@ def all_configs(plan: KernelPlan, problem: Problem, limits: DeviceLimits) -> Ker
         and not expand.makes_low_rank
         and not problem.widths,
         group=_group_configs(expand, after, problem, limits) if problem.widths else None,
+    )
+
+
+def mixed_configs(problem: Problem, limits: DeviceLimits) -> MixedConfigs:
+    """Return the configuration of every kernel that a mixed batch may launch on a device, problem.R being the
+    largest rank. A pure function.
+    """
+    shapes = limits, problem.dtype.itemsize, problem.R
+    forward = problem.op == "forward"
+    return MixedConfigs(
+        shrink=mixed_config("shrink", *shapes, dropout=problem.dropout and forward),
+        expand=mixed_config("expand", *shapes, problem.aligned, problem.dropout and not forward),
+        grad=mixed_config("grad", *shapes),
     )
 
 

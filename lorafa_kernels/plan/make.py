@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .config import KernelPlan
-from .cost import ceilings, main_loop_share, predict
+from .config import KernelConfig, KernelPlan
+from .cost import ceilings, frozen, frozen_of_codes, main_loop_share, predict
+from .defaults import CODES_ROWS, codes_config
 from .kernels import KernelConfigs, all_configs
 from .pin import Pin
 from .recipe import NAMES, Device, Problem, Recipe, describe, heuristic_config, obstacle
@@ -74,6 +75,9 @@ def candidates(problem: Problem, device: Device, names: Iterable[str] = NAMES) -
         if name == "library":
             found += [Recipe(name, KernelPlan(one_pass=one_pass)) for one_pass in passes]
             continue
+        if config := codes_of(problem, device):
+            pdl = (True, False) if device.limits.dependent_launch else (False,)
+            found += [Recipe(name, KernelPlan(expand=config, one_pass=True, pdl=one)) for one in pdl]
         base, overlap = KernelPlan(), False
         if problem.op != "backward_lora_B":
             overlap = device.limits.dependent_launch
@@ -91,6 +95,31 @@ def candidates(problem: Problem, device: Device, names: Iterable[str] = NAMES) -
     return found
 
 
+def codes_of(problem: Problem, device: Device) -> KernelConfig | None:
+    """Return the configuration of the kernel that reads codes for `problem`, or None where that is no
+    candidate: of a dense weight, of many rows.
+    """
+    if not problem.codes or problem.M > CODES_ROWS:
+        return None
+    return codes_config(device.limits, problem.dtype.itemsize, problem.M, problem.R, problem.aligned)
+
+
+def config_of_frozen(problem: Problem, device: Device, pin: Pin | None = None) -> KernelConfig | None:
+    """Return the configuration with which the kernel that reads codes computes y of a layer without an
+    adapter, or None where the weight is made and the library multiplies: what the model of the cost says, or
+    a pinned recipe of forward.
+    """
+    recipe = pin.recipe(problem.op) if pin else None
+    if recipe is not None:
+        expand = recipe.kernels.expand if recipe.name == "fused" else None
+        return expand if expand and expand.reads_codes else None
+    config, reached = codes_of(problem, device), ceilings(device.name, device.limits)
+    if config is None or reached is None:
+        return None
+    by_codes = frozen_of_codes(config, problem, device.limits, reached)
+    return config if by_codes.us < frozen(problem, device.limits, reached).us else None
+
+
 def _pinned(problem: Problem, device: Device, pin: Pin) -> Plan:
     recipe = pin.recipe(problem.op)
     if recipe is None:
@@ -106,6 +135,9 @@ def _pinned(problem: Problem, device: Device, pin: Pin) -> Plan:
 
 
 def _measured(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan | None:
+    if codes_of(problem, device):
+        # Dense weights are what is measured.
+        return None
     key = key_of(problem)
     for source, table in (("user cache", user_table(device)), ("table", shipped_table(device))):
         if table is None:

@@ -43,7 +43,8 @@ class Problem:
 
     op: one of OPERATIONS. K is 0 for backward_lora_B, which does not depend on it. bias: forward adds one.
     dropout: x is dropped out before lora_A. Of a group of layers that share x, widths: the N of each, whose
-    sum N is, R being the largest rank; makers: how many z are made of x. () and 1 for a layer.
+    sum N is, R being the largest rank; makers: how many z are made of x. () and 1 for a layer. codes: in
+    forward the kind of quantised base (base/kinds.py) whose codes a kernel could read; "" for any other.
     """
 
     op: str
@@ -56,6 +57,7 @@ class Problem:
     dropout: bool = False
     widths: tuple[int, ...] = ()
     makers: int = 1
+    codes: str = ""
 
     @property
     def width(self) -> int:
@@ -102,6 +104,8 @@ def describe(recipe: Recipe, op: str) -> str:
     expand = kernels.expand if recipe.name == "fused" else None
     if expand and expand.variant in ("ws", "ws_z"):
         words.append("specialised warps")
+    if expand and expand.reads_codes:
+        words.append("codes read in the product")
     if expand and expand.makes_low_rank:
         words.append("one launch for z and y" if op == "forward" else "one launch for dz and dx")
         return ", ".join(words)
@@ -164,7 +168,8 @@ def kernel_configs(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> di
 
 def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[str, ...]:
     """Return the kernels that a recipe launches for `problem`, in order: "shrink", "shrink_sum", "expand",
-    "recompute" (expand that makes z or dz itself), "grad" and "grad_sum".
+    "expand_codes" (expand that reads codes), "recompute" (expand that makes z or dz itself), "grad" and
+    "grad_sum".
     """
     configs = kernel_configs(recipe, problem, limits)
     gradients: list[str] = []
@@ -179,7 +184,8 @@ def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[st
         if split_size(shrink, problem.width) < problem.width:
             found.append("shrink_sum")
     if expand := configs.get("expand"):
-        found.append("recompute" if expand.makes_low_rank else "expand")
+        name = "expand_codes" if expand.reads_codes else "expand"
+        found.append("recompute" if expand.makes_low_rank else name)
     return tuple(found + gradients if last else found)
 
 
@@ -195,6 +201,11 @@ def obstacle(recipe: Recipe, problem: Problem, limits: DeviceLimits, triton: str
     triton: the version there, where it is known.
     """
     for kernel, config in kernel_configs(recipe, problem, limits).items():
+        if config.reads_codes and not (problem.codes and problem.dtype.itemsize == 2):
+            return (
+                f"{kernel} in its variant 'codes' computes y of 16-bit x on a quantised weight whose codes a "
+                "kernel reads, which this is not"
+            )
         of_ws = config.variant in ("ws", "ws_z")
         if of_ws and (missing := _missing_for_ws(problem, config, limits, triton)):
             return f"{kernel} in its variant {config.variant!r} {missing}"

@@ -197,7 +197,13 @@ def test_suite_goes_in_the_order_of_what_tells_most():
     def first(start: str) -> int:
         return next(number for number, key in enumerate(keys) if key.startswith(start))
 
-    order = ["kernel Llama-3-8B/q", "eager Llama-3", "kernel Llama-3-8B/gate 8192x4096x14336 R=64", "host"]
+    order = [
+        "kernel Llama-3-8B/q",
+        "eager Llama-3",
+        "kernel Llama-3-8B/gate 8192x4096x14336 R=64",
+        "nf4",
+        "host",
+    ]
     order += ["block-time", "block Llama", "training Llama-3.2-1B", "training Llama-3-8B, largest", "wall"]
     order += ["training Llama-3-8B, 1x2048", "memory", "graph"]
     assert [first(start) for start in order] == sorted(first(start) for start in order)

@@ -57,6 +57,20 @@ def raising(operands, case) -> Layer:
     raise RuntimeError("does not run here\nsecond line")
 
 
+@pytest.mark.parametrize("case", [TINY, replace(MIXED, K=64), DROPOUT], ids=["fp32", "bf16", "dropout"])
+def test_layers_on_nf4_are_held_against_the_weight_of_their_codes(case):
+    keys = ("frozen", "lorafa-nf4", "peft-nf4")
+    rows = measure(case, keys)
+    run = {key for key in keys if contenders.layer_contenders(keys)[key].obstacle(DEVICE, case) is None}
+    assert {"frozen", "lorafa-nf4"} <= run
+    assert {key for key in run if rows[key, "forward"]["status"] == "ok"} == run
+    # Against the weight before it was quantised they are wrong.
+    of_dense = replace(contenders.BY_NAME["lorafa-nf4"], base="", key="planted")
+    row = measure(case, ("planted",), known={"planted": of_dense})["planted", "forward"]
+    assert row["status"] != "ok" and "outside the error budget" in row["reason"]
+    assert not set(contenders.BY_NAME) & set(contenders.layer_contenders())
+
+
 def with_wrong_dA(operands, case) -> Layer:
     right = contenders.build_eager(operands, case, train_A=True)
     right.lora_A.register_hook(lambda gradient: gradient * 1.5)

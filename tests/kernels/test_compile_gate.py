@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,17 @@ pytest.importorskip("rich")
 
 from bench.gate.compile import (
     ARCHS,
+    MIXED_ARCHS,
     WAITS_FIRST,
     LauncherCall,
     beside_cases,
+    codes_cases,
     dequantise_cases,
     failures,
     gated_cases,
     group_cases,
     misplaced_wait,
+    mixed_cases,
     serialized,
 )
 from lorafa_kernels.plan.config import KNOWN_DEVICES, OPS, KernelConfig, low_rank_block, makes_mask
@@ -354,6 +357,50 @@ def test_committed_result_covers_the_heuristics(version):
         (c.arch, c.op, c.dtype, c.dropout, code_of(c.config, c.R)) for c in of_blocks if c.dtype != "fp16"
     }
     assert wanted == compiled
+
+
+@pytest.mark.parametrize(("version", "suffix"), [("3.7", ""), ("3.6", "-triton-3.6")])
+@pytest.mark.parametrize("kind", ["mixed", "codes"])
+def test_committed_result_covers_what_is_asked_for(kind, version, suffix):
+    """After a change of their kernels, run `make gate gate-3.6` and commit the results."""
+    result = json.loads((ROOT / "bench" / "results" / f"compile-gate-{kind}{suffix}.json").read_text())
+    assert result["versions"]["triton"].startswith(version) and not result["failed"]
+    assert not [row for row in result["rows"] if row["failures"] or row["spills"]]
+
+    def codes(rows) -> set[tuple]:
+        return {
+            (row["arch"], row["op"], row["dtype"], row["dropout"], tuple(row["config"].values()))
+            + ((row["layout"],) if kind == "codes" else ())
+            for row in rows
+        }
+
+    cases = mixed_cases(MIXED_ARCHS) if kind == "mixed" else codes_cases(ARCHS)
+    wanted = [asdict(case) | {"config": asdict(case.config)} for case in cases]
+    assert codes(result["rows"]) == codes(wanted)
+
+
+@pytest.mark.gate
+@pytest.mark.slow
+def test_kernels_of_a_mixed_batch_compile(tmp_path):
+    archs = ("sm_90", "gfx942")
+    rows = run_gate(tmp_path / "mixed.json", "--quick", "--kernel", "mixed", "--arch", *archs)["rows"]
+    kernels = {("mixed_shrink_kernel", False), ("mixed_expand_kernel", True), ("mixed_grad_kernel", False)}
+    found = {(row["arch"], row["kernel"], row["dropout"]) for row in rows}
+    assert found == {(arch, *kernel) for arch in archs for kernel in kernels}
+    for row in rows:
+        assert row["failures"] == [] and row["spills"] == 0 and row["dependent_launch"] == []
+        assert row["instructions"].keys() == {"wgmma" if row["arch"] == "sm_90" else "mfma"}
+
+
+@pytest.mark.gate
+def test_codes_are_read_without_spills(tmp_path, cache):
+    """For the fewest and the most rows, on the tensor cores that read the weight from registers."""
+    options = ("--quick", "--kernel", "codes", "--arch", "sm_90", "--cache", cache)
+    rows = run_gate(tmp_path / "codes.json", *options)["rows"]
+    assert {(row["kernel"], row["M"]) for row in rows} == {("expand_codes_kernel", M) for M in (16, 128)}
+    for row in rows:
+        assert row["failures"] == [] and row["spills"] == 0 and row["dependent_launch"] == ["wait"]
+        assert row["instructions"].keys() == {"wgmma" if row["M"] == 128 else "mma"}
 
 
 def test_committed_result_has_the_kernel_of_quantised_weights():

@@ -88,6 +88,34 @@ def test_launches_of_a_llama_layer(core):
     assert dependent == forward + down + gate_and_up + o + q_k_v
 
 
+@pytest.mark.parametrize(("version", "suffix"), [("3.7", ""), ("3.6", "-triton-3.6")])
+@pytest.mark.parametrize("kind", ["mixed", "codes"])
+def test_committed_result_has_every_case_that_is_asked_for(kind, version, suffix):
+    """After a change of their kernels or cases, run `make gate gate-3.6` and commit the results."""
+    from bench.gate.launch import CODES_CASES, MIXED_CASES
+
+    result = json.loads((ROOT / "bench" / "results" / f"launch-gate-{kind}{suffix}.json").read_text())
+    assert result["versions"]["triton"].startswith(version) and not result["core"]
+    assert result["failed"] == 0 and not result["not_launched"]
+    cases = {"mixed": MIXED_CASES, "codes": CODES_CASES}[kind]
+    wanted = {(arch, case.name) for arch in ("sm_80", "sm_90", "sm_100") for case in cases}
+    assert {(row["arch"], row["case"]) for row in result["rows"]} == wanted
+
+
+@pytest.mark.slow
+def test_launches_of_a_mixed_batch(tmp_path):
+    """Of three adapters with two ranks: as many launches as of one, forward and then backward."""
+    out = tmp_path / "mixed.json"
+    options = ("--mixed", "--core", "--arch", "sm_90", "--out", str(out))
+    done = run_python("-m", "bench.launch_gate", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert row["faults"] == [] and not result["not_launched"] and row["repeated"] == 5
+    low_rank = ["mixed_shrink_kernel", "mixed_expand_kernel"]
+    assert row["launches"] == [*low_rank, "mixed_grad_kernel", *low_rank]
+
+
 def test_nothing_is_launched_on_an_empty_grid(core):
     rows = [row for row in core["rows"] if "no K" in row["case"] or "no N" in row["case"]]
     assert len(rows) == 2
@@ -348,6 +376,16 @@ def test_ptx_says_how_large_parameters_are():
 	ld.param.u32 %r1, [_kernel_param_2];
 """
     assert stub_gpu.parameter_sizes(ptx) == [128, 8, 4, 4, 1]
+
+
+def test_launches_of_few_rows_on_a_quantised_base(tmp_path):
+    """Forward reads the codes, and starts while z is made; backward makes the weight for the library."""
+    out = tmp_path / "codes.json"
+    done = run_python("-m", "bench.launch_gate", "--codes", "--core", "--arch", "sm_90", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["launches"] == [*Z, "expand_codes_kernel", "dequantise_kernel"]
+    assert row["faults"] == [] and row["dependent"] == [2] and row["repeated"] == 4
 
 
 QUANTISED_STEP = """

@@ -65,6 +65,9 @@ CASES = (
     Case("opt", "lorafa", "fp32", dropout=0.1, checkpointing=True),
     Case("vit", "lora"),
     Case("whisper", "lorafa"),
+    Case("llama", "lorafa-nf4", dropout=0.1),
+    Case("opt", "lorafa-nf4", "fp32", dropout=0.1, checkpointing=True),
+    Case("t5", "lorafa-nf4", dropout=0.1),
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import Budget, assert_same
-from conftest import DEVICES, on_device
+from conftest import implementation_cases
 from saved import Saved
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from lorafa_kernels.operands import draw_seed
 from lorafa_kernels.philox import keep_chunks_of, keep_mask
 
 pytestmark = pytest.mark.numerics
-IMPLS = [on_device(device, impl) for device in DEVICES for impl in ("torch", "reference")]
+IMPLS = implementation_cases()
 implementations = pytest.mark.parametrize(("device", "impl"), IMPLS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -463,8 +463,11 @@ def test_errors_come_before_any_product(monkeypatch):
         lorafa_linear_mixed(x.flatten(0, 1), members, rows)
     with pytest.raises(ValueError, match="index is on meta"):
         lorafa_linear_mixed(x, members, Rows(PLACES, torch.device("meta")))
-    with pytest.raises(RuntimeError, match="no Triton kernel"):
-        lorafa_linear_mixed(x, members, rows, impl="triton")
+    with pytest.raises(RuntimeError, match=r"not torch\.float64"):
+        wide = {
+            i: LinearOperands(*(None if t is None else t.double() for t in m[:4])) for i, m in members.items()
+        }
+        lorafa_linear_mixed(x.double(), wide, rows, impl="triton")
     with pytest.raises(ValueError, match="impl"):
         lorafa_linear_mixed(x, members, rows, impl="cuda")
     with pytest.raises(ValueError, match=r"adapter 2: lora_B has shape"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import threading
 import warnings
 from collections import Counter
@@ -586,14 +587,14 @@ def test_a_wrong_index_is_told_before_anything_is_computed(monkeypatch, case):
 
 
 def test_wrong_lengths_and_implementations(monkeypatch):
-    model = build()
+    model = build(dtype=WIDE)
     monkeypatch.setattr(ops.library, "forward", lambda *_: pytest.fail("something was computed"))
     with adapter_index(model, INDEX[:-1]), pytest.raises(ValueError, match="5 entries"):
-        model(batch())
+        model(batch(WIDE))
     for layer in lorafa_layers(model).values():
         layer.impl = "triton"
-    with adapter_index(model, INDEX), pytest.raises(RuntimeError, match="no Triton kernel"):
-        model(batch())
+    with adapter_index(model, INDEX), pytest.raises(RuntimeError, match='impl="triton" cannot run'):
+        model(batch(WIDE))
 
 
 def test_wrong_adapters():
@@ -674,13 +675,19 @@ def test_explain_says_what_runs():
     layer = model.blocks[0].q
     with adapter_index(model, INDEX):
         told = explain(layer)
-    assert told.impl == "torch" and "no Triton kernel" in told.reason
+    assert told.impl == "torch" and "never timed on a GPU" in told.reason
     assert any("rows of each adapter" in step.formula for step in told.forward)
+    if importlib.util.find_spec("triton"):
+        with adapter_index(model, INDEX):
+            told = explain(layer, impl="triton", dtype=torch.float32)
+        assert told.impl == "triton" and "mixed_expand (Triton)" in str(told)
+        steps = [step.call for step in (*told.forward, *told.backward)]
+        assert steps == ["mixed_shrink", "mixed_expand", "mixed_grad", "mixed_shrink", "mixed_expand"]
     set_adapter(model, "c")
     assert explain(layer).R == 3
     assert explain(model.blocks[0].k).impl == "linear"
-    with adapter_index(model, INDEX), pytest.raises(RuntimeError, match="no Triton kernel"):
-        explain(layer, impl="triton")
+    with adapter_index(model, INDEX), pytest.raises(RuntimeError, match='impl="triton" cannot run'):
+        explain(layer, impl="triton", dtype=torch.float64)
 
 
 def test_a_layer_by_itself():

@@ -14,7 +14,7 @@ from lorafa_kernels.plan.defaults import EXCEPTIONS, ROWS, Departure
 
 # One device of each family, and a shape of each class of size.
 DEVICES = (*(KNOWN_DEVICES[arch] for arch in ("sm_80", "sm_90", "sm_100", "gfx942")), INTERPRETER)
-SHAPES = tuple(itertools.product((2, 4), (16, 64, 128, 512, 8192), (4, 16, 32, 64, 128)))
+SHAPES = tuple(itertools.product((2, 4), (16, 32, 64, 128, 512, 8192), (4, 16, 32, 64, 128)))
 YES_NO = (False, True)
 
 
@@ -29,6 +29,12 @@ def calls(kernel: str) -> Iterator[tuple]:
             yield "shrink_total_config", limits, *shape
         elif kernel == "expand_total":
             yield "expand_total_config", limits, *shape, aligned, dropout
+        elif kernel.startswith("mixed_"):
+            operand_bytes, _, R = shape
+            op = kernel.removeprefix("mixed_")
+            yield "mixed_config", op, limits, operand_bytes, R, aligned, dropout
+        elif kernel == "codes":
+            yield "codes_config", limits, *shape, aligned
         elif kernel == "beside":
             yield "beside_config", limits, *shape
         elif kernel == "recompute":
