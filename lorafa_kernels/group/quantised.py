@@ -4,8 +4,10 @@ checks.
 The formula is that of reference.py with weight_i = base_i.dense(dtype of x). The implementations of a dense
 group compute it, and are given in the place of its weights what makes each where it is multiplied
 (base/frozen.py, Dequantised): at most one weight_i is there at a time, in forward and in backward. So dx is a
-sum of one product for each member, rounded after each. The node keeps what that of ops.py keeps, and in the
-place of the weights the codes and scales of the bases, the objects themselves.
+sum of one product for each member, rounded after each. Where the plan of a member by itself reads codes in
+forward (few rows, base/reading.py), each member is computed as a layer by itself there. The node keeps what
+that of ops.py keeps, and in the place of the weights the codes and scales of the bases, the objects
+themselves.
 
 quantised_group_forward(x, bases, …, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl)
     -> (ys, z)
@@ -27,8 +29,10 @@ from torch import Tensor
 
 from ..base.frozen import Dequantised, QuantisedBase, base_of
 from ..base.kinds import kind_of
-from ..base.product import is_direct
+from ..base.product import is_direct, product
+from ..base.reading import reading_plan
 from ..dispatch import announce, call, define, first_order
+from ..linear import quantised as linear
 from ..linear.quantised import check_base, into_compute_dtype, out_of_compute_dtype
 from ..operands import (
     as_rows,
@@ -44,7 +48,7 @@ from ..operands import (
 from ..plan.choice import check_impl
 from . import ops
 from .api import check_shared
-from .operands import LinearOperands, corrected, inverses_of, rank_columns
+from .operands import LinearOperands, corrected, inverses_of, rank_columns, seed_of
 
 _BASES = "Tensor[] bases, str[] kinds, int[] shapes, ScalarType dtype"
 
@@ -258,11 +262,28 @@ def _forward(
     x, bases, kinds, shapes, dtype, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
 ):
     bases, biases = _from_parts(bases, kinds, shapes, dtype), ops.cast_all(biases, x.dtype)
+    for base, lora_A, bias, p in zip(bases, lora_As, biases, dropout_ps, strict=True):
+        if lora_A is not None and reading_plan(x, base, lora_A.shape[0], bias is not None, p > 0, impl):
+            return _by_members(x, bases, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl)
     decision = ops.decide_group("forward", impl, x, bases, lora_Bs, share_A, biases, seeds is not None)
     arguments = (lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
     run = ops.IMPLEMENTATIONS.find("forward", decision)
     ys, z = call(run, x.device, x, Dequantised(bases, x.dtype, impl), *arguments)
     return [*ys, z]
+
+
+def _by_members(x, bases, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
+    """The y_i and z, of each member as a layer by itself."""
+    ys, zs = [], []
+    for i, (base, lora_B, p) in enumerate(zip(bases, lora_Bs, dropout_ps, strict=True)):
+        if lora_B is None:
+            ys.append(product(x, base, biases[i]))
+            continue
+        seed = seed_of(seeds, i, share_A) if p else None
+        y, z = linear.forward(x, base, lora_As[i], lora_B, biases[i], scalings[i], impl, p, seed)
+        ys.append(y)
+        zs.append(z)
+    return [*ys, zs[0] if share_A or len(zs) == 1 else torch.cat(zs, dim=1)]
 
 
 def _backward(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import Budget, assert_same
+from accuracy import Budget, assert_same, check_budget
 from conftest import implementation_cases
 from kernel_plans import grid
 from saved import DenseWeights, Saved
@@ -26,6 +26,9 @@ from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.group.quantised import quantised_linear_group
 from lorafa_kernels.nn.quantised import LoRAFAQuantisedLinear, QuantisedLinear
+from lorafa_kernels.plan.config import KernelConfig, KernelPlan
+from lorafa_kernels.plan.pin import pin_plan
+from lorafa_kernels.plan.recipe import Recipe
 
 pytestmark = pytest.mark.numerics
 implementations = pytest.mark.parametrize(("device", "impl"), implementation_cases())
@@ -144,6 +147,26 @@ def test_one_dense_weight_at_a_time(device, impl, options):
     with DenseWeights(sizes) as mode, only_looked_on(operators=False):
         held = [base.dense() for base in bases]
     assert mode.most == len(held)
+
+
+@pytest.mark.parametrize("options", [{}, {"share_A": True}, {"dropout_ps": (0.3, 0.0, 0.5)}], ids=str)
+def test_members_read_codes_where_their_plans_do(triton_device, options):
+    """Then no dense weight is made for them in forward."""
+    reads = KernelConfig(16, 32, 128, 16, 1, 4, 2, "codes")
+    shapes = [(96, 8), (80, None), (72, 8)]
+    group = draw_group(20, 2 * K, shapes, torch.bfloat16, triton_device, **options)
+    group, bases = on_bases(group, ("nf4", "int8"))
+    members = [m._replace(weight=base) for m, base in zip(group.members, bases, strict=True)]
+    with pin_plan({"forward": Recipe("fused", KernelPlan(expand=reads))}):
+        # The frozen member runs as "auto" says, which is not the interpreter.
+        sizes = {(N, 2 * K) for N, R in shapes if R}
+        with DenseWeights(sizes) as mode, only_looked_on(operators=False):
+            quantised_linear_group(group.x, members, share_A=group.share_A, impl="triton")
+            assert mode.most == 0
+        with Saved() as saved:
+            got = run(group, bases, "triton")
+    masks = masks_of(saved, group) if "dropout_ps" in options else None
+    check_budget(got, plain(group, torch.float64, masks), plain(group, None, masks))
 
 
 @pytest.mark.parametrize("backward_inside", [True, False])
