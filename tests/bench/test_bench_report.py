@@ -324,7 +324,7 @@ def test_the_page_has_every_part(root, no_plots):
     for heading in headings:
         assert f"### {heading}" in page[gpu:cpu] and f"### {heading}" in page[cpu:]
     assert "### Target" not in page[cpu:]
-    for title in contenders.TITLES.values():
+    for title in (contender.title for contender in contenders.CONTENDERS.values()):
         assert title in page[cpu:]
     assert "`cpu/quick.jsonl`: AMD EPYC, 2 threads; 2026-11-24; python 3.12.1, torch 2.11.0" in page
     assert f"commit {'c' * 12}; `python -m bench quick`" in page
@@ -550,7 +550,9 @@ def test_rows_that_did_not_run_are_named_with_their_reason(root, no_plots):
     assert "- PEFT LoRA: peft is not installed. In: memory of a layer (1 case)." in listing
     (graphs,) = (line for line in listing.splitlines() if "CUDA graphs" in line)
     assert graphs.endswith(": CUDA graphs need a GPU. In: one layer in a CUDA graph (1 case).")
-    assert set(graphs.partition(": ")[0].removeprefix("- ").split("; ")) == set(contenders.TITLES.values())
+    assert set(graphs.partition(": ")[0].removeprefix("- ").split("; ")) == {
+        c.title for c in contenders.CONTENDERS.values()
+    }
     assert "Not run: CUDA graphs need a GPU." in page
     assert "- `eager far too large`" in page
 
