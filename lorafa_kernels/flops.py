@@ -176,6 +176,30 @@ def quantised_backward_input_flops(
     return backward_input_flops(dy, shape, lora_A)
 
 
+def quantised_group_forward_flops(
+    x: Shape, bases: object, kinds: object, shapes: Shape, dtype: object, *operands: object, **named: object
+) -> int:
+    return group_forward_flops(x, _pairs(shapes), *operands, **named)
+
+
+def quantised_group_backward_flops(
+    dys: Sequence[Shape | None],
+    z: Shape | None,
+    bases: object,
+    kinds: object,
+    shapes: Shape,
+    dtype: object,
+    *operands: object,
+    **named: object,
+) -> int:
+    *factors, need_dBs, _ = operands
+    return group_backward_flops(dys, z, _pairs(shapes), *factors, True, need_dBs, **named)
+
+
+def _pairs(sizes: Shape) -> list[Shape]:
+    return [sizes[i : i + 2] for i in range(0, len(sizes), 2)]
+
+
 def frozen_flops(rows: Shape, base: object, kind: str, shape: Shape, *_, **__) -> int:
     """Of x W.T and of dy W; making W takes no product."""
     return 2 * rows[0] * shape[0] * shape[1]
@@ -195,6 +219,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "quantised_forward": quantised_forward_flops,
     "quantised_backward": quantised_backward_flops,
     "quantised_backward_input": quantised_backward_input_flops,
+    "quantised_group_forward": quantised_group_forward_flops,
+    "quantised_group_backward": quantised_group_backward_flops,
     "frozen_product": frozen_flops,
     "frozen_gradient": frozen_flops,
 }

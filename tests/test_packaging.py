@@ -206,7 +206,7 @@ def test_the_unpacked_sdist_has_all_of_the_tests_and_passes_some_of_each_kind(un
         *("-k", chosen),
         cwd=unpacked,
     )
-    assert re.search(r"[1-9]\d* passed, .*[1-9]\d{3} deselected", done.stdout), done.stdout[-500:]
+    assert re.search(r"[1-9]\d* passed, .*[1-9]\d{3,} deselected", done.stdout), done.stdout[-500:]
 
 
 def metadata_of(dist: Path):

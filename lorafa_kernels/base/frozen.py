@@ -4,6 +4,7 @@
     gradient(dy, base)          dx = dy W                        product.py
     base.dense(dtype)           W, for both and for merging
     base.nbytes                 what it takes of memory
+    Dequantised(bases, dtype)   the W of several, for products one after another
 
 A dense W is its own base: the Parameter itself, multiplied by linear/ without anything of this folder. A
 QuantisedBase has the shape, dtype and device of the W that it stands for, and no values of it: W is made for
@@ -82,6 +83,23 @@ class QuantisedBase:
                 )
             if tensor.device != self.device:
                 raise ValueError(f"{name} is on {tensor.device}, weight on {self.device}")
+
+
+class Dequantised(Sequence[Tensor]):
+    """The W (N_i, K) of several bases, in the place of a list of dense weights: each is made anew, in
+    `dtype`, whenever it is asked for, and is nobody's but the caller's. impl: as of QuantisedBase.dense.
+
+    Who reads weights[i] where it is multiplied, and binds it to no name, has one W at a time.
+    """
+
+    def __init__(self, bases: Sequence[QuantisedBase], dtype: torch.dtype, impl: str = "auto") -> None:
+        self._bases, self._dtype, self._impl = bases, dtype, impl
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._bases[index].dense(self._dtype, self._impl)
+
+    def __len__(self) -> int:
+        return len(self._bases)
 
 
 def making_bytes(kind: str, shape: Sequence[int], dtype: torch.dtype, by_kernel: bool, on_cpu: bool) -> int:

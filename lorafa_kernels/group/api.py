@@ -92,7 +92,7 @@ def _checked(
             checked.append(member)
             if member.lora_A is not None and share_A:
                 shared = shared or member
-                _check_shared(member, shared)
+                check_shared(member, shared)
         except (ValueError, TypeError) as error:
             raise type(error)(f"member {index}: {error}") from None
     return x, checked
@@ -114,7 +114,8 @@ def _check_alike(weight: Tensor, first: Tensor) -> None:
         )
 
 
-def _check_shared(member: LinearOperands, first: LinearOperands) -> None:
+def check_shared(member: LinearOperands, first: LinearOperands) -> None:
+    """Raise ValueError unless two members of a group with share_A have all in common that they must."""
     if member.lora_A is not first.lora_A:
         raise ValueError(
             "share_A=True needs the same lora_A tensor object in all members, this one has another"

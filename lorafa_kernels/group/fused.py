@@ -42,13 +42,13 @@ def forward(
     makers = rank_makers(lora_Bs, share_A)
     if makers and (len(weights) == 1 or (plan.recomputes and not share_A)):
         ys, zs = [], []
-        for i, weight in enumerate(weights):
-            if lora_Bs[i] is None:
-                ys.append(F.linear(x, weight, biases[i]))
+        for i, lora_B in enumerate(lora_Bs):
+            if lora_B is None:
+                ys.append(F.linear(x, weights[i], biases[i]))
                 continue
             seed = None if seeds is None else seed_of(seeds, i, share_A)
-            member = x, weight, lora_As[i], lora_Bs[i], biases[i], scalings[i], dropout_ps[i], seed
-            y, z = linear.forward(*member, plan=plan)
+            adapter = lora_As[i], lora_B, biases[i], scalings[i], dropout_ps[i], seed
+            y, z = linear.forward(x, weights[i], *adapter, plan=plan)
             ys.append(y)
             zs.append(z)
         return ys, zs[0] if len(zs) == 1 else torch.cat(zs, dim=1)
@@ -72,11 +72,11 @@ def forward(
     )
     configs = linear.expand_configs(plan)
     ys = []
-    for weight, lora_B, bias, (first, last) in zip(weights, lora_Bs, biases, columns, strict=True):
+    for i, (lora_B, bias, (first, last)) in enumerate(zip(lora_Bs, biases, columns, strict=True)):
         if lora_B is None:
-            ys.append(F.linear(x, weight, bias))
+            ys.append(F.linear(x, weights[i], bias))
         else:
-            ys.append(expand(x, weight.t(), z[:, first:last], lora_B.t(), bias, **configs))
+            ys.append(expand(x, weights[i].t(), z[:, first:last], lora_B.t(), bias, **configs))
     return ys, z
 
 
@@ -101,10 +101,8 @@ def backward(
     if len(weights) == 1 and need_dx and lora_Bs[0] is not None:
         seed = None if seeds is None else seed_of(seeds, 0, share_A)
         layer = weights[0], lora_As[0], lora_Bs[0], scalings[0], dropout_ps[0], seed
-        if need_dBs[0]:
-            dx, dB = linear.backward(dys[0], z, *layer, plan=plan)
-            return dx, [dB]
-        return linear.backward_input(dys[0], *layer, plan=plan), [None]
+        dx, dB = _layer_backward(dys[0], z, *layer, need_dBs[0], plan)
+        return dx, [dB]
     columns = rank_columns(lora_Bs, share_A)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     adapted = [i for i in used if lora_Bs[i] is not None]
@@ -138,6 +136,75 @@ def backward(
         dropout=dropout,
     )
     return dx, dBs
+
+
+def backward_in_turn(
+    dys: Sequence[Tensor | None],
+    z: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    seeds: Tensor | None,
+    share_A: bool,
+    need_dx: bool,
+    need_dBs: Sequence[bool],
+    *,
+    plan: KernelConfigs,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """backward where dx is needed, of weights of which one at a time can be there: each member is a layer by
+    itself, and dx is rounded once for each. With share_A the member that comes first takes the term of dz.
+    """
+    columns = rank_columns(lora_Bs, share_A)
+    dBs: list[Tensor | None] = [None] * len(dys)
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    adapted = [i for i in used if lora_Bs[i] is not None]
+    if share_A and len(adapted) > 1:
+        for i in adapted:
+            if need_dBs[i]:
+                part = z[:, slice(*columns[i])]
+                dBs[i] = grad(dys[i], part, None, scalings[i], lora_Bs[i].dtype, config=plan.grad)[1]
+        first = adapted[0]
+        operands = [dys[i] for i in adapted], [lora_Bs[i] for i in adapted]
+        dz = shrink_total(*operands, scalings[first], config=plan.group.shrink_total)
+        drops = {} if seeds is None else {"dropout_p": dropout_ps[first], "seed": seeds}
+        configs = linear.expand_configs(plan)
+        dx = expand(dys[first], weights[first], dz, lora_As[first], **configs, **drops)
+        for i in used:
+            if i != first:
+                dx.addmm_(dys[i], weights[i])
+        return dx, dBs
+    dx = None
+    for i in used:
+        if lora_Bs[i] is None:
+            dx = dys[i].mm(weights[i]) if dx is None else dx.addmm_(dys[i], weights[i])
+            continue
+        part = z[:, slice(*columns[i])] if need_dBs[i] else None
+        adapter = lora_As[i], lora_Bs[i], scalings[i], dropout_ps[i]
+        seed = None if seeds is None else seed_of(seeds, i, share_A)
+        own, dBs[i] = _layer_backward(dys[i], part, weights[i], *adapter, seed, need_dBs[i], plan)
+        dx = own if dx is None else dx.add_(own)
+    return dx, dBs
+
+
+def _layer_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dB: bool,
+    plan: KernelConfigs,
+) -> tuple[Tensor, Tensor | None]:
+    """dx and dB of one layer, None for a dB that is not needed."""
+    layer = weight, lora_A, lora_B, scaling, dropout_p, seed
+    if need_dB:
+        return linear.backward(dy, z, *layer, plan=plan)
+    return linear.backward_input(dy, *layer, plan=plan), None
 
 
 def _dropout(

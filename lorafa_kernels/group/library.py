@@ -6,10 +6,11 @@
                dB_i = dy_iᵀ z_i
                dx   = dz [lora_A_1; lora_A_2; …], then dx += dy_i weight_i in place, for each i
 
-Shapes and arguments as in reference.py. The order is that of linear/library.py: the rank-R products first;
-for fp32 and fp64 on a CPU the product with the longest contraction first (sums_in_place). The stacked lora_A
-(ΣR, K) is the only temporary. Dropout takes one product per member, and the low-rank terms of dx come last,
-a chunk of rows at a time (philox.CHUNK). dx is rounded once per product.
+Shapes and arguments as in reference.py; each weight is read where it is multiplied, once. The order is that
+of linear/library.py: the rank-R products first; for fp32 and fp64 on a CPU the product with the longest
+contraction first (sums_in_place). The stacked lora_A (ΣR, K) is the only temporary. Dropout takes one product
+per member, and the low-rank terms of dx come last, a chunk of rows at a time (philox.CHUNK). dx is rounded
+once per product.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ def forward(
     columns = rank_columns(lora_Bs, share_A)
     z = _low_rank(x, lora_As, scalings, dropout_ps, seeds, share_A, rank_makers(lora_Bs, share_A), columns)
     ys = []
-    for weight, lora_B, bias, (first, last) in zip(weights, lora_Bs, biases, columns, strict=True):
+    for i, (lora_B, bias, (first, last)) in enumerate(zip(lora_Bs, biases, columns, strict=True)):
         if lora_B is None:
-            ys.append(F.linear(x, weight, bias))
+            ys.append(F.linear(x, weights[i], bias))
         else:
             B, part = in_dtype(lora_B, x.dtype), _columns(z, first, last)
             if sums_in_place(x) and last - first <= x.shape[1]:
-                ys.append(F.linear(x, weight, bias).addmm_(part, B.t()))
+                ys.append(F.linear(x, weights[i], bias).addmm_(part, B.t()))
             else:
-                ys.append(F.linear(part, B, bias).addmm_(x, weight.t()))
+                ys.append(F.linear(part, B, bias).addmm_(x, weights[i].t()))
     return ys, z
 
 
@@ -76,6 +77,10 @@ def backward(
         return None, dBs
     dz = low_rank_gradient(dys, lora_Bs, scalings, share_A)
     return input_gradient(dys, dz, weights, lora_As, dropout_ps, seeds, share_A), dBs
+
+
+# One weight at a time is what it reads anyway.
+backward_in_turn = backward
 
 
 def low_rank_gradient(
@@ -111,17 +116,17 @@ def input_gradient(
     share_A: bool,
 ) -> Tensor:
     """Compute dx (M, K) where dz is known, as low_rank_gradient returns it."""
-    products = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
+    products = [(dy, weights, i) for i, dy in enumerate(dys) if dy is not None]
     adapted = [i for i, A in enumerate(lora_As) if A is not None and dys[i] is not None]
     adapted = adapted[:1] if share_A else adapted
     if adapted and seeds is None:
-        products.insert(0, (dz, _stacked([lora_As[i] for i in adapted], dz.dtype)))
+        products.insert(0, (dz, [_stacked([lora_As[i] for i in adapted], dz.dtype)], 0))
     if sums_in_place(products[0][0]):
         products.sort(key=lambda product: -product[0].shape[1])
-    (left, right), *others = products
-    dx = left.mm(right)
-    for left, right in others:
-        dx.addmm_(left, right)
+    (left, right, i), *others = products
+    dx = left.mm(right[i])
+    for left, right, i in others:
+        dx.addmm_(left, right[i])
     if seeds is not None:
         last = 0
         for i in adapted:

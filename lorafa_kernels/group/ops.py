@@ -61,7 +61,7 @@ def _backward_with_one_pass(
     return library.input_gradient(dys, dz, weights, lora_As, dropout_ps, seeds, share_A), dBs
 
 
-_IMPLEMENTATIONS = Implementations(reference, library, f"{__package__}.fused", _backward_with_one_pass)
+IMPLEMENTATIONS = Implementations(reference, library, f"{__package__}.fused", _backward_with_one_pass)
 
 
 def group_forward(
@@ -133,11 +133,11 @@ def _direct(
     for tensor in (*weights, *biases):
         if tensor is not None and tensor.dtype != dtype:
             return None
-    decision = _decide(op, impl, x, weights, lora_Bs, share_A, biases, dropout)
-    return _IMPLEMENTATIONS.direct("forward" if op == "forward" else "backward", decision, x)
+    decision = decide_group(op, impl, x, weights, lora_Bs, share_A, biases, dropout)
+    return IMPLEMENTATIONS.direct("forward" if op == "forward" else "backward", decision, x)
 
 
-def _decide(
+def decide_group(
     op: str,
     impl: str,
     x: Tensor,
@@ -163,10 +163,10 @@ def _decide(
 
 
 def _forward(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
-    weights, biases = _cast(weights, x.dtype), _cast(biases, x.dtype)
-    decision = _decide("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None)
+    weights, biases = cast_all(weights, x.dtype), cast_all(biases, x.dtype)
+    decision = decide_group("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None)
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    ys, z = call(_IMPLEMENTATIONS.find("forward", decision), x.device, *arguments)
+    ys, z = call(IMPLEMENTATIONS.find("forward", decision), x.device, *arguments)
     return [*ys, z]
 
 
@@ -175,15 +175,15 @@ def _backward(
 ):
     dy = next(dy for dy in dys if dy is not None)
     if need_dx:
-        weights = _cast(weights, dy.dtype)
+        weights = cast_all(weights, dy.dtype)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
-    decision = _decide(op, impl, dy, weights, lora_Bs, share_A, dropout=seeds is not None)
+    decision = decide_group(op, impl, dy, weights, lora_Bs, share_A, dropout=seeds is not None)
     arguments = (dys, z, weights, lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dx, need_dBs)
-    dx, dBs = call(_IMPLEMENTATIONS.find("backward", decision), dy.device, *arguments)
+    dx, dBs = call(IMPLEMENTATIONS.find("backward", decision), dy.device, *arguments)
     return [grad for grad in (dx, *dBs) if grad is not None]
 
 
-def _cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+def cast_all(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
@@ -230,9 +230,9 @@ class LoRAFALinearGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, seeds, scalings, dropout_ps, share_A, impl, *operands):
         n = len(scalings)
-        weights, lora_Bs, biases, kept = _parts(operands, n, 3)
-        kept_As, inverses = _halves(kept)
-        lora_As = _lora_As(kept_As, lora_Bs, share_A)
+        weights, lora_Bs, biases, kept = cut_off(operands, n, 3)
+        kept_As, inverses = halves(kept)
+        lora_As = each_lora_A(kept_As, lora_Bs, share_A)
         ys, z = group_forward(
             x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
         )
@@ -263,17 +263,17 @@ def _needs(ctx, n: int) -> tuple[bool, list[bool]]:
     return ctx.needs_input_grad[0], list(ctx.needs_input_grad[first : first + n])
 
 
-def _parts(tensors: Sequence[Tensor | None], n: int, count: int) -> list[Sequence[Tensor | None]]:
+def cut_off(tensors: Sequence[Tensor | None], n: int, count: int) -> list[Sequence[Tensor | None]]:
     """Cut off `count` parts of n tensors each, and the rest."""
     return [*(tensors[i * n : (i + 1) * n] for i in range(count)), tensors[count * n :]]
 
 
-def _halves(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+def halves(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     middle = len(tensors) // 2
     return tensors[:middle], tensors[middle:]
 
 
-def _lora_As(
+def each_lora_A(
     kept: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None], share_A: bool
 ) -> Sequence[Tensor | None]:
     """Return one lora_A (or inverse) for each member, None where it has no lora_B, from what the node takes
@@ -296,7 +296,7 @@ def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         # Inverses and lora_As, as many as each other, stand before and after the weights.
         count = (len(rest) - n) // 2
         inverses, weights, kept_As = rest[:count], rest[count : count + n], rest[count + n :]
-        lora_As = _lora_As(kept_As, lora_Bs, ctx.share_A)
+        lora_As = each_lora_A(kept_As, lora_Bs, ctx.share_A)
     dx, dBs = group_backward(
         dys,
         z,
@@ -311,4 +311,4 @@ def _gradients(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         need_dBs,
         ctx.impl,
     )
-    return dx, *corrected(dBs, _lora_As(inverses, lora_Bs, ctx.share_A), ctx.scalings)
+    return dx, *corrected(dBs, each_lora_A(inverses, lora_Bs, ctx.share_A), ctx.scalings)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..linear.reference import accumulator_dtype, backward_lora_B
@@ -51,8 +50,8 @@ def forward(
         kept = rows if p == 0.0 else rows * _keep(seeds, share_A, i, p, x)
         z[:, slice(*columns[i])] = (scalings[i] / (1 - p) * (kept @ A.T)).to(x.dtype)
     ys = []
-    for i, weight in enumerate(weights):
-        y = rows @ weight.to(wide).T
+    for i in range(len(weights)):
+        y = rows @ weights[i].to(wide).T
         if lora_Bs[i] is not None:
             y = y + z[:, slice(*columns[i])].to(wide) @ lora_Bs[i].to(x.dtype).to(wide).T
         if biases[i] is not None:
@@ -85,10 +84,9 @@ def backward(
     if not need_dx:
         return None, dBs
     used = [i for i, dy in enumerate(dys) if dy is not None]
-    dtype, M = dys[used[0]].dtype, dys[used[0]].shape[0]
+    dtype = dys[used[0]].dtype
     wide = accumulator_dtype(dtype)
-    dx = torch.zeros((M, weights[0].shape[1]), dtype=wide, device=weights[0].device)
-    dz_sum = 0.0
+    dx = dz_sum = 0.0
     for i in used:
         dy = dys[i].to(wide)
         dx = dx + dy @ weights[i].to(wide)
@@ -104,6 +102,10 @@ def backward(
         term = dz.to(dtype).to(wide) @ lora_As[i].to(dtype).to(wide)
         dx = dx + (term if p == 0.0 else term / (1 - p) * _keep(seeds, share_A, i, p, dx))
     return dx.to(dtype), dBs
+
+
+# One weight at a time is what it reads anyway.
+backward_in_turn = backward
 
 
 def _keep(seeds: Tensor, share_A: bool, i: int, p: float, like: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def quantised_linear(
     dropout_p = checked_dropout(dropout_p, scaling)
     check_correction(gradient_correction, scaling)
     check_impl(impl)
-    given, x = x, _cast(x, base, lora_A, lora_B, bias, compute_dtype)
+    given, x = x, into_compute_dtype(x, base, lora_A, lora_B, bias, compute_dtype)
     rows = as_rows(x, base.shape[1])
     seed = draw_seed(x.device) if dropout_p else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
@@ -83,7 +83,7 @@ def quantised_linear(
         y = QuantisedLinearFunction.apply(rows, lora_A, lora_B, bias, *how, *base.tensors)
     else:
         y = forward(rows, base, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
-    return _returned(shaped_as(y, x), given, compute_dtype)
+    return out_of_compute_dtype(shaped_as(y, x), given, compute_dtype)
 
 
 def frozen_linear(
@@ -96,16 +96,16 @@ def frozen_linear(
     check_shapes(x, base, None, None, bias)
     if bias is not None and bias.requires_grad:
         raise ValueError("bias requires grad, but a quantised layer is frozen: bias.requires_grad_(False)")
-    given, x = x, _cast(x, base, base, base, bias, compute_dtype)
+    given, x = x, into_compute_dtype(x, base, base, base, bias, compute_dtype)
     rows = as_rows(x, base.shape[1])
     if torch.is_grad_enabled() and x.requires_grad:
         y = FrozenFunction.apply(rows, bias, base.kind.name, base.shape, base.dtype, *base.tensors)
     else:
         y = product(rows, base, bias)
-    return _returned(shaped_as(y, x), given, compute_dtype)
+    return out_of_compute_dtype(shaped_as(y, x), given, compute_dtype)
 
 
-def _cast(
+def into_compute_dtype(
     x: Tensor,
     base: QuantisedBase,
     lora_A: Tensor | QuantisedBase,
@@ -113,6 +113,9 @@ def _cast(
     bias: Tensor | None,
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
+    """Return x in the dtype to compute in: compute_dtype, or as operands.cast, which raises, where that is
+    None and under autocast.
+    """
     if compute_dtype is None or autocast_enabled(x.device.type):
         return cast(x, base, lora_A, lora_B, bias)
     if x.dtype not in FLOAT_DTYPES:
@@ -120,7 +123,8 @@ def _cast(
     return x.to(compute_dtype)
 
 
-def _returned(y: Tensor, given: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+def out_of_compute_dtype(y: Tensor, given: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """Return y in the dtype that the layer returns for an x `given` in its own."""
     if compute_dtype is None or autocast_enabled(given.device.type):
         return y
     return y.to(given.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -215,13 +215,42 @@ def dense_weights(on_cpu: bool, within: Mapping[object, Temporary] = _NOTHING) -
     within: what kernels allocate that are called for the mask, by operation.
     """
 
-    def taken(first: int, args: tuple, product: int) -> int:
-        # args[first:]: a base in four arguments.
-        kind, shape = args[first + 1], args[first + 2]
+    def weight(kind: str, shape: Sequence[int], dtype: torch.dtype, product: int) -> int:
         N, K = shape
         by_kernel = not on_cpu and kind.startswith("nf4") and has_rows(K)
-        made = making_bytes(kind, shape, args[0].dtype, by_kernel, on_cpu)
-        return N * K * args[0].itemsize + max(made, product)
+        made = making_bytes(kind, shape, dtype, by_kernel, on_cpu)
+        return N * K * dtype.itemsize + max(made, product)
+
+    def taken(first: int, args: tuple, product: int) -> int:
+        # args[first:]: a base in four arguments.
+        return weight(args[first + 1], args[first + 2], args[0].dtype, product)
+
+    def largest(kinds: Sequence[str], shapes: Sequence[int], dtype: torch.dtype) -> int:
+        # Of the weights of a group one is there at a time.
+        sizes = zip(kinds, zip(shapes[::2], shapes[1::2], strict=True), strict=True)
+        return max(weight(kind, shape, dtype, 0) for kind, shape in sizes)
+
+    def group_forward(args: tuple, kwargs: dict, out: object) -> int:
+        x, ranks = args[0], [0 if lora_A is None else lora_A.shape[0] for lora_A in args[5]]
+        # z comes before the y_i, and they before the next weight.
+        ys = x.shape[0] * sum(args[3][::2]) * x.itemsize
+        chunk = masks(True, x, args[3][1], ranks, args[9]) - ys
+        return max(chunk, largest(*args[2:4], x.dtype) + _factors(args[6], x.dtype))
+
+    def group_backward(args: tuple, kwargs: dict, out: object) -> int:
+        dy = next(dy for dy in args[0] if dy is not None)
+        ranks = sum(lora_B.shape[1] for lora_B in args[7] if lora_B is not None)
+        K = args[4][1]
+        # dz, and lora_A side by side; the kernels make no copy of it, and a dx for each member to be added.
+        beside = dy.shape[0] * ranks + (ranks * K if on_cpu else dy.shape[0] * K)
+        # The masks come last, when no weight is there.
+        each = [0 if lora_A is None else lora_A.shape[0] for lora_A in args[6]]
+        return beside * dy.itemsize + max(largest(*args[3:5], dy.dtype), masks(False, dy, K, each, args[9]))
+
+    def masks(forward: bool, rows: Tensor, K: int, ranks: Sequence[int], ps: Sequence[float]) -> int:
+        # Of one member at a time.
+        found = [mask(forward, rows, K, R, p) for R, p in zip(ranks, ps, strict=True) if R and on_cpu]
+        return max(found, default=0)
 
     def forward(args: tuple, kwargs: dict, out: object) -> int:
         x, (N, K), R = args[0], args[3], args[5].shape[0]
@@ -258,6 +287,8 @@ def dense_weights(on_cpu: bool, within: Mapping[object, Temporary] = _NOTHING) -
         ours.quantised_forward.default: forward,
         ours.quantised_backward.default: backward,
         ours.quantised_backward_input.default: backward_input,
+        ours.quantised_group_forward.default: group_forward,
+        ours.quantised_group_backward.default: group_backward,
         ours.frozen_product.default: frozen,
         ours.frozen_gradient.default: frozen,
     }

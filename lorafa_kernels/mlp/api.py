@@ -76,11 +76,11 @@ def _checked(
             check_kinds(x, member)
             weight = member.weight
             if name == "down":
-                _check_down(weight, gate.weight)
+                check_down(weight, gate.weight)
                 # Stands for h: no rows, and the columns, dtype and device that the checks look at.
                 _, member = checked_member(x.new_empty((0, weight.shape[1])), member)
             else:
-                _check_up(weight, gate.weight)
+                check_up(weight, gate.weight)
                 x, member = checked_member(x, member)
             checked.append(member)
         except (ValueError, TypeError) as error:
@@ -88,7 +88,8 @@ def _checked(
     return x, checked
 
 
-def _check_up(weight: Tensor, gate: Tensor) -> None:
+def check_up(weight: Tensor, gate: Tensor) -> None:
+    """Raise ValueError unless the weight of up, or what stands for it, is like that of gate."""
     for what in ("shape", "dtype", "device"):
         got, expected = getattr(weight, what), getattr(gate, what)
         if got != expected:
@@ -97,7 +98,8 @@ def _check_up(weight: Tensor, gate: Tensor) -> None:
             )
 
 
-def _check_down(weight: Tensor, gate: Tensor) -> None:
+def check_down(weight: Tensor, gate: Tensor) -> None:
+    """Raise ValueError unless down takes what gate returns."""
     columns = gate.shape[0]
     if weight.shape[1] != columns:
         raise ValueError(
@@ -106,4 +108,4 @@ def _check_down(weight: Tensor, gate: Tensor) -> None:
 
 
 def _words(value: object) -> str:
-    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
+    return str(tuple(value)) if isinstance(value, tuple) else str(value)

@@ -12,6 +12,8 @@ The node keeps, through save_for_backward only: the outputs g and u of gate and 
 ΣR) and z of down (M, R), the weight, lora_A and lora_B objects themselves and the seeds of the dropout masks.
 It keeps neither x nor act(g) nor h = act(g) · u: dB of down needs only its z, and the rest follows from g and
 u. For a corrected dB it keeps the inverse (R, R) that correction.py has made.
+The two nodes, of dense weights and of quantised bases (quantised.py), are made of `keeping_forward` and
+`gradients`, with the group that each computes by: what they keep differs in the weights alone.
 What no requested gradient needs is not kept. Backward makes dh, writes dg over it and du beside it: its
 temporaries are 2·M·I elements.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,15 +106,76 @@ _INPUTS = slice(0, 2)
 _DOWN = slice(2, 3)
 
 
-def gated_mlp(x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, activation, impl) -> Tensor:
+class Linears(NamedTuple):
+    """How the linear layers are computed: as group/ops.py does, from weights or what stands for them."""
+
+    forward: Callable
+    backward: Callable
+
+
+DENSE = Linears(group_forward, group_backward)
+
+
+def gated_mlp(
+    x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, activation, impl, linears=DENSE
+) -> Tensor:
     """Compute y (M, N) and keep nothing for backward. Lists have one entry each for gate, up and down."""
     operands = weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
-    (g, u), _ = _linears(_INPUTS, x, *operands)
+    (g, u), _ = _part(linears, _INPUTS, x, *operands)
     h = gated(g, u, activation, impl)
     # Freed before the product of down, where most memory is in use.
     del g, u
-    (y,), _ = _linears(_DOWN, h, *operands)
+    (y,), _ = _part(linears, _DOWN, h, *operands)
     return y
+
+
+class Kept(NamedTuple):
+    """What a node keeps, in the order in which save_for_backward takes it; lists have one entry each for
+    gate, up and down, None where a gradient does not need it.
+    """
+
+    values: tuple[Tensor | None, ...]
+    lora_Bs: list[Tensor | None]
+    weights: list[Tensor | None]
+    lora_As: list[Tensor | None]
+    inverses: list[Tensor | None]
+
+
+def keeping_forward(
+    ctx, linears, x, seeds, scalings, dropout_ps, activation, impl, operands
+) -> tuple[Tensor, Kept]:
+    """Return y and what the node must keep; its other arguments are put into ctx. operands: weights, lora_Bs,
+    biases, lora_As and inverses, three of each.
+    """
+    weights, lora_Bs, biases, lora_As, inverses = operands
+    arguments = weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
+    (g, u), z = _part(linears, _INPUTS, x, *arguments)
+    (y,), z_down = _part(linears, _DOWN, gated(g, u, activation, impl), *arguments)
+
+    need_dx, need_dBs = _needs(ctx)
+    need_dg, need_du = need_dx or need_dBs[0], need_dx or need_dBs[1]
+    need_dh = need_dg or need_du
+    trains_input = need_dBs[0] or need_dBs[1]
+    reads_values = need_dx, need_dx, need_dh
+    ctx.scalings = scalings
+    ctx.dropout_ps = dropout_ps
+    ctx.activation = activation
+    ctx.impl = impl
+    values = (
+        g if need_dh else None,
+        u if need_dg else None,
+        z if trains_input else None,
+        z_down if need_dBs[2] else None,
+        seeds if need_dh else None,
+    )
+    return y, Kept(
+        values,
+        # A lora_B whose values backward does not read gives the dtype of dB and the columns of z.
+        _only(lora_Bs, (need_dx or trains_input, need_dx or trains_input, need_dh or need_dBs[2])),
+        _only(weights, reads_values),
+        _only(lora_As, reads_values),
+        _only(inverses, need_dBs),
+    )
 
 
 class LoRAFAGatedMLPFunction(torch.autograd.Function):
@@ -122,32 +186,10 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, seeds, scalings, dropout_ps, activation, impl, *operands):
-        weights, lora_Bs, biases, lora_As, inverses = (operands[i : i + 3] for i in range(0, 15, 3))
-        arguments = weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
-        (g, u), z = _linears(_INPUTS, x, *arguments)
-        (y,), z_down = _linears(_DOWN, gated(g, u, activation, impl), *arguments)
-
-        need_dx, need_dBs = _needs(ctx)
-        need_dg, need_du = need_dx or need_dBs[0], need_dx or need_dBs[1]
-        need_dh = need_dg or need_du
-        trains_input = need_dBs[0] or need_dBs[1]
-        reads_values = need_dx, need_dx, need_dh
-        ctx.save_for_backward(
-            g if need_dh else None,
-            u if need_dg else None,
-            z if trains_input else None,
-            z_down if need_dBs[2] else None,
-            seeds if need_dh else None,
-            # A lora_B whose values backward does not read gives the dtype of dB and the columns of z.
-            *_only(lora_Bs, (need_dx or trains_input, need_dx or trains_input, need_dh or need_dBs[2])),
-            *_only(weights, reads_values),
-            *_only(lora_As, reads_values),
-            *_only(inverses, need_dBs),
-        )
-        ctx.scalings = scalings
-        ctx.dropout_ps = dropout_ps
-        ctx.activation = activation
-        ctx.impl = impl
+        by_role = (operands[i : i + 3] for i in range(0, 15, 3))
+        y, kept = keeping_forward(ctx, DENSE, x, seeds, scalings, dropout_ps, activation, impl, by_role)
+        values, *lists = kept
+        ctx.save_for_backward(*values, *(tensor for tensors in lists for tensor in tensors))
         return y
 
     @staticmethod
@@ -156,11 +198,18 @@ class LoRAFAGatedMLPFunction(torch.autograd.Function):
         return dx, *[None] * 8, *dBs, *[None] * 9
 
 
-def _linears(
-    which: slice, x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return dx and the dB of gate, up and down."""
+    # Read once: a checkpoint refuses a second time.
+    saved = ctx.saved_tensors
+    return gradients(ctx, DENSE, dy, Kept(saved[:5], *(saved[i : i + 3] for i in range(5, 17, 3))))
+
+
+def _part(
+    linears: Linears, which: slice, x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, impl
 ) -> tuple[Sequence[Tensor], Tensor]:
     """Return the outputs of gate and up, or of down, and their z."""
-    return group_forward(
+    return linears.forward(
         x,
         weights[which],
         lora_As[which],
@@ -187,15 +236,14 @@ def _only(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
     return [tensor if want else None for tensor, want in zip(tensors, wanted, strict=True)]
 
 
-def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(ctx, linears: Linears, dy: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
     """Return dx and the dB of gate, up and down."""
-    g, u, z, z_down, seeds, *operands = ctx.saved_tensors
-    lora_Bs, weights, lora_As, inverses = (operands[i : i + 3] for i in range(0, 12, 3))
+    (g, u, z, z_down, seeds), lora_Bs, weights, lora_As, inverses = kept
     need_dx, need_dBs = _needs(ctx)
     need_dg, need_du = need_dx or need_dBs[0], need_dx or need_dBs[1]
 
     def backward(which, dys, z, need_dx):
-        dx, dBs = group_backward(
+        dx, dBs = linears.backward(
             dys,
             z,
             weights[which],

@@ -10,16 +10,26 @@ from torch import Tensor, nn
 from ..engines import frozen_view
 from ..group.api import lorafa_linear_group
 from ..group.operands import LinearOperands
+from ..group.quantised import quantised_linear_group
 from ..operands import check_frozen
 from .initialise import seed_for
 from .linear import LoRAFALinear, check_seed, is_exported, shown
-from .quantised import LoRAFAQuantisedLinear, Quantised, dtype_of, is_quantised
+from .quantised import (
+    LoRAFAQuantisedLinear,
+    Quantised,
+    QuantisedLinear,
+    base_operands,
+    common_compute_dtype,
+    dtype_of,
+    is_quantised,
+)
 
 
 def operands_of(module: nn.Module) -> LinearOperands:
     """Return what a block needs of an nn.Linear or LoRAFALinear as it is now, with its active adapter: one
     that is merged or has its adapter disabled is a plain linear layer, and dropout acts while it is in
-    training mode. A layer that mixes adapters must be asked itself.
+    training mode. A layer that mixes adapters must be asked itself. Of one on a quantised base the weight is
+    that base.
 
     Raises:
         ValueError: a frozen parameter of a LoRAFALinear that requires grad.
@@ -41,6 +51,8 @@ def operands_of(module: nn.Module) -> LinearOperands:
             check_frozen(weight, lora_A, bias)
             return LinearOperands(weight, bias)
         return module.adapter_operands(module.adapter())
+    if isinstance(module, QuantisedLinear):
+        return base_operands(module)
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"{type(module).__name__} is neither an nn.Linear nor a LoRAFALinear")
     return LinearOperands(
@@ -81,7 +93,8 @@ class LoRAFALinearGroup(nn.Module):
             nn.Linear nor a LoRAFALinear; a share_A that is no bool.
 
     `impl` (default "auto") chooses the implementation, as in lorafa_linear; that of the members is not looked
-    at. Where one is quantised, all are computed one by one.
+    at. Members on quantised bases, of any kind, are one node as well if all are, and have one compute_dtype;
+    else each is computed by itself.
     """
 
     # Of groups that were pickled before there was a choice.
@@ -181,12 +194,21 @@ class LoRAFALinearGroup(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return one output for each member. Raises as lorafa_linear_group and operands_of."""
-        # A quantised member makes its dense weight for its own product alone.
         if self._by_member or is_exported() or any(map(mixes, self.members)):
-            return tuple(module(x) for module in self.members)
+            return self._by_members(x)
         operands = [operands_of(module) for module in self.members]
         share_A = self.share_A and own_adapters(self.members)
         return lorafa_linear_group(x, operands, share_A=share_A, impl=self.impl)
+
+    def _by_members(self, x: Tensor) -> tuple[Tensor, ...]:
+        """forward where a member is quantised, or operations must stay those of the members."""
+        members = self.members
+        common = common_compute_dtype(members) if self._by_member and not is_exported() else None
+        if common is None:
+            return tuple(module(x) for module in members)
+        operands = [operands_of(module) for module in members]
+        options = {"share_A": self.share_A, "impl": self.impl, "compute_dtype": common[0]}
+        return quantised_linear_group(x, operands, **options)
 
     def extra_repr(self) -> str:
         """Describe the group in print(model)."""

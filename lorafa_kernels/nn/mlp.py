@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mlp.api import lorafa_gated_mlp
+from ..mlp.quantised import quantised_gated_mlp
+from ..operands import autocast_enabled
 from .group import checked_names, mixes, operands_of
 from .initialise import seed_for
 from .linear import LoRAFALinear, check_seed, checked_size, is_exported, shown
-from .quantised import LoRAFAQuantisedLinear, Quantised, dtype_of, is_quantised
+from .quantised import LoRAFAQuantisedLinear, Quantised, common_compute_dtype, dtype_of, is_quantised
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -137,10 +139,25 @@ class _GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., hidden) for x (..., hidden). Raises as lorafa_gated_mlp and operands_of."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        # A quantised layer makes its dense weight for its own product alone.
         if self._by_layer or is_exported() or any(map(mixes, layers)):
-            return self.down_proj(self._activate(self.gate_proj(x)) * self.up_proj(x))
+            return self._by_layers(x)
         return lorafa_gated_mlp(x, *map(operands_of, layers), activation=self.activation, impl=self.impl)
+
+    def _by_layers(self, x: Tensor) -> Tensor:
+        """forward where a layer is quantised, or operations must stay those of the layers."""
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        common = common_compute_dtype(layers) if self._by_layer and not is_exported() else None
+        if common is None or not computes_in(common[0], x):
+            return self.down_proj(self._activate(self.gate_proj(x)) * self.up_proj(x))
+        options = {"activation": self.activation, "impl": self.impl, "compute_dtype": common[0]}
+        return quantised_gated_mlp(x, *map(operands_of, layers), **options)
+
+
+def computes_in(compute_dtype: torch.dtype | None, x: Tensor) -> bool:
+    """Whether layers with this compute_dtype compute in the dtype of x, or of autocast. What an MLP keeps
+    would be in a dtype that its activation is not in, where they do not.
+    """
+    return compute_dtype is None or compute_dtype == x.dtype or autocast_enabled(x.device.type)
 
 
 class LoRAFASwiGLU(_GatedMLP):
@@ -150,7 +167,8 @@ class LoRAFASwiGLU(_GatedMLP):
     up_proj and M·r numbers for each adapter, and not x nor what down_proj reads. The three layers are
     children of the names that Llama gives them, so parameters are called `gate_proj.weight`,
     `gate_proj.lora_B` and so on. Their own forward and its hooks are not called. A layer that is merged, or
-    has its adapter disabled, acts as the plain linear layer that it is then.
+    has its adapter disabled, acts as the plain linear layer that it is then. Layers on quantised bases are
+    one node as well if all three are, and compute in the dtype of x; else each is computed by itself.
 
     Args:
         hidden, intermediate: features of x and y, and of what gate_proj and up_proj return.

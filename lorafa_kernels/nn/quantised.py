@@ -5,6 +5,7 @@ adapter.
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..base import bnb
 from ..base.frozen import QuantisedBase, base_of, quantised
 from ..base.kinds import kind_of
+from ..group.operands import LinearOperands
 from ..linear.quantised import frozen_linear, quantised_linear
 from ..operands import check_frozen
 from .hooked import is_patched
@@ -37,6 +39,10 @@ class Quantised:
         names = kind_of(self.quantised_kind).names
         tensors = [getattr(self, name) for name in names]
         return base_of(self.quantised_kind, tensors, (self.out_features, self.in_features), self.dense_dtype)
+
+    def holds_base(self) -> bool:
+        """Whether codes and scales are among the parameters, and no dense weight that it is merged into."""
+        return True
 
     def dense_weight(self) -> Tensor:
         """Return the weight (out_features, in_features) that the base stands for, a new tensor."""
@@ -201,6 +207,23 @@ def _like(kind: type[nn.Module], source: nn.Module) -> Any:
     return layer
 
 
+def common_compute_dtype(layers: Iterable[nn.Module]) -> tuple[torch.dtype | None] | None:
+    """The one compute_dtype that layers on quantised bases have, which may be None; None where one is not on
+    such a base now, or they differ.
+    """
+    found = set()
+    for layer in layers:
+        if not isinstance(layer, Quantised) or not layer.holds_base():
+            return None
+        found.add((layer.dense_dtype, layer.compute_dtype))
+    return (next(iter(found))[1],) if len(found) == 1 else None
+
+
+def base_operands(layer: QuantisedLinear) -> LinearOperands:
+    """What a block needs of a layer on a quantised base that has no adapter."""
+    return LinearOperands(layer.base(), layer.bias)
+
+
 class LoRAFAQuantisedLinear(Quantised, LoRAFALinear):
     """A LoRAFALinear whose weight is quantised: y = x Wᵀ + scaling · (x lora_Aᵀ) lora_Bᵀ + bias.
 
@@ -264,7 +287,7 @@ class LoRAFAQuantisedLinear(Quantised, LoRAFALinear):
         """Return y (..., out_features) for input (..., in_features). Raises as LoRAFALinear."""
         if self.merged:
             self.check_merged_call()
-        if self.merged and not self._holds_base():
+        if self.merged and not self.holds_base():
             return self._dense_forward(input)
         if is_exported():
             return self._plain_formula(input, self)
@@ -292,27 +315,31 @@ class LoRAFAQuantisedLinear(Quantised, LoRAFALinear):
         y = nn.functional.linear(input.to(self.compute_dtype), self.weight.to(self.compute_dtype), bias)
         return y.to(input.dtype)
 
-    def _holds_base(self) -> bool:
-        """Whether codes and scales are among the parameters, and no dense weight that it is merged into."""
+    def holds_base(self) -> bool:
+        """As Quantised.holds_base."""
         return not self.weight.is_floating_point()
 
     def base(self) -> QuantisedBase:
         """The base of the layer, of its Parameter objects as they are now; of a layer that is merged into a
         dense weight the one that was kept.
         """
-        return super().base() if self._holds_base() else self._kept_base()
+        return super().base() if self.holds_base() else self._kept_base()
 
     def _kept_base(self) -> QuantisedBase:
         shape = (self.out_features, self.in_features)
         return base_of(self.quantised_kind, self._unmerged, shape, self.dense_dtype)
 
+    def frozen_operands(self, adapter: Any = None) -> tuple[QuantisedBase, Tensor, Tensor | None]:
+        """As LoRAFALinear.frozen_operands, with the base in the place of the weight."""
+        return self.base(), self.lora_A, self.bias
+
     def weight_matrix(self) -> Tensor:
         """Return the dense weight (out_features, in_features), a new tensor unless it is merged into one."""
-        return self.base().dense() if self._holds_base() else self.weight
+        return self.base().dense() if self.holds_base() else self.weight
 
     def weight_shape(self) -> tuple[int, ...]:
         """The shape that weight is stored in: that of the codes, unless it is merged into a dense weight."""
-        if not self._holds_base():
+        if not self.holds_base():
             return self.out_features, self.in_features
         return kind_of(self.quantised_kind).spec(self.out_features, self.in_features)["weight"][1]
 

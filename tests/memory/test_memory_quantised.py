@@ -44,6 +44,10 @@ def test_temporaries_are_what_a_call_takes(kind, dtype):
     base = quantised(draw(N, K), kind)
     parts = (list(base.tensors), base.kind.name, base.shape, base.dtype)
     factors = draw(R, K), draw(N, R)
+    half = quantised(draw(N // 2, K), kind)
+    group = [*base.tensors, *half.tensors], 2 * [kind], [N, K, N // 2, K], dtype
+    of_group = [draw(R, K), draw(R, K)], [draw(N, R), draw(N // 2, R)], [None, None]
+    how = [0.5, 0.5], [0.0, 0.0], None, False
     ours = torch.ops.lorafa_kernels
     table = cpu.temporaries()
     for op, arguments in (
@@ -52,6 +56,11 @@ def test_temporaries_are_what_a_call_takes(kind, dtype):
         (ours.quantised_backward_input.default, (draw(M, N), *parts, *factors, 0.5, "torch")),
         (ours.frozen_product.default, (draw(M, K), *parts, None)),
         (ours.frozen_gradient.default, (draw(M, N), *parts)),
+        (ours.quantised_group_forward.default, (draw(M, K), *group, *of_group, *how, "torch")),
+        (
+            ours.quantised_group_backward.default,
+            ([draw(M, N), draw(M, N // 2)], draw(M, 2 * R), *group, *of_group[:2], *how, 2 * [True], "torch"),
+        ),
     ):
         out, peak = events(lambda op=op, arguments=arguments: op(*arguments))
         results = out if isinstance(out, (tuple, list)) else [out]

@@ -72,18 +72,22 @@ def dense_twin(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.numerics
+@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_computes_and_trains_as_the_dense_model(kind):
+def test_computes_and_trains_as_the_dense_model(kind, fuse):
     model = quantize_base(llama(), kind)
     layer = model.model.layers[1].mlp.down_proj
     assert type(layer) is QuantisedLinear and type(model.lm_head) is nn.Linear
     assert not any(p.requires_grad for p in layer.parameters())
     twin = dense_twin(model)
     assert_same(logits(model), logits(twin))
-    for other, fuse in ((model, True), (twin, False)):
+    for other in (model, twin):
         apply_lorafa(other, CONFIG, fuse=fuse, norm=False)
         trained(other)
     assert type(model.model.layers[1].mlp.down_proj) is LoRAFAQuantisedLinear
+    placed = [(b.kind, b.layers) for b in model.lorafa_report.blocks if b.fused]
+    assert placed == [(b.kind, b.layers) for b in twin.lorafa_report.blocks if b.fused]
+    assert len(placed) == (4 if fuse else 0)
     results = []
     for other in (model, twin):
         loss = other(IDS, labels=IDS).loss
@@ -126,8 +130,8 @@ def test_says_what_it_did(caplog):
         for layer in model.modules()
         if isinstance(layer, LoRAFALinear)
     )
-    reasons = [block.reason for block in model.lorafa_report.blocks if not block.fused]
-    assert reasons and all("quantised, and computed by" in reason for reason in reasons)
+    assert "2 x LlamaMLP, MLP: gate_proj, up_proj, down_proj in one node" in report
+    assert "2 x LlamaAttention, shared input: q_proj, k_proj, v_proj computed together" in report
 
 
 def test_what_stays_dense():
@@ -287,6 +291,7 @@ class TestBitsandbytes:
         want = model(IDS).logits.detach()
         before = model.model.layers[0].mlp.up_proj.weight.data_ptr()
         apply_lorafa(model, CONFIG)
+        assert sum(block.fused and block.kind != "norm" for block in model.lorafa_report.blocks) == 4
         layer = model.model.layers[0].mlp.up_proj
         assert layer.quantised_kind == ("nf4-nested" if nested else "nf4")
         assert layer.weight.data_ptr() == before

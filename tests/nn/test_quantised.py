@@ -13,11 +13,10 @@ import pytest
 import torch
 from accuracy import assert_same, check_budget
 from conftest import implementation_cases
-from saved import Saved, copied, pickled
+from saved import DenseWeights, Saved, copied, pickled
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafa_kernels import LoRAFALinear, LoRAFALinearGroup, LoRAFASwiGLU, explain
+from lorafa_kernels import LoRAFALinear, LoRAFALinearGroup, explain
 from lorafa_kernels.base.frozen import base_of, quantised
 from lorafa_kernels.base.kinds import KINDS
 from lorafa_kernels.checks.budget import draw_operands, plain_formula
@@ -128,24 +127,6 @@ def test_keeps_z_and_the_codes_and_scales_themselves(kind, dtype, autocast):
     with Saved() as saved:
         layer(x.detach())
     assert saved.tensors == []
-
-
-class DenseWeights(TorchDispatchMode):
-    """Counts the storages that operations make, of tensors of these shapes, and that live at a time."""
-
-    def __init__(self, shapes: set[tuple[int, int]]) -> None:
-        super().__init__()
-        self.shapes, self.alive, self.most = shapes, {}, 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        out = function(*arguments, **(keywords or {}))
-        for tensor in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
-            if isinstance(tensor, Tensor) and tuple(tensor.shape) in self.shapes:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = torch.multiprocessing.reductions.StorageWeakRef(storage)
-        self.alive = {key: ref for key, ref in self.alive.items() if not ref.expired()}
-        self.most = max(self.most, len(self.alive))
-        return out
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -334,7 +315,7 @@ def test_to_linear_gives_back_what_was_taken(kind):
 
 
 @pytest.mark.numerics
-def test_a_group_with_a_quantised_member_computes_one_by_one():
+def test_a_group_of_quantised_and_dense_members_computes_one_by_one():
     quantised_layer, dense = layers()
     plain = QuantisedLinear.from_linear(nn.Linear(K, 8), "int8")
     group = LoRAFALinearGroup({"q": quantised_layer, "k": dense, "v": plain})
@@ -346,16 +327,6 @@ def test_a_group_with_a_quantised_member_computes_one_by_one():
     assert [type(member) for member in made.members] == 2 * [LoRAFAQuantisedLinear]
     with pytest.raises(ValueError, match="has dtype"):
         LoRAFALinearGroup({"q": quantised_layer, "k": nn.Linear(K, N, dtype=torch.float64)})
-
-
-@pytest.mark.numerics
-def test_a_gated_mlp_with_a_quantised_layer_computes_one_by_one():
-    parts = [QuantisedLinear.from_linear(nn.Linear(*s), "nf4") for s in ((64, 192), (64, 192), (192, 64))]
-    mlp = LoRAFASwiGLU.from_linears(*parts, r=2, adapt=["gate_proj", "down_proj"])
-    x = torch.randn(M, 64)
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    assert type(gate) is type(down) is LoRAFAQuantisedLinear and type(up) is QuantisedLinear
-    assert_same(mlp(x), down(nn.functional.silu(gate(x)) * up(x)))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -73,6 +74,44 @@ def _sharded(rank, world, folder):
             before = dict(model(kind).named_parameters())
             assert_same(state, {name: p.data for name, p in before.items()})
 
+    if importlib.util.find_spec("transformers"):
+        _sharded_blocks()
+
+
+def _sharded_blocks():
+    """A model with groups and gated MLPs, of which each decoder layer is a unit."""
+    from torch.distributed.fsdp import fully_shard
+
+    from lorafa_kernels import LoRAFAConfig, apply_lorafa, lorafa_parameters, quantize_base
+
+    config = LoRAFAConfig(r=3, target_modules="all-linear", init_lora_weights=False, init_seed=5)
+    ids = torch.arange(24).reshape(2, 12) % 31
+    found = []
+    for sharded in (False, True):
+        module = apply_lorafa(quantize_base(_llama(), "nf4-nested"), config)
+        assert _places(module) == 2 * ["shared input", "MLP"]
+        if sharded:
+            for layer in module.model.layers:
+                fully_shard(layer)
+            fully_shard(module)
+        names = []
+        hook = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, names=names: names.append(tuple(t.shape)) or t, lambda t: t
+        )
+        with hook:
+            loss = module(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = [p.grad for p in lorafa_parameters(module)]
+        gradients = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+        # The outputs of gate and up are kept, and neither their product nor x.
+        found.append((loss.detach(), *gradients))
+        assert names.count((24, 128)) == 4
+    assert_same(*found)
+
+
+def _places(module: nn.Module) -> list[str]:
+    return [block.kind for block in module.lorafa_report.blocks if block.fused and block.kind != "norm"]
+
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_fully_shard_on_two_processes_is_exact(tmp_path):
@@ -134,6 +173,7 @@ def test_training_curves_of_peft_s_qlora(tmp_path):
         parameter.requires_grad_("lora_B" in name)
     ours = load_adapter(load(), tmp_path / "adapter").train()
     assert isinstance(ours.lorafa_config, LoRAFAConfig)
+    assert _places(ours) == 2 * ["shared input", "MLP"]
     trained = [p for p in qlora.parameters() if p.requires_grad]
     assert len(trained) == len(lorafa_parameters(ours)) == 14
     want, got = _losses(qlora, trained), _losses(ours, lorafa_parameters(ours))

@@ -21,6 +21,7 @@ import sys
 import threading
 import types
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def is_called_by(code: types.CodeType) -> bool:
     return frame is not None and frame.f_code is code
 
 
-class _Output(NamedTuple):
+class Output(NamedTuple):
     """y and what it was computed from: the layer's operands, and the versions of their tensors then."""
 
     y: Tensor
@@ -56,10 +57,10 @@ class _Output(NamedTuple):
         for then, now in zip(self.operands, operands, strict=True):
             if then is not now and not (type(then) is type(now) is float and then == now):
                 return False
-        return self.versions == _versions(operands)
+        return self.versions == versions_of(operands[:4])
 
 
-class _Outputs(dict[int, _Output]):
+class _Outputs(dict[int, Output]):
     """Outputs by place in the group. A class of its own, so that it can be referred to weakly."""
 
 
@@ -91,7 +92,7 @@ class Group:
         self._local = threading.local()
 
     def __reduce__(self):
-        return Group, (len(self.members), self.kind)
+        return type(self), (len(self.members), self.kind)
 
     def enter(self, member: Member) -> None:
         """Take `member` in at its place, if nobody is there."""
@@ -129,15 +130,22 @@ class Group:
             return None
         return self._compute_all(x, operands, place, state, impl)
 
+    def linears(self, x: Tensor, operands: list[LinearOperands], *, impl: str) -> tuple[Tensor, ...]:
+        """The outputs of all."""
+        return lorafa_linear_group(x, operands, impl=impl)
+
+    @staticmethod
+    def remembered(y: Tensor, operands: LinearOperands) -> Output:
+        """What waits for the layer of these operands."""
+        return Output(y, operands, versions_of(operands[:4]))
+
     def _compute_all(
         self, x: Tensor, operands: list[LinearOperands], place: int, state: tuple, impl: str
     ) -> Tensor:
         self._local.waiting = None
-        ys = lorafa_linear_group(x, operands, impl=impl)
+        ys = self.linears(x, operands, impl=impl)
         outputs = _Outputs(
-            (other, _Output(y, operands[other], _versions(operands[other])))
-            for other, y in enumerate(ys)
-            if other != place
+            (other, self.remembered(y, operands[other])) for other, y in enumerate(ys) if other != place
         )
         # These are called from whichever thread lets go of x, or runs backward, so they clear what waits and
         # not a thread's slot. What waits must not be held by x or by the graph that it belongs to.
@@ -162,9 +170,9 @@ def _state(x: Tensor) -> tuple:
     return torch.is_grad_enabled(), autocast, stream
 
 
-def _versions(operands: LinearOperands) -> tuple[int, ...]:
-    # Tensors made in inference mode have none.
-    return tuple(0 if t is None or t.is_inference() else t._version for t in operands[:4])
+def versions_of(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    """The versions of tensors; those made in inference mode have none."""
+    return tuple(0 if t is None or t.is_inference() else t._version for t in tensors)
 
 
 class Member:
@@ -192,13 +200,15 @@ class GroupMember(Member, LoRAFALinear):
         return LoRAFALinear.forward(self, input) if y is None else y
 
 
-# The class of a layer in a group by its class outside of one.
+# The class of a layer in a group by its class outside of one, and the class of its group.
 MEMBERS: dict[type, type] = {}
+_GROUPS: dict[type, type[Group]] = {}
 
 
-def register_member(alone: type, member: type) -> None:
+def register_member(alone: type, member: type, group: type[Group] = Group) -> None:
     """Let layers of the class `alone` form groups, in which they are of the class `member`, a Member."""
     MEMBERS[alone] = member
+    _GROUPS[alone] = group
     LINEARS[member] = member.forward
 
 
@@ -209,7 +219,7 @@ def group_layers(layers: list[nn.Module], kind: type) -> None:
     """Compute the layers, all of one class in MEMBERS, together when forward of the class `kind` calls
     them.
     """
-    group = Group(len(layers), kind)
+    group = _GROUPS[type(layers[0])](len(layers), kind)
     for place, layer in enumerate(layers):
         layer.__class__ = MEMBERS[type(layer)]
         layer.__dict__.update({_GROUP: group, _PLACE: place})

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...base import bnb
-from ...nn.quantised import Quantised
+from ...nn.quantised import Quantised, dtype_of
 from .fused import fuse_module, restore_module
 from .guards import ADAPTED, LINEARS, is_quiet, trained_names
 from .members import MEMBERS, group_layers, ungroup_layer
 from .projections import obstacle_between, shared_inputs
+from .quantised import QUANTISED
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
 from .shield import Untraceable
 
@@ -79,18 +80,17 @@ def _place_layers(name: str, module: nn.Module, linears: list[str]) -> list[Bloc
     blocks = _place_mlp(name, module)
     if blocks and blocks[0].fused:
         return blocks
-    plain = tuple(name for name in linears if type(module._modules[name]) in LINEARS)
+    plain = tuple(name for name in linears if type(module._modules[name]) in (*LINEARS, *QUANTISED))
     for names in shared_inputs(type(module)):
-        layers = _groupable(module, names)
+        adapted = [name for name in names if type(module._modules.get(name)) in MEMBERS]
+        mixed = _mixed(module, adapted)
+        layers = tuple(adapted) if mixed else _groupable(module, names)
         if len(layers) > 1:
-            reason = _obstacle(module, layers) or obstacle_between(type(module), layers, plain)
+            reason = mixed or _obstacle(module, layers) or obstacle_between(type(module), layers, plain)
             if reason is None:
                 group_layers([module._modules[layer] for layer in layers], type(module))
             blocks.append(Block(name, "shared input", kind, layers if reason is None else (), reason))
-    reason = "none of its adapted layers share an input"
-    if any(isinstance(module._modules[name], Quantised) for name in linears):
-        reason = "its layers are quantised, and computed by themselves"
-    return blocks or [Block(name, "shared input", kind, (), reason)]
+    return blocks or [Block(name, "shared input", kind, (), "none of its adapted layers share an input")]
 
 
 def _place_mlp(name: str, module: nn.Module) -> list[Block]:
@@ -103,7 +103,8 @@ def _place_mlp(name: str, module: nn.Module) -> list[Block]:
             return []
         return [Block(name, "MLP", kind, (), f"its forward {error}")]
     layers = (roles.gate, roles.up, roles.down)
-    reason = _obstacle(module, (*layers, *(other for other, _ in roles.others))) or _fuse(module, roles)
+    inside = (*layers, *(other for other, _ in roles.others))
+    reason = _mixed(module, layers) or _obstacle(module, inside) or _fuse(module, roles)
     return [Block(name, "MLP", kind, () if reason else layers, reason)]
 
 
@@ -133,8 +134,6 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
         return "its forward was patched on the instance"
     for name in children:
         child = module._modules[name]
-        if isinstance(child, Quantised) or bnb.is_linear4bit(child):
-            return f"{name} is quantised, and computed by itself"
         if not is_quiet(child):
             return f"{name} has hooks or a patched forward"
         trained = [
@@ -142,6 +141,25 @@ def _obstacle(module: nn.Module, children: Iterable[str]) -> str | None:
         ]
         if trained:
             return f"{name}.{trained[0]} is trained"
+    return None
+
+
+def _mixed(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Why layers are not computed together though their forward would be right, or None: they are not all on
+    quantised bases, or compute in different dtypes.
+    """
+    layers = {name: module._modules[name] for name in names}
+    bases = [name for name, layer in layers.items() if isinstance(layer, Quantised)]
+    for name, layer in layers.items():
+        if bnb.is_linear4bit(layer):
+            return f"{name} is bitsandbytes' {type(layer).__name__}, without an adapter"
+        if bases and name not in bases:
+            return f"{bases[0]} is quantised, and {name} is not"
+    kinds: dict[tuple, str] = {}
+    for name in bases:
+        kinds.setdefault((dtype_of(layers[name]), layers[name].compute_dtype), name)
+    if len(kinds) > 1:
+        return f"{' and '.join(list(kinds.values())[:2])} compute in different dtypes"
     return None
 
 

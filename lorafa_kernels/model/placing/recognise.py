@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ...nn.quantised import Quantised
 from .guards import ADAPTED
 from .shield import Guards, Reads, Untraceable
 from .symbolic import Child, Slot, Symbol, Trace, input_name, original_class, run, trace_forward
@@ -232,7 +233,7 @@ def recognise_mlp(module: nn.Module) -> MLP:
     roles, trace, read = _bound(module, _gated, "a gated MLP")
     for role in ("gate", "up", "down"):
         child = module._modules[roles[role]]
-        if type(child) is not nn.Linear and not isinstance(child, ADAPTED):
+        if type(child) is not nn.Linear and not isinstance(child, (Quantised, *ADAPTED)):
             raise Untraceable(f"calls a layer of another class, {roles[role]} ({type(child).__name__})")
     activation, others = roles["activation"], tuple(dict.fromkeys(trace.identities))
     guards = None
