@@ -31,7 +31,7 @@ from ..nn.linear import LoRAFALinear
 from ..nn.quantised import Quantised, QuantisedLinear
 from ..operands import FLOAT_DTYPES, autocast_enabled
 from .peft_adapter import ServedAdapter, adapter_obstacle
-from .peft_quantised import ServedOnQuantised, ServedQuantisedLinear
+from .peft_quantised import ServedMemberQuantisedLinear, ServedOnQuantised, ServedQuantisedLinear
 
 # Dense base layers that can be served, and the forward that is computed.
 _BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
@@ -94,7 +94,7 @@ class ServedMemberLinear(Member, ServedLinear):
         return ServedLinear.forward(self, x, *args, **kwargs) if y is None else y
 
 
-_SERVED = (ServedLinear, ServedMemberLinear, ServedQuantisedLinear)
+_SERVED = (ServedLinear, ServedMemberLinear, ServedQuantisedLinear, ServedMemberQuantisedLinear)
 LINEARS[ServedLinear] = ServedLinear.forward
 register_member(ServedLinear, ServedMemberLinear)
 
@@ -155,7 +155,8 @@ def serve(layer: nn.Module) -> None:
         on_codes = isinstance(layer.base_layer, Quantised)
         layer.__class__ = ServedQuantisedLinear if on_codes else ServedLinear
     elif _is_on_linear4bit(layer):
-        layer.__class__ = _served_linear4bit()
+        if not isinstance(layer, ServedOnQuantised):
+            layer.__class__ = _served_linear4bit()[0]
         layer.quantised_base(layer.base_layer)
     layer._freeze_non_trainable_peft_weights()
 
@@ -209,13 +210,13 @@ def kind_of_base(layer: nn.Module) -> str:
 def _is_on_linear4bit(layer: nn.Module) -> bool:
     """Whether it is of PEFT's class for bitsandbytes' Linear4bit, or of what stands in for that."""
     kind = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
-    return kind is not None and type(layer) in (kind, _served_linear4bit())
+    return kind is not None and type(layer) in (kind, *_served_linear4bit())
 
 
-def _served_linear4bit() -> type:
-    from .peft_linear4bit import ServedLinear4bit
+def _served_linear4bit() -> tuple[type, ...]:
+    from .peft_linear4bit import ServedLinear4bit, ServedMemberLinear4bit
 
-    return ServedLinear4bit
+    return ServedLinear4bit, ServedMemberLinear4bit
 
 
 def _base_obstacle(base: nn.Module, of_bnb: bool = False) -> str | None:

@@ -14,6 +14,8 @@ from ..base import bnb
 from ..base.frozen import QuantisedBase
 from ..linear.quantised import frozen_linear
 from ..model.placing.guards import is_quiet
+from ..model.placing.members import Member, register_member
+from ..model.placing.quantised import QuantisedGroup, register_quantised
 from .peft_quantised import ServedOnQuantised
 
 _BASE = "_lorafa_base"
@@ -74,7 +76,9 @@ class ServedLinear4bit(ServedOnQuantised, Linear4bit):
         self.__dict__[_BASE] = _Known(of, weight.data_ptr(), base)
         return base
 
-    def compute_dtype_for(self, linear: nn.Module, x: Tensor) -> torch.dtype | None:
+    def compute_dtype_for(self, linear: nn.Module, x: Tensor | None) -> torch.dtype | None:
+        if x is None:
+            return linear.compute_dtype
         if not linear.compute_type_is_set:
             linear.set_compute_type(x)
             linear.compute_type_is_set = True
@@ -82,3 +86,16 @@ class ServedLinear4bit(ServedOnQuantised, Linear4bit):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != _BASE}
+
+
+class ServedMemberLinear4bit(Member, ServedLinear4bit):
+    """A ServedLinear4bit that is computed together with others that are fed the same tensor."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ServedLinear4bit."""
+        y = None if args or kwargs else Member.output_of_group(self, x)
+        return ServedLinear4bit.forward(self, x, *args, **kwargs) if y is None else y
+
+
+register_quantised(ServedLinear4bit)
+register_member(ServedLinear4bit, ServedMemberLinear4bit, QuantisedGroup)

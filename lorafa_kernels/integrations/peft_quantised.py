@@ -18,21 +18,24 @@ from torch import Tensor, nn
 
 from ..base.frozen import QuantisedBase, quantised
 from ..base.kinds import kind_of
+from ..group.operands import LinearOperands
 from ..linear.quantised import quantised_linear
 from ..model.placing.guards import is_plain, no_global_hooks
+from ..model.placing.members import Member, register_member
+from ..model.placing.quantised import AdaptedOnQuantised, QuantisedGroup, register_quantised
 from ..nn.quantised import QuantisedLinear
 from ..operands import autocast_enabled
 from .peft_adapter import ServedAdapter
 
 
-class ServedOnQuantised(ServedAdapter):
-    """Beside a class of PEFT's LoRA layers: forward on a quantised base, of each layer by itself."""
+class ServedOnQuantised(ServedAdapter, AdaptedOnQuantised):
+    """Beside a class of PEFT's LoRA layers: forward on a quantised base."""
 
     def quantised_base(self, linear: nn.Module) -> QuantisedBase | None:
         """The base of the layer that PEFT wraps, None if it cannot be used as it is now."""
         raise NotImplementedError
 
-    def compute_dtype_for(self, linear: nn.Module, x: Tensor) -> torch.dtype | None:
+    def compute_dtype_for(self, linear: nn.Module, x: Tensor | None) -> torch.dtype | None:
         """What x is cast to; None: it must have the dtype of the base."""
         return linear.compute_dtype
 
@@ -43,30 +46,59 @@ class ServedOnQuantised(ServedAdapter):
 
     def computed(self, x: Tensor) -> Tensor | None:
         """y, None where PEFT's own forward must compute it."""
+        found = self._operands(x)
+        if found is None:
+            return None
+        base, bias, lora_A, lora_B, scaling, dropout_p, _ = found
+        compute_dtype = self.compute_dtype_for(self._modules["base_layer"], x)
+        # TRL casts what is trained to bf16, whatever is computed in.
+        factors = [
+            factor if self._combines(factor, compute_dtype, x) else factor.to(compute_dtype or x.dtype)
+            for factor in (lora_A, lora_B)
+        ]
+        how = {"scaling": scaling, "dropout_p": dropout_p, "compute_dtype": compute_dtype}
+        return quantised_linear(x, base, *factors, bias, **how)
+
+    def block_operands(self, x: Tensor) -> LinearOperands | None:
+        found = self._operands(x)
+        if found is None:
+            return None
+        linear = self._modules["base_layer"]
+        compute_dtype = self.compute_dtype_for(linear, x)
+        # A block gives no gradient to what is meant to be frozen, forward by itself refuses; and it keeps no
+        # copies of factors.
+        if found.lora_A.requires_grad or any(
+            p.requires_grad for p in linear._parameters.values() if p is not None
+        ):
+            return None
+        if not all(self._combines(factor, compute_dtype, x) for factor in (found.lora_A, found.lora_B)):
+            return None
+        return found
+
+    def block_dtypes(self, x: Tensor | None) -> tuple[torch.dtype, torch.dtype | None] | None:
+        linear = self._modules["base_layer"]
+        base = self.quantised_base(linear)
+        return None if base is None else (base.dtype, self.compute_dtype_for(linear, x))
+
+    def _operands(self, x: Tensor) -> LinearOperands | None:
+        """What these kernels compute for x, the base in the place of the weight; None where PEFT must."""
         found = self.acting()
         base = None if found is None else self.quantised_base(found.base)
         if base is None or base.shape != (self.out_features, self.in_features) or base.device != x.device:
             return None
-        compute_dtype = self.compute_dtype_for(found.base, x)
-        factors, bias = (found.lora_A, found.lora_B), found.base._parameters.get("bias")
-        for tensor in (*factors, bias):
+        bias = found.base._parameters.get("bias")
+        for tensor in (found.lora_A, found.lora_B, bias):
             if tensor is not None and (type(tensor) is not nn.Parameter or tensor.device != x.device):
                 return None
-        if not autocast_enabled(x.device.type):
-            if compute_dtype is None and x.dtype != base.dtype:
-                return None
-            dtype = compute_dtype or x.dtype
-            # TRL casts what is trained to bf16, whatever is computed in.
-            factors = [f if f.dtype in (dtype, torch.float32) else f.to(dtype) for f in factors]
-        return quantised_linear(
-            x,
-            base,
-            *factors,
-            bias,
-            scaling=found.scaling,
-            dropout_p=found.dropout_p,
-            compute_dtype=compute_dtype,
-        )
+        cast = autocast_enabled(x.device.type) or self.compute_dtype_for(found.base, x) is not None
+        if not cast and x.dtype != base.dtype:
+            return None
+        return LinearOperands(base, bias, found.lora_A, found.lora_B, found.scaling, found.dropout_p)
+
+    @staticmethod
+    def _combines(factor: Tensor, compute_dtype: torch.dtype | None, x: Tensor) -> bool:
+        """Whether a factor is computed with as it is."""
+        return autocast_enabled(x.device.type) or factor.dtype in (compute_dtype or x.dtype, torch.float32)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """As PEFT's, (N, K), also where lora_B was cast without the frozen lora_A."""
@@ -131,3 +163,16 @@ class ServedQuantisedLinear(ServedOnQuantised, lora.Linear):
         device = linear.weight.device
         for name, tensor in zip(names, tensors, strict=True):
             linear._parameters[name] = nn.Parameter(tensor.detach().to(device), requires_grad=False)
+
+
+class ServedMemberQuantisedLinear(Member, ServedQuantisedLinear):
+    """A ServedQuantisedLinear that is computed together with others that are fed the same tensor."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ServedQuantisedLinear."""
+        y = None if args or kwargs else Member.output_of_group(self, x)
+        return ServedQuantisedLinear.forward(self, x, *args, **kwargs) if y is None else y
+
+
+register_quantised(ServedQuantisedLinear)
+register_member(ServedQuantisedLinear, ServedMemberQuantisedLinear, QuantisedGroup)

@@ -499,3 +499,36 @@ def test_variants_that_read_the_weight_are_refused_on_codes(way, folder):
         if way == "register":
             peft.get_peft_model(base, register(config))
         accelerate_peft(peft.get_peft_model(base, config))
+
+
+def blocks_of(model) -> set:
+    return {(block.name, block.kind, block.layers) for block in model.lorafa_report.blocks if block.fused}
+
+
+@pytest.mark.numerics
+@KINDS
+def test_blocks_are_those_of_apply_lorafa_and_end_where_peft_must_compute(kind, folder):
+    plain = with_peft(load(folder, kind))
+    exact, model = exactly(plain), served(load(folder, kind))
+    ours = with_lorafa(load(folder, kind), plain)
+    found = blocks_of(model)
+    assert found == blocks_of(ours) and {kind for _, kind, _ in found} == {"shared input", "MLP", "norm"}
+    together, alone = kept(model), served(load(folder, kind))
+    accelerate_peft(alone, fuse=False)
+    assert together < kept(alone)
+    # A copy has groups of its own.
+    for other in (model, pickled(model), copy.deepcopy(model)):
+        check_results(beds.results(other), beds.results(plain), beds.results(exact), torch.float32)
+        assert kept(other) == together
+    # One layer with a hook: its blocks give way.
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    handle = layer.register_forward_hook(lambda *_: None)
+    check_results(beds.results(model), beds.results(plain), beds.results(exact), torch.float32)
+    assert together < kept(model)
+    handle.remove()
+    assert kept(model) == together
+    with model.disable_adapter(), plain.disable_adapter():
+        got, theirs, wanted = (m(**beds.tokens(m))[0] for m in (model, plain, exactly(plain)))
+        error, allowed = relative_error(got, wanted), relative_error(theirs, wanted)
+        assert error <= allowed_error(allowed, torch.float32)
+    assert not any("Served" in type(module).__name__ for module in model.unload().modules())

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...base import bnb
-from ...nn.quantised import Quantised, dtype_of
+from ...nn.quantised import Quantised
 from .fused import fuse_module, restore_module
 from .guards import ADAPTED, LINEARS, is_quiet, trained_names
 from .members import MEMBERS, group_layers, ungroup_layer
 from .projections import obstacle_between, shared_inputs
-from .quantised import QUANTISED
+from .quantised import QUANTISED, AdaptedOnQuantised, dtypes_of
 from .recognise import MLP, Norm, recognise_mlp, recognise_norm
 from .shield import Untraceable
 
@@ -149,15 +149,15 @@ def _mixed(module: nn.Module, names: Iterable[str]) -> str | None:
     quantised bases, or compute in different dtypes.
     """
     layers = {name: module._modules[name] for name in names}
-    bases = [name for name, layer in layers.items() if isinstance(layer, Quantised)]
+    bases = [name for name, layer in layers.items() if isinstance(layer, (Quantised, AdaptedOnQuantised))]
     for name, layer in layers.items():
         if bnb.is_linear4bit(layer):
             return f"{name} is bitsandbytes' {type(layer).__name__}, without an adapter"
         if bases and name not in bases:
             return f"{bases[0]} is quantised, and {name} is not"
-    kinds: dict[tuple, str] = {}
+    kinds: dict[tuple | None, str] = {}
     for name in bases:
-        kinds.setdefault((dtype_of(layers[name]), layers[name].compute_dtype), name)
+        kinds.setdefault(dtypes_of(layers[name], None), name)
     if len(kinds) > 1:
         return f"{' and '.join(list(kinds.values())[:2])} compute in different dtypes"
     return None

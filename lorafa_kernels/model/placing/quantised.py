@@ -8,6 +8,7 @@ an MLP gives way where its layers compute in another dtype than x has.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,34 @@ from ...nn.quantised import LoRAFAQuantisedLinear, QuantisedLinear, base_operand
 from ...operands import autocast_enabled
 from .guards import SPLIT_MLPS, AdaptedLinear, drops, is_quiet
 from .members import Group, Member, Output, register_member, versions_of
+
+
+class AdaptedOnQuantised(AdaptedLinear):
+    """What a layer of another library on a quantised base inherits from so that blocks take it: what its
+    block_operands returns has that base in the place of the weight. Its class is to be registered by
+    register_quantised.
+    """
+
+    def block_dtypes(self, x: Tensor | None) -> tuple[torch.dtype, torch.dtype | None] | None:
+        """The dtype of the weight that the base stands for, and what x is cast to, None for x as it is. None
+        without such a base. x is None while blocks are placed.
+        """
+        raise NotImplementedError
+
+
+def dtypes_of(layer: nn.Module, x: Tensor | None) -> tuple[torch.dtype, torch.dtype | None] | None:
+    """As AdaptedOnQuantised.block_dtypes, for any layer."""
+    if isinstance(layer, AdaptedOnQuantised):
+        return layer.block_dtypes(x)
+    common = common_compute_dtype((layer,))
+    return None if common is None else (layer.dense_dtype, *common)
+
+
+def _common_dtype(layers: Iterable[nn.Module], x: Tensor) -> tuple[torch.dtype | None] | None:
+    """As common_compute_dtype, of layers of other libraries too."""
+    found = {dtypes_of(layer, x) for layer in layers}
+    common = found.pop()
+    return None if found or common is None else (common[1],)
 
 
 class _Remembered(Output):
@@ -52,11 +81,11 @@ class QuantisedGroup(Group):
 
     def compute(self, member: Member, x: Tensor) -> Tensor | None:
         """As Group.compute; None too where the members have different compute_dtypes."""
-        return None if self._compute_dtype() is None else super().compute(member, x)
+        return None if self._compute_dtype(x) is None else super().compute(member, x)
 
     def linears(self, x: Tensor, operands: list[LinearOperands], *, impl: str) -> tuple[Tensor, ...]:
         """As Group.linears."""
-        (compute_dtype,) = self._compute_dtype()
+        (compute_dtype,) = self._compute_dtype(x)
         return quantised_linear_group(x, operands, impl=impl, compute_dtype=compute_dtype)
 
     @staticmethod
@@ -65,8 +94,8 @@ class QuantisedGroup(Group):
         flat = _flat(operands)
         return _Remembered(y, flat, _versions(flat))
 
-    def _compute_dtype(self) -> tuple[torch.dtype | None] | None:
-        return common_compute_dtype(layer for ref in self.members if ref and (layer := ref()) is not None)
+    def _compute_dtype(self, x: Tensor) -> tuple[torch.dtype | None] | None:
+        return _common_dtype((layer for ref in self.members if ref and (layer := ref()) is not None), x)
 
 
 class QuantisedMember(Member, AdaptedLinear, LoRAFAQuantisedLinear):
@@ -96,6 +125,8 @@ def _operands_for(layer: nn.Module, x: Tensor) -> LinearOperands | None:
     """As guards.operands_for, whose checks of the class and of hooks are done, for a layer on a quantised
     base.
     """
+    if isinstance(layer, AdaptedOnQuantised):
+        return layer.block_operands(x)
     adapted = isinstance(layer, LoRAFAQuantisedLinear)
     if adapted and (layer.merged or not layer.adapter_enabled):
         return None
@@ -124,7 +155,7 @@ def _gated_mlp(
 ) -> Tensor | None:
     """y of a gated MLP on quantised bases; None where each layer must compute by itself."""
     layers = gate, up, down
-    common = common_compute_dtype(layers)
+    common = _common_dtype(layers, x)
     if common is None or not computes_in(common[0], x):
         return None
     for layer in layers:
@@ -139,5 +170,12 @@ def _gated_mlp(
     return quantised_gated_mlp(x, *operands, activation=activation, impl=impl, compute_dtype=common[0])
 
 
-for kinds in itertools.product(QUANTISED, repeat=3):
-    SPLIT_MLPS[kinds] = _gated_mlp
+def register_quantised(kind: type) -> None:
+    """Let layers of the class `kind`, on quantised bases, be the layers of gated MLPs."""
+    QUANTISED[kind] = kind.forward
+    for kinds in itertools.product(QUANTISED, repeat=3):
+        SPLIT_MLPS[kinds] = _gated_mlp
+
+
+for known in tuple(QUANTISED):
+    register_quantised(known)
