@@ -4,6 +4,7 @@ adapters of one process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from unittest import mock
@@ -20,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lorafa_kernels.integrations import peft_quantised
 from lorafa_kernels.integrations.peft import accelerate_peft
-from lorafa_kernels.linear.quantised import quantised_linear
+from lorafa_kernels.model.placing import quantised as placing
 
 STEPS, ROWS = 5, 4
 # What docs/engines.md says.
@@ -30,6 +31,12 @@ BASES = ["dense", "nf4"] + ["bitsandbytes nested"] * (importlib.util.find_spec("
 ENGINES = [
     (e, base) for base in BASES for e in ("ddp", "fsdp1", "fsdp2") if (e, base != "dense") != ("fsdp1", True)
 ]
+# What computes layers on quantised bases: by themselves, as groups, in MLPs.
+SERVED = (
+    (peft_quantised, "quantised_linear"),
+    (placing, "quantised_linear_group"),
+    (placing, "quantised_gated_mlp"),
+)
 pytestmark = [pytest.mark.numerics, pytest.mark.slow]
 
 
@@ -91,9 +98,15 @@ def _through(engine: str, base: str, rank: int, world: int, folder: str) -> dict
 def _worker(rank: int, world: int, folder: str) -> None:
     found = {}
     for engine, base in ENGINES:
-        with mock.patch.object(peft_quantised, "quantised_linear", wraps=quantised_linear) as served:
+        with contextlib.ExitStack() as stack:
+            served = [
+                stack.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
+                for module, name in SERVED
+            ]
             found[engine, base] = _through(engine, base, rank, world, f"{folder}/base")
-        assert served.call_count == (0 if base == "dense" else STEPS * 14)
+        # Of each of two decoder layers o_proj, q/k/v and the MLP.
+        expected = 0 if base == "dense" else STEPS * 2
+        assert [function.call_count for function in served] == [expected] * 3
     if rank == 0:
         torch.save(found, f"{folder}/found")
 
