@@ -15,6 +15,7 @@ import tempfile
 import pytest
 import slow_cases
 import torch
+from installed import OF_PEFT, OF_TRITON
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -96,12 +97,11 @@ def import_everything() -> None:
     """
     import lorafa_kernels
 
-    of_triton = ("lorafa_kernels.kernels.", "lorafa_kernels.linear.fused", "lorafa_kernels.group.fused")
     for module in pkgutil.walk_packages(lorafa_kernels.__path__, "lorafa_kernels."):
         # What is built on another library is imported when it is used: peft takes seconds.
-        if module.name in ("lorafa_kernels.__main__", "lorafa_kernels.integrations.peft_layers"):
+        if module.name == "lorafa_kernels.__main__" or module.name.startswith(OF_PEFT):
             continue
-        if TRITON or not module.name.startswith(of_triton):
+        if TRITON or not module.name.startswith(OF_TRITON):
             # What an optional package is missing for is tested where it is needed; so is a name that another
             # Triton does not have in Gluon.
             of_gluon = module.name.startswith("lorafa_kernels.kernels.expand_ws")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from installed import OF_PEFT, OF_TRITON
 
 import bench
 import lorafa_kernels
@@ -101,6 +102,13 @@ PLAIN = [name for name in modules() if not name.endswith("__init__")]
 
 def unit_of(name: str) -> str:
     return name.partition(".")[0]
+
+
+def test_what_only_an_optional_package_makes_importable_is_known_by_its_name():
+    """Where the package is installed without Triton and PEFT, the rest is imported by these names."""
+    for prefix, names in ((OF_TRITON, COMPOSED), (OF_PEFT, BUILT_ON)):
+        found = {name for name in modules() if f"lorafa_kernels.{name}".startswith(prefix)}
+        assert found - {name for name in found if name.startswith("kernels.")} == set(names)
 
 
 def test_every_module_has_its_floor():
