@@ -16,7 +16,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# How the names of modules begin that only Triton, or PEFT, makes importable: test_architecture.py holds these.
+# How names of modules begin that only Triton, or PEFT, makes importable; test_architecture.py holds these.
 OF_TRITON = (
     "lorafa_kernels.kernels.",
     *(f"lorafa_kernels.{unit}.fused" for unit in ("linear", "group", "mixed")),
