@@ -71,9 +71,11 @@ def times_of(report: Path) -> dict[str, float]:
     """The seconds of every case in a report that pytest wrote with --junitxml."""
     found = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
-        folders = case.get("classname").split(".")
-        file = "/".join(folders[folders[0] == "tests" :]) + ".py"
-        found[f"{file}::{case.get('name')}"] = float(case.get("time"))
+        parts = case.get("classname").split(".")
+        last = next(place for place, part in enumerate(parts, 1) if part.startswith("test_"))
+        file = "/".join(parts[parts[0] == "tests" : last]) + ".py"
+        # What follows the file are classes.
+        found["::".join([file, *parts[last:], case.get("name")])] = float(case.get("time"))
     return found
 
 

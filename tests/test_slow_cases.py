@@ -25,8 +25,13 @@ def test_a_report_gives_the_names_that_pytest_collects(tmp_path):
     report = tmp_path / "all.xml"
     report.write_text(
         '<testsuites><testsuite><testcase classname="tests.test_a" name="test_x[1-b]" time="0.5"/>'
-        '<testcase classname="tests.bench.test_b" name="test_y" time="0.25"/></testsuite></testsuites>'
+        '<testcase classname="tests.bench.test_b" name="test_y" time="0.25"/>'
+        '<testcase classname="tests.bench.test_b.TestZ" name="test_z" time="0.75"/></testsuite></testsuites>'
     )
-    assert slow_cases.times_of(report) == {"test_a.py::test_x[1-b]": 0.5, "bench/test_b.py::test_y": 0.25}
+    assert slow_cases.times_of(report) == {
+        "test_a.py::test_x[1-b]": 0.5,
+        "bench/test_b.py::test_y": 0.25,
+        "bench/test_b.py::TestZ::test_z": 0.75,
+    }
     assert slow_cases.name_of("tests/test_a.py::test_x[1-b]") == "test_a.py::test_x[1-b]"
     assert split("test_a.py::test_x[1-[b]]") == ("test_a.py::test_x", "[1-[b]]")
