@@ -85,6 +85,13 @@ def open_to_direct_calls() -> bool:
     return not (is_compiling() or any_autocast() or (_modes() and watching_modes()))
 
 
+def holds_data(x: Tensor) -> bool:
+    """Whether a kernel may be launched on x without its operator: x has data of its own, and nothing traces
+    or transforms the call.
+    """
+    return type(x) is Tensor and tracing_state() is None and functorch_level() is None
+
+
 def watched() -> bool:
     """Whether a TorchDispatchMode that does more than look on sees what is called now."""
     return not is_compiling() and watching_modes() > 0 and not getattr(_onlookers, "there", False)
@@ -137,15 +144,13 @@ class Implementations:
     fused: str
     one_pass: Callable[..., Any]
 
-    def settled(
-        self, function: str, impl: str, device: torch.device, dtype: torch.dtype
-    ) -> Callable[..., Any] | None:
+    def settled(self, function: str, impl: str, x: Tensor) -> Callable[..., Any] | None:
         """Return what find() returns for what decide() does where nothing is pinned and no size matters, else
         None.
         """
         if impl in ("auto", "triton") and pinned() is not None:
             return None
-        choice = choose(impl, device, dtype)
+        choice = choose(impl, x.device, x.dtype)
         if choice.impl == "triton":
             return None
         return getattr(self.library if choice.impl == "torch" else self.reference, function)
@@ -172,9 +177,7 @@ class Implementations:
         found = self.find(function, decision)
         if not decision.takes_kernels:
             return found
-        if type(x) is not Tensor or tracing_state() is not None or functorch_level() is not None:
-            return None
-        return partial(call, found, x.device)
+        return partial(call, found, x.device) if holds_data(x) else None
 
 
 @functools.cache

@@ -19,10 +19,22 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 any_autocast = torch._C._is_any_autocast_enabled
 
 
-def fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
-    """Whether the operands of one layer pass all checks of this module and x needs no cast, as nearly always.
+def fit(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    gradient_correction: bool,
+    columns: int | None = None,
+) -> bool:
+    """Whether the operands of one layer pass all checks of this module as they are, x needs no cast, and
+    there is neither dropout nor a correction of the gradient, as nearly always.
 
-    What it does not vouch for goes through the checks one by one, which name what is wrong.
+    columns: those of what the layer reads, where that is made of x, in its dtype and on its device. What this
+    does not vouch for goes through the checks one by one, which name what is wrong.
     """
     if not (
         type(x) in _PLAIN_TENSORS
@@ -32,6 +44,10 @@ def fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor 
         and (bias is None or type(bias) in _PLAIN_TENSORS)
         and not (x.is_nested or weight.is_nested or lora_A.is_nested or lora_B.is_nested)
         and not (weight.requires_grad or lora_A.requires_grad)
+        and type(scaling) is type(dropout_p) is float
+        and -LARGEST_NUMBER <= scaling <= LARGEST_NUMBER
+        and dropout_p == 0.0
+        and gradient_correction is False
     ):
         return False
     dtype, device, shape, strided = x.dtype, x.device, weight.shape, torch.strided
@@ -43,11 +59,13 @@ def fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor 
         and not bias.requires_grad
     ):
         return False
-    of_A, of_B, of_x = lora_A.shape, lora_B.shape, x.shape
+    of_A, of_B = lora_A.shape, lora_B.shape
+    if columns is None:
+        # Of a single number it has none.
+        columns = x.shape[-1] if x.dim() else -1
     return (
         len(shape) == len(of_A) == len(of_B) == 2
-        and len(of_x) > 0
-        and of_x[-1] == shape[1] == of_A[1]
+        and columns == shape[1] == of_A[1]
         and of_B[0] == shape[0]
         and of_B[1] == of_A[0] >= 1
         and dtype in FLOAT_DTYPES

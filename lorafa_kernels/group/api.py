@@ -12,7 +12,7 @@ from torch import Tensor
 from ..operands import as_rows, draw_seed, shaped_as
 from ..plan.choice import check_impl
 from . import ops
-from .operands import LinearOperands, check_kinds, checked_member, inverses_of
+from .operands import LinearOperands, check_kinds, checked_member, inverses_of, member_fits
 
 
 def lorafa_linear_group(
@@ -86,9 +86,11 @@ def _checked(
     checked = []
     for index, member in enumerate(members):
         try:
-            check_kinds(x, member)
-            _check_alike(member.weight, members[0].weight)
-            x, member = checked_member(x, member)
+            # Weights that fit one x are alike.
+            if not member_fits(x, member):
+                check_kinds(x, member)
+                _check_alike(member.weight, members[0].weight)
+                x, member = checked_member(x, member)
             checked.append(member)
             if member.lora_A is not None and share_A:
                 shared = shared or member

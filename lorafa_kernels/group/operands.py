@@ -18,6 +18,7 @@ from ..operands import (
     check_tensors,
     checked_dropout,
     checked_scaling,
+    fit,
 )
 
 
@@ -81,6 +82,19 @@ def rank_makers(lora_Bs: Sequence[Tensor | None], share_A: bool) -> list[int]:
 def seed_of(seeds: Tensor, index: int, share_A: bool) -> Tensor:
     """Return the seed (1,) of a member's dropout mask."""
     return seeds if share_A else seeds[index : index + 1]
+
+
+def member_fits(x: Tensor, member: LinearOperands, columns: int | None = None) -> bool:
+    """Whether an adapted member passes all checks as it is and x needs no cast, as nearly always. columns: as
+    of operands.fit.
+
+    What it does not vouch for goes through check_kinds and checked_member.
+    """
+    if type(member) is not LinearOperands:
+        return False
+    weight, bias, lora_A, lora_B, scaling, dropout_p, gradient_correction = member
+    # A plain layer has None, which does not fit.
+    return fit(x, weight, lora_A, lora_B, bias, scaling, dropout_p, gradient_correction, columns)
 
 
 def check_kinds(x: Tensor, member: LinearOperands) -> None:

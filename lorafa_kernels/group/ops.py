@@ -35,9 +35,10 @@ from ..dispatch import (
     first_order,
     open_to_direct_calls,
 )
+from ..linear import ops as linear
 from ..plan.choice import Decision
 from . import library, reference
-from .operands import corrected, rank_columns, rank_makers
+from .operands import corrected, rank_columns
 
 
 def _backward_with_one_pass(
@@ -77,6 +78,11 @@ def group_forward(
     impl: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Compute the y_i (M, N_i) and z (M, ΣR), with share_A (M, R), in the dtype of x."""
+    if len(weights) == 1 and lora_Bs[0] is not None:
+        # A layer by itself, whose way to its implementation is shorter.
+        layer = weights[0], lora_As[0], lora_Bs[0], biases[0], scalings[0], impl
+        y, z = linear.forward(x, *layer, *_dropout_of_layer(dropout_ps, seeds))
+        return [y], z
     arguments = (x, weights, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
     if run := _direct("forward", impl, x, weights, lora_Bs, share_A, biases, seeds is not None):
         return run(*arguments)
@@ -103,6 +109,20 @@ def group_backward(
     needed, in the dtypes of the lora_B_i. At least one dy_i must be there. z may be None where no dB is
     needed; where dx is not, weights and lora_As are not read, and their entries may be None.
     """
+    if len(dys) == 1 and lora_Bs[0] is not None:
+        return _layer_backward(
+            dys[0],
+            z,
+            weights[0],
+            lora_As[0],
+            lora_Bs[0],
+            scalings[0],
+            impl,
+            dropout_ps,
+            seeds,
+            need_dx,
+            need_dBs[0],
+        )
     need_dBs = [need and dy is not None for need, dy in zip(need_dBs, dys, strict=True)]
     dy = next(dy for dy in dys if dy is not None)
     op = "backward_lora_B" if not need_dx else "backward" if any(need_dBs) else "backward_input"
@@ -112,6 +132,25 @@ def group_backward(
     announce()
     found = iter(_backward_op(*arguments, impl))
     return next(found) if need_dx else None, [next(found) if need else None for need in need_dBs]
+
+
+def _layer_backward(
+    dy, z, weight, lora_A, lora_B, scaling, impl, dropout_ps, seeds, need_dx, need_dB
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """group_backward of a single layer."""
+    layer = weight, lora_A, lora_B, scaling, impl
+    if not need_dx:
+        return None, [linear.backward_lora_B(dy, z, lora_B, impl) if need_dB else None]
+    dropout = _dropout_of_layer(dropout_ps, seeds)
+    if not need_dB:
+        return linear.backward_input(dy, *layer, *dropout), [None]
+    dx, dB = linear.backward(dy, z, *layer, *dropout)
+    return dx, [dB]
+
+
+def _dropout_of_layer(dropout_ps: Sequence[float], seeds: Tensor | None) -> tuple[float, Tensor | None]:
+    """Return the dropout of a single layer: none where the group has drawn no seed."""
+    return (0.0, None) if seeds is None else (dropout_ps[0], seeds)
 
 
 def _direct(
@@ -150,14 +189,16 @@ def decide_group(
     """Arguments as of _direct."""
 
     def sizes() -> tuple:
-        widths, R = [], 1
+        widths, R, makers = [], 1, 0
         for weight, lora_B in zip(weights, lora_Bs, strict=True):
             if lora_B is not None:
-                R = max(R, lora_B.shape[1])
+                makers += 1
+                if (rank := lora_B.shape[1]) > R:
+                    R = rank
             wide = lora_B if weight is None else weight
             widths.append(wide.shape[0] if wide is not None else 0)
         K = 0 if op == "backward_lora_B" else weights[0].shape[1]
-        return sum(widths), K, R, tuple(widths), len(rank_makers(lora_Bs, share_A))
+        return sum(widths), K, R, tuple(widths), min(makers, 1) if share_A else makers
 
     return decide(op, impl, x, sizes, any(bias is not None for bias in biases), dropout)
 

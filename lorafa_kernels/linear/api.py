@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..correction import gram_inverse
 from ..operands import (
-    LARGEST_NUMBER,
     as_rows,
     cast,
     check_correction,
@@ -71,34 +70,24 @@ def lorafa_linear(
             tensors, or are sharded or quantised ones; a scaling or dropout_p that is no real number.
         RuntimeError: impl="triton" where it cannot run.
     """
-    fitting = fit(x, weight, lora_A, lora_B, bias)
-    if not fitting:
+    if not fit(x, weight, lora_A, lora_B, bias, scaling, dropout_p, gradient_correction):
         check_tensors(x, weight, lora_A, lora_B, bias)
         check_shapes(x, weight, lora_A, lora_B, bias)
         check_frozen(weight, lora_A, bias)
-    # As nearly always: then nothing of it needs a check of its own.
-    if not (
-        type(scaling) is type(dropout_p) is float
-        and -LARGEST_NUMBER <= scaling <= LARGEST_NUMBER
-        and dropout_p == 0.0
-        and gradient_correction is False
-        and type(impl) is str
-        and impl == "auto"
-    ):
         scaling = checked_scaling(scaling)
         dropout_p = checked_dropout(dropout_p, scaling)
         check_correction(gradient_correction, scaling)
-        check_impl(impl)
-    if not fitting:
         x = cast(x, weight, lora_A, lora_B, bias)
+    if type(impl) is not str or impl != "auto":
+        check_impl(impl)
 
     rows = x if x.dim() == 2 else as_rows(x, weight.shape[1])
     seed = draw_seed(x.device) if dropout_p else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
         inverse = gram_inverse(lora_A) if gradient_correction and lora_B.requires_grad else None
-        y = ops.LoRAFALinearFunction.apply(
-            rows, weight, lora_A, lora_B, bias, seed, inverse, (scaling, impl, dropout_p)
-        )
+        seldom = () if seed is None and inverse is None else (seed, inverse)
+        how = scaling, impl, dropout_p
+        y = ops.LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, how, *seldom)
     else:
         y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return y if rows is x else shaped_as(y, x)
@@ -134,9 +123,9 @@ def lorafa_linear_in_parts(
     seed = draw(x.device) if dropout_p else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
         inverse = inverse_of(lora_A) if gradient_correction and lora_B.requires_grad else None
-        y = ops.LoRAFALinearFunction.apply(
-            rows, weight, lora_A, lora_B, bias, seed, inverse, (scaling, impl, dropout_p)
-        )
+        seldom = () if seed is None and inverse is None else (seed, inverse)
+        how = scaling, impl, dropout_p
+        y = ops.LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, how, *seldom)
     else:
         y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return shaped_as(y, x)

@@ -37,13 +37,14 @@ def forward(
     """Compute y (M, N) and z (M, R): one launch for few rows, else two."""
     scaling = scaling / (1 - dropout_p)
     dropout = {"dropout_p": dropout_p, "seed": seed}
-    if plan.recomputes and serves(plan.expand, x, weight.t()):
+    base = weight.t()
+    if plan.recomputes and serves(plan.expand, x, base):
         factors = lora_A.t(), lora_B.t()
-        return recompute(x, weight.t(), *factors, bias, scaling, config=plan.expand, **dropout)
+        return recompute(x, base, *factors, bias, scaling, config=plan.expand, **dropout)
     pdl = plan.pdl and _launches(x)
     lora_B, copy = copied(lora_B, x.dtype)
     z = shrink(x, lora_A.t(), scaling, config=plan.shrink, pdl=pdl, copy=copy, **dropout)
-    return expand(x, weight.t(), z, lora_B.t(), bias, **expand_configs(plan), pdl=pdl), z
+    return expand(x, base, z, lora_B.t(), bias, **expand_configs(plan), pdl=pdl), z
 
 
 def forward_of_codes(

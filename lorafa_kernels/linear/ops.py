@@ -134,7 +134,7 @@ def _direct(
         or (bias is not None and bias.dtype is not dtype)
     ):
         return None
-    if run := _IMPLEMENTATIONS.settled(op, impl, x.device, dtype):
+    if run := _IMPLEMENTATIONS.settled(op, impl, x):
         return run
     return _IMPLEMENTATIONS.direct(op, _decide(op, impl, x, factor, weight, bias, dropout), x)
 
@@ -252,8 +252,9 @@ _backward_lora_B_op = define(
 
 class LoRAFALinearFunction(torch.autograd.Function):
     """y (M, N) from x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None; gradients for
-    x and lora_B only. seed: int64 (1,), None where dropout_p is 0. inverse: (A Aᵀ + εI)⁻¹ (R, R) to correct
-    dB by, or None. how: scaling, impl and dropout_p, in one argument since torch handles each in Python.
+    x and lora_B only. how: scaling, impl and dropout_p, in one argument since torch handles each in Python.
+    seed: int64 (1,), None where dropout_p is 0. inverse: (A Aᵀ + εI)⁻¹ (R, R) to correct dB by, or None.
+    Both may be left away.
     """
 
     @staticmethod
@@ -264,14 +265,14 @@ class LoRAFALinearFunction(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
-        seed: Tensor | None,
-        inverse: Tensor | None,
         how: tuple[float, str, float],
+        seed: Tensor | None = None,
+        inverse: Tensor | None = None,
     ) -> Tensor:
         y, z = forward(x, weight, lora_A, lora_B, bias, *how, seed)
-        need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
-        if need_dx:
-            of_dB = (z, inverse) if need_dB else (None, None)
+        needs = ctx.needs_input_grad
+        if needs[0]:
+            of_dB = (z, inverse) if needs[3] else (None, None)
             ctx.save_for_backward(*of_dB, weight, lora_A, lora_B, seed)
         else:
             # dB takes its dtype and shape from lora_B, but no value of it; the mask is in z.
@@ -282,16 +283,15 @@ class LoRAFALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         dx, dB = first_order(_gradients, ctx, dy)
-        return dx, None, None, dB, None, None, None, None
+        return dx, None, None, dB, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     z, inverse, weight, lora_A, lora_B, seed = ctx.saved_tensors
-    need_dx, _, _, need_dB, *_ = ctx.needs_input_grad
-    how = ctx.how
-    if not need_dB:
+    needs, how = ctx.needs_input_grad, ctx.how
+    if not needs[3]:
         return backward_input(dy, weight, lora_A, lora_B, *how, seed), None
-    if need_dx:
+    if needs[0]:
         dx, dB = backward(dy, z, weight, lora_A, lora_B, *how, seed)
     else:
         dx, dB = None, backward_lora_B(dy, z, lora_B, how[1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..group.operands import LinearOperands, check_kinds, checked_member, inverses_of
+from ..group.operands import LinearOperands, check_kinds, checked_member, inverses_of, member_fits
 from ..operands import as_rows, draw_seed, shaped_as
 from ..plan.choice import check_impl
 from . import ops
@@ -70,6 +70,13 @@ def _checked(
     x: Tensor, gate: LinearOperands, up: LinearOperands, down: LinearOperands
 ) -> tuple[Tensor, list[LinearOperands]]:
     """Return x in the dtype to compute in, and the layers with their numbers as floats, after all checks."""
+    if (
+        member_fits(x, gate)
+        and member_fits(x, up)
+        and gate.weight.shape == up.weight.shape
+        and member_fits(x, down, gate.weight.shape[0])
+    ):
+        return x, [gate, up, down]
     checked = []
     for name, member in (("gate", gate), ("up", up), ("down", down)):
         try:

@@ -20,14 +20,16 @@ temporaries are 2·M·I elements.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..dispatch import call, define, first_order, open_to_direct_calls
+from ..dispatch import call, define, first_order, holds_data, open_to_direct_calls
 from ..group.operands import corrected
 from ..group.ops import group_backward, group_forward
 from ..plan.choice import choose
@@ -42,8 +44,8 @@ _DIRECT = {
 
 def gated(g: Tensor, u: Tensor, activation: str, impl: str) -> Tensor:
     """Compute h (M, I), new and contiguous, in the dtype of g."""
-    if open_to_direct_calls() and (functions := _DIRECT.get(_choose(g, impl))):
-        return functions[0](g, u, activation)
+    if run := _direct(0, g, impl):
+        return run(g, u, activation)
     return _gated_op(g, u, activation, impl)
 
 
@@ -54,8 +56,8 @@ def gated_backward(
 
     u=None: dg is not wanted, and dg is None. need_du=False: du is None. One of the two must be wanted.
     """
-    if open_to_direct_calls() and (functions := _DIRECT.get(_choose(dh, impl))):
-        du = functions[1](dh, g, u, activation, need_du)
+    if run := _direct(1, dh, impl):
+        du = run(dh, g, u, activation, need_du)
     else:
         du = _gated_backward_op(dh, g, u, activation, need_du, impl)
     if u is None:
@@ -63,24 +65,36 @@ def gated_backward(
     return dh, du if need_du else None
 
 
-def _choose(tensor: Tensor, impl: str) -> str:
-    return choose(impl, tensor.device, tensor.dtype).impl
-
-
-def _functions(tensor: Tensor, impl: str) -> tuple[Callable, Callable]:
-    name = _choose(tensor, impl)
+def _direct(place: int, tensor: Tensor, impl: str) -> Callable[..., Any] | None:
+    """Return the function at `place` of _functions, to call directly; None where the operator is needed."""
+    if not open_to_direct_calls():
+        return None
+    name = choose(impl, tensor.device, tensor.dtype).impl
+    function = _functions(name)[place]
     if name in _DIRECT:
-        return _DIRECT[name]
+        return function
+    return partial(call, function, tensor.device) if holds_data(tensor) else None
+
+
+def _functions(name: str) -> tuple[Callable, Callable]:
+    """Return forward and backward of the implementation of that name."""
+    return _DIRECT[name] if name in _DIRECT else _kernels()
+
+
+@functools.cache
+def _kernels() -> tuple[Callable, Callable]:
     kernels = importlib.import_module("..kernels.gated", __package__)
     return kernels.gated, kernels.gated_backward
 
 
 def _gated(g, u, activation, impl):
-    return call(_functions(g, impl)[0], g.device, g, u, activation)
+    function, _ = _functions(choose(impl, g.device, g.dtype).impl)
+    return call(function, g.device, g, u, activation)
 
 
 def _gated_backward(dh, g, u, activation, need_du, impl):
-    du = call(_functions(dh, impl)[1], dh.device, dh, g, u, activation, need_du)
+    _, function = _functions(choose(impl, dh.device, dh.dtype).impl)
+    du = call(function, dh.device, dh, g, u, activation, need_du)
     # An operator must return a tensor.
     return dh.new_empty((0,)) if du is None else du
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from ..correction import as_corrected
@@ -30,6 +31,8 @@ from .adapters import (
 )
 from .hooked import computing_device, give_hook, hook_of, is_patched, take_hook
 
+# Asked for in each call.
+_is_tracing = torch._C._is_tracing
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Attributes of the layer itself; all others it has belong to the linear layer that it stands for as well.
 _OWN = frozenset(
@@ -553,7 +556,12 @@ class LoRAFALinear(nn.Module):
         requires grad, is detached.
         """
         owner = self if adapter is None or adapter is self or adapter.shares_lora_A else adapter
-        weight, lora_A, bias = self.weight_matrix(), owner.lora_A, self.bias
+        weight = self.weight_matrix()
+        # As in forward.
+        try:
+            lora_A, bias = owner._parameters["lora_A"], self._parameters["bias"]
+        except KeyError:
+            lora_A, bias = owner.lora_A, self.bias
         # FSDP1 has all of a module in one flat parameter.
         if lora_A.requires_grad or weight.requires_grad:
             weight = frozen_view(self, "weight", weight)
@@ -785,9 +793,9 @@ def check_seed(init_seed: object) -> None:
 
 def is_exported() -> bool:
     """Whether torch.jit.trace or an ONNX exporter reads off the operations of a forward."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return torch._C._is_tracing()
+    return _is_tracing()
 
 
 def rebind_hooks(module: nn.Module) -> None:

@@ -9,16 +9,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TRITON_DEVICE, implementation_cases
+from conftest import implementation_cases
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorafa_kernels import lorafa_linear
 from lorafa_kernels.checks.budget import draw_operands
+from lorafa_kernels.group import ops as group_ops
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.linear import ops
+from lorafa_kernels.mlp import ops as mlp_ops
 from lorafa_kernels.mlp.api import lorafa_gated_mlp
 from lorafa_kernels.norm import FORMS, rms_norm
 
@@ -203,8 +205,33 @@ def test_every_operator_with_a_product_has_a_formula():
     assert set(FORMULAS) == defined - elementwise
 
 
-def test_hot_path_is_direct_where_nothing_watches(monkeypatch):
-    """A dispatch mode alone sends a layer through its operator."""
-    monkeypatch.setattr(ops, "_forward_op", lambda *args: pytest.fail("an operator was called"))
-    i = draw_operands(M, K, N, R, torch.float32, TRITON_DEVICE)
-    lorafa_linear(i.x, i.weight, i.lora_A, i.lora_B, impl="torch")
+@implementations
+@cases
+def test_hot_path_is_direct_where_nothing_watches(monkeypatch, device, impl, case):
+    """Only what watches, casts or compiles sends a call through its operators, forward or backward."""
+    operators = [(of, name) for of in (ops, group_ops, mlp_ops) for name in vars(of) if name.endswith("_op")]
+    assert len(operators) == 8
+    for of, name in operators:
+        monkeypatch.setattr(of, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
+    parts, ours, _ = case(device)
+    x = torch.randn(M, K, device=device, requires_grad=True)
+    leaves = [x, *(part.lora_B for part in parts)]
+    y = ours(x, impl)
+    torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=["both", "dx", "dB"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@implementations
+def test_a_group_of_one_is_a_layer(device, impl, p, needs):
+    """The same bits, whichever gradients are wanted: it takes the way of a layer."""
+    (layer,), _, _ = layer_case(device, p)
+    x = torch.randn(M, K, device=device, requires_grad=needs[0])
+    layer = layer._replace(lora_B=layer.lora_B.detach().requires_grad_(needs[1]))
+    weight, bias, lora_A, lora_B, scaling, *_ = layer
+    leaves = [leaf for leaf in (x, lora_B) if leaf.requires_grad]
+    how = {"scaling": scaling, "dropout_p": p, "impl": impl}
+    dy = torch.randn(M, N, device=device)
+    expected = step(lambda x: lorafa_linear(x, weight, lora_A, lora_B, bias, **how), x, leaves, dy)
+    got = step(lambda x: lorafa_linear_group(x, [layer], impl=impl)[0], x, leaves, dy)
+    assert all(map(torch.equal, got, expected))
