@@ -58,11 +58,11 @@ STAGES = (
     Stage(
         "kernels",
         "is each kernel right, with and without dependent launch, 200 times alike?",
-        100,
+        125,
         restarts=3,
     ),
-    Stage("ceilings", "how fast can this GPU be, and the kernels of two Llama-8B shapes?", 75),
-    Stage("tests", "do the tests that need a GPU pass?", 200, stretches=True, restarts=1),
+    Stage("ceilings", "how fast can this GPU be, and the kernels of two Llama-8B shapes?", 65),
+    Stage("tests", "do the tests that need a GPU pass?", 185, stretches=True, restarts=1),
     Stage("memory", "do the tests past 2^31 elements pass?", 45, restarts=2),
     Stage("suite", "what do layers, blocks and training cost, most telling first?", 65, stretches=True),
 )

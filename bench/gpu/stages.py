@@ -79,114 +79,6 @@ def environment(call: Call) -> int:
 # kernels
 
 
-# A composition of kernels: its name; how to make compute(pdl) -> results, and the exact and the plain ones;
-# and with and without dependent launch, where it makes a difference.
-Check = tuple[str, Callable[[], tuple[Callable[[bool], dict], dict, dict]], tuple[bool, ...]]
-
-
-def checks(device: str, small: bool) -> list[Check]:
-    """Return what is checked, the default paths first. Each kernel of the package is in at least one."""
-    import torch
-
-    from lorafa_kernels.base.frozen import quantised
-    from lorafa_kernels.checks.blocks import block_results, draw_block, plain_block
-    from lorafa_kernels.checks.budget import draw_operands, lorafa_results, plain_formula
-    from lorafa_kernels.kernels.gated import gated, gated_backward
-    from lorafa_kernels.linear.quantised import quantised_linear
-    from lorafa_kernels.plan.choice import planned_device
-    from lorafa_kernels.plan.config import KernelPlan
-    from lorafa_kernels.plan.defaults import codes_config
-    from lorafa_kernels.plan.pin import pin_plan
-    from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
-
-    from ..measure.kernels import PORTABLE_CONFIG
-
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    many = 256 if small else 2048
-
-    def layer(name: str, M: int, K: int, N: int, R: int, dtype, dropout: float = 0.0, **plan) -> Check:
-        def make():
-            o = draw_operands(M, K, N, R, dtype, device, factor_dtype=fp32, dropout_p=dropout)
-
-            def compute(pdl: bool) -> dict:
-                with pin_plan(dict.fromkeys(OPERATIONS, Recipe("fused", KernelPlan(pdl=pdl, **plan)))):
-                    return lorafa_results(o, "triton")
-
-            return compute, plain_formula(o, torch.float64), plain_formula(o)
-
-        return f"layer {name} {M}x{K}x{N} R={R}", make, (True, False)
-
-    def quantised_layer(kind: str, M: int) -> Check:
-        def make():
-            o = draw_operands(M, 1024, 1536, 16, bf16, device, factor_dtype=fp32)
-            base = quantised(o.weight, kind)
-            o = replace(o, weight=base.dense())
-            config = codes_config(planned_device(torch.device(device)).limits, 2, M, 16)
-
-            def compute(pdl: bool) -> dict:
-                x, lora_B = (t.detach().requires_grad_() for t in (o.x, o.lora_B))
-                with pin_plan({"forward": Recipe("fused", KernelPlan(expand=config, pdl=pdl))}):
-                    how = {"scaling": o.scaling, "impl": "triton"}
-                    y = quantised_linear(x, base, o.lora_A, lora_B, o.bias, **how)
-                    dx, dB = torch.autograd.grad(y, (x, lora_B), o.dy)
-                return {"y": y.detach(), "dx": dx, "dB": dB}
-
-            return compute, plain_formula(o, torch.float64), plain_formula(o)
-
-        return f"layer on {kind}, codes read {M}x1024x1536 R=16", make, (True, False)
-
-    def block(name: str, dtype, text: str) -> Check:
-        def make():
-            o = draw_block(name, many, 512, 512, 16, dtype, device)
-            exact, plain = plain_block(name, o, torch.float64), plain_block(name, o)
-            return lambda pdl: block_results(name, o, "triton"), exact, plain
-
-        return f"{name} {text} {many}x512x512 R=16", make, (True,)
-
-    def activation(kind: str) -> Check:
-        def make():
-            g, u, dh = torch.randn(3, many, 512, device=device, dtype=bf16).unbind()
-
-            def formula(dtype) -> dict:
-                a, b = (value.to(dtype).detach().requires_grad_() for value in (g, u))
-                act = torch.nn.functional.silu(a) if kind == "silu" else torch.nn.functional.gelu(a)
-                h = act * b
-                dg, du = torch.autograd.grad(h, (a, b), dh.to(dtype))
-                return {"h": h.detach(), "dg": dg, "du": du}
-
-            def compute(pdl: bool) -> dict:
-                dg = dh.clone()
-                return {"h": gated(g, u, kind), "dg": dg, "du": gated_backward(dg, g, u, kind, True)}
-
-            return compute, formula(torch.float64), formula(bf16)
-
-        return f"gated {kind} {many}x512", make, (True,)
-
-    found = [
-        layer("bf16", many, 1024, 1536, 16, bf16),
-        block("group", bf16, "bf16"),
-        layer("bf16 R=64", many, 1024, 1536, 64, bf16),
-        layer("bf16, two passes", many, 1024, 1536, 16, bf16, one_pass=False),
-        layer("bf16, portable", many, 1024, 1536, 16, bf16, expand=PORTABLE_CONFIG),
-        layer("bf16, few rows", 16, 1024, 1536, 16, bf16),
-        quantised_layer("nf4", 16),
-        quantised_layer("nf4-nested", 128),
-        quantised_layer("int8", 64),
-        quantised_layer("fp8", 17),
-        layer("bf16, dropout", many, 1024, 1536, 16, bf16, dropout=0.1),
-        layer("bf16, not aligned", 300, 501, 777, 7, bf16),
-        activation("silu"),
-        activation("gelu"),
-        layer("fp16", many, 1024, 1536, 16, fp16),
-        layer("fp32", many, 512, 768, 16, fp32),
-        block("mlp", bf16, "bf16"),
-        block("group", fp32, "fp32"),
-        layer("bf16 R=128", many, 1024, 1536, 128, bf16),
-        layer("fp16, dropout", many, 1024, 1536, 64, fp16, dropout=0.1),
-    ]
-    return found[:2] + found[6:7] + found[12:13] if small else found
-
-
 def check_job(key: str, make: Callable, pdl: bool, stub: bool):
     """A check as a job of the runner, which knows what is done and what took its process along. What was
     wrong is tried again in a later call.
@@ -209,6 +101,8 @@ def kernels(call: Call) -> int:
     """Run each check once against fp64, and 200 times for the same bits."""
     import torch
 
+    from .checks import checks, some
+
     small = stub_name() is not None
     # Of this call all that was begun: what broke the process is not tried twice.
     mine = [r for r in call.before(torch.cuda.get_device_name(0)) if r["run"] == call.run and "key" in r]
@@ -219,7 +113,9 @@ def kernels(call: Call) -> int:
         row = {"contender": "triton", "status": "failed", "reason": wrong[key]}
         call.write("check", key=key, rows=[row], retry=wrong[key])
     every = [
-        check_job(key, make, pdl, small) for key, make, pdls in checks("cuda", small=small) for pdl in pdls
+        check_job(key, make, pdl, small)
+        for key, make, pdls in (some("cuda") if small else checks("cuda"))
+        for pdl in pdls
     ]
     outcome, code = measured(call, [job for job in every if job.key not in begun], "gpu-kernels")
     wrong |= {record["key"]: record["retry"] for record in outcome.records if record.get("retry")}

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from bench.gpu import checks as of_kernels
 from bench.gpu import stages
 from bench.gpu.driver import UNFINISHED, Call
 
@@ -34,7 +35,7 @@ def call(tmp_path, monkeypatch) -> Call:
 
 def run(call: Call, monkeypatch, capsys, *checks) -> tuple[int, str, dict[str, dict]]:
     """Return the stage's exit code, its verdict, and by key the last line of each check."""
-    monkeypatch.setattr(stages, "checks", lambda device, small: list(checks))
+    monkeypatch.setattr(of_kernels, "checks", lambda device: list(checks))
     code = stages.kernels(call)
     lines = [json.loads(line) for line in call.file.read_text().splitlines()]
     of_checks = {line["key"].split(",")[0]: line for line in lines if line["kind"] == "check"}
