@@ -22,7 +22,7 @@ from ..run.environment import ROOT, environment
 from ..run.shell import Parser, output, run_command
 from ..run.stub import stub_name
 from . import cache, driver
-from .driver import STAGES, TOTAL, Call
+from .driver import ON_REQUEST, STAGES, TOTAL, Call
 
 # Ignored by git, so that it can be named where ignored files are carried to the machine.
 PAST = ROOT / ".gpu"
@@ -31,11 +31,12 @@ LARGEST_FILE = 16 * 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [stage.name for stage in STAGES]
+    usual, all_names = ([stage.name for stage in some] for some in (STAGES, (*STAGES, *ON_REQUEST)))
     where = "folder for what is found (default: $OUT, else .gpu)"
     parser.add_argument("--out", type=Path, help=where)
-    some = {"nargs": "+", "choices": names, "metavar": "STAGE"}
-    parser.add_argument("--stages", help=f"only these of {', '.join(names)} (default: all)", **some)
+    some = {"nargs": "+", "choices": all_names, "metavar": "STAGE"}
+    listed = f"only these of {', '.join(all_names)} (default: {', '.join(usual)})"
+    parser.add_argument("--stages", help=listed, **some)
     seconds = {"type": float, "default": TOTAL, "metavar": "SECONDS"}
     parser.add_argument("--budget", help="for all of them (default: %(default)g)", **seconds)
     folders = {"type": Path, "nargs": "*", "metavar": "FOLDER"}
@@ -90,7 +91,9 @@ def run(options: argparse.Namespace) -> int:
         driver.say(call, f"Triton's cache: {problem}")
     if count:
         driver.say(call, f"Triton's cache: {count} entries of earlier calls")
-    chosen = tuple(stage for stage in STAGES if not options.stages or stage.name in options.stages)
+    chosen = STAGES
+    if options.stages:
+        chosen = tuple(stage for stage in (*STAGES, *ON_REQUEST) if stage.name in options.stages)
     signal.signal(signal.SIGTERM, interrupted)
     code = driver.INTERRUPTED
     try:

@@ -66,6 +66,15 @@ STAGES = (
     Stage("memory", "do the tests past 2^31 elements pass?", 45, restarts=2),
     Stage("suite", "what do layers, blocks and training cost, most telling first?", 65, stretches=True),
 )
+# Only where they are asked for by name.
+ON_REQUEST = (
+    Stage(
+        "sanitizer",
+        "does compute-sanitizer find a wrong or a racing access in a kernel?",
+        500,
+        stretches=True,
+    ),
+)
 TOTAL = 540.0
 # Of the total, for starting, and for packing Triton's cache.
 RESERVE = 15.0

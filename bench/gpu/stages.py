@@ -13,7 +13,10 @@ import importlib.util
 import json
 import os
 import pkgutil
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from ..run.stub import stub_name
-from .driver import DONE, NO_GPU, RESTART, UNFINISHED, VERDICT, Call
+from .driver import DONE, NO_GPU, RESTART, UNFINISHED, VARIABLE, VERDICT, Call, Stage, command_of
 
 REPEATS = 200
 # Of one check, mostly compiling.
@@ -33,6 +36,11 @@ WORKER_GIB, MOST_WORKERS = 6, 12
 # A test past 2^31 elements takes 8.6 GB, and as much again for its reference.
 MEMORY_WORKER_GIB = 22
 TEST_SECONDS = 100
+# compute-sanitizer takes tens of times as long (estimate): every kernel by a few blocks.
+SANITIZER_TOOLS, SANITISED_SIZES = ("memcheck", "racecheck"), (256, 256, 384)
+# What it is told to end with where it has found something, and what its process says of where it is.
+FOUND, CHECKING = 99, "check: "
+SANITISED = Stage("sanitised", "", 0)
 
 
 def verdict(text: str, code: int) -> int:
@@ -153,6 +161,77 @@ def run_check(made: tuple, pdl: bool, row: dict, stub: bool) -> None:
     row["equal"] = None if stub else same
     if not same:
         row.update(status="failed", reason="not the same bits each time")
+
+
+# sanitizer
+
+
+def sanitizer(call: Call) -> int:
+    """Run the checks under compute-sanitizer, which watches every access of a kernel; a tool at a time."""
+    program = find_sanitizer()
+    if program is None:
+        text = "no compute-sanitizer on PATH, in CUDA_HOME or in /usr/local/cuda (it is in the CUDA toolkit)"
+        return verdict(text, UNFINISHED)
+    # PyTorch's cache would hide a step outside of a tensor in memory that is allocated.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    codes, texts = [], []
+    for tool in SANITIZER_TOOLS:
+        environment[VARIABLE] = call.for_stage(call.left / (len(SANITIZER_TOOLS) - len(codes)))
+        command = [program, "--tool", tool, "--error-exitcode", str(FOUND), *command_of(SANITISED)]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        at = said = first = ""
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith(CHECKING):
+                at = line.removeprefix(CHECKING).strip()
+            elif line.startswith(VERDICT):
+                said = line.removeprefix(VERDICT).strip()
+            elif not first and (found := re.match("=+ +((?:Error|Invalid|Race|Warning).*)", line)):
+                first = f", first in {at}: {found[1].strip()}"
+        code = process.wait()
+        text = (
+            f"errors{first or f', last in {at}'}" if code == FOUND else said or f"ended with {code} in {at}"
+        )
+        status = {0: "ok", UNFINISHED: "not run"}.get(code, "failed")
+        row = {"contender": "triton", "status": status, "reason": text}
+        call.write("check", key=f"compute-sanitizer {tool}", rows=[row])
+        codes.append(code)
+        texts.append(f"{tool}: {text}")
+    wrong = any(code not in (0, UNFINISHED) for code in codes)
+    return verdict("; ".join(texts), 1 if wrong else max(codes))
+
+
+def find_sanitizer() -> str | None:
+    """Return the path of compute-sanitizer, or None."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [str(Path(home) / "bin") for home in homes if home]
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(folders)
+    )
+
+
+def sanitised(call: Call) -> int:
+    """Compute each check once, for a tool that watches."""
+    import torch
+
+    from .checks import checks
+
+    done = 0
+    every = checks("cuda", *SANITISED_SIZES)
+    for name, make, pdls in every:
+        if call.left <= 0:
+            return verdict(
+                f"{done} of {len(every)} checks without an error, then the time was up", UNFINISHED
+            )
+        print(f"{CHECKING}{name}", flush=True)
+        compute, _, _ = make()
+        for pdl in pdls:
+            compute(pdl)
+        torch.cuda.synchronize()
+        done += 1
+    return verdict(f"{done} checks without an error", 0)
 
 
 # measurements
@@ -342,6 +421,8 @@ STAGES: dict[str, Callable[[Call], int]] = {
     "tests": tests,
     "memory": memory,
     "suite": suite,
+    "sanitizer": sanitizer,
+    SANITISED.name: sanitised,
 }
 
 
