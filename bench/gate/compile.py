@@ -91,7 +91,7 @@ from lorafa_kernels.plan.specialised import ws_configs
 from ..measure.cases import DTYPES
 from ..run.environment import origin
 from ..run.shell import write_rows, write_whole
-from . import specialised
+from . import pipeline, specialised
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # With the instructions of sm_80.
@@ -553,7 +553,7 @@ def failures(case: LauncherCall, row: dict) -> list[str]:
     # Where shrink makes masks, their 24 instructions an element are the time, and the products wait for them.
     if row["serialized"] and not (case.dropout and row["kernel"].startswith(("shrink", "mixed_shrink"))):
         found.append("ptxas does not leave its products in flight")
-    found += overlap_failures(case, row)
+    found += overlap_failures(case, row) + pipeline.failures(case, row, SIZES[case.sizes][0])
     if row["kernel"] in WITHOUT_PRODUCT:
         return found
     if row["shared_memory"] > row["estimate"]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
+from bench.gate import pipeline
 from bench.gate.compile import (
     ARCHS,
     MIXED_ARCHS,
@@ -305,6 +306,50 @@ def test_what_is_cached_is_compiled_again_when_it_is_damaged_or_its_source_chang
     first = found[0][1]
     assert first["failures"] == [] and first["registers"] > 0
     assert [row for _, row in found[:4]] == 4 * [first]
+
+
+SHRINK = {"kernel": "shrink_kernel", "copies_left": [12, 0]}
+Z = LauncherCall("sm_90", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
+Y = replace(Z, op="expand", layout="y")
+
+
+@pytest.mark.parametrize(
+    ("case", "row", "broken"),
+    [
+        (Z, SHRINK, ""),
+        # Three of its eight stages; the waits of such a pipeline in the code of the default one.
+        (replace(Z, given=KernelConfig(64, 0, 32, 16, 1, 4, 3)), SHRINK, "9.7 KB under way"),
+        (Z, SHRINK | {"copies_left": [2, 0]}, "[2] copies under way behind a wait, 12 by its stages"),
+        (Z, SHRINK | {"copies_left": []}, "[] copies under way"),
+        (replace(Z, M=512), SHRINK, ""),
+        (
+            replace(Z, op="shrink_group", layout="all z", members=3),
+            {"kernel": "shrink_group_kernel", "copies_left": [6, 0]},
+            "[6] copies under way behind a wait, 8 by its stages",
+        ),
+        (replace(Y, R=64), {"kernel": "expand_tma_kernel", "config": {"BLOCK_R": 64}}, ""),
+        (replace(Y, R=64), {"kernel": "expand_tma_kernel", "config": {"BLOCK_R": 16}}, "takes 4 rounds"),
+        # By pointers it is the least rank block.
+        (replace(Y, R=36), {"kernel": "expand_tma_kernel", "config": {"BLOCK_R": 16}}, ""),
+    ],
+)
+def test_a_pipeline_with_too_little_under_way_fails_the_gate(case, row, broken):
+    found = pipeline.failures(case, row, 4096)
+    assert broken in " ".join(found) and bool(found) == bool(broken)
+
+
+@pytest.mark.parametrize("version", COMMITTED)
+def test_committed_kernels_have_enough_under_way(version):
+    files, _ = COMMITTED[version]
+    rows = [row for f in files for row in json.loads((ROOT / "bench" / "results" / f).read_text())["rows"]]
+    names = {field.name for field in fields(LauncherCall)}
+    judged = 0
+    for row in rows:
+        if row["arch"] == "sm_90" and row["op"] in ("shrink", "shrink_group", "expand"):
+            case = LauncherCall(**{name: row[name] for name in names & row.keys()})
+            assert pipeline.failures(case, row, 4096) == [], row
+            judged += case.op != "expand" and case.M >= 1024 and not case.dropout
+    assert judged >= 20
 
 
 @pytest.mark.gate_all
