@@ -54,6 +54,7 @@ MARGIN = 0.02
 # Of which contenders' losses the deviation is told.
 LOSSES = (LORAFA, "peft-lorafa-16bit")
 LONG_TABLE, LONG_LIST = 40, 12
+MEANS = "Last: the geometric means of the medians, of the p20 and of the p80."
 LAYER = ("M×K×N", "frozen nn.Linear, ms")
 
 
@@ -217,16 +218,26 @@ def directions_text(records: list[Record], sources: Sources, picture: str | None
 
 def ours_text(records: list[Record], sources: Sources) -> str:
     """lorafa_kernels over each of the others."""
-    ours = ours_table(records, sources, "M×K×N")
+    ours = ours_table(records, sources, "M×K×N", means=len(records) > 1)
     title = "### lorafa_kernels against the others: its time / theirs, forward + backward"
     note = "The baseline is the column's: below 1, lorafa_kernels takes less time than it."
-    return joined(title, f"{note} Same rounds as above.", ours) if ours else ""
+    return joined(title, f"{note} Same rounds as above. {MEANS}", ours) if ours else ""
 
 
-def ours_table(records: list[Record], sources: Sources, first: str) -> str:
+def ours_table(records: list[Record], sources: Sources, first: str, means: bool = False) -> str:
     shown = {key: title for key, title in columns(records)[0].items() if key != LORAFA}
     rows = [[sources.of(record), *(against(record, key) for key in shown)] for record in records]
+    if means:
+        rows.append(["mean over the cases", *(mean_against(records, key) for key in shown)])
     return table([first, *shown.values()], rows) if shown else ""
+
+
+def mean_against(records: list[Record], baseline: str) -> str:
+    """The geometric means of lorafa_kernels' ratios to a baseline, where every record has one."""
+    found = [ratio(record, LORAFA, "both", baseline) for record in records]
+    if not all(found):
+        return "–"
+    return spread({name: geometric_mean([one[name] for one in found]) for name in ("median", "p20", "p80")})
 
 
 def against(record: Record, baseline: str) -> str:

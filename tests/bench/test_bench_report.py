@@ -518,6 +518,31 @@ def test_means_are_over_the_same_rows(root, no_plots):
     assert expected["compiled-lorafa"] not in cells
 
 
+def test_ratios_to_an_arrangement_have_a_mean_with_its_spread(root, no_plots):
+    """Ours over "product, then addmm_" is 0.81 in one case and 1 in three; of PEFT one case has none."""
+    records = measurements(False)
+    times = [r for r in records if r["kind"] == "time" and r["mode"] == "eager"]
+    for index, record in enumerate(times):
+        for row in record["rows"]:
+            if row["contender"] == "lorafa":
+                row["ratios"]["addmm"] = {"median": 1.0, "p20": 0.9, "p80": 1.1, "min": 0.8}
+                if index == 0:
+                    row["ratios"]["addmm"] = {"median": 0.81, "p20": 0.6, "p80": 1.2, "min": 0.5}
+                    del row["ratios"]["peft-lora"]
+    write_run(root, records=records)
+    section = page_of(root).split("### lorafa_kernels against the others")[1].split("\n#")[0]
+    header, *rows = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+    mean = dict(zip(map(str.strip, header), map(str.strip, rows[-1]), strict=True))
+    count = len(times)
+    median, low, high = (
+        (first * others ** (count - 1)) ** (1 / count)
+        for first, others in ((0.81, 1.0), (0.6, 0.9), (1.2, 1.1))
+    )
+    assert mean["M×K×N"] == "mean over the cases"
+    assert mean["product, then addmm_ (as Unsloth)"] == f"{median:.2f} ({low:.2f}–{high:.2f})"
+    assert mean["PEFT LoRA"] == "–"
+
+
 def test_the_target_is_judged(root, no_plots):
     write_run(root, gpu=True)
     page = page_of(root)
