@@ -122,6 +122,11 @@ def key_of(problem: Problem) -> Key:
     )
 
 
+def most_rows(key: Key) -> int:
+    """Return the largest M of a bucket: rows · √2, which is between two integers."""
+    return math.isqrt(2 * key.rows**2)
+
+
 def cache_path(device: Device) -> Path | None:
     """Return the file of the user's own table for this device and Triton, which need not exist; None where
     the user has no home and LORAFA_KERNELS_CACHE names no folder.

@@ -15,8 +15,9 @@ from ..command_line import FAILED, MOST_SIZE_TEXT, USAGE_ERROR, brief, count, on
 from ..plan.choice import forget_plans, planned_device, triton_obstacle
 from ..plan.recipe import Device, Problem, describe
 from ..plan.tables import CACHE_VARIABLE, SHIPPED, STUB, cache_path, update_table
+from .check import OUTPUTS
 from .models import MODELS, distinct_shapes
-from .search import OUTPUTS, EventTimer, Result, Timer, tune
+from .search import EventTimer, Result, Timer, tune
 from .share import MainLoop, measure_main_loop
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -243,6 +244,8 @@ def _print_table(console, found: list[Result]) -> None:
     if cut:
         console.print(f"--budget ended the search early for {cut} of {len(found)} operations")
     for result in found:
+        for name, why in result.fewer.items():
+            console.print(f"checked for {_title(result.problem)}: {name} on {why}", markup=False)
         for name, why in result.refused:
             console.print(f"refused for {_title(result.problem)}: {name}: {why}", markup=False)
 

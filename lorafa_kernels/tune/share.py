@@ -19,7 +19,8 @@ from ..plan.config import KernelPlan
 from ..plan.kernels import all_configs
 from ..plan.recipe import Problem, Recipe
 from ..plan.tables import MOST_SHARE
-from .search import FINAL_ROUNDS, WARM_UPS, Check, Step, Timer, refusal
+from .check import Check, refusal
+from .search import FINAL_ROUNDS, WARM_UPS, Step, Timer
 
 # Rows, in_features and out_features, and the rank.
 SIZE = 4096
