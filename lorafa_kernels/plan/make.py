@@ -142,13 +142,15 @@ def _measured(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan 
     for source, table in (("user cache", user_table(device)), ("table", shipped_table(device))):
         if table is None:
             continue
-        if (entry := table.by_key.get(key)) and (plan := _fastest(entry.plans, problem, device, names)):
+        entry = table.by_key.get(key)
+        plans = [one for one in entry.plans if table.counts(one.recipe, device)] if entry else []
+        if plan := _fastest(plans, problem, device, names):
             return replace(plan, source=source, reason=f"{plan.reason} at {key}{_when(table)}")
     return None
 
 
 def _fastest(
-    plans: tuple[Measured, ...], problem: Problem, device: Device, names: tuple[str, ...]
+    plans: Iterable[Measured], problem: Problem, device: Device, names: tuple[str, ...]
 ) -> Plan | None:
     able = [one for one in plans if one.recipe.name in names]
     able = [one for one in able if obstacle(one.recipe, problem, device.limits, device.triton) is None]
