@@ -16,7 +16,7 @@ from bench.run import jobs
 from bench.run import store as results
 from bench.run.jobs import COMPILED, KINDS, Setting
 from lorafa_kernels.plan import tables as lookup
-from lorafa_kernels.plan.choice import forget_plans
+from lorafa_kernels.plan.choice import choose_plan, forget_plans, planned_device
 from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES
 from lorafa_kernels.plan.make import make_plan
 from lorafa_kernels.plan.recipe import Device, Problem
@@ -185,7 +185,7 @@ def rate_job(monkeypatch, tmp_path):
     def run_job(found, device=H200) -> dict:
         monkeypatch.setattr(share, "measure_main_loop", lambda *_: found)
         monkeypatch.setattr(main_loop, "planned_device", lambda _: device)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device.name)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: device.name)
         first = jobs.suite(Setting("cuda"))[0]
         (row,) = first.run(lambda fraction: None)["rows"]
         return row
@@ -206,6 +206,19 @@ def test_what_the_suite_measures_next_is_planned_with_the_rate_of_expand(rate_jo
     # Measured again, the last one counts.
     rate_job(share.MainLoop("tma", 0.97, 200.0, 194.0))
     assert make_plan(PROBLEM, H200).name == "fused"
+
+
+def test_plans_that_were_made_before_are_made_again(rate_job, fake_gpu):
+    pytest.importorskip("triton")
+    fake_gpu(KNOWN_DEVICES["sm_90"], "NVIDIA H200", (9, 0))
+    device = torch.device("cuda")
+
+    def planned() -> str:
+        return choose_plan("auto", "forward", device, torch.bfloat16, 8192, 4096, 4096, 16, False).name
+
+    assert planned() == "fused"
+    rate_job(share.MainLoop("tma", 0.7, 200.0, 140.0), planned_device(device))
+    assert planned() == "library"
 
 
 @pytest.mark.parametrize(
