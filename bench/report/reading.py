@@ -260,10 +260,17 @@ def main_loop_lines(record: Record) -> list[str]:
     """Say at which rate expand runs, a line for each sound row with the card's name."""
     return [
         f"{record['card']}: expand ({row['variant']}) runs at {row['share']:.2f} of the library's product, "
-        f"{'×'.join(map(str, record['size']))}, R = {record['rank']}, bf16"
+        f"{'×'.join(map(str, record['size']))}, R = {record['rank']}, bf16{_kept(row)}"
         for row in record["rows"]
         if status(row) == "ok" and row.get("share")
     ]
+
+
+def _kept(row: Row) -> str:
+    """Whether what was measured after it was planned with it; nothing of records that do not say so."""
+    if row.get("kept"):
+        return "; later plans follow it"
+    return f"; plans do not follow it: {row['not_kept']}" if row.get("not_kept") else ""
 
 
 LOSS = "loss, first → last"

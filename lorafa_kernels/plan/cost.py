@@ -43,6 +43,9 @@ NOT_HIDDEN = 0.45
 # Share of the time of dB's pass over dy that still shows when it runs beside the product: it takes the
 # memory's bandwidth, of which the product needs little (estimate).
 SHOWS_BESIDE = 0.4
+# Share of the time that this must gain before a plan is chosen for it, while it was not timed (estimate: what
+# is lost where 0.9 of the pass shows instead, H100, M = 8192, K = N = 4096).
+BESIDE_GAIN = 0.03
 # Share of the copy rate that a library product reaches where one side is of rank R (estimate).
 SKINNY_SHARE = 0.75
 # Share of the time for reading an output back that a product which adds to it does not hide (estimate).

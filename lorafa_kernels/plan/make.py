@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .config import KernelConfig, KernelPlan
-from .cost import ceilings, frozen, frozen_of_codes, main_loop_share, predict
+from .cost import BESIDE_GAIN, ceilings, frozen, frozen_of_codes, main_loop_share, predict
 from .defaults import CODES_ROWS, codes_config
 from .kernels import KernelConfigs, all_configs
 from .pin import Pin
-from .recipe import NAMES, Device, Problem, Recipe, describe, heuristic_config, obstacle
+from .recipe import NAMES, Device, Problem, Recipe, describe, heuristic_config, obstacle, runs_beside
 from .tables import Measured, Table, key_of, measured_main_loop, shipped_table, user_table
 
 SOURCES = ("pinned", "user cache", "table", "heuristic")
@@ -142,13 +142,15 @@ def _measured(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan 
     for source, table in (("user cache", user_table(device)), ("table", shipped_table(device))):
         if table is None:
             continue
-        if (entry := table.by_key.get(key)) and (plan := _fastest(entry.plans, problem, device, names)):
+        entry = table.by_key.get(key)
+        plans = [one for one in entry.plans if table.counts(one.recipe, device)] if entry else []
+        if plan := _fastest(plans, problem, device, names):
             return replace(plan, source=source, reason=f"{plan.reason} at {key}{_when(table)}")
     return None
 
 
 def _fastest(
-    plans: tuple[Measured, ...], problem: Problem, device: Device, names: tuple[str, ...]
+    plans: Iterable[Measured], problem: Problem, device: Device, names: tuple[str, ...]
 ) -> Plan | None:
     able = [one for one in plans if one.recipe.name in names]
     able = [one for one in able if obstacle(one.recipe, problem, device.limits, device.triton) is None]
@@ -172,9 +174,16 @@ def _heuristic(problem: Problem, device: Device, names: tuple[str, ...]) -> Plan
     # A device with too little shared memory for any kernel is not one that a heuristic should refuse.
     shares = measured_shares(device)
     times = {recipe: predict(recipe, problem, device.limits, reached, shares).us for recipe in able or found}
-    ranked = sorted(times, key=times.__getitem__)
+
+    def worst(recipe: Recipe) -> float:
+        untimed = runs_beside(recipe, problem.op)
+        return times[recipe] / (1 - BESIDE_GAIN if untimed else 1.0)
+
+    ranked = sorted(times, key=worst)
     predicted = tuple((describe(recipe, problem.op), times[recipe]) for recipe in ranked)
     reason = f"least predicted time, {reached.source}"
+    if times[ranked[0]] > min(times.values()):
+        reason += f"; dB beside dx gains less than {BESIDE_GAIN:.0%}, and was not timed"
     return _plan(ranked[0], "heuristic", reason, problem, device, predicted)
 
 

@@ -18,8 +18,9 @@ of the cost: by variant of expand, the rate of its main loop over that of the li
 
 Shipped tables lie in measured/, named after the device; the user's in ~/.cache/lorafa_kernels (XDG_CACHE_HOME
 instead of ~/.cache where it is set), or where LORAFA_KERNELS_CACHE says, named after device and Triton's
-version. A user without a home has none. A file that is damaged or not for this device and Triton is ignored,
-with a warning that names it; where only its field measured is damaged, that field is.
+version. A shipped table serves every Triton, but for plans with specialised warps, which count with the one
+they were checked with. A user without a home has none. A file that is damaged or not for this device and
+Triton is ignored, with a warning that names it; where only its field measured is damaged, that field is.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import one_writer, read_json, replace_file, shown
-from .config import VARIANTS
+from .config import VARIANTS, WS_SUMS
 from .cost import ASSUMED
 from .recipe import OPERATIONS, Device, Problem, Recipe, obstacle, recipe_from_json, recipe_to_json
 
@@ -104,6 +105,16 @@ class Table:
     main_loop: tuple[tuple[str, float], ...] = ()
     ignored: str | None = None
 
+    def counts(self, recipe: Recipe, device: Device) -> bool:
+        """Whether the table shows that a recipe was checked and timed on this device as it would run there.
+
+        That of specialised warps with this version of Triton, too: no other compiles Gluon alike.
+        """
+        expand = recipe.kernels.expand
+        if expand is None or expand.variant not in WS_SUMS:
+            return True
+        return (self.device, self.triton) == (device.name, device.triton)
+
     @functools.cached_property
     def by_key(self) -> dict[Key, Entry]:
         return {entry.key: entry for entry in self.entries}
@@ -120,6 +131,11 @@ def key_of(problem: Problem) -> Key:
         1 << round(math.log2(max(1, problem.M))),
         problem.dropout,
     )
+
+
+def most_rows(key: Key) -> int:
+    """Return the largest M of a bucket: rows · √2, which is between two integers."""
+    return math.isqrt(2 * key.rows**2)
 
 
 def cache_path(device: Device) -> Path | None:

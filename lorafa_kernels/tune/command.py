@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..command_line import FAILED, MOST_SIZE_TEXT, USAGE_ERROR, brief, count, one_line
-from ..plan.choice import forget_plans, planned_device, triton_obstacle
+from ..plan.choice import planned_device, triton_obstacle
 from ..plan.recipe import Device, Problem, describe
-from ..plan.tables import CACHE_VARIABLE, SHIPPED, STUB, cache_path, update_table
+from ..plan.tables import CACHE_VARIABLE, SHIPPED, STUB, cache_path
+from .check import OUTPUTS
 from .models import MODELS, distinct_shapes
-from .search import OUTPUTS, EventTimer, Result, Timer, tune
-from .share import MainLoop, measure_main_loop
+from .search import EventTimer, Result, Timer, tune
+from .share import MainLoop, keep, measure_main_loop, versions
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = (512, 2048, 8192)
@@ -146,7 +146,6 @@ def search(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
-    about = {"torch": torch.__version__, "lorafa_kernels": __version__, "commit": None}
     found: list[Result] = []
     main_loop: MainLoop | None = None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -160,16 +159,14 @@ def search(
 
             # First: predictions of plans that no search has reached yet follow it.
             main_loop = measure_main_loop(device, timer, progress)
-            if main_loop.shares:
-                update_table(path, planned_device(device), (), about, main_loop.shares)
-                forget_plans()
+            keep(main_loop, path, planned_device(device))
             console.print(str(main_loop), markup=False, highlight=False, soft_wrap=True)
             results = tune(
                 problems,
                 device,
                 timer,
                 path,
-                about=about,
+                about=versions(),
                 budget_s=budget_s,
                 progress=progress,
                 main_loop=main_loop.shares,
@@ -243,6 +240,8 @@ def _print_table(console, found: list[Result]) -> None:
     if cut:
         console.print(f"--budget ended the search early for {cut} of {len(found)} operations")
     for result in found:
+        for name, why in result.fewer.items():
+            console.print(f"checked for {_title(result.problem)}: {name} on {why}", markup=False)
         for name, why in result.refused:
             console.print(f"refused for {_title(result.problem)}: {name}: {why}", markup=False)
 

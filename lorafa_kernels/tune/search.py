@@ -8,9 +8,9 @@ For each problem, three stages:
        one size by one step, and repeat while that is faster
     3. time the best recipe of each name again, in more rounds
 
-A recipe is checked against fp64, within the error budget, before it is timed; one that fails or cannot run is
-left out. Times are medians over rounds in which all contenders take turns. What is timed is the operation of
-linear/ops.py, so host times include the choice of the plan.
+A recipe is checked against fp64 (check.py), within the error budget, before it is timed; one that fails or
+cannot run is left out. Times are medians over rounds in which all contenders take turns. What is timed is the
+operation of linear/ops.py, so host times include the choice of the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks.budget import allowed_error, draw_operands, lorafa_results, plain_formula, relative_error
 from ..linear import ops
 from ..operands import draw_seed
 from ..plan.choice import forget_plans, planned_device
@@ -38,6 +37,7 @@ from ..plan.pin import make_pin, pin_plan
 from ..plan.recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
 from ..plan.specialised import ws_configs
 from ..plan.tables import Entry, Measured, key_of, update_table
+from .check import DROPOUT_P, Check, refusal
 
 # The values that the search tries for each size: from the current one, the next lower and the next higher.
 STEPS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -76,16 +76,10 @@ GAIN = 0.01
 ROUNDS = 10
 FINAL_ROUNDS = 30
 WARM_UPS = 2
-# Rows of the check against fp64: enough to fill blocks, few enough to be quick (estimate).
-CHECKED_ROWS = 512
-# Dropout probability in measurements; the time does not depend on it.
-DROPOUT_P = 0.1
 # Bytes written before each sample. That empties the L2, and takes 0.2 ms or more, in which the host queues
 # the operation's kernels, so that no launch gaps are timed.
 FLUSH_BYTES = 2**30
 
-# The operations that are searched, and their outputs. The cost model plans the other operations.
-OUTPUTS = {"forward": ("y",), "backward": ("dx", "dB")}
 Step = Callable[[], object]
 
 
@@ -125,7 +119,8 @@ class Result:
     """What was found for a problem.
 
     best: the fastest recipe of each name. frozen_us: time of the frozen linear. tried: recipes timed.
-    refused: recipes left out, with the reason. finished: the search ended before the budget did.
+    refused: recipes left out, with the reason. finished: the search ended before the budget did. fewer: as in
+    Check.
     """
 
     problem: Problem
@@ -135,6 +130,7 @@ class Result:
     tried: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
     finished: bool = True
+    fewer: dict[str, str] = field(default_factory=dict)
 
     @property
     def winner(self) -> Measured:
@@ -215,7 +211,7 @@ class Search:
         predicted = predict(winner, p, limits, reached, self.main_loop).us if reached else None
         refused = [(describe(r, p.op), why) for r, why in self.checked.items() if why]
         best_times = {recipe.name: measured for recipe, measured in found.items()}
-        return Result(p, best_times, frozen, predicted, self.tried, refused, finished)
+        return Result(p, best_times, frozen, predicted, self.tried, refused, finished, self.check.fewer)
 
     def climb(self, recipe: Recipe, kernel: str, deadline: float) -> tuple[Recipe, bool]:
         """Improve the configuration of one kernel; return the recipe, and False after the deadline."""
@@ -262,57 +258,6 @@ class Search:
             )
             for recipe, found in samples.items()
         }
-
-
-def refusal(check: Callable[[], str | None]) -> str | None:
-    """Say what check() says, or what it raises."""
-    try:
-        return check()
-    except Exception as error:
-        if "CUDA error" in str(error):
-            raise  # The CUDA context is broken: every later call would fail, too.
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-class Check:
-    """Compares a recipe's outputs on `problem` with fp64 (checks/budget.py), on CHECKED_ROWS rows at most."""
-
-    def __init__(self, problem: Problem, device: torch.device, target: Device) -> None:
-        self.problem, self.limits = problem, target.limits
-        self.op = problem.op
-        p = problem
-        rows = min(p.M, CHECKED_ROWS)
-        dropout_p = DROPOUT_P if p.dropout else 0.0
-        self.operands = draw_operands(
-            rows,
-            p.K,
-            p.N,
-            p.R,
-            p.dtype,
-            device,
-            bias=p.bias,
-            factor_dtype=torch.float32,
-            dropout_p=dropout_p,
-        )
-        self.exact = plain_formula(self.operands, torch.float64)
-        plain = plain_formula(self.operands)
-        self.plain = {name: relative_error(plain[name], self.exact[name]) for name in OUTPUTS[self.op]}
-
-    def __call__(self, recipe: Recipe) -> str | None:
-        """Say which output is wrong, or None. Raises what the recipe raises."""
-        # Configurations are named: for fewer rows the defaults could differ from those that are timed.
-        configs = kernel_configs(recipe, self.problem, self.limits)
-        with pin_plan({self.op: replace(recipe, kernels=replace(recipe.kernels, **configs))}):
-            got = lorafa_results(self.operands, "auto")
-        for name, plain in self.plain.items():
-            error, allowed = (
-                relative_error(got[name], self.exact[name]),
-                allowed_error(plain, got[name].dtype),
-            )
-            if not error <= allowed:
-                return f"{name} has a relative error of {error:.2e}, allowed is {allowed:.2e}"
-        return None
 
 
 def specialised(problem: Problem, device: Device) -> list[Recipe]:

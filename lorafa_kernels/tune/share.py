@@ -10,16 +10,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from ..plan.choice import planned_device
+from .. import __version__
+from ..plan.choice import forget_plans, planned_device
 from ..plan.config import KernelPlan
 from ..plan.kernels import all_configs
-from ..plan.recipe import Problem, Recipe
-from ..plan.tables import MOST_SHARE
-from .search import FINAL_ROUNDS, WARM_UPS, Check, Step, Timer, refusal
+from ..plan.recipe import Device, Problem, Recipe
+from ..plan.tables import CACHE_VARIABLE, MOST_SHARE, STUB, cache_path, update_table
+from .check import Check, refusal
+from .search import FINAL_ROUNDS, WARM_UPS, Step, Timer
 
 # Rows, in_features and out_features, and the rank.
 SIZE = 4096
@@ -87,3 +90,35 @@ def measure_main_loop(
         why = f"{expand_us:.1f} us beside {library_us:.1f} us cannot be right"
         return MainLoop(variant, None, expand_us, library_us, why)
     return MainLoop(variant, share, expand_us, library_us)
+
+
+def versions() -> dict[str, str | None]:
+    """What a table says of what its numbers were measured with."""
+    return {"torch": torch.__version__, "lorafa_kernels": __version__, "commit": None}
+
+
+def keep(found: MainLoop, path: Path, target: Device) -> None:
+    """Write what was measured on `target` into the table at `path`, if anything; later plans follow it.
+    Raises OSError where the table cannot be written.
+    """
+    if found.shares:
+        update_table(path, target, (), versions(), found.shares)
+        forget_plans()
+
+
+def keep_for_user(found: MainLoop, target: Device) -> str | None:
+    """Keep what was measured on `target` in the user's own table; say why it was not kept, or None."""
+    path = cache_path(target)
+    if target.name.startswith(STUB):
+        return "a stub driver computes nothing"
+    if target.limits.family == "interpreter":
+        return "it is of no GPU"
+    if not found.shares:
+        return f"not known: {found.refused}"
+    if path is None:
+        return f"no home folder to keep a table in: set {CACHE_VARIABLE}"
+    try:
+        keep(found, path, target)
+    except OSError as error:
+        return f"the table cannot be written: {error.strerror or type(error).__name__}"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from bench.measure.contenders import CONTENDERS
 from bench.run import jobs
 from bench.run import store as results
 from bench.run.jobs import COMPILED, KINDS, Setting
+from lorafa_kernels.plan import tables as lookup
+from lorafa_kernels.plan.choice import choose_plan, forget_plans, planned_device
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES
+from lorafa_kernels.plan.make import make_plan
+from lorafa_kernels.plan.recipe import Device, Problem
 from lorafa_kernels.tune import share
 from lorafa_kernels.tune.search import Sample
 
@@ -139,7 +145,7 @@ def test_the_rate_of_expand_needs_a_gpu(tmp_path, capsys):
     assert (row["status"], row["share"]) == ("not run", None) and "on a GPU" in row["reason"]
 
 
-def test_the_rate_of_expand_is_measured_as_tune_does(monkeypatch):
+def test_the_rate_of_expand_is_measured_as_tune_does(monkeypatch, tmp_path):
     """By bench's clock, which gives seconds."""
     found = share.MainLoop("tma", 0.931254, 200.0, 185.5)
 
@@ -149,6 +155,8 @@ def test_the_rate_of_expand_is_measured_as_tune_does(monkeypatch):
 
     monkeypatch.setattr(share, "measure_main_loop", measured)
     monkeypatch.setattr(main_loop, "EventTimer", lambda: lambda step: 250e-6)
+    monkeypatch.setattr(main_loop, "planned_device", lambda device: H200)
+    monkeypatch.setenv(lookup.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     job = jobs.main_loop_job(Setting("cuda"))
     payload = job.run(lambda fraction: None)
@@ -159,6 +167,99 @@ def test_the_rate_of_expand_is_measured_as_tune_does(monkeypatch):
     found = share.MainLoop("tma", refused="y is wrong")
     (row,) = job.run(lambda fraction: None)["rows"]
     assert (row["status"], row["reason"], row["share"]) == ("failed", "y is wrong", None)
+
+
+H200 = Device("NVIDIA H200", KNOWN_DEVICES["sm_90"], "3.7.1")
+PROBLEM = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16)
+
+
+@pytest.fixture
+def rate_job(monkeypatch, tmp_path):
+    """A function (found, device) that runs the suite's first job as if `found` were measured on `device`, and
+    returns its row.
+    """
+    monkeypatch.setenv(lookup.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(main_loop, "EventTimer", lambda: None)
+    forget_plans()
+
+    def run_job(found, device=H200) -> dict:
+        monkeypatch.setattr(share, "measure_main_loop", lambda *_: found)
+        monkeypatch.setattr(main_loop, "planned_device", lambda _: device)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: device.name)
+        first = jobs.suite(Setting("cuda"))[0]
+        (row,) = first.run(lambda fraction: None)["rows"]
+        return row
+
+    yield run_job
+    forget_plans()
+
+
+def test_what_the_suite_measures_next_is_planned_with_the_rate_of_expand(rate_job):
+    assert make_plan(PROBLEM, H200).name == "fused"
+    row = rate_job(share.MainLoop("tma", 0.7, 200.0, 140.0))
+    assert (row["kept"], row["not_kept"]) == (True, None)
+    table = lookup.read_table(lookup.cache_path(H200))
+    assert table.device == "NVIDIA H200" and table.main_loop == (("tma", 0.7),) and table.entries == ()
+    assert dict(table.about)["torch"] == torch.__version__
+    plan = make_plan(PROBLEM, H200)
+    assert (plan.name, plan.main_loop) == ("library", (0.7, "measured on this device"))
+    # Measured again, the last one counts.
+    rate_job(share.MainLoop("tma", 0.97, 200.0, 194.0))
+    assert make_plan(PROBLEM, H200).name == "fused"
+
+
+def test_plans_that_were_made_before_are_made_again(rate_job, fake_gpu):
+    pytest.importorskip("triton")
+    fake_gpu(KNOWN_DEVICES["sm_90"], "NVIDIA H200", (9, 0))
+    device = torch.device("cuda")
+
+    def planned() -> str:
+        return choose_plan("auto", "forward", device, torch.bfloat16, 8192, 4096, 4096, 16, False).name
+
+    assert planned() == "fused"
+    rate_job(share.MainLoop("tma", 0.7, 200.0, 140.0), planned_device(device))
+    assert planned() == "library"
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "why"),
+    [
+        pytest.param(
+            share.MainLoop("tma", 0.7), replace(H200, name="STUB sm_90"), "a stub driver", id="stub"
+        ),
+        pytest.param(share.MainLoop("tma", refused="y is wrong"), H200, "not known: y is wrong", id="wrong"),
+        pytest.param(
+            share.MainLoop("portable", 0.7),
+            replace(H200, name="Triton's interpreter", limits=INTERPRETER),
+            "of no GPU",
+            id="interpreter",
+        ),
+    ],
+)
+def test_a_rate_that_means_nothing_is_not_kept_and_the_record_says_why(
+    rate_job, tmp_path, found, device, why
+):
+    row = rate_job(found, device)
+    assert row["kept"] is False and why in row["not_kept"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_the_rate_alone(rate_job, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    row = rate_job(share.MainLoop("tma", 0.7, 200.0, 140.0))
+    assert (row["status"], row["share"], row["kept"]) == ("ok", 0.7, False)
+    assert "cannot be written" in row["not_kept"] and str(tmp_path) not in row["not_kept"]
+
+
+def test_a_rate_is_measured_on_a_gpu_alone(rate_job, tmp_path):
+    (row,) = main_loop.measure("cpu")["rows"]
+    assert (row["status"], row["kept"]) == ("not run", False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_rate_is_measured_anew_by_a_run_that_goes_on():
+    """It may go on where the user's table is another one."""
+    assert jobs.main_loop_job(Setting("cuda")).always
 
 
 def test_list_names_everything(capsys):

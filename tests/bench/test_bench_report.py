@@ -601,6 +601,22 @@ def test_the_rate_of_expand_is_told_with_its_card(root, no_plots):
     assert line in shown.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({}, ""),
+        ({"kept": True, "not_kept": None}, "; later plans follow it"),
+        ({"kept": False, "not_kept": "no home"}, "; plans do not follow it: no home"),
+    ],
+    ids=str,
+)
+def test_whether_plans_follow_the_rate_is_told(told, words):
+    record = main_loop_record()
+    record["rows"][0] |= told
+    (line,) = reading.main_loop_lines(record)
+    assert line.endswith(f"R = 16, bf16{words}")
+
+
 def test_a_refused_rate_of_expand_is_among_what_failed(root, no_plots):
     write_run(root, gpu=True, records=[*measurements(True), main_loop_record(share=None)])
     page = page_of(root)

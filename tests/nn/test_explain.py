@@ -222,9 +222,12 @@ def test_text_has_plan_source_and_predictions(fake_gpu):
     text = str(told)
     assert text.isascii()
     assert "source: heuristic (least predicted time, published figures of H200)" in text
+    assert "; dB beside dx gains less than 3%, and was not timed)" in text
     for op in ("forward", "backward"):
         plan = told.plans[op].plan
-        assert plan.predicted_us == min(us for _, us in plan.predicted)
+        # dB beside dx must gain more than the model of the cost can be off.
+        others = [us for name, us in plan.predicted if name != "fused, dB beside dx"]
+        assert plan.predicted_us == min(others)
         assert {name.split(",")[0] for name, _ in plan.predicted} == {"fused", "library"}
         assert f"predicted: {plan.predicted[0][0]} {plan.predicted_us:.1f} us; " in text
 

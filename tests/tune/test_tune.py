@@ -19,7 +19,7 @@ from lorafa_kernels.plan.make import candidates, make_plan
 from lorafa_kernels.plan.pin import pinned
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe, heuristic_config, kernel_configs
 from lorafa_kernels.plan.tables import key_of, read_table
-from lorafa_kernels.tune import command, search, share
+from lorafa_kernels.tune import check, command, search, share
 from lorafa_kernels.tune.models import MODELS, distinct_shapes
 from lorafa_kernels.tune.search import EventTimer, Sample, neighbours, tune
 from lorafa_kernels.tune.share import measure_main_loop
@@ -494,7 +494,7 @@ def test_the_check_runs_the_blocks_that_are_timed(triton_device, monkeypatch, tm
         return right(x, *args, plan=plan, **options)
 
     monkeypatch.setattr(linear, "forward", recording)
-    monkeypatch.setattr(search, "CHECKED_ROWS", 40)
+    monkeypatch.setattr(check, "CHECKED_ROWS", 40)
     tuned(FORWARD, triton_device, tmp_path / "t.json", lambda recipe: 1.0, budget_s=1e-9)
     limits = choice.planned_device(torch.device(triton_device)).limits
     assert set(rows) == {40}

@@ -1,0 +1,140 @@
+"""On what a recipe is checked before it is timed: on so many rows that the blocks of a persistent kernel walk
+several tiles, and, of specialised warps, on all that an entry of a table serves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig
+from lorafa_kernels.plan.recipe import Problem
+from lorafa_kernels.plan.tables import key_of, most_rows
+from lorafa_kernels.tune.check import CHECKED_ROWS, Case, Rows, cases, rows_that_fit, rows_to_check
+
+SMS = KNOWN_DEVICES["sm_90"].num_sms
+FORWARD, BACKWARD = (Problem(op, torch.bfloat16, 8192, 14336, 4096, 16) for op in ("forward", "backward"))
+WS = KernelConfig(128, 256, 64, 16, 8, 8, 3, "ws", EPILOGUE_SUBTILE=2)
+WS_Z, TMA, PORTABLE = (replace(WS, variant=variant) for variant in ("ws_z", "tma", "portable"))
+
+blocks = st.sampled_from((64, 128, 256))
+persistent = st.builds(
+    lambda M, N, variant, ctas: replace(WS, BLOCK_M=M, BLOCK_N=N, variant=variant, ctas_per_sm=ctas),
+    blocks,
+    blocks,
+    st.sampled_from(("tma", "ws", "ws_z")),
+    st.sampled_from((1, 2)),
+)
+sizes = st.integers(1, 1 << 15)
+problems = st.builds(
+    Problem,
+    st.sampled_from(("forward", "backward")),
+    st.just(torch.bfloat16),
+    sizes,
+    sizes,
+    sizes,
+    st.integers(1, 128),
+)
+
+
+def tiles(rows: int, config: KernelConfig, problem: Problem) -> int:
+    return -(-rows // config.BLOCK_M) * -(-problem.out_width // config.BLOCK_N)
+
+
+@given(problems, persistent)
+def test_every_block_of_a_persistent_kernel_walks_three_tiles_or_it_is_said_why_not(problem, config):
+    rows = rows_to_check(config, problem, SMS)
+    most = most_rows(key_of(problem))
+    three = 3 * SMS * config.ctas_per_sm
+    for number in (rows.sixteens, rows.odd):
+        assert 1 <= number <= most
+        assert number % config.BLOCK_M or number < 16
+        if rows.fewer is None:
+            assert tiles(number, config, problem) >= three
+    if rows.fewer:
+        # Not many more fit, and what is checked is nearly all that the entry serves.
+        assert (
+            most - 32 <= rows.odd and str(rows.odd) in rows.fewer and "its entry serves no more" in rows.fewer
+        )
+    if most > 16:
+        assert rows.sixteens % 16 == 0 and rows.odd % 2 == 1
+
+
+@pytest.mark.parametrize("config", [WS, WS_Z, TMA], ids=lambda config: config.variant)
+def test_no_more_rows_than_that_takes(config):
+    """A tile of 128 rows and 256 columns: 56 columns of tiles of y, 16 of dx."""
+    assert rows_to_check(config, FORWARD, SMS) == Rows(7 * 128 + 64, 7 * 128 + 69)
+    assert rows_to_check(config, BACKWARD, SMS) == Rows(24 * 128 + 64, 24 * 128 + 69)
+    two = replace(TMA, ctas_per_sm=2)
+    assert rows_to_check(two, BACKWARD, SMS) == Rows(49 * 128 + 64, 49 * 128 + 69)
+
+
+@pytest.mark.parametrize("config", [None, PORTABLE, replace(PORTABLE, variant="recompute")], ids=str)
+def test_what_is_not_persistent_is_checked_on_few(config):
+    for M in (1, 100, 512, 8192):
+        few = min(M, CHECKED_ROWS)
+        assert rows_to_check(config, replace(FORWARD, M=M), SMS, room=1) == Rows(few, few)
+
+
+def test_memory_bounds_the_rows_and_it_is_said():
+    rows = rows_to_check(WS, BACKWARD, SMS, room=2000)
+    assert (rows.sixteens, rows.odd) == (2000, 1999)
+    assert rows.fewer == "1999 rows instead of 3136: memory has no room for more"
+    # As few as are checked of anything.
+    assert rows_to_check(WS, BACKWARD, SMS, room=0).odd == CHECKED_ROWS - 1
+
+
+def test_the_more_memory_the_more_rows():
+    found = [rows_that_fit(BACKWARD, free) for free in (0, 1 << 30, 1 << 33, 1 << 36)]
+    assert found == sorted(found) and found[:2] == [0, 0] and 3136 < found[2] < found[3]
+
+
+@given(st.integers(1, 1 << 20))
+def test_most_rows_is_the_last_of_the_bucket(M):
+    problem = replace(FORWARD, M=M)
+    most = most_rows(key_of(problem))
+    assert most >= M
+    assert key_of(replace(problem, M=most)) == key_of(problem) != key_of(replace(problem, M=most + 1))
+
+
+# Specialised warps
+
+ROWS = Rows(960, 965)
+
+
+@given(problems, st.booleans(), st.sampled_from((WS, WS_Z)))
+def test_each_two_properties_of_what_an_entry_serves_occur_together(problem, bias, config):
+    forward = problem.op == "forward"
+    problem = replace(problem, bias=bias and forward)
+    config = replace(config, BLOCK_R=max(16, key_of(problem).rank))
+    found = cases(config, problem, ROWS)
+    assert len(found) <= 6
+    assert found[0] == Case(965 if problem.M % 16 else 960, problem.R, problem.bias, torch.float32)
+    full = key_of(problem).rank
+    wanted = (
+        [True, False] if forward else [False],
+        [torch.float32, torch.bfloat16],
+        [full, full - 3],
+    )
+    for one, other in itertools.combinations(range(3), 2):
+        pairs = set(itertools.product(wanted[one], wanted[other]))
+        properties = [(case.bias, case.factor_dtype, case.R) for case in found]
+        assert pairs <= {(each[one], each[other]) for each in properties}
+    assert {case.rows for case in found} == {960, 965}
+    # Each of them is of the entry.
+    assert {key_of(replace(problem, R=case.R)) for case in found} == {key_of(problem)}
+    assert any(case.R == 1 for case in found) == (full == 16)
+
+
+@given(problems)
+def test_other_kernels_are_checked_as_they_are_timed(problem):
+    for config in (None, TMA, PORTABLE):
+        (case,) = cases(config, problem, ROWS)
+        assert (case.rows % 16 == 0) == (problem.M % 16 == 0)
+        assert (case.R, case.bias) == (problem.R, problem.bias)
+        assert case.factor_dtype == torch.float32
