@@ -1,7 +1,7 @@
 """What every operation shares on its way from an autograd node to an implementation.
 
 define            registers an operator of the library `lorafa_kernels`: schema, body, shape function
-decide            which implementation runs and, of the Triton kernels, by which plan
+decide            which implementation runs (chosen) and, of the Triton kernels, by which plan (planned)
 Implementations   the functions of an operation's folder: which of them is called
 call              calls one with autocast off and the tensors' device current
 first_order       gradients that raise when they are differentiated
@@ -32,8 +32,8 @@ from torch.compiler import is_compiling
 
 from .flops import tell_flop_counters
 from .operands import any_autocast, autocast_enabled
-from .plan.choice import Decision, choose, choose_plan
-from .plan.pin import pinned
+from .plan.choice import Choice, Decision, choose, choose_plan
+from .plan.pin import Pin, pinned
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
 _modes = torch._C._len_torch_dispatch_stack
@@ -116,11 +116,29 @@ def decide(
     op: one of plan.recipe.OPERATIONS. x: (M, K), or dy (M, N). sizes: returns N, K (0 where no weight is
     read) and R, and of a group widths and makers of Problem. bias, dropout: whether there is one.
     """
-    pin = pinned() if impl in ("auto", "triton") else None
-    kernels = pin is not None and pin.needs_kernels(op)
-    choice = choose(impl, x.device, x.dtype, kernels)
+    choice, pin = chosen(op, impl, x)
     if choice.impl != "triton":
         return choice.without_plan
+    return planned(choice, pin, op, impl, x, sizes, bias, dropout)
+
+
+def chosen(op: str, impl: str, x: Tensor) -> tuple[Choice, Pin | None]:
+    """Return the implementation of an operation, and what is pinned where that concerns `impl`."""
+    pin = pinned() if impl in ("auto", "triton") else None
+    return choose(impl, x.device, x.dtype, pin is not None and pin.needs_kernels(op)), pin
+
+
+def planned(
+    choice: Choice,
+    pin: Pin | None,
+    op: str,
+    impl: str,
+    x: Tensor,
+    sizes: Callable[[], tuple],
+    bias: bool = False,
+    dropout: bool = False,
+) -> Decision:
+    """Return what decide() does where `chosen` gives a `choice` of "triton"."""
     M = x.shape[0]
     # While shapes are propagated a size can be a symbol, and nothing is computed.
     if type(M) is not int:
@@ -144,16 +162,9 @@ class Implementations:
     fused: str
     one_pass: Callable[..., Any]
 
-    def settled(self, function: str, impl: str, x: Tensor) -> Callable[..., Any] | None:
-        """Return what find() returns for what decide() does where nothing is pinned and no size matters, else
-        None.
-        """
-        if impl in ("auto", "triton") and pinned() is not None:
-            return None
-        choice = choose(impl, x.device, x.dtype)
-        if choice.impl == "triton":
-            return None
-        return getattr(self.library if choice.impl == "torch" else self.reference, function)
+    def plain(self, function: str, impl: str) -> Callable[..., Any]:
+        """Return `function` of "torch" or "reference"."""
+        return getattr(self.library if impl == "torch" else self.reference, function)
 
     def find(self, function: str, decision: Decision) -> Callable[..., Any]:
         """Return `function` of the implementation that was decided on."""
@@ -161,7 +172,7 @@ class Implementations:
         if plan is None:
             if decision.impl == "triton":
                 raise RuntimeError("no plan: the sizes are symbolic, and a plan needs numbers")
-            return getattr(self.library if decision.impl == "torch" else self.reference, function)
+            return self.plain(function, decision.impl)
         if plan.name == "fused":
             return partial(getattr(_import(self.fused), function), plan=plan.kernels)
         if plan.takes_grad_kernel:

@@ -17,7 +17,7 @@ of 64, weight and absmax of NF4 are flat, (⌈N·K/2⌉,) and (⌈N·K/64⌉,): 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,11 +42,11 @@ class Kind:
     quantise: Callable[[Tensor], dict[str, Tensor]]
     dequantise: Callable[[Tensors, tuple[int, int], torch.dtype, torch.dtype], Tensor]
     chunk: Callable[[int, int, bool], int]
+    # Names of the tensors, in their order: each call of a layer asks for them.
+    names: tuple[str, ...] = field(init=False)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the tensors, in their order."""
-        return tuple(self.spec(1, 1))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.spec(1, 1)))
 
     def nbytes(self, N: int, K: int) -> int:
         """Bytes of the tensors of a weight (N, K)."""

@@ -35,7 +35,7 @@ def is_direct(x: Tensor) -> bool:
 def product(x: Tensor, base: QuantisedBase, bias: Tensor | None) -> Tensor:
     """Compute y (M, N) in the dtype of x (M, K)."""
     if is_direct(x):
-        return call(_product, x.device, x, *parts_of(base), bias)
+        return call(_product_of, x.device, x, base, bias)
     announce()
     return _product_op(x, *parts_of(base), bias)
 
@@ -43,33 +43,40 @@ def product(x: Tensor, base: QuantisedBase, bias: Tensor | None) -> Tensor:
 def gradient(dy: Tensor, base: QuantisedBase) -> Tensor:
     """Compute dx (M, K) in the dtype of dy (M, N)."""
     if is_direct(dy):
-        return call(_gradient, dy.device, dy, *parts_of(base))
+        return call(_gradient_of, dy.device, dy, base)
     announce()
     return _gradient_op(dy, *parts_of(base))
 
 
-def _product(x, base, kind, shape, dtype, bias):
+def _product_of(x: Tensor, base: QuantisedBase, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    held = base_of(kind, base, shape, dtype)
-    if config := reading_config(x, held, bias is not None):
-        return product_of_codes(x, held, bias, config=config)
-    return F.linear(x, held.dense(x.dtype), bias)
+    if config := reading_config(x, base, bias is not None):
+        return product_of_codes(x, base, bias, config=config)
+    return F.linear(x, base.dense(x.dtype), bias)
+
+
+def _gradient_of(dy: Tensor, base: QuantisedBase) -> Tensor:
+    return dy.mm(base.dense(dy.dtype))
+
+
+def _product(x, base, kind, shape, dtype, bias):
+    return call(_product_of, x.device, x, base_of(kind, base, shape, dtype), bias)
 
 
 def _gradient(dy, base, kind, shape, dtype):
-    return dy.mm(base_of(kind, base, shape, dtype).dense(dy.dtype))
+    return call(_gradient_of, dy.device, dy, base_of(kind, base, shape, dtype))
 
 
 _product_op = define(
     "frozen_product",
     f"(Tensor x, {_BASE}, Tensor? bias) -> Tensor",
-    lambda x, *rest: call(_product, x.device, x, *rest),
+    _product,
     lambda x, base, kind, shape, dtype, bias: x.new_empty((x.shape[0], shape[0])),
 )
 _gradient_op = define(
     "frozen_gradient",
     f"(Tensor dy, {_BASE}) -> Tensor",
-    lambda dy, *rest: call(_gradient, dy.device, dy, *rest),
+    _gradient,
     lambda dy, base, kind, shape, dtype: dy.new_empty((dy.shape[0], shape[1])),
 )
 

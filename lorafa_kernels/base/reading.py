@@ -10,15 +10,17 @@ base the kernel reads at all:
 from __future__ import annotations
 
 import importlib
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..plan.choice import choose, choose_frozen, choose_plan
+from ..dispatch import chosen
+from ..plan.choice import Decision, choose_frozen, choose_plan, planned_device
 from ..plan.config import KernelConfig
 from ..plan.defaults import CODES_ROWS
-from ..plan.make import Plan
-from ..plan.pin import pinned
+from ..plan.pin import Pin, pinned
 from .frozen import QuantisedBase
 from .kinds import has_rows, values
 
@@ -35,28 +37,68 @@ def readable(base: QuantisedBase, dtype: torch.dtype) -> str:
     return base.kind.name if served else ""
 
 
-def reading_plan(x: Tensor, base: QuantisedBase, R: int, bias: bool, dropout: bool, impl: str) -> Plan | None:
-    """Return the plan of the forward of a layer with an adapter of rank R where it reads codes, else None.
-    impl as of the layer; raises as choose() and choose_plan().
+class Decisions(dict):
+    """What was decided where plans had to be compared, by all that it depends on: {key: (device, decision)}.
+
+    At most MOST entries. They hold until plan.choice.forget_plans(): plans made after it are for another
+    Device object.
     """
-    M, pin = x.shape[0], pinned()
-    if type(M) is not int or (M > CODES_ROWS and pin is None) or impl not in ("auto", "triton"):
-        return None
-    codes = readable(base, x.dtype)
+
+    MOST = 4096
+
+    def find(self, device: torch.device, key: Hashable) -> Any:
+        """Return the decision for a key that contains `device`, or None."""
+        found = self.get(key)
+        return found[1] if found is not None and found[0] is planned_device(device) else None
+
+    def keep(self, device: torch.device, key: Hashable, decision: Any) -> Any:
+        """Keep a decision and return it."""
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = planned_device(device), decision
+        return decision
+
+
+_decisions = Decisions()
+
+
+def decide_forward(x: Tensor, base: QuantisedBase, R: int, bias: bool, dropout: bool, impl: str) -> Decision:
+    """Decide how the forward of a layer with an adapter of rank R runs: on the codes (`reads_codes`), or
+    on W made before it, and then as the layer does on that W. impl as of the layer; raises as decide().
+    """
+    choice, pin = chosen("forward", impl, x)
+    M = x.shape[0]
+    if choice.impl != "triton" or type(M) is not int:
+        return choice.without_plan
+    problem = (impl, "forward", x.device, x.dtype, M, *base.shape, R, bias, dropout, pin)
+    codes = readable(base, x.dtype) if may_read_codes(M, pin) else ""
     if not codes:
-        return None
-    needs = pin is not None and pin.needs_kernels("forward")
-    if choose(impl, x.device, x.dtype, needs).impl != "triton":
-        return None
-    sizes = (M, *base.shape, R)
-    plan = choose_plan(impl, "forward", x.device, x.dtype, *sizes, bias, dropout, pin, codes=codes)
-    return plan if plan.name == "fused" and plan.kernels.expand.reads_codes else None
+        return Decision("triton", choose_plan(*problem))
+    key = (problem, codes)
+    if (found := _decisions.find(x.device, key)) is not None:
+        return found
+    decision = Decision("triton", choose_plan(*problem, codes=codes))
+    if not reads_codes(decision):
+        # Nothing but products with dense weights was measured.
+        decision = Decision("triton", choose_plan(*problem))
+    return _decisions.keep(x.device, key, decision)
+
+
+def reads_codes(decision: Decision) -> bool:
+    """Whether forward_of_codes of linear/fused.py computes what was decided on."""
+    plan = decision.plan
+    return plan is not None and plan.name == "fused" and plan.kernels.expand.reads_codes
+
+
+def may_read_codes(M: int, pin: Pin | None) -> bool:
+    """Whether a plan for so many rows could read codes."""
+    return M <= CODES_ROWS or pin is not None
 
 
 def reading_config(x: Tensor, base: QuantisedBase, bias: bool) -> KernelConfig | None:
     """Return the configuration with which a layer without an adapter reads codes, or None."""
     M = x.shape[0]
-    if type(M) is not int or (M > CODES_ROWS and pinned() is None):
+    if type(M) is not int or not may_read_codes(M, pinned()):
         return None
     codes = readable(base, x.dtype)
     return choose_frozen(x.device, x.dtype, M, *base.shape, bias, codes) if codes else None

@@ -30,8 +30,8 @@ from torch import Tensor
 from ..base.frozen import Dequantised, QuantisedBase, base_of
 from ..base.kinds import kind_of
 from ..base.product import is_direct, product
-from ..base.reading import reading_plan
-from ..dispatch import announce, call, define, first_order
+from ..base.reading import Decisions, decide_forward, may_read_codes, readable, reads_codes
+from ..dispatch import announce, call, chosen, define, first_order
 from ..linear import quantised as linear
 from ..linear.quantised import check_base, into_compute_dtype, out_of_compute_dtype
 from ..operands import (
@@ -45,12 +45,14 @@ from ..operands import (
     draw_seed,
     shaped_as,
 )
-from ..plan.choice import check_impl
+from ..plan.choice import Decision, check_impl
+from ..plan.pin import pinned
 from . import ops
 from .api import check_shared
 from .operands import LinearOperands, corrected, inverses_of, rank_columns, seed_of
 
 _BASES = "Tensor[] bases, str[] kinds, int[] shapes, ScalarType dtype"
+_decisions = Decisions()
 
 
 def quantised_linear_group(
@@ -221,10 +223,9 @@ def forward(
     """Compute the y_i (M, N_i) and z (M, ΣR), with share_A (M, R), in the dtype of x."""
     how = lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
     if is_direct(x):
-        *ys, z = _forward(x, *_parts_of(bases), *how)
-    else:
-        announce()
-        *ys, z = _forward_op(x, *_parts_of(bases), *how)
+        return _forward_of(x, bases, *how)
+    announce()
+    *ys, z = _forward_op(x, *_parts_of(bases), *how)
     return ys, z
 
 
@@ -250,10 +251,9 @@ def backward(
     need_dBs = [need and dy is not None for need, dy in zip(need_dBs, dys, strict=True)]
     how = lora_As, lora_Bs, scalings, dropout_ps, seeds, share_A, need_dBs, impl
     if is_direct(next(dy for dy in dys if dy is not None)):
-        dx, *dBs = _backward(dys, z, *_parts_of(bases), *how)
-    else:
-        announce()
-        dx, *dBs = _backward_op(dys, z, *_parts_of(bases), *how)
+        return _backward_of(dys, z, bases, *how)
+    announce()
+    dx, *dBs = _backward_op(dys, z, *_parts_of(bases), *how)
     found = iter(dBs)
     return dx, [next(found) if need else None for need in need_dBs]
 
@@ -261,42 +261,84 @@ def backward(
 def _forward(
     x, bases, kinds, shapes, dtype, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
 ):
-    bases, biases = _from_parts(bases, kinds, shapes, dtype), ops.cast_all(biases, x.dtype)
-    for base, lora_A, bias, p in zip(bases, lora_As, biases, dropout_ps, strict=True):
-        if lora_A is not None and reading_plan(x, base, lora_A.shape[0], bias is not None, p > 0, impl):
-            return _by_members(x, bases, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl)
-    decision = ops.decide_group("forward", impl, x, bases, lora_Bs, share_A, biases, seeds is not None)
-    arguments = (lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
-    run = ops.IMPLEMENTATIONS.find("forward", decision)
-    ys, z = call(run, x.device, x, Dequantised(bases, x.dtype, impl), *arguments)
+    bases = _from_parts(bases, kinds, shapes, dtype)
+    operands = lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
+    ys, z = _forward_of(x, bases, *operands)
     return [*ys, z]
 
 
-def _by_members(x, bases, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
+def _forward_of(x, bases, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl):
+    biases = ops.cast_all(biases, x.dtype)
+    decided = _decide(x, bases, lora_As, lora_Bs, biases, dropout_ps, seeds is not None, share_A, impl)
+    arguments = (lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A)
+    if isinstance(decided, tuple):
+        return _by_members(decided, x, bases, *arguments, impl)
+    run = ops.IMPLEMENTATIONS.find("forward", decided)
+    return call(run, x.device, x, Dequantised(bases, x.dtype, impl), *arguments)
+
+
+def _decide(
+    x, bases, lora_As, lora_Bs, biases, dropout_ps, dropout, share_A, impl
+) -> Decision | tuple[Decision | None, ...]:
+    """Decide on forward: for all members together, or, where the plan of one by itself reads codes, for each
+    by itself, with None for one without an adapter. biases: in the dtype of x; dropout: whether there is one.
+    """
+    of_group = ("forward", impl, x, bases, lora_Bs, share_A, biases, dropout)
+    M, device, dtype = x.shape[0], x.device, x.dtype
+    if type(M) is not int or not may_read_codes(M, pinned()):
+        return ops.decide_group(*of_group)
+    choice, pin = chosen("forward", impl, x)
+    if choice.impl != "triton":
+        return choice.without_plan
+    members = tuple(
+        (readable(base, dtype), base.shape, None if lora_A is None else lora_A.shape[0], bias is None, p > 0)
+        for base, lora_A, bias, p in zip(bases, lora_As, biases, dropout_ps, strict=True)
+    )
+    key = impl, device, dtype, M, pin, members, dropout, share_A
+    if (found := _decisions.find(device, key)) is not None:
+        return found
+    alone = tuple(
+        None if R is None else decide_forward(x, base, R, not no_bias, drops, impl)
+        for base, (_, _, R, no_bias, drops) in zip(bases, members, strict=True)
+    )
+    if any(one is not None and reads_codes(one) for one in alone):
+        return _decisions.keep(device, key, alone)
+    return _decisions.keep(device, key, ops.decide_group(*of_group))
+
+
+def _by_members(
+    decisions, x, bases, lora_As, lora_Bs, biases, scalings, dropout_ps, seeds, share_A, impl
+) -> tuple[list[Tensor], Tensor]:
     """The y_i and z, of each member as a layer by itself."""
     ys, zs = [], []
-    for i, (base, lora_B, p) in enumerate(zip(bases, lora_Bs, dropout_ps, strict=True)):
-        if lora_B is None:
+    for i, (decision, base, p) in enumerate(zip(decisions, bases, dropout_ps, strict=True)):
+        if decision is None:
             ys.append(product(x, base, biases[i]))
             continue
         seed = seed_of(seeds, i, share_A) if p else None
-        y, z = linear.forward(x, base, lora_As[i], lora_B, biases[i], scalings[i], impl, p, seed)
+        adapter = lora_As[i], lora_Bs[i], biases[i], scalings[i], impl, p, seed
+        y, z = linear.forward_decided(decision, x, base, *adapter)
         ys.append(y)
         zs.append(z)
-    return [*ys, zs[0] if share_A or len(zs) == 1 else torch.cat(zs, dim=1)]
+    return ys, zs[0] if share_A or len(zs) == 1 else torch.cat(zs, dim=1)
 
 
 def _backward(
     dys, z, bases, kinds, shapes, dtype, lora_As, lora_Bs, scalings, ps, seeds, share_A, need_dBs, impl
 ):
     bases = _from_parts(bases, kinds, shapes, dtype)
+    how = lora_As, lora_Bs, scalings, ps, seeds, share_A, need_dBs, impl
+    dx, dBs = _backward_of(dys, z, bases, *how)
+    return [dx, *(dB for dB in dBs if dB is not None)]
+
+
+def _backward_of(dys, z, bases, lora_As, lora_Bs, scalings, ps, seeds, share_A, need_dBs, impl):
     dy = next(dy for dy in dys if dy is not None)
     op = "backward" if any(need_dBs) else "backward_input"
     decision = ops.decide_group(op, impl, dy, bases, lora_Bs, share_A, dropout=seeds is not None)
     arguments = (lora_As, lora_Bs, scalings, ps, seeds, share_A, True, need_dBs)
     run = ops.IMPLEMENTATIONS.find("backward_in_turn", decision)
-    dx, dBs = call(run, dy.device, dys, z, Dequantised(bases, dy.dtype, impl), *arguments)
-    return [dx, *(dB for dB in dBs if dB is not None)]
+    return call(run, dy.device, dys, z, Dequantised(bases, dy.dtype, impl), *arguments)
 
 
 def _forward_fake(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,13 @@ from ..dispatch import (
     Implementations,
     announce,
     call,
+    chosen,
     decide,
     define,
     first_order,
+    holds_data,
     open_to_direct_calls,
+    planned,
 )
 from ..plan.choice import Decision
 from ..plan.kernels import KernelConfigs
@@ -67,6 +71,29 @@ def forward(
         return run(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     announce()
     return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+
+
+def forward_decided(
+    decision: Decision,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    impl: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute y and z as forward() does, by what was decided for these operands. For the body of another
+    operator, which nothing that watches sees into. weight: in the dtype of x.
+    """
+    if decision.takes_kernels and not holds_data(x):
+        return forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+    _check_dropout(dropout_p, seed)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return _run("forward", decision, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
 
 def backward(
@@ -134,9 +161,18 @@ def _direct(
         or (bias is not None and bias.dtype is not dtype)
     ):
         return None
-    if run := _IMPLEMENTATIONS.settled(op, impl, x):
-        return run
-    return _IMPLEMENTATIONS.direct(op, _decide(op, impl, x, factor, weight, bias, dropout), x)
+    choice, pin = chosen(op, impl, x)
+    if choice.impl != "triton":
+        return _IMPLEMENTATIONS.plain(op, choice.impl)
+    sizes = partial(_sizes, factor, weight)
+    return _IMPLEMENTATIONS.direct(op, planned(choice, pin, op, impl, x, sizes, bias is not None, dropout), x)
+
+
+def _sizes(factor: Tensor, weight: Tensor | None) -> tuple[int, int, int]:
+    if weight is None:
+        N, R = factor.shape
+        return N, 0, R
+    return *weight.shape, factor.shape[0]
 
 
 def _decide(
@@ -149,14 +185,7 @@ def _decide(
     dropout: bool = False,
 ) -> Decision:
     """Arguments as of _direct; dropout: whether there is one."""
-
-    def sizes() -> tuple[int, int, int]:
-        if weight is None:
-            N, R = factor.shape
-            return N, 0, R
-        return *weight.shape, factor.shape[0]
-
-    return decide(op, impl, x, sizes, bias is not None, dropout)
+    return decide(op, impl, x, partial(_sizes, factor, weight), bias is not None, dropout)
 
 
 def _forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..base.frozen import QuantisedBase, base_of
 from ..base.product import FrozenFunction, is_direct, parts_of, product
-from ..base.reading import reading_plan
+from ..base.reading import decide_forward, reads_codes
 from ..correction import correct, gram_inverse
 from ..dispatch import announce, call, define, first_order
 from ..operands import (
@@ -40,7 +40,7 @@ from ..operands import (
     draw_seed,
     shaped_as,
 )
-from ..plan.choice import check_impl
+from ..plan.choice import Decision, check_impl
 from . import ops
 
 _BASE = "Tensor[] base, str kind, int[] shape, ScalarType dtype"
@@ -154,11 +154,11 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    arguments = (x, *parts_of(base), lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+    operands = lora_A, lora_B, bias, scaling, impl, dropout_p, seed
     if is_direct(x):
-        return _forward(*arguments)
+        return _forward_of(x, base, *operands)
     announce()
-    return _forward_op(*arguments)
+    return _forward_op(x, *parts_of(base), *operands)
 
 
 def backward(
@@ -173,11 +173,11 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    arguments = (dy, z, *parts_of(base), lora_A, lora_B, scaling, impl, dropout_p, seed)
+    operands = lora_A, lora_B, scaling, impl, dropout_p, seed
     if is_direct(dy):
-        return _backward(*arguments)
+        return _backward_of(dy, z, base, *operands)
     announce()
-    return _backward_op(*arguments)
+    return _backward_op(dy, z, *parts_of(base), *operands)
 
 
 def backward_input(
@@ -191,32 +191,65 @@ def backward_input(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    arguments = (dy, *parts_of(base), lora_A, lora_B, scaling, impl, dropout_p, seed)
+    operands = lora_A, lora_B, scaling, impl, dropout_p, seed
     if is_direct(dy):
-        return _backward_input(*arguments)
+        return _backward_input_of(dy, base, *operands)
     announce()
-    return _backward_input_op(*arguments)
+    return _backward_input_op(dy, *parts_of(base), *operands)
+
+
+def forward_decided(
+    decision: Decision,
+    x: Tensor,
+    base: QuantisedBase,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    impl: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute y and z as forward() does, as base/reading.py decided for these operands. For the body of an
+    operator.
+    """
+    if reads_codes(decision):
+        fused = importlib.import_module(".fused", __package__)
+        bias = None if bias is None else bias.to(x.dtype)
+        operands = x, base, lora_A, lora_B, bias, scaling, dropout_p, seed
+        return call(partial(fused.forward_of_codes, plan=decision.plan.kernels), x.device, *operands)
+    weight = call(base.dense, x.device, x.dtype, impl)
+    return ops.forward_decided(decision, x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+
+
+def _forward_of(x, base, lora_A, lora_B, bias, scaling, impl, dropout_p, seed):
+    decision = decide_forward(x, base, lora_A.shape[0], bias is not None, dropout_p > 0, impl)
+    return forward_decided(decision, x, base, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+
+
+def _backward_of(dy, z, base, lora_A, lora_B, scaling, impl, dropout_p, seed):
+    weight = call(base.dense, dy.device, dy.dtype, impl)
+    return ops.backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
+
+
+def _backward_input_of(dy, base, lora_A, lora_B, scaling, impl, dropout_p, seed):
+    weight = call(base.dense, dy.device, dy.dtype, impl)
+    return ops.backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def _forward(x, base, kind, shape, dtype, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
     held = base_of(kind, base, shape, dtype)
-    if plan := reading_plan(x, held, lora_A.shape[0], bias is not None, dropout_p > 0, impl):
-        fused = importlib.import_module(".fused", __package__)
-        bias = None if bias is None else bias.to(x.dtype)
-        operands = x, held, lora_A, lora_B, bias, scaling, dropout_p, seed
-        return call(partial(fused.forward_of_codes, plan=plan.kernels), x.device, *operands)
-    weight = call(held.dense, x.device, x.dtype, impl)
-    return ops.forward(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+    return _forward_of(x, held, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
 
 
 def _backward(dy, z, base, kind, shape, dtype, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
-    weight = call(base_of(kind, base, shape, dtype).dense, dy.device, dy.dtype, impl)
-    return ops.backward(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
+    held = base_of(kind, base, shape, dtype)
+    return _backward_of(dy, z, held, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def _backward_input(dy, base, kind, shape, dtype, lora_A, lora_B, scaling, impl, dropout_p=0.0, seed=None):
-    weight = call(base_of(kind, base, shape, dtype).dense, dy.device, dy.dtype, impl)
-    return ops.backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
+    held = base_of(kind, base, shape, dtype)
+    return _backward_input_of(dy, held, lora_A, lora_B, scaling, impl, dropout_p, seed)
 
 
 def _forward_fake(x, base, kind, shape, dtype, lora_A, lora_B, bias, scaling, impl, dropout_p=0.0, seed=None):
