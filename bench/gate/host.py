@@ -22,8 +22,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..run.environment import ROOT, origin, write_json
+
+if TYPE_CHECKING:
+    from lorafa_kernels.plan.pin import Pin
 
 EMPTY = "an empty kernel of 20 arguments"
 # Small matrices cost the allocator little; many rows of them have the plan of large ones.
@@ -33,6 +37,8 @@ FEW, MANY = 1, 256
 # So many rows that no contraction is cut: shrink is one launch.
 WHOLE = 1024
 CALLS = 20
+# Plans with specialised warps, which no heuristic picks: by the names of the rows of a layer.
+SPECIALISED = ("ws", "ws_z")
 
 
 def subjects() -> dict[str, Callable[[], object]]:
@@ -42,6 +48,7 @@ def subjects() -> dict[str, Callable[[], object]]:
     from lorafa_kernels import LoRAFASwiGLU, lorafa_linear
     from lorafa_kernels.group.api import lorafa_linear_group
     from lorafa_kernels.group.operands import LinearOperands
+    from lorafa_kernels.plan.pin import pin_plan
 
     from .empty_kernel import empty
 
@@ -54,13 +61,28 @@ def subjects() -> dict[str, Callable[[], object]]:
     tensors = [zeros(16, 16, dtype=bf16) for _ in range(5)]
     found[EMPTY] = lambda: empty[(1,)](*tensors, *[256] * 15, BLOCK=1)
 
-    def both_ways(name: str, call: Callable, x: torch.Tensor, trained: Sequence[torch.Tensor]) -> None:
+    def both_ways(
+        name: str,
+        call: Callable,
+        x: torch.Tensor,
+        trained: Sequence[torch.Tensor],
+        pin: Pin | None = None,
+    ) -> None:
         outputs = call(x)
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         dys = [torch.ones_like(y) for y in outputs]
-        found[f"{name}, forward"] = lambda: call(x)
         wanted = outputs, (x, *trained), dys
-        found[f"{name}, backward"] = lambda: torch.autograd.grad(*wanted, retain_graph=True)
+        forward = lambda: call(x)  # noqa: E731
+        backward = lambda: torch.autograd.grad(*wanted, retain_graph=True)  # noqa: E731
+        for way, run in (("forward", forward), ("backward", backward)):
+            found[f"{name}, {way}"] = run if pin is None else pinned_to(pin, run)
+
+    def pinned_to(pin: Pin, run: Callable[[], object]) -> Callable[[], object]:
+        def pinned_run() -> object:
+            with pin_plan(pin):
+                return run()
+
+        return pinned_run
 
     found |= pieces(weight, lora_A, lora_B.detach())
     for M in (FEW, MANY):
@@ -75,9 +97,25 @@ def subjects() -> dict[str, Callable[[], object]]:
         mlp = LoRAFASwiGLU(K, N, r=RANK, dtype=bf16)
         mlp.impl = "triton"
         both_ways(f"a gated MLP, M = {M}", mlp, x, [p for p in mlp.parameters() if p.requires_grad])
+    for variant in SPECIALISED:
+        x = zeros(MANY, K, dtype=bf16, requires_grad=True)
+        both_ways(f"a layer with {variant}, M = {MANY}", layer, x, (lora_B,), pin_of(variant))
     for call in found.values():
         call()
     return found
+
+
+def pin_of(variant: str) -> Pin:
+    """Return a plan for every operation with an expand of that variant, "ws" or "ws_z"."""
+    from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelPlan
+    from lorafa_kernels.plan.pin import make_pin
+    from lorafa_kernels.plan.recipe import OPERATIONS, Recipe
+    from lorafa_kernels.plan.specialised import ws_configs
+
+    expand = ws_configs(KNOWN_DEVICES["sm_90"], 2, RANK, variant)[0]
+    # expand_ws_z makes dz itself, and leaves no pass that dB could share.
+    plan = KernelPlan(expand=expand, one_pass=variant == "ws", pdl=variant == "ws")
+    return make_pin(dict.fromkeys(OPERATIONS, Recipe("fused", plan)))
 
 
 def pieces(weight, lora_A, lora_B) -> dict[str, Callable[[], object]]:

@@ -219,22 +219,12 @@ def expand(
     F = rounded(F, P.dtype)
     seed, threshold = dropout_arguments(dropout_p, seed)
     scale = keep_scale(dropout_p)
-    if config.variant == "ws":
-        transposed = storage_order(P, Q)
-        if transposed is not None:
-            if dropout_p:
-                raise ValueError("expand in its variant 'ws' makes no mask: dropout needs another variant")
-            limits = device_limits(P.device)
-            expand_ws = warp_specialised("expand_ws", limits)
-            wait = pdl and dependent_launch(limits)
-            expand_ws(P, Q, L, F, bias, C, config, transposed, wait, limits.num_sms)
-            return C
-        config = by_pointers(unaligned)
     precision = input_precision(P.dtype)
     strides = P.stride(), Q.stride(), L.stride(), F.stride()
     dtypes = P.dtype, None if bias is None else bias.dtype
-    key = M, N, K, R, strides, dtypes, P.device, aligned(P, Q, L, F), seed is None, pdl, trigger
-    key += precision, config
+    # Whether P and Q go by TMA, and whether L and F do, is decided apart.
+    key = M, N, K, R, strides, dtypes, P.device, aligned(P, Q), aligned(L, F), seed is None, pdl, trigger
+    key += precision, config, unaligned
     launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
         key, _launch(P, Q, L, F, bias, C, seed is None, pdl, trigger, precision, config, unaligned)
     )
@@ -255,18 +245,24 @@ def _launch(
     precision: str,
     config: KernelConfig,
     unaligned: KernelConfig | None,
-) -> Launch:
+) -> Callable[..., None]:
     """Return the launch for operands that are like these; keeps_all: there is no dropout."""
     (M, K), N, R = P.shape, Q.shape[1], L.shape[1]
     limits = device_limits(P.device)
     wait = pdl and dependent_launch(limits)
     trigger = trigger and dependent_launch(limits)
-    if config.variant == "tma":
+    if config.variant in ("tma", "ws"):
         transposed = storage_order(P, Q)
-        if transposed is not None:
+        if transposed is None:
+            config = by_pointers(unaligned)
+        elif config.variant == "tma":
             how = config, transposed, wait, trigger, limits.num_sms
             return expand_tma_launch(P, Q, L, F, bias, C, keeps_all, *how)
-        config = by_pointers(unaligned)
+        elif keeps_all:
+            expand_ws, how = warp_specialised("expand_ws", limits), (config, transposed, wait, limits.num_sms)
+            return lambda P, Q, L, F, bias, C, *_: expand_ws(P, Q, L, F, bias, C, *how)
+        else:
+            raise ValueError("expand in its variant 'ws' makes no mask: dropout needs another variant")
     return Launch(
         _expand_kernel,
         (blocks_of(M, config.BLOCK_M) * blocks_of(N, config.BLOCK_N),),

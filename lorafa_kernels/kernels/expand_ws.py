@@ -35,7 +35,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -49,6 +48,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..plan.config import KernelConfig
+from .launch import Block, Launch, Launches, blocks_of
 from .tile import gdc_wait, offsets, tile_start
 
 LOADER_WARPS = gl.constexpr(2)
@@ -380,6 +380,9 @@ def describe_block(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block, layout)
 
 
+_LAUNCHES = Launches()
+
+
 def expand_ws(
     P: Tensor,
     Q: Tensor,
@@ -396,40 +399,69 @@ def expand_ws(
 
     Raises ValueError for R > BLOCK_R.
     """
-    M, K = P.shape
-    N = Q.shape[1]
-    R = L.shape[1]
+    strides = P.stride(), Q.stride(), L.stride(), F.stride()
+    dtypes = P.dtype, L.dtype, F.dtype, None if bias is None else bias.dtype
+    key = P.shape, C.shape, L.shape, strides, dtypes, P.device, config, transposed, wait, num_sms
+    launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launch(P, L, F, bias is not None, C, config, transposed, wait, num_sms)
+    )
+    launch(P, Q, L, F, bias, C)
+
+
+def _launch(
+    P: Tensor,
+    L: Tensor,
+    F: Tensor,
+    has_bias: bool,
+    C: Tensor,
+    config: KernelConfig,
+    transposed: bool,
+    wait: bool,
+    num_sms: int,
+) -> Launch:
+    """Return the launch for operands that are like these."""
+    (M, K), N, R = P.shape, C.shape[1], L.shape[1]
     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     if R > BLOCK_R:
         raise ValueError(
             f"expand in its variant 'ws' needs R <= BLOCK_R, got R = {R} and BLOCK_R = {BLOCK_R}"
         )
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
-    launch = {"launch_pdl": True} if wait else {}
-    _expand_ws_kernel[(min(tiles, num_sms),)](
-        P_desc=describe_block(P, BLOCK_M, BLOCK_K),
-        Q_desc=describe_block(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe_block(Q, BLOCK_K, BLOCK_N),
-        L_ptr=L,
-        F_ptr=F,
-        bias_ptr=bias,
-        C_desc=describe_block(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_L_m=L.stride(0),
-        stride_L_r=L.stride(1),
-        stride_F_r=F.stride(0),
-        stride_F_n=F.stride(1),
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        BLOCK_R=BLOCK_R,
-        STAGES=config.num_stages,
-        GROUP_M=config.GROUP_M,
-        TRANSPOSED=transposed,
-        HAS_BIAS=bias is not None,
-        WAIT=wait,
-        num_warps=config.num_warps,
-        **launch,
+    tiles = blocks_of(M, BLOCK_M) * blocks_of(N, BLOCK_N)
+    return Launch(
+        _expand_ws_kernel,
+        (min(tiles, num_sms),),
+        ("P_desc", "Q_desc", "L_ptr", "F_ptr", "bias_ptr", "C_desc"),
+        dict(
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            stride_L_m=L.stride(0),
+            stride_L_r=L.stride(1),
+            stride_F_r=F.stride(0),
+            stride_F_n=F.stride(1),
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            BLOCK_R=BLOCK_R,
+            STAGES=config.num_stages,
+            GROUP_M=config.GROUP_M,
+            TRANSPOSED=transposed,
+            HAS_BIAS=has_bias,
+            WAIT=wait,
+            num_warps=config.num_warps,
+            **({"launch_pdl": True} if wait else {}),
+        ),
+        product_blocks(config, transposed),
+        describe_block,
     )
+
+
+def product_blocks(config: KernelConfig, transposed: bool) -> dict[str, Block]:
+    """Return the blocks in which P, Q and C travel, by the names of a kernel's descriptors."""
+    BLOCK_M, BLOCK_N, BLOCK_K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    return {
+        "P_desc": Block(BLOCK_M, BLOCK_K),
+        "Q_desc": Block(BLOCK_N, BLOCK_K, True) if transposed else Block(BLOCK_K, BLOCK_N),
+        "C_desc": Block(BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
+    }

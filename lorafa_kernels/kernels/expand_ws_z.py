@@ -28,7 +28,6 @@ Never run on a GPU yet. Written for Triton 3.6 and 3.7.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,7 +40,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..plan.config import KernelConfig
-from .expand_ws import LOADER_REGISTERS, LOADER_WARPS, describe_block, fill, halves, part_shape
+from .expand_ws import (
+    LOADER_REGISTERS,
+    LOADER_WARPS,
+    describe_block,
+    fill,
+    halves,
+    part_shape,
+    product_blocks,
+)
+from .launch import Block, Launch, Launches, blocks_of
 from .tile import addressable, offsets, tile_start
 
 # gl.thread_barrier of Triton 3.6 is gl.barrier of 3.7.
@@ -414,6 +422,9 @@ def _expand_ws_z_kernel(
     )
 
 
+_LAUNCHES = Launches()
+
+
 def expand_ws_z(
     P: Tensor,
     Q: Tensor,
@@ -428,42 +439,61 @@ def expand_ws_z(
     """Return C (M, N) and L (M, R), contiguous in the dtype of P. Operands as in recompute, P and Q
     addressable, M and N at least 1, R ≤ BLOCK_R.
     """
-    M, K = P.shape
-    N = Q.shape[1]
-    R = D.shape[1]
-    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    M, N, R = P.shape[0], Q.shape[1], D.shape[1]
+    rows = rows_for_tma(D, P.dtype)
+    strides = P.stride(), Q.stride(), rows.stride(), F.stride()
+    dtypes = P.dtype, F.dtype, None if bias is None else bias.dtype
+    key = P.shape, N, R, strides, dtypes, P.device, config, transposed, num_sms
+    number_of_flags, launch = _LAUNCHES.get(key) or _LAUNCHES.keep(
+        key, _launch(P, N, R, F, bias is not None, config, transposed, num_sms)
+    )
     C = torch.empty((M, N), dtype=P.dtype, device=P.device)
     L = torch.empty((M, R), dtype=P.dtype, device=P.device)
-    blocks_m = triton.cdiv(M, BLOCK_M)
-    # The counter of tiles, and a flag for each row of tiles.
-    flags = torch.zeros(1 + blocks_m, dtype=torch.int32, device=P.device)
-    _expand_ws_z_kernel[(min(blocks_m * triton.cdiv(N, BLOCK_N), num_sms),)](
-        P_desc=describe_block(P, BLOCK_M, BLOCK_K),
-        Q_desc=describe_block(Q.t(), BLOCK_N, BLOCK_K) if transposed else describe_block(Q, BLOCK_K, BLOCK_N),
-        D_desc=describe_block(rows_for_tma(D, P.dtype), BLOCK_R, BLOCK_K),
-        F_ptr=F,
-        bias_ptr=bias,
-        L_ptr=L,
-        C_desc=describe_block(C, BLOCK_M, BLOCK_N // config.EPILOGUE_SUBTILE),
-        flags_ptr=flags,
-        scaling=scaling,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_F_r=F.stride(0),
-        stride_F_n=F.stride(1),
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        BLOCK_R=BLOCK_R,
-        STAGES=config.num_stages,
-        GROUP_M=config.GROUP_M,
-        TRANSPOSED=transposed,
-        HAS_BIAS=bias is not None,
-        num_warps=config.num_warps,
-    )
+    # New ones for each call: two streams, or a graph that is replayed beside other calls, share none.
+    flags = torch.zeros(number_of_flags, dtype=torch.int32, device=P.device)
+    launch(P, Q, rows, F, bias, L, C, flags, scaling)
     return C, L
+
+
+def _launch(
+    P: Tensor,
+    N: int,
+    R: int,
+    F: Tensor,
+    has_bias: bool,
+    config: KernelConfig,
+    transposed: bool,
+    num_sms: int,
+) -> tuple[int, Launch]:
+    """Return how many flags there are, and the launch for operands that are like these."""
+    M, K = P.shape
+    blocks_m = blocks_of(M, config.BLOCK_M)
+    launch = Launch(
+        _expand_ws_z_kernel,
+        (min(blocks_m * blocks_of(N, config.BLOCK_N), num_sms),),
+        ("P_desc", "Q_desc", "D_desc", "F_ptr", "bias_ptr", "L_ptr", "C_desc", "flags_ptr", "scaling"),
+        dict(
+            M=M,
+            N=N,
+            K=K,
+            R=R,
+            stride_F_r=F.stride(0),
+            stride_F_n=F.stride(1),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            STAGES=config.num_stages,
+            GROUP_M=config.GROUP_M,
+            TRANSPOSED=transposed,
+            HAS_BIAS=has_bias,
+            num_warps=config.num_warps,
+        ),
+        product_blocks(config, transposed) | {"D_desc": Block(config.BLOCK_R, config.BLOCK_K)},
+        describe_block,
+    )
+    # The counter of tiles, and a flag for each row of tiles.
+    return 1 + blocks_m, launch
 
 
 def rows_for_tma(D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -472,5 +502,5 @@ def rows_for_tma(D: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.dtype == dtype and addressable(rows):
         return rows
     R, K = rows.shape
-    room = torch.empty((R, triton.cdiv(K, 8) * 8), dtype=dtype, device=D.device)
+    room = torch.empty((R, blocks_of(K, 8) * 8), dtype=dtype, device=D.device)
     return room[:, :K].copy_(rows)

@@ -15,7 +15,6 @@ import triton
 from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tile import describe
 
@@ -68,10 +67,11 @@ class Launch:
     A moving value is a tensor, a number, None, or a tuple of these. It may change its address and its number
     from call to call and nothing else: its dtype, its strides, and whether it is None belong to what the
     caller tells launches apart by. blocks: by name the block of each matrix that the kernel takes by a
-    descriptor. fixed: the other arguments, and options such as num_warps.
+    descriptor, which make_descriptor(matrix, rows, columns) makes. fixed: the other arguments, and options
+    such as num_warps.
     """
 
-    __slots__ = ("_ready", "blocks", "fixed", "grid", "kernel", "moving")
+    __slots__ = ("_ready", "blocks", "fixed", "grid", "kernel", "make_descriptor", "moving")
 
     def __init__(
         self,
@@ -80,12 +80,14 @@ class Launch:
         moving: Sequence[str],
         fixed: Mapping[str, Any],
         blocks: Mapping[str, Block] | None = None,
+        make_descriptor: Callable[[Tensor, int, int], Any] = describe,
     ) -> None:
         self.kernel = kernel
         self.grid = grid
         self.moving = tuple(moving)
         self.fixed = dict(fixed)
         self.blocks = dict(blocks or {})
+        self.make_descriptor = make_descriptor
         self._ready: Ready | None = None
 
     def __call__(self, *values: Any) -> None:
@@ -107,10 +109,10 @@ class Launch:
             found[name] = self.described(name, found[name])
         return self.fixed | found
 
-    def described(self, name: str, matrix: Tensor) -> TensorDescriptor:
+    def described(self, name: str, matrix: Tensor) -> Any:
         """Return the descriptor of the matrix of that name."""
         rows, columns, transposed = self.blocks[name]
-        return describe(matrix.t() if transposed else matrix, rows, columns)
+        return self.make_descriptor(matrix.t() if transposed else matrix, rows, columns)
 
 
 class Ready:
@@ -170,8 +172,8 @@ class Ready:
 
 
 class Descriptor:
-    """What a launcher reads off a triton.tools.tensor_descriptor.TensorDescriptor, which checks its fields
-    each time it is made.
+    """What a launcher reads off a TensorDescriptor, that of triton.tools.tensor_descriptor or that of Gluon,
+    which check their fields each time they are made. Their block and layout are the compiled kernel's.
     """
 
     __slots__ = ("base", "shape", "strides")

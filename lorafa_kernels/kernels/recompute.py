@@ -19,6 +19,8 @@ For many rows the launcher takes the kernel of expand_ws_z.py where the configur
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ from torch import Tensor
 from ..plan.config import KernelConfig
 from .expand import warp_specialised
 from .expand_tma import storage_order
-from .launch import Launch, Launches, blocks_of
+from .launch import Launch, Launches, aligned, blocks_of
 from .tile import (
     device_limits,
     drop,
@@ -138,6 +140,7 @@ def _recompute_kernel(
 
 
 _LAUNCHES = Launches()
+_SPECIALISED = Launches()
 
 
 def recompute(
@@ -172,11 +175,11 @@ def recompute(
     if bias is not None:
         bias = bias.contiguous()
     if config.variant == "ws_z":
-        if dropout_p or not serves(config, P, Q):
-            raise ValueError("recompute in its variant 'ws_z' takes operands for TMA, and makes no mask")
-        limits = device_limits(P.device)
-        expand_ws_z = warp_specialised("expand_ws_z", limits)
-        C, L = expand_ws_z(P, Q, D, F, bias, scaling, config, storage_order(P, Q), limits.num_sms)
+        if dropout_p:
+            raise ValueError("recompute in its variant 'ws_z' makes no mask: dropout needs another variant")
+        key = P.shape, Q.shape, P.stride(), Q.stride(), P.dtype, P.device, aligned(P, Q), config
+        run = _SPECIALISED.get(key) or _SPECIALISED.keep(key, _specialised(P, Q, config))
+        C, L = run(P, Q, D, F, bias, scaling)
         return C, L if want_L else None
     C = torch.empty((M, N), dtype=P.dtype, device=P.device)
     L = torch.empty((M, R), dtype=P.dtype, device=P.device) if want_L else None
@@ -254,6 +257,16 @@ def _launch(
             num_stages=config.num_stages,
         ),
     )
+
+
+def _specialised(P: Tensor, Q: Tensor, config: KernelConfig) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return expand_ws_z for operands that are like these, to be called with all but what they decide."""
+    transposed = storage_order(P, Q)
+    if transposed is None:
+        raise ValueError("recompute in its variant 'ws_z' takes operands for TMA")
+    limits = device_limits(P.device)
+    expand_ws_z = warp_specialised("expand_ws_z", limits)
+    return lambda *operands: expand_ws_z(*operands, config, transposed, limits.num_sms)
 
 
 def serves(config: KernelConfig, P: Tensor, Q: Tensor) -> bool:
