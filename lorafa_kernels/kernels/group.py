@@ -499,7 +499,9 @@ def _total(
     tensors = (*Ps, *Qs, *Ls, *Fs)
     of_tensors = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
     drops = None if dropout is None else tuple(dropout.offsets)
-    key = len(Ps), of_tensors, C.dtype, C.device, aligned(*tensors), drops, precision, config
+    # As in expand: two questions.
+    by_tma = aligned(*Ps, *Qs), aligned(*Ls, *Fs)
+    key = len(Ps), of_tensors, C.dtype, C.device, by_tma, drops, precision, config, unaligned
     launch, flat = _TOTALS.get(key) or _TOTALS.keep(
         key, _total_launch(Ps, Qs, Ls, Fs, C, dropout, precision, config, unaligned)
     )

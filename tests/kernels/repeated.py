@@ -9,6 +9,8 @@ import torch
 import triton
 
 from lorafa_kernels.kernels import launch as module
+from lorafa_kernels.kernels.expand import expand
+from lorafa_kernels.kernels.group import expand_total
 from lorafa_kernels.kernels.shrink import shrink
 from lorafa_kernels.plan.config import KernelConfig
 from tests import stub_gpu
@@ -53,6 +55,32 @@ seeds = torch.zeros(3, dtype=torch.int64)
 found["dropout"] = shown(z(bf16(128, 256), A, dropout_p=0.5, seed=seeds[:1]))
 # A seed may lie anywhere, and p is a number like any other.
 found["dropout, other p and seed"] = shown(z(bf16(128, 256), A, dropout_p=0.1, seed=seeds[1:2]))
+
+
+# By TMA or by pointers is decided for P and Q, and for L and F, apart.
+TMA = KernelConfig(128, 128, 64, 16, 8, 8, 3, "tma", EPILOGUE_SUBTILE=2)
+PORTABLE = KernelConfig(64, 64, 32, 16, 4, 4, 2)
+
+
+def off(*shape: int) -> torch.Tensor:
+    """A matrix whose address is a multiple of 8 bytes."""
+    return bf16(shape[0] * shape[1] + 4)[4:].view(*shape)
+
+
+def dx(P: torch.Tensor, L: torch.Tensor, total: bool) -> list[stub_gpu.Launch]:
+    Q, F = bf16(256, 512), bf16(16, 512)
+    with stub_gpu.recording() as launched:
+        if total:
+            expand_total([P, P], [Q, Q], [L], [F], config=TMA, unaligned=PORTABLE)
+        else:
+            expand(P, Q, L, F, config=TMA, unaligned=PORTABLE)
+    return launched
+
+
+for name, total in (("expand", False), ("expand_total", True)):
+    found[f"{name}, L not aligned"] = shown(dx(bf16(128, 256), off(128, 16), total))
+    found[f"{name}, then P not aligned"] = shown(dx(off(128, 256), bf16(128, 16), total))
+    found[f"{name}, then both aligned"] = shown(dx(bf16(128, 256), bf16(128, 16), total))
 
 seen = []
 triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))

@@ -34,6 +34,11 @@ ANEW = [
     "dropout",
     "a profiler watches",
 ]
+# Of each: how it is launched by descriptors of P and Q, and how by pointers.
+KINDS = [
+    ("expand", "expand_tma_kernel", "expand_kernel"),
+    ("expand_total", "total_tma_kernel", "total_kernel"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,18 @@ def test_what_is_alike_is_launched_again(found, what):
 def test_what_differs_goes_through_triton(found, what):
     """Code for another address, size, stride or dtype, and what somebody watches."""
     assert found[what] == [["shrink_kernel", False, []]]
+
+
+@pytest.mark.parametrize(("name", "by_tma", "by_pointers"), KINDS)
+def test_each_pair_of_operands_has_an_alignment_of_its_own(found, name, by_tma, by_pointers):
+    """A call with L alone not aligned must not leave its launch to one with P alone not aligned."""
+    calls = {
+        "L not aligned": by_tma,
+        "then P not aligned": by_pointers,
+        "then both aligned": by_tma,
+    }
+    for call, kernel in calls.items():
+        assert found[f"{name}, {call}"] == [[kernel, False, []]], call
 
 
 def test_a_profiler_sees_launches_that_were_kept(found):
