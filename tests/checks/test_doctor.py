@@ -162,8 +162,8 @@ def test_wrong_implementation_fails_and_is_named(monkeypatch, capsys):
     assert "dB" not in summary and "reference" not in summary
     assert_all_passed(out, "reference")
 
-    # In short: the verdict, what failed (an MLP's last layer goes the same way), a line for each section, what
-    # to do.
+    # In short: the verdict, what failed, a line for each section, what to do. An MLP's last layer goes the
+    # same way.
     assert main(["doctor", "--device", "cpu"]) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] not in ([], ["GPU"])]
     verdict, *wrong, versions, machine, cpu, checks, advice = said
