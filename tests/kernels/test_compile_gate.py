@@ -308,7 +308,7 @@ def test_what_is_cached_is_compiled_again_when_it_is_damaged_or_its_source_chang
     assert [row for _, row in found[:4]] == 4 * [first]
 
 
-SHRINK = {"kernel": "shrink_kernel", "copies_left": [12, 0]}
+PIPELINED = {"kernel": "shrink_kernel", "copies_left": [12, 0]}
 Z = LauncherCall("sm_90", "shrink", "bf16", "fp32", "z", "even", 8192, 16)
 Y = replace(Z, op="expand", layout="y")
 
@@ -316,12 +316,12 @@ Y = replace(Z, op="expand", layout="y")
 @pytest.mark.parametrize(
     ("case", "row", "broken"),
     [
-        (Z, SHRINK, ""),
+        (Z, PIPELINED, ""),
         # Three of its eight stages; the waits of such a pipeline in the code of the default one.
-        (replace(Z, given=KernelConfig(64, 0, 32, 16, 1, 4, 3)), SHRINK, "9.7 KB under way"),
-        (Z, SHRINK | {"copies_left": [2, 0]}, "[2] copies under way behind a wait, 12 by its stages"),
-        (Z, SHRINK | {"copies_left": []}, "[] copies under way"),
-        (replace(Z, M=512), SHRINK, ""),
+        (replace(Z, given=KernelConfig(64, 0, 32, 16, 1, 4, 3)), PIPELINED, "9.7 KB under way"),
+        (Z, PIPELINED | {"copies_left": [2, 0]}, "[2] copies under way behind a wait, 12 by its stages"),
+        (Z, PIPELINED | {"copies_left": []}, "[] copies under way"),
+        (replace(Z, M=512), PIPELINED, ""),
         (
             replace(Z, op="shrink_group", layout="all z", members=3),
             {"kernel": "shrink_group_kernel", "copies_left": [6, 0]},
@@ -499,6 +499,9 @@ ROW = {
     "launched_dependent": True,
     "misplaced_wait": [],
     "conversions": None,
+    "config": {"BLOCK_R": 64},
+    # Behind the wait of a shrink of eight stages.
+    "copies_left": [12, 0],
 }
 # What is left for the kernel before is not asked of it.
 DROPS = replace(CASE, layout="dx", bias=False, dropout=True)
