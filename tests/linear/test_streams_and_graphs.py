@@ -20,7 +20,7 @@ import stub_gpu
 import torch
 from accuracy import assert_same
 from conftest import GPU
-from gpu_or_cpu import Captured, in_threads, memory_held, on_stream
+from gpu_or_cpu import Captured, in_threads, live_bytes, memory_held, on_stream
 from torch import Tensor
 
 from lorafa_kernels import lorafa_linear
@@ -157,6 +157,16 @@ def test_the_allocator_does_not_grow(pinned, triton_device, own):
         early = memory_held()
         train(i, 90 if GPU else 2)
         assert memory_held() == early
+
+
+def test_live_bytes_are_those_of_dense_tensors():
+    """A process that has run other tests holds tensors without any storage."""
+    dense = torch.eye(8)
+    without = live_bytes()
+    others = dense.to_sparse(), dense.to_mkldnn(), torch.eye(8, device="meta")
+    assert live_bytes() == without and len(others) == 3
+    held = dense.clone(), dense.view(64)
+    assert live_bytes() == without + held[0].nbytes
 
 
 @pytest.mark.slow
