@@ -109,19 +109,20 @@ class Launch:
                 if ready is not None and ready.launch(values):
                     return
             key = specialisation(self, values)
-        compiled = None if key is None else _COMPILED.get(key)
-        if compiled is not None:
-            ready = Ready(compiled, self, values)
+        code = None if key is None else _CODES.get(key)
+        if code is not None:
+            ready = Ready(code, self, values)
             ready.launch(values)
         else:
             compiled = self.kernel[self.grid](**self.arguments(values))
             # An interpreted kernel has no code to keep.
             if key is None or not isinstance(compiled, CompiledKernel):
                 return
-            ready = Ready(_COMPILED.keep(key, compiled), self, values)
-        if ready.lasting and ready.aligned:
+            code = _CODES.keep(key, Code(compiled, self, values))
+            ready = Ready(code, self, values)
+        if code.lasting and code.aligned:
             self._ready = ready
-        elif ready.lasting:
+        elif code.lasting:
             self._latest = ready
 
     def arguments(self, values: Sequence[Any]) -> dict[str, Any]:
@@ -133,112 +134,137 @@ class Launch:
         return self.fixed | found
 
 
+class Code:
+    """A compiled kernel on a device, and where the values of the calls that it serves go among its arguments.
+
+    The numbers are indices of values, with the place of each in the kernel's signature. pointers: tensors
+    whose alignment the code is specialised on. tuples: and whether it is on the alignment of their tensors.
+    matrices: what descriptors are made of, and whether of the transpose. others: the rest. alignment: which
+    addresses are aligned, None where all are. lasting: whether it serves calls with other numbers too.
+    """
+
+    __slots__ = (
+        "alignment",
+        "compiled",
+        "device",
+        "lasting",
+        "matrices",
+        "others",
+        "pointers",
+        "run",
+        "tuples",
+    )
+
+    def __init__(self, compiled: Any, of: Launch, values: Sequence[Any]) -> None:
+        self.compiled = compiled
+        self.run: Callable = compiled.run
+        self.device = driver.active.get_current_device()
+        self.lasting = True
+        signature = signature_of(of.kernel)
+        self.pointers, self.tuples, self.matrices, self.others = [], [], [], []
+        for index, (name, value) in enumerate(zip(of.moving, values, strict=True)):
+            place, (_, specialised, _) = signature.places[name], signature.kinds[name]
+            if name in of.blocks:
+                self.matrices.append((index, place, of.blocks[name].transposed))
+            elif type(value) is tuple:
+                self.tuples.append((index, place, specialised))
+            elif specialised and isinstance(value, Tensor):
+                self.pointers.append((index, place))
+            elif value is not None:
+                self.others.append((index, place))
+            if specialised:
+                self.lasting &= int not in map(type, value if type(value) is tuple else (value,))
+        alignment = self.alignment_of(values)
+        self.alignment = None if all(alignment) else alignment
+
+    @property
+    def aligned(self) -> bool:
+        """Whether it is for addresses that are all aligned."""
+        return self.alignment is None
+
+    def alignment_of(self, values: Sequence[Any]) -> tuple[bool, ...]:
+        """Of each address that the code is specialised on, whether it is aligned."""
+        tensors = [values[index] for index, _ in self.pointers]
+        for index, _, specialised in self.tuples:
+            if specialised:
+                tensors += [one for one in values[index] if isinstance(one, Tensor)]
+        return tuple([tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors])
+
+
 class Ready:
     """A compiled kernel with its arguments in order, for the device that is current, and for addresses that
     are aligned where those of `values` are.
     """
 
-    __slots__ = (
-        "_alignment",
-        "_arguments",
-        "_descriptors",
-        "_device",
-        "_others",
-        "_pointers",
-        "_run",
-        "_tuples",
-        "compiled",
-        "grid",
-        "lasting",
-        "of",
-    )
+    __slots__ = ("_arguments", "_code", "_descriptors", "compiled", "grid", "of")
 
-    def __init__(self, compiled: Any, of: Launch, values: Sequence[Any]) -> None:
+    def __init__(self, code: Code, of: Launch, values: Sequence[Any]) -> None:
         self.of = of
-        self.compiled = compiled
+        self.compiled = code.compiled
         self.grid = (*of.grid, 1, 1)[:3]
-        self._run: Callable = compiled.run
-        self._device = driver.active.get_current_device()
-        parameters = signature_of(of.kernel).parameters
-        self._arguments = [of.fixed.get(name, one.default) for name, one in parameters.items()]
-        self._pointers, self._tuples, self._descriptors, self._others = [], [], [], []
-        # Code may be specialised on a number that moves: it serves this call alone.
-        self.lasting = True
-        for index, (name, value) in enumerate(zip(of.moving, values, strict=True)):
-            parameter = parameters[name]
-            place = parameter.num
-            if name in of.blocks:
-                shape, strides = tuple(value.shape), value.stride()
-                if of.blocks[name].transposed:
-                    shape, strides = shape[::-1], strides[::-1]
-                self._descriptors.append((index, place, shape, strides))
-            elif type(value) is tuple:
-                self._tuples.append((index, place, not parameter.do_not_specialize))
-            elif isinstance(value, Tensor) and not parameter.do_not_specialize:
-                self._pointers.append((index, place))
-            elif value is not None:
-                self._others.append((index, place))
-            if not parameter.do_not_specialize:
-                self.lasting &= int not in map(type, value if type(value) is tuple else (value,))
-        self._alignment = None
-        if self.filled(values) is None:
-            self._alignment = self._alignment_of(values)
-
-    @property
-    def aligned(self) -> bool:
-        """Whether it is for addresses that are all aligned."""
-        return self._alignment is None
+        self._code = code
+        self._arguments = list(map(of.fixed.get, signature_of(of.kernel).places))
+        self._descriptors = []
+        for index, place, transposed in code.matrices:
+            shape, strides = tuple(values[index].shape), values[index].stride()
+            if transposed:
+                shape, strides = shape[::-1], strides[::-1]
+            self._descriptors.append((index, place, shape, strides))
 
     def launch(self, values: Sequence[Any]) -> bool:
         """Launch on the current stream, or return False where filled() returns None."""
         arguments = self.filled(values)
         if arguments is None:
             return False
-        stream = driver.active.get_current_stream(self._device)
-        compiled = self.compiled
-        self._run(
+        code, compiled = self._code, self.compiled
+        stream = driver.active.get_current_stream(code.device)
+        code.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
         )
         return True
 
     def filled(self, values: Sequence[Any]) -> list[Any] | None:
         """Return all arguments in order, or None for another device or addresses that need other code."""
-        if driver.active.get_current_device() != self._device:
+        code = self._code
+        if driver.active.get_current_device() != code.device:
             return None
         arguments = self._arguments.copy()
         addresses = 0
-        for index, place in self._pointers:
+        for index, place in code.pointers:
             arguments[place] = address = values[index].data_ptr()
             addresses |= address
         for index, place, shape, strides in self._descriptors:
             arguments[place] = Descriptor(values[index], shape, strides)
-        for index, place, specialised in self._tuples:
+        for index, place, specialised in code.tuples:
             arguments[place], address = _flat(values[index])
             if specialised:
                 addresses |= address
-        for index, place in self._others:
+        for index, place in code.others:
             arguments[place] = values[index]
-        if self._alignment is None:
+        if code.alignment is None:
             return None if addresses % ALIGNMENT else arguments
-        return arguments if self._alignment_of(values) == self._alignment else None
-
-    def _alignment_of(self, values: Sequence[Any]) -> tuple[bool, ...]:
-        """Of each address that the code is specialised on, whether it is aligned."""
-        tensors = [values[index] for index, _ in self._pointers]
-        for index, _, specialised in self._tuples:
-            if specialised:
-                tensors += [one for one in values[index] if isinstance(one, Tensor)]
-        return tuple([tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors])
+        return arguments if code.alignment_of(values) == code.alignment else None
 
 
 class Signature:
-    """The parameters of a kernel, by name: one object for each kernel."""
+    """What a kernel's own signature says: one object for each kernel.
 
-    __slots__ = ("kernel", "parameters")
+    kinds: of each parameter whether it is const, whether code is specialised on its value, and whether on its
+    alignment; None of a constexpr. plain: no parameter has a default or a type.
+    """
+
+    __slots__ = ("kernel", "kinds", "places", "plain")
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.parameters = {parameter.name: parameter for parameter in kernel.params}
+        self.places = {parameter.name: parameter.num for parameter in kernel.params}
+        self.kinds = {
+            one.name: None
+            if one.is_constexpr
+            else (one.is_const, not one.do_not_specialize, not one.do_not_specialize_on_alignment)
+            for one in kernel.params
+        }
+        self.plain = not any(one.has_default or one.annotation_type for one in kernel.params)
 
 
 def signature_of(kernel: Any) -> Signature:
@@ -249,7 +275,7 @@ def signature_of(kernel: Any) -> Signature:
 
 
 _SIGNATURES = Launches()
-_COMPILED = Launches()
+_CODES = Launches()
 _TELLS = specialise is not None and triton.__version__.startswith(TRIED)
 
 
@@ -264,26 +290,37 @@ def specialisation(of: Launch, values: Sequence[Any]) -> Hashable:
         return None
     if kernel.pre_run_hooks or runtime.add_stages_inspection_hook is not None:
         return None
+    signature = signature_of(kernel)
+    if not signature.plain:
+        return None
     device = driver.active.get_current_device()
     *_, backend, _ = kernel.device_caches[device]
-    signature = signature_of(kernel)
-    parameters = signature.parameters
     how = kernel.debug or runtime.debug, triton.knobs.compilation.instrumentation_mode
-    found: list[Hashable] = [signature, device, how]
-    for names, numbers in ((of.fixed, of.fixed.values()), (of.moving, values)):
-        for name, value in zip(names, numbers, strict=True):
-            parameter = parameters.get(name)
-            if parameter is None or parameter.is_constexpr:
-                # 1 and True are equal, and other constants.
-                found += name, type(value), value
-            elif name in of.blocks:
-                found += name, value.dtype, of.blocks[name], of.make_descriptor
-            elif parameter.annotation_type:
-                return None
-            else:
-                kind = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
-                found += name, specialise(backend, value, parameter.is_const, *kind)
-    return tuple(found)
+    kinds, fixed, blocks = signature.kinds, of.fixed, of.blocks
+    return (
+        signature,
+        device,
+        how,
+        tuple(fixed),
+        # 1 and True are equal.
+        tuple(map(type, fixed.values())),
+        # Constants and options are what they are.
+        tuple(
+            [
+                specialise(backend, value, *kind) if (kind := kinds.get(name)) else value
+                for name, value in fixed.items()
+            ]
+        ),
+        of.moving,
+        tuple(
+            [
+                (value.dtype, blocks[name], of.make_descriptor)
+                if name in blocks
+                else specialise(backend, value, *kinds[name])
+                for name, value in zip(of.moving, values, strict=True)
+            ]
+        ),
+    )
 
 
 class Descriptor:
