@@ -1,11 +1,13 @@
 """The check of a recipe against fp64 before it is timed.
 
 A recipe that is written into a table serves a bucket of problems (plan/tables.py), with bias or without, with
-a lora_B in fp32 or in the dtype of x, and of several ranks and numbers of rows:
+a lora_B in fp32 or in the dtype of x, with a weight stored by rows or by columns, and of several ranks and
+numbers of rows:
 
     every recipe         as it is timed, on CHECKED_ROWS rows at most
     a persistent expand  as it is timed, on so many rows that each of its blocks walks TILES tiles of the
-                         result: what a block carries from one tile to the next is wrong from the second on
+                         result: what a block carries from one tile to the next is wrong from the second on;
+                         and once more, with all of that the other way
     specialised warps    so, and besides for what else the entry serves, whose kernels are compiled apart
 """
 
@@ -66,16 +68,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Case:
-    """What a recipe is checked on: rows of x, rank, with a bias or without, and the dtype of lora_B."""
+    """What a recipe is checked on: rows of x, rank, with a bias or without, the dtype of lora_B, and whether
+    the weight is stored by columns, as that of transformers' Conv1D is.
+    """
 
     rows: int
     R: int
     bias: bool
     factor_dtype: torch.dtype
+    by_columns: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.factor_dtype).removeprefix("torch.")
-        return f"{self.rows} rows, R = {self.R}, lora_B in {dtype}, {'a' if self.bias else 'no'} bias"
+        stored = ", a weight stored by columns" if self.by_columns else ""
+        return f"{self.rows} rows, R = {self.R}, lora_B in {dtype}, {'a' if self.bias else 'no'} bias{stored}"
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,8 @@ class Check:
             dropout_p=DROPOUT_P if p.dropout else 0.0,
             generator=generator,
         )
+        if case.by_columns:
+            operands = replace(operands, weight=operands.weight.t().contiguous().t())
         names = OUTPUTS[p.op]
         exact, plain = plain_formula(operands, torch.float64), plain_formula(operands)
         exact = {name: exact[name] for name in names}
@@ -198,23 +206,29 @@ def cases(expand: KernelConfig | None, problem: Problem, rows: Rows) -> list[Cas
     """Return what a recipe is checked on, first what is timed. A pure function.
 
     For specialised warps each two of these occur together, in as few cases as that takes: with and without a
-    bias, lora_B in fp32 and in the dtype of x, the largest rank of the entry and a ragged one. And a rank of
-    1, where the entry serves it: Triton compiles for arguments that are 1.
+    bias, lora_B in fp32 and in the dtype of x, a weight stored by rows and by columns, the largest rank of
+    the entry and a ragged one. That is 1 in one case, where the entry serves it: Triton compiles for
+    arguments that are 1.
     """
     wide, own = torch.float32, problem.dtype
-    if expand is None or expand.variant not in WS_SUMS:
-        return [Case(rows.like(problem.M), problem.R, problem.bias, wide)]
+    timed = Case(rows.like(problem.M), problem.R, problem.bias, wide)
+    if expand is None or expand.variant not in PERSISTENT:
+        return [timed]
     key = key_of(problem)
-    full, bias = min(key.rank, expand.BLOCK_R), problem.op == "forward"
+    bias = problem.op == "forward"
+    if expand.variant not in WS_SUMS:
+        other = rows.sixteens if timed.rows == rows.odd else rows.odd
+        return [timed, Case(other, max(1, key.rank - 3), bias and not problem.bias, own, by_columns=True)]
+    full = min(key.rank, expand.BLOCK_R)
+    least = 1 if key.rank == key_of(replace(problem, R=1)).rank else full - 3
     found = [
-        Case(rows.like(problem.M), problem.R, problem.bias, wide),
+        timed,
         Case(rows.odd, full, bias, wide),
-        Case(rows.odd, full, False, own),
-        Case(rows.sixteens, full - 3, bias, own),
-        Case(rows.odd, full - 3, False, wide),
+        Case(rows.odd, full, False, own, by_columns=True),
+        Case(rows.sixteens, full - 3, bias, own, by_columns=True),
+        Case(rows.odd, full - 3, False, wide, by_columns=True),
+        Case(rows.odd, least, False, own),
     ]
-    if key.rank == key_of(replace(problem, R=1)).rank:
-        found.append(Case(rows.odd, 1, False, own))
     return list(dict.fromkeys(found))
 
 

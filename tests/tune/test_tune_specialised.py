@@ -124,13 +124,13 @@ def here(monkeypatch, tmp_path, triton_device):
 
 
 def product(P, Q, L, F, bias, C, config, transposed, wait, num_sms):
-    assert config.variant == "ws" and transposed
+    assert config.variant == "ws"
     C.copy_(P.double() @ Q.double() + L.double() @ F.to(P.dtype).double() + (0 if bias is None else bias))
 
 
 def both(P, Q, D, F, bias, scaling, config, transposed, num_sms):
     """The same of the kernel that makes z."""
-    assert config.variant == "ws_z" and transposed
+    assert config.variant == "ws_z"
     L = (scaling * (P.double() @ D.to(P.dtype).double())).to(P.dtype)
     C = torch.empty(P.shape[0], Q.shape[1], dtype=P.dtype)
     C.copy_(P.double() @ Q.double() + L.double() @ F.to(P.dtype).double() + (0 if bias is None else bias))
@@ -194,15 +194,15 @@ STAND_INS = {"ws": product, "ws_z": both}
 
 
 def planted(variant: str, spoil):
-    """The stand-in of a variant, whose result `spoil` (C, config, F, bias, num_sms) damages."""
+    """The stand-in of a variant, whose result `spoil` (C, config, F, bias, num_sms, transposed) damages."""
 
     def of_ws(P, Q, L, F, bias, C, config, transposed, wait, num_sms):
         product(P, Q, L, F, bias, C, config, transposed, wait, num_sms)
-        spoil(C, config, F, bias, num_sms)
+        spoil(C, config, F, bias, num_sms, transposed)
 
     def of_ws_z(P, Q, D, F, bias, scaling, config, transposed, num_sms):
         C, L = both(P, Q, D, F, bias, scaling, config, transposed, num_sms)
-        spoil(C, config, F, bias, num_sms)
+        spoil(C, config, F, bias, num_sms, transposed)
         return C, L
 
     return {"ws": of_ws, "ws_z": of_ws_z}[variant]
@@ -212,10 +212,10 @@ def from_tile(number: int):
     """What is right in the first tiles of each block, and 5 % too large from the given one on: y has a single
     column of tiles, so a block's tiles lie SMS blocks of rows apart.
     """
-    return lambda C, config, F, bias, num_sms: C[number * num_sms * config.BLOCK_M :].mul_(1.05)
+    return lambda C, config, F, bias, num_sms, transposed: C[number * num_sms * config.BLOCK_M :].mul_(1.05)
 
 
-def in_the_last_tile(C, config, F, bias, num_sms):
+def in_the_last_tile(C, config, F, bias, num_sms, transposed):
     """What is wrong where a block of rows is not full."""
     if rest := len(C) % config.BLOCK_M:
         C[-rest:].zero_()
@@ -245,28 +245,33 @@ def test_one_that_is_wrong_in_a_later_tile_is_refused(here, variant, spoil):
     assert all(why.startswith("y has a relative error of") for why in refused_of(result))
 
 
-def without_bias(C, config, F, bias, num_sms):
+def without_bias(C, config, F, bias, num_sms, transposed):
     if bias is not None:
         C -= bias
 
 
-def of_no_bias(C, config, F, bias, num_sms):
+def of_no_bias(C, config, F, bias, num_sms, transposed):
     if bias is None:
         C *= 1.05
 
 
-def of_16_bits(C, config, F, bias, num_sms):
+def of_16_bits(C, config, F, bias, num_sms, transposed):
     if F.dtype != torch.float32:
         C *= 1.05
 
 
-def of_fp32(C, config, F, bias, num_sms):
+def of_fp32(C, config, F, bias, num_sms, transposed):
     if F.dtype == torch.float32:
         C *= 1.05
 
 
+def by_columns(C, config, F, bias, num_sms, transposed):
+    if not transposed:
+        C *= 1.05
+
+
 def of_rank(wrong):
-    def spoil(C, config, F, bias, num_sms):
+    def spoil(C, config, F, bias, num_sms, transposed):
         if wrong(F.shape[0]):
             C *= 1.05
 
@@ -284,6 +289,8 @@ def of_rank(wrong):
         # ws has its factor rounded by the kernel before it, whatever its dtype.
         pytest.param("ws_z", of_16_bits, "lora_B in bfloat16", id="ws_z-16-bits"),
         pytest.param("ws_z", of_fp32, "lora_B in float32", id="ws_z-fp32"),
+        pytest.param("ws", by_columns, "stored by columns", id="ws-by-columns"),
+        pytest.param("ws_z", by_columns, "stored by columns", id="ws_z-by-columns"),
         *[
             pytest.param(variant, of_rank(wrong), said, id=f"{variant}-{name}")
             for variant in STAND_INS
