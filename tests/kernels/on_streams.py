@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lorafa_kernels import lorafa_linear
+from lorafa_kernels.base.frozen import quantised
 from lorafa_kernels.group.api import lorafa_linear_group
 from lorafa_kernels.group.operands import LinearOperands
 from lorafa_kernels.kernels.expand import expand
@@ -21,6 +22,7 @@ from lorafa_kernels.kernels.grad import grad
 from lorafa_kernels.kernels.group import expand_total
 from lorafa_kernels.kernels.launch import forget_launches
 from lorafa_kernels.kernels.shrink import shrink
+from lorafa_kernels.linear.quantised import quantised_linear
 from lorafa_kernels.mixed.api import lorafa_linear_mixed
 from lorafa_kernels.mixed.rows import Rows
 from lorafa_kernels.mlp.api import lorafa_gated_mlp
@@ -34,6 +36,7 @@ PORTABLE = KernelConfig(64, 64, 32, 16, 4, 4, 2)
 TMA = KernelConfig(128, 128, 64, 16, 8, 8, 3, "tma", EPILOGUE_SUBTILE=2)
 WS = KernelConfig(128, 128, 64, 16, 8, 8, 3, "ws", EPILOGUE_SUBTILE=2)
 WS_Z = KernelConfig(128, 128, 64, 16, 8, 8, 2, "ws_z", EPILOGUE_SUBTILE=2)
+CODES = KernelConfig(16, 32, 128, 64, 1, 4, 4, "codes")
 SHRINK = KernelConfig(64, 0, 64, 16, 1, 4, 3)
 GRAD = KernelConfig(64, 64, 0, 16, 4, 4, 2)
 K, N, R = 256, 512, 16
@@ -110,6 +113,12 @@ def of_mixed(device: str) -> Callable[[], torch.Tensor]:
     return lambda: lorafa_linear_mixed(x, adapters, rows, impl="triton")
 
 
+def of_quantised(device: str) -> Callable[[], torch.Tensor]:
+    x, one = bf16(16, K, device=device).requires_grad_(), member(device)
+    base = quantised(one.weight, "nf4")
+    return lambda: quantised_linear(x, base, one.lora_A, one.lora_B)
+
+
 LAUNCHERS = {
     "shrink": of_shrink,
     "expand by pointers": of_expand(PORTABLE),
@@ -127,8 +136,15 @@ NODES = {
     "a group": of_group,
     "a gated MLP": of_mlp,
     "a mixed batch": of_mixed,
+    "a quantised layer": of_quantised,
+    "a quantised layer whose codes are read": of_quantised,
 }
 PINS = {
+    "a quantised layer": {"forward": Recipe("fused"), "backward": Recipe("fused")},
+    "a quantised layer whose codes are read": {
+        "forward": Recipe("fused", KernelPlan(expand=CODES, pdl=False)),
+        "backward": Recipe("fused"),
+    },
     "a layer, dB beside dx": {"backward": Recipe("fused", KernelPlan(one_pass=False, beside=True))},
     "a layer of specialised warps": {
         op: Recipe("fused", KernelPlan(expand=WS)) for op in ("forward", "backward")

@@ -37,6 +37,8 @@ NODES = [
     "a group",
     "a gated MLP",
     "a mixed batch",
+    "a quantised layer",
+    "a quantised layer whose codes are read",
 ]
 OPERATIONS = LAUNCHERS + NODES
 # The device and the stream of each call, in order; of two of them no launch was kept before.

@@ -147,12 +147,12 @@ def faults(of: list[Launch]) -> list[str]:
     return [f"{launch.kernel}: {fault}" for launch in of for fault in launch.faults]
 
 
-def install(arch: str = "sm_90", *, redirect: bool = False, watch: bool = True, devices: int = 1) -> None:
+def install(arch: str = "sm_90", *, redirect: bool = False, watch: bool = True, devices: int = 1) -> Stub:
     """Make this process see so many GPUs of architecture `arch`, one of DEVICES.
 
     redirect: tensors that are asked for on "cuda" are made on the CPU, so that programs for a GPU run. watch:
     keep launches and events, what is wrong with them, and in backward the stream of forward; without it a
-    launch takes its own time alone.
+    launch takes its own time alone. Returns the driver.
     """
     global _stub
     if _stub is not None:
@@ -184,6 +184,7 @@ def install(arch: str = "sm_90", *, redirect: bool = False, watch: bool = True, 
     _open_the_library()
     if redirect:
         tensors.OnCPU(placing).__enter__()
+    return _stub
 
 
 class Stub:
