@@ -113,7 +113,12 @@ def by_way_of_c() -> None:
     b.wait_stream(c)
 
 
-early = a.record_event()
+def record_again() -> None:
+    again.record(a)
+    b.wait_event(again)
+
+
+early, again = a.record_event(), a.record_event()
 stub_gpu.happened()
 ordered("one stream", lambda: None, a, a)
 ordered("two streams", lambda: None, a, b)
@@ -121,6 +126,7 @@ ordered("default stream, then another", lambda: None, torch.cuda.default_stream(
 ordered("wait_stream", lambda: b.wait_stream(a), a, b)
 ordered("wait_event", lambda: b.wait_event(a.record_event()), a, b)
 ordered("an event from before the launch", lambda: b.wait_event(early), a, b)
+ordered("an event from before, recorded again", record_again, a, b)
 ordered("waited for before it is recorded", record_late, a, b)
 ordered("recorded again afterwards", record_twice, a, b)
 ordered("the other one waits", lambda: a.wait_stream(b), a, b)

@@ -45,6 +45,7 @@ WAITS = {
     "wait_stream": True,
     "wait_event": True,
     "an event from before the launch": False,
+    "an event from before, recorded again": True,
     "waited for before it is recorded": False,
     "recorded again afterwards": False,
     "the other one waits": False,
