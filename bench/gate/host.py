@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -37,6 +38,8 @@ FEW, MANY = 1, 256
 # So many rows that no contraction is cut: shrink is one launch.
 WHOLE = 1024
 CALLS = 20
+# More numbers of rows than launchers keep shapes of (kernels/launch.py), from WHOLE on: each is new.
+LENGTHS = 2048
 # Plans with specialised warps, which no heuristic picks: by the names of the rows of a layer.
 SPECIALISED = ("ws", "ws_z")
 
@@ -100,8 +103,18 @@ def subjects() -> dict[str, Callable[[], object]]:
     for variant in SPECIALISED:
         x = zeros(MANY, K, dtype=bf16, requires_grad=True)
         both_ways(f"a layer with {variant}, M = {MANY}", layer, x, (lora_B,), pin_of(variant))
+    longest = zeros(WHOLE + 4 * LENGTHS, K, dtype=bf16)
+    dy = torch.ones(len(longest), N, dtype=bf16)
+    lengths = itertools.cycle(range(WHOLE, len(longest), 4))
+
+    def step_of_another_length() -> object:
+        x = longest[: next(lengths)].requires_grad_()
+        return torch.autograd.grad(layer(x), (x, lora_B), dy[: len(x)])
+
+    found["a layer, another M in each call, forward and backward"] = step_of_another_length
     for call in found.values():
-        call()
+        for _ in range(LENGTHS if call is step_of_another_length else 1):
+            call()
     return found
 
 

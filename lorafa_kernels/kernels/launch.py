@@ -1,8 +1,9 @@
 """Launches of compiled kernels that are repeated: what `kernel[grid](…)` works out anew in each call, once.
 
 Triton binds the arguments of a call by name, looks at each of them for what the code is specialised on, and
-finds the compiled kernel by that: most of a launch's time on the host. A Launch does so in its first call,
+finds the compiled kernel by that: most of a launch's time on the host. A Launch, which serves one shape,
 keeps the compiled kernel with every argument that stays, and hands it to the driver with those that move.
+Its first call finds the kernel by what it is specialised on, if any shape has had it compiled before.
 """
 
 from __future__ import annotations
@@ -15,9 +16,18 @@ import triton
 from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from .tile import describe
 
+try:
+    # By which Triton tells the arguments of a call apart.
+    from triton._C.libtriton import native_specialize_impl as specialise
+except ImportError:
+    specialise = None
+
+# Versions of Triton whose own way from a call to the driver is the one of this file; others are left to it.
+TRIED = "3.6.", "3.7."
 # Addresses that are multiples of so many bytes are what Triton specialises on.
 ALIGNMENT = 16
 # Launches that a launcher keeps, a few hundred bytes each: some shapes of each layer of a model (estimate).
@@ -71,7 +81,7 @@ class Launch:
     such as num_warps.
     """
 
-    __slots__ = ("_ready", "blocks", "fixed", "grid", "kernel", "make_descriptor", "moving")
+    __slots__ = ("_latest", "_ready", "blocks", "fixed", "grid", "kernel", "make_descriptor", "moving")
 
     def __init__(
         self,
@@ -89,86 +99,228 @@ class Launch:
         self.blocks = dict(blocks or {})
         self.make_descriptor = make_descriptor
         self._ready: Ready | None = None
+        # The one for addresses that are not all aligned.
+        self._latest: Ready | None = None
 
     def __call__(self, *values: Any) -> None:
-        ready = self._ready
-        if ready is not None and not _hooked() and ready.launch(values):
-            return
-        compiled = self.kernel[self.grid](**self.arguments(values))
-        # An interpreted kernel has no code to keep.
-        if ready is None and isinstance(compiled, CompiledKernel):
-            ready = Ready(compiled, self, values)
-            # What is specialised on other addresses serves them alone.
-            if ready.filled(values) is not None:
-                self._ready = ready
+        key = None
+        if not _hooked():
+            for ready in (self._ready, self._latest):
+                if ready is not None and ready.launch(values):
+                    return
+            key = specialisation(self, values)
+        code = None if key is None else _CODES.get(key)
+        if code is not None:
+            ready = Ready(code, self, values)
+            ready.launch(values)
+        else:
+            compiled = self.kernel[self.grid](**self.arguments(values))
+            # An interpreted kernel has no code to keep.
+            if key is None or not isinstance(compiled, CompiledKernel):
+                return
+            code = _CODES.keep(key, Code(compiled, self, values))
+            ready = Ready(code, self, values)
+        if code.lasting and code.aligned:
+            self._ready = ready
+        elif code.lasting:
+            self._latest = ready
 
     def arguments(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return the keyword arguments of a call."""
         found = dict(zip(self.moving, values, strict=True))
-        for name in self.blocks:
-            found[name] = self.described(name, found[name])
+        for name, block in self.blocks.items():
+            matrix = found[name].t() if block.transposed else found[name]
+            found[name] = self.make_descriptor(matrix, block.rows, block.columns)
         return self.fixed | found
 
-    def described(self, name: str, matrix: Tensor) -> Any:
-        """Return the descriptor of the matrix of that name."""
-        rows, columns, transposed = self.blocks[name]
-        return self.make_descriptor(matrix.t() if transposed else matrix, rows, columns)
+
+class Code:
+    """A compiled kernel on a device, and where the values of the calls that it serves go among its arguments.
+
+    The numbers are indices of values, with the place of each in the kernel's signature. pointers: tensors
+    whose alignment the code is specialised on. tuples: and whether it is on the alignment of their tensors.
+    matrices: what descriptors are made of, and whether of the transpose. others: the rest. alignment: which
+    addresses are aligned, None where all are. lasting: whether it serves calls with other numbers too.
+    """
+
+    __slots__ = (
+        "alignment",
+        "compiled",
+        "device",
+        "lasting",
+        "matrices",
+        "others",
+        "pointers",
+        "run",
+        "tuples",
+    )
+
+    def __init__(self, compiled: Any, of: Launch, values: Sequence[Any]) -> None:
+        self.compiled = compiled
+        self.run: Callable = compiled.run
+        self.device = driver.active.get_current_device()
+        self.lasting = True
+        signature = signature_of(of.kernel)
+        self.pointers, self.tuples, self.matrices, self.others = [], [], [], []
+        for index, (name, value) in enumerate(zip(of.moving, values, strict=True)):
+            place, (_, specialised, _) = signature.places[name], signature.kinds[name]
+            if name in of.blocks:
+                self.matrices.append((index, place, of.blocks[name].transposed))
+            elif type(value) is tuple:
+                self.tuples.append((index, place, specialised))
+            elif specialised and isinstance(value, Tensor):
+                self.pointers.append((index, place))
+            elif value is not None:
+                self.others.append((index, place))
+            if specialised:
+                self.lasting &= int not in map(type, value if type(value) is tuple else (value,))
+        alignment = self.alignment_of(values)
+        self.alignment = None if all(alignment) else alignment
+
+    @property
+    def aligned(self) -> bool:
+        """Whether it is for addresses that are all aligned."""
+        return self.alignment is None
+
+    def alignment_of(self, values: Sequence[Any]) -> tuple[bool, ...]:
+        """Of each address that the code is specialised on, whether it is aligned."""
+        tensors = [values[index] for index, _ in self.pointers]
+        for index, _, specialised in self.tuples:
+            if specialised:
+                tensors += [one for one in values[index] if isinstance(one, Tensor)]
+        return tuple([tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors])
 
 
 class Ready:
-    """A compiled kernel with its arguments in order, for aligned addresses."""
+    """A compiled kernel with its arguments in order, for the device that is current, and for addresses that
+    are aligned where those of `values` are.
+    """
 
-    __slots__ = ("_arguments", "_descriptors", "_others", "_pointers", "_run", "compiled", "grid", "of")
+    __slots__ = ("_arguments", "_code", "_descriptors", "compiled", "grid", "of")
 
-    def __init__(self, compiled: Any, of: Launch, values: Sequence[Any]) -> None:
+    def __init__(self, code: Code, of: Launch, values: Sequence[Any]) -> None:
         self.of = of
-        self.compiled = compiled
+        self.compiled = code.compiled
         self.grid = (*of.grid, 1, 1)[:3]
-        self._run: Callable = compiled.run
-        bound = of.arguments(values)
-        parameters = of.kernel.params
-        places = {parameter.name: place for place, parameter in enumerate(parameters)}
-        self._arguments = [bound[name] for name in places]
-        self._pointers, self._descriptors, self._others = [], [], []
-        for index, (name, value) in enumerate(zip(of.moving, values, strict=True)):
-            place = places[name]
-            if name in of.blocks:
-                made = of.described(name, value)
-                self._descriptors.append((index, place, tuple(made.shape), tuple(made.strides)))
-            elif isinstance(value, Tensor) and not parameters[place].do_not_specialize:
-                self._pointers.append((index, place))
-            elif value is not None:
-                self._others.append((index, place))
+        self._code = code
+        self._arguments = list(map(of.fixed.get, signature_of(of.kernel).places))
+        self._descriptors = []
+        for index, place, transposed in code.matrices:
+            shape, strides = tuple(values[index].shape), values[index].stride()
+            if transposed:
+                shape, strides = shape[::-1], strides[::-1]
+            self._descriptors.append((index, place, shape, strides))
 
     def launch(self, values: Sequence[Any]) -> bool:
-        """Launch on the current stream, or return False where an address is not aligned."""
+        """Launch on the current stream, or return False where filled() returns None."""
         arguments = self.filled(values)
         if arguments is None:
             return False
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        compiled = self.compiled
-        self._run(
+        code, compiled = self._code, self.compiled
+        stream = driver.active.get_current_stream(code.device)
+        code.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
         )
         return True
 
     def filled(self, values: Sequence[Any]) -> list[Any] | None:
-        """Return all arguments in order, or None where an address is not aligned."""
+        """Return all arguments in order, or None for another device or addresses that need other code."""
+        code = self._code
+        if driver.active.get_current_device() != code.device:
+            return None
         arguments = self._arguments.copy()
         addresses = 0
-        for index, place in self._pointers:
+        for index, place in code.pointers:
             arguments[place] = address = values[index].data_ptr()
             addresses |= address
         for index, place, shape, strides in self._descriptors:
             arguments[place] = Descriptor(values[index], shape, strides)
-        for index, place in self._others:
-            value = values[index]
-            if type(value) is tuple:
-                value, address = _flat(value)
+        for index, place, specialised in code.tuples:
+            arguments[place], address = _flat(values[index])
+            if specialised:
                 addresses |= address
-            arguments[place] = value
-        return None if addresses % ALIGNMENT else arguments
+        for index, place in code.others:
+            arguments[place] = values[index]
+        if code.alignment is None:
+            return None if addresses % ALIGNMENT else arguments
+        return arguments if code.alignment_of(values) == code.alignment else None
+
+
+class Signature:
+    """What a kernel's own signature says: one object for each kernel.
+
+    kinds: of each parameter whether it is const, whether code is specialised on its value, and whether on its
+    alignment; None of a constexpr. plain: no parameter has a default or a type.
+    """
+
+    __slots__ = ("kernel", "kinds", "places", "plain")
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.places = {parameter.name: parameter.num for parameter in kernel.params}
+        self.kinds = {
+            one.name: None
+            if one.is_constexpr
+            else (one.is_const, not one.do_not_specialize, not one.do_not_specialize_on_alignment)
+            for one in kernel.params
+        }
+        self.plain = not any(one.has_default or one.annotation_type for one in kernel.params)
+
+
+def signature_of(kernel: Any) -> Signature:
+    """Return the signature of a kernel."""
+    # A kernel's own hash takes a lock.
+    found = _SIGNATURES.get(id(kernel))
+    return _SIGNATURES.keep(id(kernel), Signature(kernel)) if found is None else found
+
+
+_SIGNATURES = Launches()
+_CODES = Launches()
+_TELLS = specialise is not None and triton.__version__.startswith(TRIED)
+
+
+def specialisation(of: Launch, values: Sequence[Any]) -> Hashable:
+    """Return what Triton would find the compiled kernel of a call by, on the current device, or None where it
+    must be asked: for what is no kernel of its own, for one with hooks or annotated parameters, and in a
+    version that has not been TRIED.
+    """
+    kernel = of.kernel
+    runtime = triton.knobs.runtime
+    if not (_TELLS and isinstance(kernel, JITFunction)):
+        return None
+    if kernel.pre_run_hooks or runtime.add_stages_inspection_hook is not None:
+        return None
+    signature = signature_of(kernel)
+    if not signature.plain:
+        return None
+    device = driver.active.get_current_device()
+    *_, backend, _ = kernel.device_caches[device]
+    how = kernel.debug or runtime.debug, triton.knobs.compilation.instrumentation_mode
+    kinds, fixed, blocks = signature.kinds, of.fixed, of.blocks
+    return (
+        signature,
+        device,
+        how,
+        tuple(fixed),
+        # 1 and True are equal.
+        tuple(map(type, fixed.values())),
+        # Constants and options are what they are.
+        tuple(
+            [
+                specialise(backend, value, *kind) if (kind := kinds.get(name)) else value
+                for name, value in fixed.items()
+            ]
+        ),
+        of.moving,
+        tuple(
+            [
+                (value.dtype, blocks[name], of.make_descriptor)
+                if name in blocks
+                else specialise(backend, value, *kinds[name])
+                for name, value in zip(of.moving, values, strict=True)
+            ]
+        ),
+    )
 
 
 class Descriptor:

@@ -39,11 +39,16 @@ found["again, other addresses"] = shown(z(bf16(128, 256), bf16(16, 256)))
 # One element further: addresses that are no multiples of 16 bytes need other code.
 wide = bf16(128 * 256 + 1)[1:].view(128, 256)
 found["not aligned"] = shown(z(wide, A))
+found["not aligned, again"] = shown(z(bf16(128 * 256 + 1)[1:].view(128, 256), A))
 found["aligned behind it"] = shown(z(bf16(128, 256), A))
 found["first not aligned"] = shown(z(bf16(64 * 256 + 1)[1:].view(64, 256), A))
 found["then aligned"] = shown(z(bf16(64, 256), A))
 found["then aligned again"] = shown(z(bf16(64, 256), A))
 found["other rows"] = shown(z(bf16(192, 256), A))
+# Sixteen divides both numbers of rows above, and not this one.
+found["rows that 16 does not divide"] = shown(z(bf16(193, 256), A))
+found["others"] = shown(z(bf16(67, 256), A))
+found["one row"] = shown(z(bf16(1, 256), A))
 found["other strides"] = shown(z(bf16(128, 512)[:, :256], A))
 found["other dtype"] = shown(z(torch.zeros(128, 256), A.float()))
 # Rounded before the launch.

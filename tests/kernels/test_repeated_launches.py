@@ -16,7 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 REPEATED = [
     "again, other addresses",
     "aligned behind it",
+    "not aligned, again",
+    "first not aligned",
+    "then aligned",
     "then aligned again",
+    "other rows",
+    "others",
+    "other strides",
     "dropout, other p and seed",
     "no longer",
     "fp32 factor",
@@ -25,10 +31,8 @@ REPEATED = [
 ANEW = [
     "first",
     "not aligned",
-    "first not aligned",
-    "then aligned",
-    "other rows",
-    "other strides",
+    "rows that 16 does not divide",
+    "one row",
     "other dtype",
     "a copy beside it",
     "dropout",
@@ -65,7 +69,7 @@ def test_what_is_alike_is_launched_again(found, what):
 
 @pytest.mark.parametrize("what", ANEW)
 def test_what_differs_goes_through_triton(found, what):
-    """Code for another address, size, stride or dtype, and what somebody watches."""
+    """Code that nothing has needed before, and what somebody watches."""
     assert found[what] == [["shrink_kernel", False, []]]
 
 
