@@ -1,5 +1,6 @@
 """Run by test_second_calls.py: counts what two calls of each operation launch, beside a stub driver that does
-not watch, as host time is measured. Prints {operation: [[calls of Triton's JIT, launches], the same]}.
+not watch, as host time is measured. Prints {operation: [[calls of Triton's JIT, kernels that are looked up by
+what they are specialised on, launches], the same]}.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from lorafa_kernels import LoRAFASwiGLU, lorafa_linear  # noqa: E402
 from lorafa_kernels.group.api import lorafa_linear_group  # noqa: E402
 from lorafa_kernels.group.operands import LinearOperands  # noqa: E402
+from lorafa_kernels.kernels import launch  # noqa: E402
 
 K, N, R = 256, 512, 16
-counted = 0
-run = JITFunction.run
+calls = {"run": 0, "look up": 0}
 
 
-def run_counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    global counted
-    counted += 1
-    return run(self, *args, **kwargs)
+def counted(name: str, function: Callable) -> Callable:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return call
 
 
 def bf16(*shape: int) -> torch.Tensor:
@@ -50,15 +53,16 @@ def operations() -> dict[str, Callable[[torch.Tensor], Any]]:
 
 
 def step(call: Callable[[torch.Tensor], Any], M: int) -> list[int]:
-    """Run forward and backward on new tensors; return how often Triton's JIT is called, and launches."""
+    """Run forward and backward on new tensors, and return what is counted."""
     x = bf16(M, K).requires_grad_()
-    before = counted, stub.launched
+    before = [*calls.values(), stub.launched]
     ys = call(x)
     torch.autograd.backward(ys, [torch.zeros_like(y) for y in ys])
-    return [counted - before[0], stub.launched - before[1]]
+    return [now - then for now, then in zip([*calls.values(), stub.launched], before, strict=True)]
 
 
-JITFunction.run = run_counted
+JITFunction.run = counted("run", JITFunction.run)
+launch.specialisation = counted("look up", launch.specialisation)
 found = {
     f"{name}, M = {M}": [step(call, M), step(call, M)]
     for name, call in operations().items()

@@ -215,6 +215,18 @@ def one_after_another(operation: Callable[[str], Callable[[], object]], node: bo
     return found
 
 
+def unplaced(operation: Callable[[str], Callable[[], object]]) -> dict:
+    """Operands that do not say where they lie: what was kept for one device must not serve the other."""
+    found: dict = {}
+    call = operation("cpu")
+    for times in ("", ", again"):
+        with noted(found, f"operands of no device, on a{times}"), torch.cuda.stream(A):
+            call()
+        with noted(found, f"operands of no device, on c{times}"), torch.cuda.stream(C):
+            call()
+    return found
+
+
 def across(operation: Callable[[str], Callable[[], torch.Tensor]]) -> dict:
     """Backward called while another stream is current than forward's, and tensors of a device that is not."""
     found: dict = {}
@@ -284,8 +296,7 @@ for name, operation in (LAUNCHERS | NODES).items():
     forget_launches()
     with pin_plan(pin) if pin else contextlib.nullcontext():
         found[name] = one_after_another(operation, node)
-        if node:
-            found[name] |= across(operation)
+        found[name] |= across(operation) if node else unplaced(operation)
         forget_launches()
         found[name]["threads"] = in_threads(operation, node)
 print(json.dumps(found))

@@ -96,6 +96,15 @@ def test_nothing_is_kept_for_another_device(found, operation):
     assert not on_other[0][1] and not first[0][1]
 
 
+@pytest.mark.parametrize("operation", LAUNCHERS)
+def test_what_is_kept_is_of_the_current_device_wherever_the_operands_lie(found, operation):
+    for times in ("", ", again"):
+        for device, stream in enumerate("ac"):
+            launched = found[operation][f"operands of no device, on {stream}{times}"]
+            assert [one[0] for one in launched] == kernels(found, operation)
+            assert [one[2:] for one in launched] == [[device, stream, []]] * len(launched)
+
+
 @pytest.mark.parametrize("operation", NODES)
 def test_backward_launches_on_the_stream_of_forward(found, operation):
     """By the stub's imitation of autograd: what is held is that nothing keeps a stream of its own."""
