@@ -209,7 +209,23 @@ def test_limits_are_those_that_configurations_are_made_for():
 @pytest.fixture(scope="module")
 def driver() -> stub_gpu.Stub:
     folder = stub_gpu.build(stub_gpu.cache_folder())
-    return stub_gpu.Stub("sm_90", folder / "libcuda.so.1", mode=ctypes.RTLD_LOCAL)
+    stub = stub_gpu.Stub("sm_90", folder / "libcuda.so.1", mode=ctypes.RTLD_LOCAL)
+    stub.library.stub_devices(2)
+    return stub
+
+
+@pytest.fixture(autouse=True)
+def first_device(request):
+    """It is current wherever a test calls the driver."""
+    if "driver" in request.fixturenames:
+        make_current(request.getfixturevalue("driver"), 0)
+
+
+def make_current(driver: stub_gpu.Stub, device: int | None) -> None:
+    context = ctypes.c_void_p()
+    if device is not None:
+        assert driver.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+    assert driver.library.cuCtxSetCurrent(context) == 0
 
 
 def encode(driver: stub_gpu.Stub, **changed) -> list[str]:
@@ -300,17 +316,33 @@ class Config(ctypes.Structure):
 CLUSTER, DEPENDENT_ATTRIBUTE, UNKNOWN = 4, 6, 60
 
 
-def launch(driver, grid=(1, 1, 1), block=(128, 1, 1), shared_memory=0, asked=49152, attribute=None):
+def loaded(driver: stub_gpu.Stub) -> ctypes.c_void_p:
+    """A function of the device that is current."""
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.library.cuModuleLoadData(ctypes.byref(module), b"") == 0
+    assert driver.library.cuModuleGetFunction(ctypes.byref(function), module, b"kernel") == 0
+    return function
+
+
+def launch(
+    driver,
+    grid=(1, 1, 1),
+    block=(128, 1, 1),
+    shared_memory=0,
+    asked=49152,
+    attribute=None,
+    function=None,
+    stream=None,
+):
     """The faults of a launch of a kernel that asked for so much shared memory."""
-    function = ctypes.c_void_p()
-    driver.library.cuModuleGetFunction(ctypes.byref(function), None, b"kernel")
+    function = function or loaded(driver)
     most_shared = 8
     assert driver.library.cuFuncSetAttribute(function, most_shared, asked) == 0
     attributes = (Attribute * 1)()
     if attribute:
         attributes[0].id, values = attribute
         attributes[0].value[: len(values)] = values
-    config = Config(grid, block, shared_memory, None, attributes, int(attribute is not None))
+    config = Config(grid, block, shared_memory, stream, attributes, int(attribute is not None))
     status = driver.library.cuLaunchKernelEx(ctypes.byref(config), function, None, None)
     (record,) = driver.take()
     assert bool(status) == bool(record["faults"])
@@ -360,6 +392,59 @@ def test_rule_of_launches(driver, arch, launched):
 )
 def test_launch_within_the_rules(driver, arch, launched):
     assert launch(on(arch, driver), **launched) == []
+
+
+def test_a_function_serves_the_device_that_it_was_loaded_on(driver):
+    function = loaded(driver)
+    assert launch(driver, function=function) == []
+    make_current(driver, 1)
+    said = ["a function of device 0, launched while device 1 is current"]
+    assert launch(driver, function=function) == said
+    assert launch(driver) == []
+
+
+def test_a_stream_serves_its_device(driver):
+    stream, no_stream = ctypes.c_void_p(), 1 << 20
+    assert driver.library.cuStreamCreate(ctypes.byref(stream), 0) == 0
+    assert launch(driver, stream=stream) == []
+    assert launch(driver, stream=no_stream) == [f"stream {no_stream} is none"]
+    make_current(driver, 1)
+    assert launch(driver, stream=stream) == ["on a stream of device 0, while device 1 is current"]
+
+
+def test_nothing_is_launched_or_loaded_without_a_context(driver):
+    function = loaded(driver)
+    make_current(driver, None)
+    assert "no context is current" in launch(driver, function=function)
+    module = ctypes.c_void_p()
+    assert driver.library.cuModuleLoadData(ctypes.byref(module), b"") != 0
+
+
+def test_there_are_as_many_devices_as_were_asked_for(driver):
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    get, retain = driver.library.cuDeviceGet, driver.library.cuDevicePrimaryCtxRetain
+    assert [get(ctypes.byref(device), ordinal) == 0 for ordinal in (-1, 0, 1, 2)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert retain(ctypes.byref(context), 2) != 0
+
+
+def test_an_event_is_recorded_on_its_device_and_waited_for_on_any(driver):
+    event, stream = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.library.cuEventCreate(ctypes.byref(event), 0) == 0
+    assert driver.library.cuStreamWaitEvent(None, event, 0) == 0
+    assert driver.library.cuEventRecord(event, None) == 0
+    make_current(driver, 1)
+    assert driver.library.cuStreamCreate(ctypes.byref(stream), 0) == 0
+    assert driver.library.cuStreamWaitEvent(stream, event, 0) == 0
+    assert driver.library.cuEventRecord(event, stream) != 0
+    early, record, wait, wrong = driver.take()
+    assert early["of"] == -1 and wait["of"] == record["order"] < wait["order"]
+    assert (record["device"], record["stream"], wait["device"], wait["stream"]) == (0, 0, 1, stream.value)
+    assert wrong["faults"] == ["an event of device 0 on a stream of device 1"]
 
 
 def test_ptx_says_how_large_parameters_are():

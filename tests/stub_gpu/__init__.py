@@ -8,10 +8,15 @@ computed, and results are whatever lay in memory. In the program torch.cuda repo
 tensors asked for on "cuda" lie on the CPU, and the library takes its kernels for them. LORAFA_STUB_GPU names
 the architecture there, in processes that the program starts as well (which have no stub of their own).
 
-What was launched is kept as data: each launch with its grid, block, shared memory, attributes, tensor maps
-and the bytes of every argument, and what is wrong with it, by CUDA's rules (cuda_stub.c) and against what was
-asked for: a launch that never reached the driver, arguments that are not those of the call, a dependent
-launch without the instruction that waits, or behind a kernel that does not let its dependent start.
+What was launched is kept as data: each launch with its device, stream, grid, block, shared memory,
+attributes, tensor maps and the bytes of every argument, and what is wrong with it, by CUDA's rules
+(cuda_stub.c) and against what was asked for: a launch that never reached the driver, arguments that are not
+those of the call, a dependent launch without the instruction that waits, or behind a kernel that does not
+let its dependent start. Events are kept beside launches, in the order of all threads; order.py says what
+waits for what.
+
+Streams and devices are those of torch.cuda, per thread (streams.py). With several devices, a tensor that is
+asked for on one of them says that it lies there, in the threads of redirected(placing=True) (tensors.py).
 
 One process has one architecture, and no interpreter: install() must come before anything imports Triton.
 Needs Linux, a C compiler and Python's headers, as Triton's launchers do (missing() says what is not there).
@@ -33,7 +38,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
+import threading
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,6 +47,8 @@ from pathlib import Path
 VARIABLE = "LORAFA_STUB_GPU"
 SOURCE = Path(__file__).with_name("cuda_stub.c")
 MAP_MAGIC = b"STUBTMAP"
+TRIGGERS = "griddepcontrol.launch_dependents"
+MOST_DEVICES = 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,10 @@ class Launch:
 
     kernel: str
     grid: tuple[int, ...]
+    device: int = -1  # -1: it did not reach the driver
+    stream: int = -1  # handle, 0 for the default stream
+    order: int = -1  # among launches and events, of all threads
+    thread: int = 0
     block: int = 0
     shared_memory: int = 0
     cluster: tuple[int, ...] = (1, 1, 1)
@@ -84,7 +95,22 @@ class Launch:
     faults: list[str] = field(default_factory=list)
 
 
-_launches: list[Launch] = []
+@dataclass(frozen=True)
+class Mark:
+    """What is asked of an event or of a stream: "record", "wait" or "synchronize"."""
+
+    what: str
+    device: int
+    stream: int  # as in Launch
+    order: int
+    thread: int
+    event: int = -1  # its number, of "record" and "wait"
+    of: int = -1  # the order of the record that is waited for, or -1
+    host: str = ""  # of "synchronize", where the host waits: for "stream", "event" or "device"
+
+
+_happened: list[Launch | Mark] = []
+_keeping = threading.Lock()
 _stub: Stub | None = None
 
 
@@ -103,11 +129,17 @@ def missing() -> str | None:
     return None
 
 
-def launches() -> list[Launch]:
-    """Return the launches since the last call."""
-    taken = list(_launches)
-    _launches.clear()
+def happened() -> list[Launch | Mark]:
+    """Return the launches and the marks since the last call, or that of launches(), in order."""
+    with _keeping:
+        taken = sorted(_happened, key=lambda one: one.order)
+        _happened.clear()
     return taken
+
+
+def launches() -> list[Launch]:
+    """Return the launches since the last call, in order."""
+    return [one for one in happened() if isinstance(one, Launch)]
 
 
 def faults(of: list[Launch]) -> list[str]:
@@ -115,15 +147,18 @@ def faults(of: list[Launch]) -> list[str]:
     return [f"{launch.kernel}: {fault}" for launch in of for fault in launch.faults]
 
 
-def install(arch: str = "sm_90", *, redirect: bool = False, watch: bool = True) -> None:
-    """Make this process see a GPU of architecture `arch`, one of DEVICES.
+def install(arch: str = "sm_90", *, redirect: bool = False, watch: bool = True, devices: int = 1) -> Stub:
+    """Make this process see so many GPUs of architecture `arch`, one of DEVICES.
 
     redirect: tensors that are asked for on "cuda" are made on the CPU, so that programs for a GPU run. watch:
-    keep launches, and what is wrong with them; without it a launch takes its own time alone.
+    keep launches and events, what is wrong with them, and in backward the stream of forward; without it a
+    launch takes its own time alone. Returns the driver.
     """
     global _stub
     if _stub is not None:
         raise RuntimeError("there is a stub GPU in this process already")
+    if not 1 <= devices <= MOST_DEVICES:
+        raise ValueError(f"devices is {devices}, expected 1 to {MOST_DEVICES}")
     if arch not in DEVICES:
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(DEVICES)}")
     if "triton" in sys.modules:
@@ -137,13 +172,19 @@ def install(arch: str = "sm_90", *, redirect: bool = False, watch: bool = True) 
     os.environ["TRITON_LIBCUDA_PATH"] = str(build(folder))
     _stub = Stub(arch, Path(os.environ["TRITON_LIBCUDA_PATH"]) / "libcuda.so.1")
     _present(arch)
+    from . import streams, tensors
+
+    placing = devices > 1
+    streams.present(streams.Devices(_stub.library, devices, _keep_marks if watch else None))
     if watch:
         _watch_launches(_stub)
+        streams.follow_in_backward(tensors if placing else None)
     else:
         _stub.library.stub_quiet(1)
     _open_the_library()
     if redirect:
-        _redirect()
+        tensors.OnCPU(placing).__enter__()
+    return _stub
 
 
 class Stub:
@@ -154,7 +195,9 @@ class Stub:
         self.library = ctypes.CDLL(str(path), mode=mode)
         self.library.stub_take.restype = ctypes.c_void_p
         self.library.stub_free.argtypes = (ctypes.c_void_p,)
-        self.library.stub_parameters.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int))
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        self.library.stub_declare.argtypes = (pointer, number, ctypes.POINTER(number), number)
+        self.library.stub_order.restype = self.library.stub_launched.restype = ctypes.c_longlong
         self.become(arch)
 
     def become(self, arch: str) -> None:
@@ -169,15 +212,21 @@ class Stub:
         )
 
     def take(self) -> list[dict]:
-        """Return the driver's records since the last call."""
+        """Return the driver's records since the last call, those of this thread."""
         taken = self.library.stub_take()
         text = ctypes.string_at(taken).decode()
         self.library.stub_free(taken)
         return [json.loads(line) for line in text.splitlines()]
 
-    def declare(self, function: int, sizes: list[int]) -> None:
-        """Tell how large the parameters of a loaded function are."""
-        self.library.stub_parameters(function, len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+    def declare(self, function: int, ptx: str) -> None:
+        """Tell what the driver reads off the code of a loaded function."""
+        sizes = parameter_sizes(ptx)
+        self.library.stub_declare(function, len(sizes), (ctypes.c_int * len(sizes))(*sizes), TRIGGERS in ptx)
+
+    @property
+    def launched(self) -> int:
+        """How many launches reached the driver, those that are not watched too."""
+        return self.library.stub_launched()
 
 
 def _compiler() -> str | None:
@@ -219,7 +268,7 @@ def build(folder: Path) -> Path:
 
 
 def _present(arch: str) -> None:
-    """Make torch.cuda report one device. It keeps its own functions for what needs a real one."""
+    """Make torch.cuda report GPUs. It keeps its own functions for what needs a real one."""
     import torch
 
     limits = DEVICES[arch]
@@ -244,21 +293,11 @@ def _present(arch: str) -> None:
         "is_initialized": lambda: True,
         "init": lambda: None,
         "_lazy_init": lambda: None,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
         "get_device_name": lambda device=None: name,
         "get_device_capability": lambda device=None: (limits.major, limits.minor),
         "get_device_properties": lambda device=None: properties,
         "get_arch_list": lambda: [arch],
         "is_bf16_supported": lambda including_emulation=True: True,
-        "current_stream": lambda device=None: Stream(),
-        "default_stream": lambda device=None: Stream(),
-        "Stream": Stream,
-        "stream": Current,
-        "Event": Event,
-        "device": Current,
-        "synchronize": lambda device=None: None,
         "is_current_stream_capturing": lambda: False,
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
@@ -278,59 +317,19 @@ def _present(arch: str) -> None:
     }
     for key, value in replaced.items():
         setattr(torch.cuda, key, value)
-    torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 
-class Current(contextlib.nullcontext):
-    """A device or a stream that is current: the only one."""
-
-
-class Stream:
-    """The one stream."""
-
-    cuda_stream = 0
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def wait_stream(self, other) -> None:
-        pass
-
-    def wait_event(self, event) -> None:
-        pass
-
-    def record_event(self, event=None):
-        event = event or Event()
-        event.record()
-        return event
-
-    def query(self) -> bool:
-        return True
-
-
-class Event:
-    """A time on the host: there is no other."""
-
-    def __init__(self, *args, **kwargs):
-        self.seconds = 0.0
-
-    def record(self, stream=None) -> None:
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, other: Event) -> float:
-        return 1e3 * (other.seconds - self.seconds)
-
-    def synchronize(self) -> None:
-        pass
-
-    def wait(self, stream=None) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
+def _keep_marks() -> list[str]:
+    """Keep what the driver recorded of events and streams in this thread, and return its faults."""
+    faults = []
+    for record in _stub.take():
+        faults += record["faults"]
+        if record["call"] in ("record", "wait", "synchronize"):
+            more = {key: record[key] for key in ("event", "of") if key in record}
+            where = record["device"], record["stream"], record["order"], threading.get_ident()
+            with _keeping:
+                _happened.append(Mark(record["call"], *where, **more, host=record.get("what", "")))
+    return faults
 
 
 def _watch_launches(stub: Stub) -> None:
@@ -340,19 +339,19 @@ def _watch_launches(stub: Stub) -> None:
 
     ready = importlib.import_module("lorafa_kernels.kernels.launch").Ready
     load, run, repeat = CompiledKernel._init_handles, JITFunction.run, ready.launch
-    previous: list[Launch] = []
 
     def load_and_declare(self):
         fresh = self.module is None
         load(self)
         if fresh and self.function is not None:
-            stub.declare(self.function, parameter_sizes(self.asm["ptx"]))
+            stub.declare(self.function, self.asm["ptx"])
 
-    def keep(kernel, grid, kwargs: dict, launch_it):
+    def keep(kernel, grid, kwargs: dict, launch_it, repeated: bool = False):
         """Launch, and keep what was asked for beside what reached the driver. launch_it launches, and returns
         the compiled kernel.
         """
-        launch = Launch(kernel.__name__.strip("_"), () if callable(grid) else tuple(grid))
+        launch = Launch(kernel.__name__.strip("_"), () if callable(grid) else tuple(grid), repeated=repeated)
+        launch.thread = threading.get_ident()
         constants = (parameter.name for parameter in kernel.params if parameter.is_constexpr)
         launch.constants = {name: kwargs[name] for name in constants if name in kwargs}
         stub.take()
@@ -369,11 +368,13 @@ def _watch_launches(stub: Stub) -> None:
             reached = [record for record in records if record["call"] == "launch"]
             if reached:
                 _describe(launch, reached[0])
+            else:
+                launch.order = stub.library.stub_order()
             if compiled is not None:
                 asked = _flat_arguments(compiled, kernel, kwargs)
-                launch.faults += _disagreements(launch, compiled, reached, asked, previous)
-            previous[:] = [launch]
-            _launches.append(launch)
+                launch.faults += _disagreements(launch, compiled, reached, asked)
+            with _keeping:
+                _happened.append(launch)
         return compiled
 
     def run_and_keep(self, *args, grid, warmup, **kwargs):
@@ -391,8 +392,8 @@ def _watch_launches(stub: Stub) -> None:
             self.of.grid,
             self.of.arguments(values),
             lambda: repeat(self, values) and self.compiled,
+            repeated=True,
         )
-        _launches[-1].repeated = True
         return True
 
     CompiledKernel._init_handles = load_and_declare
@@ -401,6 +402,7 @@ def _watch_launches(stub: Stub) -> None:
 
 
 def _describe(launch: Launch, record: dict) -> None:
+    launch.device, launch.stream, launch.order = record["device"], record["stream"], record["order"]
     launch.block = record["block"][0] * record["block"][1] * record["block"][2]
     launch.shared_memory = record["shared_memory"]
     launch.cluster = tuple(record["cluster"])
@@ -408,9 +410,7 @@ def _describe(launch: Launch, record: dict) -> None:
     launch.arguments = len(record["parameters"])
 
 
-def _disagreements(
-    launch: Launch, compiled, reached: list[dict], asked: list[bytes], previous: list[Launch]
-) -> list[str]:
+def _disagreements(launch: Launch, compiled, reached: list[dict], asked: list[bytes]) -> list[str]:
     """Say where what reached the driver is not what was asked for, or breaks the order of its stream."""
     if len(reached) != 1:
         return [f"asked for on a grid of {launch.grid} and launched {len(reached)} times"]
@@ -432,12 +432,13 @@ def _disagreements(
             break
     ptx = compiled.asm["ptx"]
     launch.waits = "griddepcontrol.wait" in ptx
-    launch.triggers = "griddepcontrol.launch_dependents" in ptx
+    launch.triggers = TRIGGERS in ptx
     if launch.waits != launch.dependent:
         is_or_not = "a dependent launch" if launch.dependent else "no dependent launch"
         found.append(f"{is_or_not}, and {'waits' if launch.waits else 'does not wait'} for the kernel before")
-    if launch.dependent and not (previous and previous[0].triggers):
-        before = previous[0].kernel if previous else "nothing"
+    # Of the same stream.
+    if launch.dependent and not record["before_triggers"]:
+        before = record["before"].strip("_") or "nothing"
         found.append(f"a dependent launch behind {before}, which lets none start early")
     return found
 
@@ -502,7 +503,7 @@ def _flatten(kind, value, flat: list[bytes]) -> None:
 
 
 def _open_the_library() -> None:
-    """Let the library choose for tensors on the CPU as for tensors on the one GPU."""
+    """Let the library choose for tensors on the CPU as for tensors on the first GPU: they are alike."""
     import torch
 
     choice = importlib.import_module("lorafa_kernels.plan.choice")
@@ -531,36 +532,12 @@ def _replace(function, other) -> None:
                     setattr(module, key, other)
 
 
-def _redirect() -> None:
-    """Make on the CPU what is asked for on "cuda", in this thread."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    def on_cpu(value):
-        if isinstance(value, torch.device) and value.type == "cuda":
-            return torch.device("cpu")
-        if isinstance(value, str) and re.fullmatch(r"cuda(:\d+)?", value):
-            return "cpu"
-        return value
-
-    class OnCPU(TorchFunctionMode):
-        def __torch_function__(self, function, kinds, args=(), kwargs=None):
-            if function is torch.Tensor.cuda:
-                return args[0]
-            args = tuple(on_cpu(value) for value in args)
-            kwargs = {key: on_cpu(value) for key, value in (kwargs or {}).items()}
-            kwargs.pop("pin_memory", None)
-            return function(*args, **kwargs)
-
-    OnCPU().__enter__()
-
-
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect the launches of a block in the list that it gets."""
-    launches()
-    found: list[Launch] = []
+def recording(marks: bool = False) -> Iterator[list]:
+    """Collect the launches of a block in the list that it gets, with `marks` those of events as well."""
+    happened()
+    found: list[Launch | Mark] = []
     try:
         yield found
     finally:
-        found += launches()
+        found += [one for one in happened() if marks or isinstance(one, Launch)]

@@ -11,12 +11,13 @@ from . import DEVICES, VARIABLE, faults, install, launches
 
 parser = argparse.ArgumentParser(prog="python -m tests.stub_gpu", description=__doc__.split(":")[0])
 parser.add_argument("--arch", choices=DEVICES, default=os.environ.get(VARIABLE, "sm_90"))
+parser.add_argument("--devices", type=int, default=1, help="how many of them (default: %(default)s)")
 parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is the name of a module")
 parser.add_argument("program", metavar="PROGRAM", help="a script, or with -m a module")
 parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the program is called with")
 options = parser.parse_args()
 
-install(options.arch, redirect=True)
+install(options.arch, redirect=True, devices=options.devices)
 sys.argv = [options.program, *options.arguments]
 status = None
 try:

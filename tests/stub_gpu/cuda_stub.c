@@ -1,11 +1,14 @@
-/* A CUDA driver without a GPU: what Triton calls of libcuda, which answers as the driver of one device would,
- * computes nothing, refuses what CUDA's documentation forbids, and keeps a record of every map and launch.
+/* A CUDA driver without a GPU: what Triton calls of libcuda, and streams and events, which answers as the driver
+ * of one device or of several that are alike would, computes nothing, refuses what CUDA's documentation forbids,
+ * and keeps a record of every map, launch and event, in the thread that called.
  *
  *   cc -shared -fPIC -Wl,-soname,libcuda.so.1 -I<triton>/backends/nvidia/include -o libcuda.so.1 cuda_stub.c
  *
- * A record is one line of JSON: {"call": "map" or "launch", …, "faults": [what is wrong with it, in words]}.
- * A faulty call returns CUDA_ERROR_INVALID_VALUE, as it would on a GPU. The rules of maps are those of
- * cuTensorMapEncodeTiled in the CUDA driver API, those of launches the limits of the CUDA programming guide.
+ * A record is one line of JSON: {"call": "map", "launch", "record", "wait" or "synchronize", "order": its number
+ * among those of all threads, …, "faults": [what is wrong with it, in words]}. A faulty call returns an error, as
+ * it would on a GPU. The rules of maps are those of cuTensorMapEncodeTiled in the CUDA driver API, those of launches
+ * the limits of the CUDA programming guide, those of contexts what the driver API says of each handle: it serves
+ * in the context that it was made in, except that any stream may wait for an event.
  */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -20,23 +23,58 @@
 #define MOST_PARAMETERS 256
 #define MAP_MAGIC "STUBTMAP"
 
+#define MOST_DEVICES 16
+
+typedef struct Function Function;
+
+typedef struct Stream {
+    int device;
+    const Function *last; /* that was launched on it */
+    struct Stream *next;
+} Stream;
+
+/* The primary context of a device: there is no other. */
 typedef struct {
+    int device;
+    Stream null;
+} Context;
+
+typedef struct {
+    Context *context;
+} Module;
+
+struct Function {
+    Context *context;
     char *name;
     int dynamic_shared_memory; /* bytes that the function may have: 48 KB until it asks for more */
+    int triggers;              /* whether it lets a dependent launch start early */
     int parameters;            /* -1: not known */
     int sizes[MOST_PARAMETERS];
-} Function;
+};
 
-/* The device: stub_device sets it. */
+typedef struct {
+    Context *context;
+    unsigned number;
+    long long recorded; /* order of its last record, -1: none */
+} Event;
+
+/* The devices: stub_device sets what they are, stub_devices how many. */
+static int devices = 1;
+static Context contexts[MOST_DEVICES];
+static Stream *streams;
+static __thread Context *current;
 static int major = 9, minor = 0, multiprocessors = 132, shared_optin = 232448, shared_per_sm = 233472;
 
 /* Neither records nor checks: for the time of what leads to a launch. */
 static int quiet;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static char *records;
-static size_t used, room;
+static __thread char *records;
+static __thread size_t used, room;
 static uint32_t maps;
+static unsigned events;
+static long long order;
+static long long launched; /* launches, also while it is quiet */
 
 static void append(const char *format, ...) {
     va_list args;
@@ -72,11 +110,32 @@ static int copy_from(void *to, const void *from, size_t size) {
     return from && write(ends[1], from, size) == (ssize_t)size && read(ends[0], to, size) == (ssize_t)size;
 }
 
-static CUresult finish(void) {
-    CUresult result = faults[0] ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+static CUresult finish(CUresult error) {
+    CUresult result = faults[0] ? error : CUDA_SUCCESS;
     if (faults[0]) append(", \"faults\": [\"%s\"]}\n", faults);
     else append(", \"faults\": []}\n");
     return result;
+}
+
+/* The stream of a handle in the current context, NULL with a fault. Both 0 and CU_STREAM_LEGACY are the default. */
+static Stream *stream_of(CUstream handle) {
+    if (handle == NULL || handle == CU_STREAM_LEGACY) return current ? &current->null : NULL;
+    for (Stream *stream = streams; stream; stream = stream->next)
+        if (stream == (Stream *)handle) return stream;
+    fault("stream %llu is none", (unsigned long long)(uintptr_t)handle);
+    return NULL;
+}
+
+static CUstream handle_of(const Stream *stream) {
+    for (int i = 0; i < MOST_DEVICES; i++)
+        if (stream == &contexts[i].null) return NULL;
+    return (CUstream)stream;
+}
+
+static void describe_stream(const Stream *stream) {
+    append(", \"order\": %lld, \"stream\": %llu, \"device\": %d", order++,
+           (unsigned long long)(uintptr_t)(stream ? handle_of(stream) : NULL),
+           stream ? stream->device : current ? current->device : -1);
 }
 
 /* For Python. */
@@ -89,22 +148,33 @@ void stub_device(int cc_major, int cc_minor, int sms, int optin, int per_sm) {
     shared_per_sm = per_sm;
 }
 
+void stub_devices(int count) { devices = count < MOST_DEVICES ? count : MOST_DEVICES; }
+
 void stub_quiet(int wanted) { quiet = wanted; }
 
-/* The sizes in bytes of a function's parameters, as its PTX declares them. */
-void stub_parameters(CUfunction handle, int count, const int *sizes) {
+long long stub_launched(void) { return __atomic_load_n(&launched, __ATOMIC_RELAXED); }
+
+/* A number between those of the records before and after. */
+long long stub_order(void) {
+    pthread_mutex_lock(&lock);
+    long long now = order++;
+    pthread_mutex_unlock(&lock);
+    return now;
+}
+
+/* What a function's PTX says: the sizes in bytes of its parameters, and whether it has launch_dependents. */
+void stub_declare(CUfunction handle, int count, const int *sizes, int triggers) {
     Function *function = (Function *)handle;
+    function->triggers = triggers;
     function->parameters = count < MOST_PARAMETERS ? count : MOST_PARAMETERS;
     memcpy(function->sizes, sizes, sizeof(int) * (size_t)function->parameters);
 }
 
-/* The records since the last call, to be handed to stub_free. */
+/* This thread's records since its last call, to be handed to stub_free. */
 char *stub_take(void) {
-    pthread_mutex_lock(&lock);
     char *taken = records ? records : calloc(1, 1);
     records = NULL;
     used = room = 0;
-    pthread_mutex_unlock(&lock);
     return taken;
 }
 
@@ -114,14 +184,21 @@ void stub_free(char *taken) { free(taken); }
 
 CUresult cuInit(unsigned int flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { *count = devices; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
+    if (ordinal < 0 || ordinal >= devices) return CUDA_ERROR_INVALID_DEVICE;
     *device = ordinal;
-    return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+    return CUDA_SUCCESS;
 }
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
-    *text = error == CUDA_ERROR_INVALID_VALUE ? "invalid argument" : "an error of the stub driver";
+    switch (error) {
+    case CUDA_ERROR_INVALID_VALUE: *text = "invalid argument"; break;
+    case CUDA_ERROR_INVALID_DEVICE: *text = "invalid device ordinal"; break;
+    case CUDA_ERROR_INVALID_CONTEXT: *text = "invalid device context"; break;
+    case CUDA_ERROR_INVALID_HANDLE: *text = "invalid resource handle"; break;
+    default: *text = "an error of the stub driver";
+    }
     return CUDA_SUCCESS;
 }
 
@@ -141,14 +218,93 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     return CUDA_SUCCESS;
 }
 
-CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return CUDA_SUCCESS; }
-CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)current; return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) { current = (Context *)context; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *device) {
+    if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+    *device = current->device;
+    return CUDA_SUCCESS;
+}
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
-    *context = (CUcontext)1;
+    if (device < 0 || device >= devices) return CUDA_ERROR_INVALID_DEVICE;
+    contexts[device].device = contexts[device].null.device = device;
+    *context = (CUcontext)&contexts[device];
     return CUDA_SUCCESS;
 }
+
+CUresult cuStreamCreate(CUstream *handle, unsigned flags) {
+    if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+    Stream *stream = calloc(1, sizeof *stream);
+    stream->device = current->device;
+    pthread_mutex_lock(&lock);
+    stream->next = streams;
+    streams = stream;
+    pthread_mutex_unlock(&lock);
+    *handle = (CUstream)stream;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuEventCreate(CUevent *handle, unsigned flags) {
+    if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+    Event *event = calloc(1, sizeof *event);
+    event->context = current;
+    event->recorded = -1;
+    pthread_mutex_lock(&lock);
+    event->number = events++;
+    pthread_mutex_unlock(&lock);
+    *handle = (CUevent)event;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuEventRecord(CUevent handle, CUstream of) {
+    if (quiet) return CUDA_SUCCESS;
+    Event *event = (Event *)handle;
+    pthread_mutex_lock(&lock);
+    faults[0] = 0;
+    if (!current) fault("no context is current");
+    const Stream *stream = stream_of(of);
+    event->recorded = order;
+    append("{\"call\": \"record\", \"event\": %u", event->number);
+    describe_stream(stream);
+    if (stream && event->context->device != stream->device)
+        fault("an event of device %d on a stream of device %d", event->context->device, stream->device);
+    CUresult result = finish(CUDA_ERROR_INVALID_HANDLE);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+/* of: the order of what is waited for, -1 if the event was not recorded, which is to wait for nothing. */
+CUresult cuStreamWaitEvent(CUstream by, CUevent handle, unsigned flags) {
+    if (quiet) return CUDA_SUCCESS;
+    const Event *event = (const Event *)handle;
+    pthread_mutex_lock(&lock);
+    faults[0] = 0;
+    if (!current) fault("no context is current");
+    append("{\"call\": \"wait\", \"event\": %u, \"of\": %lld", event->number, event->recorded);
+    describe_stream(stream_of(by));
+    CUresult result = finish(CUDA_ERROR_INVALID_HANDLE);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+/* what: "stream", "event" or "device". */
+static CUresult synchronize(const char *what, CUstream handle, long long of) {
+    if (quiet) return CUDA_SUCCESS;
+    pthread_mutex_lock(&lock);
+    faults[0] = 0;
+    if (!current) fault("no context is current");
+    append("{\"call\": \"synchronize\", \"what\": \"%s\", \"of\": %lld", what, of);
+    describe_stream(stream_of(handle));
+    CUresult result = finish(CUDA_ERROR_INVALID_HANDLE);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+CUresult cuStreamSynchronize(CUstream stream) { return synchronize("stream", stream, -1); }
+CUresult cuEventSynchronize(CUevent event) { return synchronize("event", NULL, ((Event *)event)->recorded); }
+CUresult cuCtxSynchronize(void) { return synchronize("device", NULL, -1); }
 
 /* Any address is one of the device: tensors lie in the host's memory here. */
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
@@ -157,12 +313,17 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
-    *module = (CUmodule)calloc(1, 8);
+    if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+    Module *loaded = calloc(1, sizeof *loaded);
+    loaded->context = current;
+    *module = (CUmodule)loaded;
     return CUDA_SUCCESS;
 }
 
 CUresult cuModuleGetFunction(CUfunction *handle, CUmodule module, const char *name) {
+    if (!module) return CUDA_ERROR_INVALID_HANDLE;
     Function *function = calloc(1, sizeof *function);
+    function->context = ((Module *)module)->context;
     function->name = strdup(name);
     function->dynamic_shared_memory = 49152;
     function->parameters = -1;
@@ -234,8 +395,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                               : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
                               : swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0
                                                                       : 128;
-    append("{\"call\": \"map\", \"id\": %u, \"type\": %d, \"element_size\": %d, \"address\": %llu", maps, type, size,
-           (unsigned long long)(uintptr_t)address);
+    append("{\"call\": \"map\", \"order\": %lld, \"id\": %u, \"type\": %d, \"element_size\": %d, \"address\": %llu",
+           order++, maps, type, size, (unsigned long long)(uintptr_t)address);
     list64("dims", dims, shown);
     list64("strides", strides, shown ? shown - 1 : 0);
     list32("box", box, shown);
@@ -274,12 +435,13 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
     memcpy(map, MAP_MAGIC, 8);
     memcpy((char *)map + 8, &maps, sizeof maps);
     maps++;
-    CUresult result = finish();
+    CUresult result = finish(CUDA_ERROR_INVALID_VALUE);
     pthread_mutex_unlock(&lock);
     return result;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void **parameters, void **extra) {
+    __atomic_fetch_add(&launched, 1, __ATOMIC_RELAXED);
     if (quiet) return CUDA_SUCCESS;
     const Function *function = (const Function *)handle;
     pthread_mutex_lock(&lock);
@@ -306,6 +468,16 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
     const unsigned block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
     const unsigned most_blocks[3] = {2147483647u, 65535, 65535}, most_threads[3] = {1024, 1024, 64};
     append("{\"call\": \"launch\", \"kernel\": \"%s\"", function->name);
+    if (!current) fault("no context is current");
+    Stream *stream = stream_of(config->hStream);
+    describe_stream(stream);
+    int device = current ? current->device : -1, on = stream ? stream->device : device;
+    if (function->context->device != device)
+        fault("a function of device %d, launched while device %d is current", function->context->device, device);
+    if (on != device) fault("on a stream of device %d, while device %d is current", on, device);
+    append(", \"before\": \"%s\", \"before_triggers\": %s", stream && stream->last ? stream->last->name : "",
+           stream && stream->last && stream->last->triggers ? "true" : "false");
+    if (stream) stream->last = function;
     list32("grid", grid, 3);
     list32("block", block, 3);
     list32("cluster", cluster, 3);
@@ -346,7 +518,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
         append("\"");
     }
     append("]");
-    CUresult result = finish();
+    CUresult result = finish(CUDA_ERROR_INVALID_VALUE);
     pthread_mutex_unlock(&lock);
     return result;
 }
