@@ -13,7 +13,6 @@ numbers of rows:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -104,8 +103,9 @@ class Check:
         self.problem, self.device, self.limits = problem, device, target.limits
         # Once: what is kept of other cases must not change the numbers of rows.
         self.room = self._rows_that_fit()
-        self.reference = functools.lru_cache(maxsize=KEPT)(self._reference)
         self.fewer: dict[str, str] = {}
+        # The one that was asked for last is the last.
+        self._kept: dict[Case, Reference] = {}
 
     def __call__(self, recipe: Recipe) -> str | None:
         """Say which output is wrong, or None. Raises what the recipe raises."""
@@ -117,9 +117,27 @@ class Check:
             self.fewer[f"{expand.variant} {expand.BLOCK_M}x{expand.BLOCK_N}"] = rows.fewer
         with pin_plan({op: replace(recipe, kernels=replace(recipe.kernels, **configs))}):
             for case in cases(expand, self.problem, rows):
-                if why := self._wrong(case):
+                if why := self._wrong_with_room(case):
                     return why
         return None
+
+    def reference(self, case: Case) -> Reference:
+        """Return what a case is compared with, at most KEPT of which are kept."""
+        found = self._kept.pop(case, None)
+        while len(self._kept) >= KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._kept[case] = found = found or self._reference(case)
+        return found
+
+    def _wrong_with_room(self, case: Case) -> str | None:
+        try:
+            return self._wrong(case)
+        except torch.OutOfMemoryError:
+            if not self._kept:
+                raise
+        # Of this case alone there may be room, behind the error, which holds on to what was there.
+        self._kept.clear()
+        return self._wrong(case)
 
     def _wrong(self, case: Case) -> str | None:
         right = self.reference(case)

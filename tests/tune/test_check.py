@@ -4,7 +4,9 @@ several tiles, and, of specialised warps, on all that an entry of a table serves
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,10 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig
-from lorafa_kernels.plan.recipe import Problem
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, KernelConfig
+from lorafa_kernels.plan.recipe import Device, Problem, Recipe
 from lorafa_kernels.plan.tables import key_of, most_rows
-from lorafa_kernels.tune.check import CHECKED_ROWS, Case, Rows, cases, rows_that_fit, rows_to_check
+from lorafa_kernels.tune.check import (
+    CHECKED_ROWS,
+    KEPT,
+    Case,
+    Check,
+    Rows,
+    cases,
+    rows_that_fit,
+    rows_to_check,
+)
 
 SMS = KNOWN_DEVICES["sm_90"].num_sms
 FORWARD, BACKWARD = (Problem(op, torch.bfloat16, 8192, 14336, 4096, 16) for op in ("forward", "backward"))
@@ -151,3 +162,60 @@ def test_a_persistent_kernel_is_checked_the_other_way_too(problem, bias):
     assert forward == (timed.bias != other.bias)
     assert (other.factor_dtype, other.by_columns, other.R % 16 != 0) == (torch.bfloat16, True, True)
     assert key_of(replace(problem, R=other.R)) == key_of(problem)
+
+
+# What cases are compared with: on a GPU each takes hundreds of megabytes.
+
+SMALL = Problem("forward", torch.float32, 4, 8, 8, 2)
+CASES = [Case(4, R, False, torch.float32) for R in range(1, KEPT + 3)]
+
+
+@pytest.fixture
+def check() -> Check:
+    return Check(SMALL, torch.device("cpu"), Device("none", INTERPRETER, None))
+
+
+def test_what_is_kept_of_a_problem_goes_with_it(check):
+    """The next problem needs its memory, and cycles are collected some day."""
+    gc.collect()
+    gc.disable()
+    try:
+        case = Check(SMALL, check.device, Device("none", INTERPRETER, None))
+        kept = weakref.ref(case.reference(CASES[0]).operands.x)
+        assert kept() is not None
+        del case
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_those_that_were_asked_for_last_are_kept(check):
+    first = check.reference(CASES[0])
+    assert check.reference(CASES[0]) is first
+    for case in CASES[1:KEPT]:
+        check.reference(case)
+    assert check.reference(CASES[0]) is first
+    second = check.reference(CASES[1])
+    check.reference(CASES[KEPT])
+    check.reference(CASES[KEPT + 1])
+    assert check.reference(CASES[0]) is first and check.reference(CASES[1]) is second
+    assert len(check._kept) == KEPT
+
+
+def test_a_case_that_has_no_room_beside_the_others_is_checked_without_them(check, monkeypatch):
+    """A recipe is not wrong because the exact results of others fill the memory."""
+    make = check._reference
+    left = 2
+
+    def make_in_little_memory(case: Case):
+        if len(check._kept) >= left:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(case)
+
+    monkeypatch.setattr(check, "_reference", make_in_little_memory)
+    monkeypatch.setattr("lorafa_kernels.tune.check.cases", lambda *_: CASES[:5])
+    recipe = Recipe("library")
+    assert check(recipe) is None
+    left = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        check(recipe)
