@@ -80,7 +80,9 @@ def test_it_is_a_candidate_where_a_kernel_can_depend_on_the_one_before():
 
     assert offered("sm_90") and not offered("sm_80")
     assert not offered("sm_90", replace(PROBLEM, op="backward_input"))
-    assert not offered("sm_90", replace(PROBLEM, widths=(2048, 2048), makers=2))
+    group = replace(PROBLEM, widths=(2048, 2048), makers=2)
+    assert offered("sm_90", group) and not offered("sm_80", group)
+    assert not offered("sm_90", replace(group, op="backward_input"))
 
 
 def test_files_hold_it():
