@@ -68,7 +68,7 @@ def launched(monkeypatch, triton_device) -> list[str]:
 
 
 def around_dx(names: list[str]) -> tuple[list[str], list[str]]:
-    """What is launched before and behind the kernel of dx; with one lora_A the same kernel makes dz before."""
+    """What is launched before and behind the kernel of dx, which with one lora_A makes dz before."""
     dx = len(names) - 1 - names[::-1].index("total")
     return names[:dx], names[dx + 1 :]
 
