@@ -12,6 +12,7 @@ import torch
 from ..files import shown
 from .config import (
     OPS,
+    WS_SUMS,
     DeviceLimits,
     KernelConfig,
     KernelPlan,
@@ -118,10 +119,13 @@ def describe(recipe: Recipe, op: str) -> str:
 
 
 def runs_beside(recipe: Recipe, op: str) -> bool:
-    """Whether dB's kernel is launched last, beside expand."""
+    """Whether dB's kernel is launched last, beside expand; of a group one for each member.
+
+    Never beside specialised warps, which leave no registers for it, nor where expand makes dz.
+    """
     kernels = recipe.kernels
-    recompute = kernels.expand is not None and kernels.expand.makes_low_rank
-    plain = op == "backward" and recipe.name == "fused" and not recompute
+    leaves_room = kernels.expand is None or kernels.expand.variant not in ("recompute", *WS_SUMS)
+    plain = op == "backward" and recipe.name == "fused" and leaves_room
     return plain and kernels.beside and kernels.pdl and not kernels.one_pass
 
 

@@ -174,9 +174,10 @@ def test_one_kind_of_gradient_is_needed(triton_device, launched, name, needs):
     assert launched == before and (launched.count("grad") == 3) == (needs == "dB")
 
 
-def test_without_columns_dx_takes_no_launch_to_run_beside(triton_device, launched):
+def test_without_columns_dx_takes_no_launch_to_run_beside(triton_device, launched, monkeypatch):
     """dB's kernels are launched in the ordinary way then, and have the same bits."""
     fused = pytest.importorskip("lorafa_kernels.group.fused")
+    monkeypatch.setattr(fused, "grads_beside", lambda *args, **options: pytest.fail("behind no kernel"))
     problem = replace(PROBLEM, dtype=torch.float32, M=34, K=0, N=128, R=8, widths=(64, 32, 32))
     draw = lambda *shape: torch.randn(shape, device=triton_device)  # noqa: E731
     widths = problem.widths

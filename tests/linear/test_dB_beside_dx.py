@@ -14,6 +14,7 @@ from lorafa_kernels.linear import ops
 from lorafa_kernels.plan import KernelPlan, Recipe, pin_plan
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig
 from lorafa_kernels.plan.defaults import OVERLAP_REGISTERS, OVERLAP_SHARED_MEMORY, beside_config
+from lorafa_kernels.plan.kernels import all_configs
 from lorafa_kernels.plan.make import candidates
 from lorafa_kernels.plan.recipe import (
     Device,
@@ -60,6 +61,17 @@ def test_it_takes_two_passes_and_dependent_launch(kernels):
     recipe = Recipe("fused", replace(BESIDE.kernels, **kernels))
     assert launches(recipe, PROBLEM, HOPPER)[0] == "grad"
     assert kernel_configs(recipe, PROBLEM, HOPPER)["grad"] != beside_config(HOPPER, 2, 8192, 16)
+
+
+@pytest.mark.parametrize("variant", ["ws", "ws_z"])
+def test_specialised_warps_leave_no_room_for_it(variant):
+    """A plan that names both has dB first: a launch behind them would start when they have ended."""
+    expand = KernelConfig(128, 128, 64, 16, 8, 8, 3 if variant == "ws" else 2, variant, EPILOGUE_SUBTILE=2)
+    both = replace(BESIDE, kernels=replace(BESIDE.kernels, expand=expand))
+    assert not all_configs(both.kernels, PROBLEM, HOPPER).beside
+    assert launches(both, PROBLEM, HOPPER)[:2] == ("grad", "grad_sum")
+    assert kernel_configs(both, PROBLEM, HOPPER)["grad"] != beside_config(HOPPER, 2, 8192, 16)
+    assert "dB beside dx" not in describe(both, "backward")
 
 
 @pytest.mark.parametrize("R", [1, 16, 17, 32, 33, 64, 65, 128, 300])
