@@ -4,6 +4,7 @@ and what is launched after what.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,35 @@ def test_every_dB_comes_behind_dx(triton_device, launched, name):
     by(BEFORE, group)
     before, behind = around_dx(launched)
     assert before.count("grad") == dBs and not behind
+
+
+def test_no_kernel_of_the_row_reads_what_another_writes(triton_device, monkeypatch):
+    """Before it waits a kernel may read: dy and z are older than the row, and every result has memory of its
+    own until the last sum is launched.
+    """
+    launch = pytest.importorskip("lorafa_kernels.kernels.launch").Launch
+    call, found = launch.__call__, []
+
+    def noted(self, *values):
+        found.append((getattr(self.kernel, "fn", self.kernel).__name__, values))
+        return call(self, *values)
+
+    group = drawn("qkv", 700, torch.float32, triton_device)
+    monkeypatch.setattr(launch, "__call__", noted)
+    by(BESIDE, group)
+    first = max(i for i, (name, _) in enumerate(found) if name == "_total_kernel")
+    dx = found[first][1][4]
+    grads = [values for name, values in found[first:] if name == "_grad_kernel"]
+    sums = [values for name, values in found[first:] if name == "_grad_sum_kernel"]
+    written = [dx, *(values[4] for values in grads)]
+    read = [value for values in grads for value in values[:2]]
+    assert len(grads) == len(sums) == 3
+    ends = [(one.data_ptr(), one.data_ptr() + one.nbytes) for one in written]
+    assert all(a[1] <= b[0] or b[1] <= a[0] for a, b in itertools.combinations(ends, 2))
+    for one in read:
+        place = one.data_ptr()
+        assert not any(first <= place < last for first, last in ends)
+    assert [values[1].data_ptr() for values in sums] == [values[4].data_ptr() for values in grads]
 
 
 @pytest.mark.numerics
