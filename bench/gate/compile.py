@@ -75,6 +75,7 @@ from lorafa_kernels.plan.config import (
 )
 from lorafa_kernels.plan.defaults import (
     OVERLAP_REGISTERS,
+    OVERLAP_REGISTERS_OF_GROUPS,
     OVERLAP_SHARED_MEMORY,
     SPLIT_ROWS,
     all_default_configs,
@@ -100,6 +101,8 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 LAYOUTS = {"shrink": ("z", "dz"), "expand": ("y", "dx"), "grad": ("dz, dB", "dB")}
 # Of layers that share an input: what each launches, and the kernel whose configurations it takes.
 GROUP_LAYOUTS = {"shrink_group": "all z", "expand_total": "dx of all", "shrink_total": "dz of all"}
+# dB of each member, by the kernel of a layer.
+ALL_DB = "dB of all"
 GROUP_BASE = {"shrink_group": "shrink", "expand_total": "expand", "shrink_total": "shrink"}
 # Of a mixed batch, and so many adapters and samples: numbers in the launch, which change no code.
 MIXED_LAYOUTS = {"mixed_shrink": ("z", "dz"), "mixed_expand": ("y", "dx"), "mixed_grad": ("dB",)}
@@ -162,7 +165,7 @@ class LauncherCall:
     pdl: bool = True  # asked for; sm_90 and newer have it
     dropout: bool = False
     members: int = 1  # of a group
-    beside: bool = False  # dB's kernel runs beside expand, which lets it start early
+    beside: bool = False  # dB's kernels run beside expand, which lets them start early
     given: KernelConfig | None = None  # instead of the heuristics'
 
     @property
@@ -224,12 +227,12 @@ class LauncherCall:
     @property
     def overlaps(self) -> bool:
         """Whether its kernels run beside others: expand, and what writes z or dz before it."""
-        writes_low_rank = self.layout not in ("y", "dx", "dB") and self.op != "codes"
+        writes_low_rank = self.layout not in ("y", "dx", "dB", ALL_DB) and self.op != "codes"
         takes_part = writes_low_rank or not self.config.makes_low_rank
         return (
             self.op not in (*GROUP_LAYOUTS, *MIXED_LAYOUTS)
             and self.pdl
-            and (self.layout != "dB" or self.beside)
+            and (self.layout not in ("dB", ALL_DB) or self.beside)
             and takes_part
             and KNOWN_DEVICES[self.arch].dependent_launch
         )
@@ -283,9 +286,14 @@ def record(case: LauncherCall) -> list[tuple[triton.JITFunction, tuple, dict]]:
         at_once = {"members": case.members_at_once} if case.op == "shrink_group" else {}
         calls_of = {
             "all z": lambda: group.shrink_group(x, [lora_A.t()] * n, [2.0] * n, **at_once, **drop),
-            "dx of all": lambda: group.expand_total([dy] * n, [weight] * n, [z] * n, [lora_A] * n, **drop),
+            "dx of all": lambda: group.expand_total(
+                [dy] * n, [weight] * n, [z] * n, [lora_A] * n, trigger=case.beside, **drop
+            ),
             "dz of all": lambda: group.shrink_total([dy] * n, [lora_B] * n, 2.0, **config),
         }
+    if case.layout == ALL_DB:
+        of_members = [dy] * case.members, [z] * case.members, [factor_dtype] * case.members
+        calls_of = {ALL_DB: lambda: grad.grads_beside(*of_members, **config)}
     if case.op in MIXED_LAYOUTS:
         calls_of = mixed_calls(case, x, dy, weight, z, bias)
     if case.op == "gated":
@@ -432,6 +440,7 @@ def measure(
         "kernel": kernel.__name__.strip("_"),
         **{key: value for key, value in asdict(case).items() if key not in ("recompute", "given")},
         "last": launch == len(recorded) - 1,
+        "followed": any(later is kernel for later, _, _ in recorded[launch + 1 :]),
         "config": asdict(case.config),
     }
     wanted = row["config"]
@@ -584,9 +593,14 @@ def overlap_failures(case: LauncherCall, row: dict) -> list[str]:
     found = []
     is_expand = row["kernel"].startswith("expand")
     instructions = (["wait"] if is_expand else ["launch_dependents"]) if case.overlaps and row["last"] else []
+    is_total = row["kernel"].startswith("total")
     if case.beside:
-        of_kernel = {"expand": ["launch_dependents", "wait"], "grad_kernel": ["wait"]}
-        instructions = of_kernel.get("expand" if is_expand else row["kernel"], [])
+        # Of a group dx does not wait, and each dB but the last lets the next one start.
+        of_grad = ["launch_dependents", "wait"] if row["followed"] else ["wait"]
+        of_kernel = {"expand": ["launch_dependents", "wait"], "total": ["launch_dependents"]}
+        of_kernel["grad_kernel"] = of_grad
+        kind = "expand" if is_expand else "total" if is_total else row["kernel"]
+        instructions = of_kernel.get(kind, [])
     if row["dependent_launch"] != instructions:
         found.append(f"griddepcontrol {row['dependent_launch']}, expected {instructions}")
     if row["launched_dependent"] != (case.overlaps and "wait" in instructions):
@@ -597,14 +611,16 @@ def overlap_failures(case: LauncherCall, row: dict) -> list[str]:
     if not instructions or case.arch != "sm_90" or case.dtype == "fp32" or case.sizes == "odd":
         return found
     registers = -(-row["registers"] // 8) * 8 * row["threads"]
-    if not is_expand:
-        memory, most = OVERLAP_SHARED_MEMORY, OVERLAP_REGISTERS
+    in_group = is_total or case.layout == ALL_DB
+    beside_dx = OVERLAP_REGISTERS_OF_GROUPS if in_group else OVERLAP_REGISTERS
+    if not is_expand and not is_total:
+        memory, most = OVERLAP_SHARED_MEMORY, beside_dx
     elif case.dropout:
         # The mask takes what registers there are: the launch is hidden, the kernel before is not.
         return found
     elif case.config.variant == "tma" and case.R * DTYPES[case.dtype].itemsize % 16 == 0:
         memory = SM_SHARED_MEMORY - 2 * 1024 - OVERLAP_SHARED_MEMORY
-        most = SM_REGISTERS - OVERLAP_REGISTERS
+        most = SM_REGISTERS - beside_dx
     else:
         return found
     if row["shared_memory"] > memory:
@@ -672,8 +688,9 @@ def variants_with_dropout(case: LauncherCall, config: KernelConfig, first: bool)
 def group_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[LauncherCall]:
     """Every configuration of the kernels of groups, for two and three members (of the kernel with TMA, which
     takes no more than four: one to four), in the sizes that change the code, as in all_cases; quick: the
-    default for many rows of three members alone.
+    default for many rows of three members alone. And those of group_beside_cases.
     """
+    yield from group_beside_cases(archs, quick)
     for arch, (op, layout), dtype in itertools.product(archs, GROUP_LAYOUTS.items(), ("bf16", "fp32")):
         masked = (False, True) if op != "shrink_total" else (False,)
         if quick:
@@ -710,6 +727,26 @@ def beside_cases(archs: tuple[str, ...], quick: bool = False) -> Iterator[Launch
         for R, dropout in itertools.product(ranks[::2], (False, True)):
             both = {"dropout": dropout, "beside": True}
             yield LauncherCall(arch, "expand", "bf16", "fp32", "dx", "even", 8192, R, **both)
+
+
+def group_beside_cases(archs: tuple[str, ...], quick: bool) -> Iterator[LauncherCall]:
+    """dB of all members beside dx, at every rank block, and a dx that lets them start, of two to four members
+    by TMA, of three by pointers: bf16. quick: of three members on sm_90, at R = 16 and 64.
+    """
+    for arch in archs:
+        if not KNOWN_DEVICES[arch].dependent_launch or arch in NEIGHBOURS or (quick and arch != "sm_90"):
+            continue
+        ranks, layouts = ((16, 64), ("even",)) if quick else ((16, 32, 64, 128), ("even", "ragged"))
+        for R, sizes in itertools.product(ranks, layouts):
+            case = LauncherCall(arch, "grad", "bf16", "fp32", ALL_DB, sizes, 8192, R, members=3, beside=True)
+            yield case
+        counts = (3,) if quick else (2, 3, 4)
+        for R, dropout, members in itertools.product(ranks[::2], (False, True), counts):
+            both = {"dropout": dropout, "beside": True, "members": members}
+            case = LauncherCall(arch, "expand_total", "bf16", "fp32", "dx of all", "even", 8192, R, **both)
+            yield case
+            if members == 3 and not quick:
+                yield replace(case, sizes="odd")
 
 
 def quick_cases(archs: tuple[str, ...], ops: tuple[str, ...]) -> Iterator[LauncherCall]:

@@ -93,6 +93,8 @@ EVERY_PLAN = PLANS | WS_PLANS | CODES_PLANS
 MANY_ROWS = 1100
 # A kernel that writes z or dz alone, behind which expand may start early.
 LOW_RANK = ("shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel")
+# How the names begin of the kernels that write dx, behind which those of dB may.
+WRITES_DX = ("expand", "total")
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ CORE = (
     Scenario("group", members=5, needs="dx"),
     Scenario("group", M=SPLIT_ROWS, members=2, share_A=True, needs="dx", dtype="fp32"),
     Scenario(M=SPLIT_ROWS, plan="fused, dB beside dx", dropout=True),
+    Scenario("group", plan="fused, dB beside dx", members=3),
 )
 
 
@@ -381,10 +384,11 @@ def judge(case: Scenario, arch: str) -> dict:
     for index, launch in enumerate(launched):
         before = launched[index - 1].kernel if index else None
         planned = overlaps and launch.kernel.startswith("expand") and before in LOW_RANK
-        # dB's, which nothing waits for.
-        behind_expand = launch.kernel == "grad_kernel" and (before or "").startswith("expand")
-        runs_beside = recipe.kernels.beside and case.what == "layer" and case.needs == "dx, dB"
-        planned |= overlaps and runs_beside and behind_expand
+        # dB's, which nothing waits for; of a group one behind another.
+        in_row = before == "grad_kernel" and launched[index - 1].dependent
+        behind_dx = launch.kernel == "grad_kernel" and (in_row or (before or "").startswith(WRITES_DX))
+        runs_beside = recipe.kernels.beside and case.needs == "dx, dB"
+        planned |= overlaps and runs_beside and behind_dx
         if launch.dependent != planned:
             a_or_no = "a" if launch.dependent else "no"
             found.append(f"{launch.kernel} is {a_or_no} dependent launch, and its plan says otherwise")

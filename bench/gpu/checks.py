@@ -4,6 +4,7 @@ package, each against fp64.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -54,6 +55,7 @@ def checks(device: str, rows: int = 2048, K: int = 1024, N: int = 1536) -> list[
         layer("bf16 R=64", device, wide, BF16),
         layer("bf16, two passes", device, shape, BF16, one_pass=False),
         layer("bf16, dB beside dx", device, shape, BF16, one_pass=False, beside=True),
+        block("group", device, square, BF16, ", dB beside dx", one_pass=False, beside=True),
         layer("bf16, portable", device, shape, BF16, expand=PORTABLE_CONFIG),
         layer("bf16, few rows", device, (16, K, N, 16), BF16),
         quantised_layer("nf4-nested", device, (128, K, N, 16)),
@@ -131,15 +133,23 @@ def quantised_layer(kind: str, device: str, sizes: tuple[int, int, int, int]) ->
     return _named(f"layer on {kind}, codes read", sizes), make, (True, False)
 
 
-def block(name: str, device: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> Check:
-    """A block of checks/blocks.py."""
+def block(
+    name: str, device: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, how: str = "", **plan
+) -> Check:
+    """A block of checks/blocks.py; with these fields of KernelPlan, which `how` says in words, if any."""
 
     def make() -> Made:
         o = draw_block(name, *sizes, dtype, device)
         exact, plain = plain_block(name, o, torch.float64), plain_block(name, o)
-        return lambda pdl: block_results(name, o, "triton"), exact, plain
 
-    return _named(f"{name} {_TEXT[dtype]}", sizes), make, (True,)
+        def compute(pdl: bool) -> Results:
+            pinned = dict.fromkeys(OPERATIONS, Recipe("fused", KernelPlan(**plan))) if plan else {}
+            with pin_plan(pinned) if pinned else contextlib.nullcontext():
+                return block_results(name, o, "triton")
+
+        return compute, exact, plain
+
+    return _named(f"{name} {_TEXT[dtype]}{how}", sizes), make, (True,)
 
 
 def activation(kind: str, device: str, M: int) -> Check:

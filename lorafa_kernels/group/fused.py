@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.expand import expand
-from ..kernels.grad import grad
+from ..kernels.grad import grad, grads_beside
 from ..kernels.group import Dropout, expand_total, shrink_group, shrink_total
 from ..kernels.shrink import shrink
 from ..linear import fused as linear
@@ -96,7 +96,8 @@ def backward(
     plan: KernelConfigs,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Compute dx (M, K), in one launch, and the dB_i (N_i, R_i), with dz_i by the same pass over dy_i or by
-    one more; with share_A by one pass over all dy_i.
+    one more; with share_A by one pass over all dy_i. The kernels of the dB_i come first, or last, while that
+    of dx runs.
     """
     if len(weights) == 1 and need_dx and lora_Bs[0] is not None:
         seed = None if seeds is None else seed_of(seeds, 0, share_A)
@@ -107,12 +108,15 @@ def backward(
     used = [i for i, dy in enumerate(dys) if dy is not None]
     adapted = [i for i in used if lora_Bs[i] is not None]
     dBs: list[Tensor | None] = [None] * len(dys)
+    # Without columns dx takes no launch, behind which they could start.
+    beside = plan.beside and need_dx and weights[used[0]].shape[1] > 0
+    late = [i for i in adapted if need_dBs[i]] if beside else []
     dzs = []
     for i in adapted:
         dy, lora_B, scaling = dys[i], lora_Bs[i], scalings[i]
         need_dz = need_dx and not share_A
         one_pass = plan.one_pass and need_dz and need_dBs[i]
-        if need_dBs[i]:
+        if need_dBs[i] and not beside:
             part = z[:, slice(*columns[i])]
             factor = lora_B if one_pass else None
             dz, dBs[i] = grad(dy, part, factor, scaling, lora_B.dtype, config=plan.grad)
@@ -134,7 +138,13 @@ def backward(
         config=plan.group.expand_total,
         unaligned=plan.group.expand_unaligned,
         dropout=dropout,
+        trigger=bool(late),
     )
+    if late:
+        zs = [z[:, slice(*columns[i])] for i in late]
+        found = grads_beside([dys[i] for i in late], zs, [lora_Bs[i].dtype for i in late], config=plan.grad)
+        for i, dB in zip(late, found, strict=True):
+            dBs[i] = dB
     return dx, dBs
 
 

@@ -25,6 +25,21 @@ It reads nothing that the two before it write, and waits for the end of this one
 writes. If another thread launches a kernel between the two on this stream, the wait is for that kernel, and L
 is complete then as well: that kernel started after L was written, or has itself waited for the end of the
 kernel that writes L.
+
+In a group (group_tma.py) the kernel of dx is launched in the ordinary way, and behind it comes a kernel of dB
+for each member, all but the last of which let the next one start early too, before they have waited
+themselves. So several kernels in a row may be under way. Two rules make such a row safe, whatever its length:
+
+1. Every block of a kernel that is launched this way waits, and so that kernel ends after the one before it.
+   By induction, where a wait is over all kernels before it on the stream have ended: those of the row, and
+   those before the row, since its first kernel is launched in the ordinary way and began behind them.
+2. Before its wait a kernel of the row writes nothing, and reads only what was written before the row: dy and
+   z. So it does not matter what memory the results get, or which of the kernels before still runs.
+
+The sums of the parts of dB, and whatever the host launches next in the ordinary way, begin when the last
+kernel of the row has ended, and by rule 1 all others have then. Hence each sum is launched behind the last
+kernel of dB, and not behind its own, where it would end the row. A kernel of another thread within the row
+begins a new row if it is launched in the ordinary way, and else keeps both rules as the others do.
 """
 
 from __future__ import annotations

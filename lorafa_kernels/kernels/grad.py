@@ -15,7 +15,9 @@ in every run, without atomics. A single chunk writes dB itself, so that for few 
 On Hopper dy and z come by TMA (TMA), which leaves more registers to the accumulators, and so wider strips.
 
 For dB alone, which nothing waits for, it can run beside expand (WAIT): launched behind it, as a dependent of
-it, with blocks that fit into what expand leaves of a multiprocessor. It writes when expand has ended.
+it, with blocks that fit into what expand leaves of a multiprocessor. It writes when expand has ended. Of the
+members of a group one kernel follows another in this way (TRIGGER), with as many blocks together as one layer
+has; their parts are added when all of them have ended. expand_tma.py explains why that is safe.
 
 Reads dy once (M·N elements); partial sums of ⌈N/BLOCK_N⌉·M·R and chunks·N·R fp32 numbers are written and
 read once. 4·M·N·R FLOPs. Bound by memory. Ranks above BLOCK_R are tiled, and dy is then read once per tile
@@ -23,6 +25,8 @@ of R.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -71,9 +75,12 @@ def _grad_kernel(
     NEED_DZ: tl.constexpr,
     TMA: tl.constexpr,
     WAIT: tl.constexpr,
+    TRIGGER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
+    if TRIGGER:
+        gdc_launch_dependents()
     DTYPE: tl.constexpr = dy_ptr.dtype if TMA else dy_ptr.dtype.element_ty
     strips = tl.cdiv(N, BLOCK_N)
     r_blocks = tl.cdiv(R, BLOCK_R)
@@ -189,7 +196,7 @@ def grad(
     precision = input_precision(dy.dtype)
     key = M, N, R, strides, dtypes, dy.device, aligned(dy, z), config, pdl, beside, precision
     strips, chunks, launch, add = _LAUNCHES.get(key) or _LAUNCHES.keep(
-        key, _launches(dy, z, lora_B, dB, config, pdl, beside, precision)
+        key, _launches(dy, z, lora_B, dB, config, pdl, beside, False, precision, (N,))
     )
     dz_parts = torch.empty((strips, M, R), dtype=torch.float32, device=dy.device) if need_dz else None
     dB_parts = torch.empty((chunks, N, R), dtype=torch.float32, device=dy.device) if chunks > 1 else dB
@@ -197,6 +204,42 @@ def grad(
     if add is not None:
         add(dz_parts, dB_parts, dz, dB, scaling)
     return dz, dB
+
+
+def grads_beside(
+    dys: Sequence[Tensor], zs: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, config: KernelConfig
+) -> list[Tensor]:
+    """Return dB_i (N_i, R_i) contiguous in dtypes_i for each dy_i (M, N_i) and z_i (M, R_i).
+
+    At least one; dtypes and strides as in grad. Where the device can, each kernel starts while the one before
+    it runs, the first of them beside the kernel that was launched last, as with `beside` in grad. That one,
+    or those before it that it waits for, must not write a dy_i or z_i.
+    """
+    device = dys[0].device
+    M, widths = dys[0].shape[0], tuple([dy.shape[1] for dy in dys])
+    shapes = zip(widths, zs, dtypes, strict=True)
+    dBs = [torch.empty((N, z.shape[1]), dtype=dtype, device=device) for N, z, dtype in shapes]
+    if M == 0:
+        return [dB.zero_() for dB in dBs]
+    precision = input_precision(dys[0].dtype)
+    filled = [i for i, N in enumerate(widths) if N]
+    sums = []
+    for i in filled:
+        dy, z, dB = dys[i], zs[i], dBs[i]
+        # The one behind the last, of a sum or of whatever comes next, is no dependent launch.
+        trigger = i != filled[-1]
+        key = M, widths, dB.shape, dy.stride(), z.stride(), dy.dtype, dB.dtype, device, aligned(dy, z), config
+        key += trigger, precision
+        _, chunks, launch, add = _LAUNCHES.get(key) or _LAUNCHES.keep(
+            key, _launches(dy, z, None, dB, config, False, True, trigger, precision, widths)
+        )
+        parts = torch.empty((chunks, *dB.shape), dtype=torch.float32, device=device) if chunks > 1 else dB
+        launch(dy, z, None, None, parts)
+        if add is not None:
+            sums.append((add, parts, dB))
+    for add, parts, dB in sums:
+        add(None, parts, None, dB, 1.0)
+    return dBs
 
 
 def _launches(
@@ -207,15 +250,19 @@ def _launches(
     config: KernelConfig,
     pdl: bool,
     beside: bool,
+    trigger: bool,
     precision: str,
+    widths: tuple[int, ...],
 ) -> tuple[int, int, Launch, Launch | None]:
-    """Return how many strips and chunks there are, and the launches that make and add their parts."""
+    """Return how many strips and chunks there are, and the launches that make and add their parts. widths:
+    as in row_chunks.
+    """
     (M, N), R = dy.shape, z.shape[1]
     need_dz = lora_B is not None
     tma = config.variant == "tma" and dy.element_size() == 2 and addressable(dy, z)
     limits = device_limits(dy.device)
     strips = blocks_of(N, config.BLOCK_N)
-    chunks = row_chunks(config, limits, M, N)
+    chunks = row_chunks(config, limits, M, *widths)
     chunk_rows = blocks_of(blocks_of(M, chunks), config.BLOCK_M) * config.BLOCK_M
     chunks = blocks_of(M, chunk_rows)
     emulate = emulate_bf16(dy, lora_B, dB)
@@ -241,6 +288,7 @@ def _launches(
             NEED_DZ=need_dz,
             TMA=tma,
             WAIT=wait,
+            TRIGGER=trigger and wait,
             INPUT_PRECISION=precision,
             EMULATE_BF16=emulate,
             num_warps=config.num_warps,

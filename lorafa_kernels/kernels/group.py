@@ -18,8 +18,8 @@ expand_total keeps the sum over the members in one accumulator, where as many pr
 once each: it reads P_i and Q_i as so many products do, writes C once, and rounds once.
 2·M·N·Σ(K_i + R_i) FLOPs. Bound by arithmetic. With dropout the rank-R terms come first, each multiplied with
 its mask and 1/(1 − p_j) before it is added. The launcher takes the kernel of group_tma.py where the
-configuration asks for it and TMA can address the operands. shrink_total is the same kernel with the width of
-a rank, bound by reading the dy_i.
+configuration asks for it and TMA can address the operands. With TRIGGER the kernels of dB may start early
+(grad.py). shrink_total is the same kernel with the width of a rank, bound by reading the dy_i.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ from .tile import (
     SUM_BLOCK,
     addressable,
     by_pointers,
+    dependent_launch,
     device_limits,
     drop,
     dropout_arguments,
     emulate_bf16,
+    gdc_launch_dependents,
     input_precision,
     keep_scale,
     keep_tile,
@@ -200,10 +202,13 @@ def _total_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     DROPOUT: tl.constexpr,
+    TRIGGER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
     DTYPE: tl.constexpr = C_ptr.dtype.element_ty
+    if TRIGGER:
+        gdc_launch_dependents()
     start_m, start_n = tile_start(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     index_m = start_m + tl.arange(0, BLOCK_M)
     index_n = start_n + tl.arange(0, BLOCK_N)
@@ -447,19 +452,20 @@ def expand_total(
     config: KernelConfig,
     unaligned: KernelConfig | None = None,
     dropout: Dropout | None = None,
+    trigger: bool = False,
 ) -> Tensor:
     """Return round(Σ P_i · Q_i + Σ keep_j/(1 − p_j) ⊙ (L_j · F_j)) as a contiguous (M, N) tensor in the dtype
     of the P_i.
 
     At least one P_i (M, K_i), with Q_i (K_i, N); any number of L_j (M, R_j), with F_j (R_j, N). One dtype,
     fp32, bf16 or fp16, but F_j may be fp32; any strides. keep_j (M, N) is all true without dropout, which has
-    one entry for each L_j. unaligned: as in expand.
+    one entry for each L_j. unaligned, trigger: as in expand.
     """
     M, N = Ps[0].shape[0], Qs[0].shape[1]
     C = torch.empty((M, N), dtype=Ps[0].dtype, device=Ps[0].device)
     if M == 0 or N == 0:
         return C
-    _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config, unaligned)
+    _total(Ps, Qs, Ls, Fs, C, 1.0, dropout, config, unaligned, trigger)
     return C
 
 
@@ -479,7 +485,7 @@ def shrink_total(
     out = torch.empty((M, R), dtype=rows[0].dtype, device=rows[0].device)
     if M == 0:
         return out
-    _total(rows, factors, (), (), out, scaling, None, config, None)
+    _total(rows, factors, (), (), out, scaling, None, config, None, False)
     return out
 
 
@@ -493,6 +499,7 @@ def _total(
     dropout: Dropout | None,
     config: KernelConfig,
     unaligned: KernelConfig | None,
+    trigger: bool,
 ) -> None:
     Qs, Fs = ([rounded(factor, C.dtype) for factor in factors] for factors in (Qs, Fs))
     precision = input_precision(C.dtype)
@@ -501,9 +508,9 @@ def _total(
     drops = None if dropout is None else tuple(dropout.offsets)
     # As in expand: two questions.
     by_tma = aligned(*Ps, *Qs), aligned(*Ls, *Fs)
-    key = len(Ps), of_tensors, C.dtype, C.device, by_tma, drops, precision, config, unaligned
+    key = len(Ps), of_tensors, C.dtype, C.device, by_tma, drops, precision, config, unaligned, trigger
     launch, flat = _TOTALS.get(key) or _TOTALS.keep(
-        key, _total_launch(Ps, Qs, Ls, Fs, C, dropout, precision, config, unaligned)
+        key, _total_launch(Ps, Qs, Ls, Fs, C, dropout, precision, config, unaligned, trigger)
     )
     seeds, thresholds = (None, ()) if dropout is None else dropout.arguments(slice(None))
     scales = () if dropout is None else dropout.scales()
@@ -523,14 +530,17 @@ def _total_launch(
     precision: str,
     config: KernelConfig,
     unaligned: KernelConfig | None,
+    trigger: bool,
 ) -> tuple[Launch, bool]:
     """Return the launch for operands that are like these, and whether it takes them one by one."""
     M, N = C.shape
+    limits = device_limits(C.device)
+    trigger = trigger and dependent_launch(limits)
     seed_offsets = () if dropout is None else tuple(dropout.offsets)
     if config.variant == "tma":
         # Masks leave no registers for a rank-R step by pointers.
         if total_addressable(Ps, Qs, N) and (dropout is None or addressable(*Ls, *Fs)):
-            how = config, device_limits(C.device).num_sms, dropout is not None, seed_offsets
+            how = config, limits.num_sms, dropout is not None, seed_offsets, trigger
             return total_tma_launch(Ps, Qs, Ls, Fs, C, *how), True
         config = by_pointers(unaligned)
     widths = tuple(P.shape[1] for P in Ps)
@@ -559,6 +569,7 @@ def _total_launch(
             GROUP_M=config.GROUP_M,
             EVEN_K=all(width % config.BLOCK_K == 0 for width in widths),
             DROPOUT=dropout is not None,
+            TRIGGER=trigger,
             INPUT_PRECISION=precision,
             EMULATE_BF16=emulate_bf16(C),
             num_warps=config.num_warps,

@@ -7,7 +7,7 @@
 About one block per multiprocessor walks the tiles of C. Within a tile the K loops of all members come one
 after the other, each with one product in flight while the next operands arrive, then the rank-R steps: the
 order that expand_tma.py explains, and that the compile gate holds on to; also what it does with dropout.
-Reads and FLOPs as in group.py.
+TRIGGER: the kernels of dB may start early (grad.py). Reads and FLOPs as in group.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan.config import KernelConfig, low_rank_block
+from ..plan.config import TMA_MEMBERS, KernelConfig, low_rank_block
 from .launch import Block, Launch, blocks_of
 from .tile import (
     addressable,
     drop,
     emulate_bf16,
+    gdc_launch_dependents,
     halves,
     keep_tile,
     low_rank_step,
@@ -32,10 +33,6 @@ from .tile import (
     round_as,
     tile_start,
 )
-
-# Triton 3.6.0 and 3.7.1 cannot launch a kernel that takes a tuple of descriptors: those of each member are
-# arguments of their own, None beyond the last member.
-MOST_MEMBERS = 4
 
 
 @triton.jit(do_not_specialize=["seeds_ptr", "thresholds"])
@@ -77,8 +74,11 @@ def _total_tma_kernel(
     EPILOGUE_SUBTILE: tl.constexpr,
     LOW_RANK_TMA: tl.constexpr,
     DROPOUT: tl.constexpr,
+    TRIGGER: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
+    if TRIGGER:
+        gdc_launch_dependents()
     P_descs = (P_0, P_1, P_2, P_3)
     Q_descs = (Q_0, Q_1, Q_2, Q_3)
     Ls = (L_0, L_1, L_2, L_3)
@@ -169,7 +169,7 @@ def total_addressable(Ps: Sequence[Tensor], Qs: Sequence[Tensor], N: int) -> boo
     """Whether the kernel takes so many members, and TMA can address these operands and a contiguous C (M, N)
     of their dtype.
     """
-    if len(Ps) > MOST_MEMBERS:
+    if len(Ps) > TMA_MEMBERS:
         return False
     if Ps[0].dtype not in (torch.bfloat16, torch.float16) or N * Ps[0].element_size() % 16:
         return False
@@ -186,6 +186,7 @@ def total_tma_launch(
     num_sms: int,
     drops: bool,
     seed_offsets: tuple[int, ...],
+    trigger: bool,
 ) -> Launch:
     """Return the launch for operands that are like these, with P_i and Q_i addressable. It takes the P_i, the
     Q_i, the L_j and the F_j, C, the seeds, the thresholds and the scales of the dropout.
@@ -201,8 +202,9 @@ def total_tma_launch(
         blocks |= {"L": Block(BLOCK_M, BLOCK_R), "F": Block(BLOCK_R, low_rank_columns)}
     operands = {"P": Ps, "Q": Qs, "L": Ls, "F": Fs}
     names = {name: [f"{name}_{i}" for i in range(len(tensors))] for name, tensors in operands.items()}
+    # Beyond the last member.
     absent = {
-        f"{name}_{i}": None for name, tensors in operands.items() for i in range(len(tensors), MOST_MEMBERS)
+        f"{name}_{i}": None for name, tensors in operands.items() for i in range(len(tensors), TMA_MEMBERS)
     }
     tiles = blocks_of(M, BLOCK_M) * blocks_of(N, BLOCK_N)
     return Launch(
@@ -228,6 +230,7 @@ def total_tma_launch(
             EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
             LOW_RANK_TMA=low_rank_tma,
             DROPOUT=drops,
+            TRIGGER=trigger,
             EMULATE_BF16=emulate_bf16(C),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -81,6 +81,11 @@ class Explanation:
                     lines += [f"  {line}" for line in describe_plan(op, planned)]
         if any("PDL" in line for line in lines):
             lines.append("PDL: the product starts while the kernel before it still runs (dependent launch)")
+        if any(one.plan.kernels.beside for one in self.plans.values()):
+            lines.append(
+                "dB beside dx: the kernel of dB, which nothing waits for, runs while that of dx does; in a "
+                "group one for each member"
+            )
         if self.limits is not None:
             lines.append(f"kernels: {describe_limits(self.limits)}")
         return "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")

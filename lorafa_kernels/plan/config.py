@@ -35,6 +35,9 @@ WS_SIZES = {
 WS_SUMS = {"ws": 128, "ws_z": 144}
 # Elements of a weight of NF4 that share a scale, which expand_codes.py takes at least (base/nf4.py).
 CODES_BLOCK = 64
+# Members whose dx the kernel of group_tma.py takes. Triton 3.6.0 and 3.7.1 cannot launch a kernel that takes
+# a tuple of descriptors: those of each member are arguments of their own.
+TMA_MEMBERS = 4
 # Row blocks up to which grad is one chunk and dB needs no partial sums (estimate).
 DIRECT_BLOCKS = 4
 
@@ -87,8 +90,8 @@ class KernelPlan:
 
     one_pass: dz and dB from one pass over dy (grad), or from one each (shrink, then grad for dB alone). pdl:
     expand is launched while the kernel before it still runs (programmatic dependent launch); a device without
-    it ignores it. beside: backward of a layer without one_pass and with pdl launches grad last, to run beside
-    expand, since nothing waits for dB.
+    it ignores it. beside: backward without one_pass and with pdl launches grad last, of a group one for each
+    member, to run beside expand, since nothing waits for dB.
     """
 
     shrink: KernelConfig | None = None
@@ -219,14 +222,15 @@ def makes_mask(op: str, forward: bool, config: KernelConfig) -> bool:
     return op == "shrink" and forward
 
 
-def row_chunks(config: KernelConfig, limits: DeviceLimits, M: int, N: int) -> int:
+def row_chunks(config: KernelConfig, limits: DeviceLimits, M: int, *widths: int) -> int:
     """Return into how many chunks grad splits its M rows: one for few rows, else enough blocks to fill the
-    device, once with TMA and a few times without, at least one row block each.
+    device, once with TMA and a few times without, at least one row block each. widths: the columns of all
+    matrices whose blocks are to fill it together.
     """
     row_blocks = -(-M // config.BLOCK_M)
     if row_blocks <= DIRECT_BLOCKS:
         return 1
-    strips = -(-N // config.BLOCK_N)
+    strips = max(1, sum(-(-N // config.BLOCK_N) for N in widths))
     if config.variant == "tma":
         # What runs at once: a block's stages keep the memory busy, and each chunk has partial sums to write.
         wanted = config.ctas_per_sm * limits.num_sms // strips

@@ -9,6 +9,8 @@ device can do.
     quantised  the weight made first, into a temporary that the product reads; or in the product, of codes:
                bytes of these, and instructions for each element
     dropout    arithmetic of one kernel; the library's plan computes keep by passes over int64 tensors
+    group      a layer as wide as its members together; its products overlap no kernel before them, and the
+               library adds those of dx one by one
 
 Pure functions of shapes, configurations and a table of published device figures, for choosing a plan where
 nothing was measured, and to be held against measurements. Everything is an estimate, in microseconds. The
@@ -22,13 +24,22 @@ product (MAIN_LOOP_SHARE has it where nothing was measured).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ..philox import CHUNK, COLUMNS_PER_CALL
-from .config import DeviceLimits, KernelConfig, row_chunks, split_size
-from .recipe import Problem, Recipe, drops, grad_makes_dz, kernel_configs, launches, runs_beside
+from .config import TMA_MEMBERS, DeviceLimits, KernelConfig, rows_aligned, split_size
+from .recipe import (
+    Problem,
+    Recipe,
+    drops,
+    grad_chunks,
+    grad_makes_dz,
+    kernel_configs,
+    launches,
+    runs_beside,
+)
 
 # No constant of this file was measured by this project on a GPU yet: each names its source.
 #
@@ -40,7 +51,7 @@ COPY_SHARE = 0.895
 GAP_US = 2.5
 # Share of shrink's time that still shows when its launch overlaps the product (estimate).
 NOT_HIDDEN = 0.45
-# Share of the time of dB's pass over dy that still shows when it runs beside the product: it takes the
+# Share of the time of dB's pass over dy that still shows of blocks that run beside the product: they take the
 # memory's bandwidth, of which the product needs little (estimate).
 SHOWS_BESIDE = 0.4
 # Share of the time that this must gain before a plan is chosen for it, while it was not timed (estimate: what
@@ -276,18 +287,32 @@ class _Model:
                 and variant in ("tma", "ws", "codes")
                 and recipe.kernels.pdl
                 and self.limits.dependent_launch
+                and len(self.problem.widths) < 2
             ):
                 alone = variant == "ws" or drops(self.problem, "expand", configs["expand"])
-                last = names[names.index("expand_codes" if variant == "codes" else "expand") - 1]
+                last = names[len(before) - 1]
                 device -= GAP_US + (0.0 if alone else self.hidden(before[-1], last, configs))
             device += self.expand(configs["expand"], main_loop)
         if runs_beside(recipe, self.problem.op):
-            # Beside expand where the device can, else behind it.
-            parts = self.grad(configs["grad"], makes_dz=False)
-            shows = SHOWS_BESIDE if self.limits.dependent_launch else 1.0
-            device += shows * parts[0]
+            parts = self.grad(configs["grad"], makes_dz=False, beside=True)
+            device += self.shown_beside(configs) * parts[0]
             device += GAP_US + parts[1] if "grad_sum" in names else 0.0
         return Cost(device, OPERATOR_US + self.launches_us(configs, names))
+
+    def shown_beside(self, configs: Mapping[str, KernelConfig]) -> float:
+        """The share of the time of dB's pass that shows though it runs beside expand.
+
+        All of it where expand's blocks do not all run from the start, or leave no registers: a mask and a
+        rank-R step by pointers take them. A block waits where it is for the end of expand, so that no more
+        run beside it than there are multiprocessors.
+        """
+        p = self.problem
+        expand, grad = configs["expand"], configs["grad"]
+        by_tma = expand.variant == "tma" and len(p.widths) <= TMA_MEMBERS and rows_aligned(self.itemsize, p.R)
+        if not (self.limits.dependent_launch and by_tma) or drops(p, "expand", expand):
+            return 1.0
+        blocks = self.grad_blocks(grad, grad_chunks(grad, p, self.limits, True))
+        return 1 - (1 - SHOWS_BESIDE) * min(1.0, self.limits.num_sms / blocks)
 
     def before_expand(self, configs: Mapping[str, KernelConfig], names: tuple[str, ...]) -> list[float]:
         """The kernels in `names` that come before expand. Without the gaps."""
@@ -314,7 +339,9 @@ class _Model:
         if p.op == "backward_lora_B":
             return Cost(rows_in, OPERATOR_US + LIBRARY_CALL_US)
         low_rank = GAP_US + self.bytes_us(p.M * p.out_width + (p.M + p.out_width) * p.R)
-        accumulate = self.product() + ACCUMULATE_SHARE * self.bytes_us(p.M * p.out_width)
+        # dx of a group takes a product for each member.
+        times = 1 if p.op == "forward" else max(1, len(p.widths))
+        accumulate = self.product() + times * ACCUMULATE_SHARE * self.bytes_us(p.M * p.out_width)
         device, host = rows_in + low_rank + accumulate, OPERATOR_US + 3 * LIBRARY_CALL_US
         if p.op == "backward" and recipe.kernels.one_pass:
             configs = kernel_configs(recipe, p, self.limits)
@@ -423,19 +450,25 @@ class _Model:
         splits = _ceil(p.width, split_size(config, p.width))
         return _ceil(p.M, config.BLOCK_M) * _ceil(p.R, config.BLOCK_R) * splits
 
-    def grad(self, config: KernelConfig, makes_dz: bool) -> list[float]:
-        """The pass over dy and the sum of its parts. Without the gaps."""
+    def grad(self, config: KernelConfig, makes_dz: bool, beside: bool = False) -> list[float]:
+        """The pass over each dy, and the sum of its parts. Without the gaps. beside: as in grad_chunks."""
         p = self.problem
-        strips = _ceil(p.N, config.BLOCK_N)
-        chunks = row_chunks(config, self.limits, p.M, max(1, p.N))
-        parts = 4 * ((chunks * p.N * p.R if chunks > 1 else 0) + (strips * p.M * p.R if makes_dz else 0))
+        members = grad_chunks(config, p, self.limits, beside)
         rank_blocks = _ceil(p.R, config.BLOCK_R)
-        drawn = self.drawn(strips * chunks * rank_blocks)
-        elements = p.M * p.N * rank_blocks + p.M * p.R + p.N * p.R
-        arithmetic = (4 if makes_dz else 2) * p.M * p.N * p.R / self.reached.flops_per_us(self.itemsize)
-        pass_us = max(arithmetic, self.bytes_us(elements) / drawn)
-        written = parts / self.reached.bytes_per_us
+        pass_us = written = 0.0
+        for N, chunks in members:
+            strips = _ceil(N, config.BLOCK_N)
+            parts = 4 * ((chunks * N * p.R if chunks > 1 else 0) + (strips * p.M * p.R if makes_dz else 0))
+            drawn = self.drawn(self.grad_blocks(config, members if beside else [(N, chunks)]))
+            elements = p.M * N * rank_blocks + p.M * p.R + N * p.R
+            arithmetic = (4 if makes_dz else 2) * p.M * N * p.R / self.reached.flops_per_us(self.itemsize)
+            pass_us += max(arithmetic, self.bytes_us(elements) / drawn)
+            written += parts / self.reached.bytes_per_us
         return [pass_us + written, READ_BACK_SHARE * written]
+
+    def grad_blocks(self, config: KernelConfig, members: Sequence[tuple[int, int]]) -> int:
+        blocks = sum(_ceil(N, config.BLOCK_N) * chunks for N, chunks in members)
+        return max(1, blocks) * _ceil(self.problem.R, config.BLOCK_R)
 
     def library_skinny(self, width: int) -> float:
         """A library product that reads (M, width) and has rank R on its other side."""

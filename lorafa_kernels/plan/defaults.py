@@ -37,6 +37,8 @@ SHRINK_FILL = 15 / 16
 # 176 registers a thread (measured: compile-gate.json): what keeps within them overlaps expand.
 OVERLAP_SHARED_MEMORY = 45 * 1024
 OVERLAP_REGISTERS = 65536 - 256 * 176
+# The same beside dx of a group, which takes 192 of four members, for the kernels of dB.
+OVERLAP_REGISTERS_OF_GROUPS = 65536 - 256 * 192
 
 AMPERE, HOPPER, BLACKWELL, AMD = (frozenset({name}) for name in ("ampere", "hopper", "blackwell", "amd"))
 NVIDIA = AMPERE | HOPPER | BLACKWELL

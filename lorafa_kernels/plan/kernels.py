@@ -88,9 +88,7 @@ def all_configs(plan: KernelPlan, problem: Problem, limits: DeviceLimits) -> Ker
         grad=plan.grad or default_of("grad", Recipe("fused", plan), problem, limits),
         one_pass=plan.one_pass,
         pdl=plan.pdl,
-        beside=runs_beside(Recipe("fused", plan), problem.op)
-        and not expand.makes_low_rank
-        and not problem.widths,
+        beside=runs_beside(Recipe("fused", plan), problem.op) and not expand.makes_low_rank,
         group=_group_configs(expand, after, problem, limits) if problem.widths else None,
     )
 

@@ -90,7 +90,7 @@ def candidates(problem: Problem, device: Device, names: Iterable[str] = NAMES) -
             for one_pass in passes
             for pdl in ((True, False) if overlap else (False,))
         ]
-        if overlap and problem.op == "backward" and not problem.widths:
+        if overlap and problem.op == "backward":
             found.append(Recipe(name, replace(base, one_pass=False, pdl=True, beside=True)))
     return found
 

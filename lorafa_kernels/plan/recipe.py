@@ -12,6 +12,7 @@ import torch
 from ..files import shown
 from .config import (
     OPS,
+    WS_SUMS,
     DeviceLimits,
     KernelConfig,
     KernelPlan,
@@ -118,10 +119,13 @@ def describe(recipe: Recipe, op: str) -> str:
 
 
 def runs_beside(recipe: Recipe, op: str) -> bool:
-    """Whether dB's kernel is launched last, beside expand."""
+    """Whether dB's kernel is launched last, beside expand; of a group one for each member.
+
+    Never beside specialised warps, which leave no registers for it, nor where expand makes dz.
+    """
     kernels = recipe.kernels
-    recompute = kernels.expand is not None and kernels.expand.makes_low_rank
-    plain = op == "backward" and recipe.name == "fused" and not recompute
+    leaves_room = kernels.expand is None or kernels.expand.variant not in ("recompute", *WS_SUMS)
+    plain = op == "backward" and recipe.name == "fused" and leaves_room
     return plain and kernels.beside and kernels.pdl and not kernels.one_pass
 
 
@@ -140,7 +144,7 @@ def heuristic_config(
 
 def default_of(kernel: str, recipe: Recipe, problem: Problem, limits: DeviceLimits) -> KernelConfig:
     """Return heuristic_config, but that of a grad beside expand where the recipe runs it so."""
-    if kernel == "grad" and runs_beside(recipe, problem.op) and not problem.widths:
+    if kernel == "grad" and runs_beside(recipe, problem.op):
         return beside_config(limits, problem.dtype.itemsize, problem.M, problem.R)
     return heuristic_config(kernel, problem, limits)
 
@@ -169,15 +173,16 @@ def kernel_configs(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> di
 def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[str, ...]:
     """Return the kernels that a recipe launches for `problem`, in order: "shrink", "shrink_sum", "expand",
     "expand_codes" (expand that reads codes), "recompute" (expand that makes z or dz itself), "grad" and
-    "grad_sum".
+    "grad_sum"; of a group each of them for all members.
     """
     configs = kernel_configs(recipe, problem, limits)
     gradients: list[str] = []
+    last = runs_beside(recipe, problem.op) and not configs["expand"].makes_low_rank
     if grad := configs.get("grad"):
         gradients.append("grad")
-        if grad_makes_dz(problem, configs) or row_chunks(grad, limits, problem.M, max(1, problem.N)) > 1:
+        cut = any(chunks > 1 for _, chunks in grad_chunks(grad, problem, limits, last))
+        if cut or grad_makes_dz(problem, configs):
             gradients.append("grad_sum")
-    last = runs_beside(recipe, problem.op) and not configs["expand"].makes_low_rank
     found = [] if last else list(gradients)
     if shrink := configs.get("shrink"):
         found.append("shrink")
@@ -187,6 +192,16 @@ def launches(recipe: Recipe, problem: Problem, limits: DeviceLimits) -> tuple[st
         name = "expand_codes" if expand.reads_codes else "expand"
         found.append("recompute" if expand.makes_low_rank else name)
     return tuple(found + gradients if last else found)
+
+
+def grad_chunks(
+    config: KernelConfig, problem: Problem, limits: DeviceLimits, beside: bool
+) -> list[tuple[int, int]]:
+    """Return the columns of the dy of each member, of a layer its own, and into how many chunks of rows the
+    grad kernel cuts it. beside: the blocks of all members run at a time, as beside expand.
+    """
+    widths = problem.widths or (problem.N,)
+    return [(N, row_chunks(config, limits, problem.M, *(widths if beside else (N,)))) for N in widths]
 
 
 def grad_makes_dz(problem: Problem, configs: Mapping[str, KernelConfig]) -> bool:

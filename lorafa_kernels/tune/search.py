@@ -34,7 +34,7 @@ from ..plan.config import WS_SUMS, KernelConfig, KernelPlan, wrong_field
 from ..plan.cost import ASSUMED, ceilings, predict
 from ..plan.make import candidates
 from ..plan.pin import make_pin, pin_plan
-from ..plan.recipe import Device, Problem, Recipe, describe, heuristic_config, kernel_configs, obstacle
+from ..plan.recipe import Device, Problem, Recipe, default_of, describe, kernel_configs, obstacle
 from ..plan.specialised import ws_configs
 from ..plan.tables import Entry, Measured, key_of, update_table
 from .check import DROPOUT_P, Check, refusal
@@ -292,7 +292,7 @@ def neighbours(
     of more than PRUNE times that of `recipe`. A pure function.
     """
     limits = device.limits
-    base = getattr(recipe.kernels, kernel) or heuristic_config(kernel, problem, limits)
+    base = getattr(recipe.kernels, kernel) or default_of(kernel, recipe, problem, limits)
     axes = dict(STEPS[kernel])
     if base.variant in ("tma", *WS_SUMS):
         axes.update(TMA_STEPS)

@@ -138,7 +138,13 @@ def test_hopper_kernels_keep_what_makes_them_fast(quick):
         assert row["config"]["BLOCK_R"] == row["R"]
         assert row["conversions"] == 128 * 256 // (2 * row["threads"])
     beside = [row for row in rows if row["kernel"] == "grad_kernel" and row["beside"]]
-    assert {row["R"] for row in beside} == {16, 64}
+    # dB of a layer, and of each member of a group, of which all but the last let the next one start.
+    assert {(row["R"], row["followed"]) for row in beside} == {
+        (16, False),
+        (16, True),
+        (64, False),
+        (64, True),
+    }
     for row in rows:
         if row["kernel"] == "shrink_kernel" or row in beside:
             assert row["shared_memory"] <= 45 * 1024
@@ -149,8 +155,16 @@ def test_hopper_kernels_keep_what_makes_them_fast(quick):
         if row["kernel"] in ("shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel") and not row["pdl"]:
             assert row["dependent_launch"] == []
     triggers = {row["kernel"] for row in rows if row["dependent_launch"] == ["launch_dependents"]}
-    assert triggers == {"shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel"}
-    assert all(row["dependent_launch"] == ["wait"] and row["launched_dependent"] for row in beside)
+    assert triggers == {"shrink_kernel", "shrink_sum_kernel", "grad_sum_kernel", "total_tma_kernel"}
+    for row in beside:
+        assert row["dependent_launch"] == ["launch_dependents", "wait"][not row["followed"] :]
+        assert row["launched_dependent"]
+    totals = [row for row in rows if row["kernel"] == "total_tma_kernel" and row["beside"]]
+    assert {(row["R"], row["dropout"]) for row in totals} == {(16, False), (16, True)}
+    for row in totals:
+        # What is left holds a block of dB's kernel, but for the mask.
+        assert row["shared_memory"] <= (228 - 2 - 45) * 1024 and not row["launched_dependent"]
+        assert row["registers"] * row["threads"] <= 192 * 256 or row["dropout"]
     without = [row for row in rows if row["kernel"] == "expand_tma_kernel" and not row["pdl"]]
     assert without and all(row["dependent_launch"] == [] for row in without)
 
@@ -503,6 +517,27 @@ ROW = {
     # Behind the wait of a shrink of eight stages.
     "copies_left": [12, 0],
 }
+# dB of a group, and the dx that it runs beside.
+MEMBERS = LauncherCall("sm_90", "grad", "bf16", "fp32", "dB of all", "even", 8192, 16, members=3, beside=True)
+FOLLOWED = {
+    **ROW,
+    "kernel": "grad_kernel",
+    "registers": 58,
+    "threads": 128,
+    "shared_memory": 40_000,
+    "dependent_launch": ["launch_dependents", "wait"],
+    "followed": True,
+}
+TOTAL = replace(MEMBERS, op="expand_total", layout="dx of all")
+DX_OF_ALL = {
+    **ROW,
+    "kernel": "total_tma_kernel",
+    "registers": 192,
+    "dependent_launch": ["launch_dependents"],
+    "launched_dependent": False,
+    "pendings": [1, 0, 1, 0, 1, 0],
+    "followed": False,
+}
 # What is left for the kernel before is not asked of it.
 DROPS = replace(CASE, layout="dx", bias=False, dropout=True)
 ALONE = {**ROW, "dependent_launch": [], "launched_dependent": False}
@@ -520,6 +555,10 @@ def test_rules_accept_clean_code():
     assert failures(CASE, ROW) == []
     assert failures(CASE, {**ROW, "conversions": 64}) == []
     assert failures(SHRINK, FIRST) == []
+    assert failures(MEMBERS, FOLLOWED) == []
+    assert failures(MEMBERS, {**FOLLOWED, "followed": False, "dependent_launch": ["wait"]}) == []
+    assert failures(TOTAL, DX_OF_ALL) == []
+    assert failures(replace(TOTAL, dropout=True), {**DX_OF_ALL, "registers": 255}) == []
     assert failures(DROPS, {**ROW, "registers": 250}) == []
     assert failures(replace(SHRINK, dropout=True), {**FIRST, "serialized": True}) == []
     assert failures(DROPS, {**ROW, "misplaced_wait": [WAITS_FIRST]}) == [WAITS_FIRST]
@@ -567,6 +606,31 @@ def test_rules_accept_clean_code():
         pytest.param(SHRINK, FIRST, {"launched_dependent": True}, "launch_pdl", id="first-with-launch-pdl"),
         pytest.param(
             replace(SHRINK, pdl=False), FIRST, {}, "griddepcontrol", id="griddepcontrol-without-pdl"
+        ),
+        *[
+            pytest.param(MEMBERS, FOLLOWED, broken, named, id=f"dB-of-all-{id}")
+            for id, broken, named in (
+                ("no-trigger", {"dependent_launch": ["wait"]}, "griddepcontrol"),
+                ("no-wait", {"dependent_launch": ["launch_dependents"]}, "griddepcontrol"),
+                ("trigger-of-the-last", {"followed": False}, "griddepcontrol"),
+                ("launched-alone", {"launched_dependent": False}, "launch_pdl"),
+                ("writes-early", {"misplaced_wait": ["writes the result"]}, "writes"),
+                ("registers", {"registers": 130}, "that overlap"),
+                ("shared", {"shared_memory": 46_081, "estimate": 50_000}, "that overlap"),
+            )
+        ],
+        *[
+            pytest.param(TOTAL, DX_OF_ALL, broken, named, id=f"dx-of-all-{id}")
+            for id, broken, named in (
+                ("no-trigger", {"dependent_launch": []}, "griddepcontrol"),
+                ("waits", {"dependent_launch": ["launch_dependents", "wait"]}, "griddepcontrol"),
+                ("dependent", {"launched_dependent": True}, "launch_pdl"),
+                ("registers", {"registers": 200}, "that overlap"),
+                ("shared", {"shared_memory": 190_000, "estimate": 190_000}, "that overlap"),
+            )
+        ],
+        pytest.param(
+            replace(TOTAL, beside=False), DX_OF_ALL, {}, "griddepcontrol", id="dx-of-all-triggers-for-nobody"
         ),
         pytest.param(DROPS, ROW, {"pendings": [0, 1]}, "in flight", id="waits-with-dropout"),
         pytest.param(DROPS, ROW, {"serialized": True}, "in flight", id="serialized-with-dropout"),

@@ -14,6 +14,7 @@ from lorafa_kernels.linear import ops
 from lorafa_kernels.plan import KernelPlan, Recipe, pin_plan
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelConfig
 from lorafa_kernels.plan.defaults import OVERLAP_REGISTERS, OVERLAP_SHARED_MEMORY, beside_config
+from lorafa_kernels.plan.kernels import all_configs
 from lorafa_kernels.plan.make import candidates
 from lorafa_kernels.plan.recipe import (
     Device,
@@ -62,6 +63,17 @@ def test_it_takes_two_passes_and_dependent_launch(kernels):
     assert kernel_configs(recipe, PROBLEM, HOPPER)["grad"] != beside_config(HOPPER, 2, 8192, 16)
 
 
+@pytest.mark.parametrize("variant", ["ws", "ws_z"])
+def test_specialised_warps_leave_no_room_for_it(variant):
+    """A plan that names both has dB first: a launch behind them would start when they have ended."""
+    expand = KernelConfig(128, 128, 64, 16, 8, 8, 3 if variant == "ws" else 2, variant, EPILOGUE_SUBTILE=2)
+    both = replace(BESIDE, kernels=replace(BESIDE.kernels, expand=expand))
+    assert not all_configs(both.kernels, PROBLEM, HOPPER).beside
+    assert launches(both, PROBLEM, HOPPER)[:2] == ("grad", "grad_sum")
+    assert kernel_configs(both, PROBLEM, HOPPER)["grad"] != beside_config(HOPPER, 2, 8192, 16)
+    assert "dB beside dx" not in describe(both, "backward")
+
+
 @pytest.mark.parametrize("R", [1, 16, 17, 32, 33, 64, 65, 128, 300])
 def test_its_blocks_share_a_multiprocessor_with_expand(R):
     config = beside_config(HOPPER, 2, 8192, R)
@@ -80,7 +92,9 @@ def test_it_is_a_candidate_where_a_kernel_can_depend_on_the_one_before():
 
     assert offered("sm_90") and not offered("sm_80")
     assert not offered("sm_90", replace(PROBLEM, op="backward_input"))
-    assert not offered("sm_90", replace(PROBLEM, widths=(2048, 2048), makers=2))
+    group = replace(PROBLEM, widths=(2048, 2048), makers=2)
+    assert offered("sm_90", group) and not offered("sm_80", group)
+    assert not offered("sm_90", replace(group, op="backward_input"))
 
 
 def test_files_hold_it():

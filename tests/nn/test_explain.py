@@ -232,6 +232,18 @@ def test_text_has_plan_source_and_predictions(fake_gpu):
         assert f"predicted: {plan.predicted[0][0]} {plan.predicted_us:.1f} us; " in text
 
 
+def test_text_says_what_runs_beside_what(fake_gpu):
+    fake_gpu(KNOWN_DEVICES["sm_90"], "NVIDIA H100 80GB HBM3", (9, 0))
+    words = "dB beside dx: the kernel of dB, which nothing waits for, runs while that of dx does"
+    told = explain((8192, 4096, 4096, 64))
+    assert words in str(told)
+    assert [step.call for step in told.backward] == ["shrink", "expand", "grad", "grad_sum"]
+    # Of few rows dx and dz are one launch, whatever is pinned.
+    with pin_plan({"backward": Recipe("fused", KernelPlan(one_pass=False, beside=True))}):
+        assert words in str(explain((8192, 4096, 4096, 16))) and words not in str(explain((16, 64, 64, 16)))
+    assert words not in str(explain((8192, 4096, 4096, 16)))
+
+
 def test_old_gpu_and_fp64_say_why_not_triton(unknown_gpu, monkeypatch):
     assert "float64" in explain((8, 8, 8, 8), dtype=torch.float64).reason
     choose.cache_clear()

@@ -15,6 +15,7 @@ from lorafa_kernels.plan import choice
 from lorafa_kernels.plan import tables as lookup
 from lorafa_kernels.plan.config import KNOWN_DEVICES, KernelPlan
 from lorafa_kernels.plan.cost import ceilings, predict
+from lorafa_kernels.plan.defaults import beside_config
 from lorafa_kernels.plan.make import candidates, make_plan
 from lorafa_kernels.plan.pin import pinned
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe, heuristic_config, kernel_configs
@@ -371,6 +372,18 @@ def test_neighbours_differ_in_one_size_fit_and_are_not_predicted_slow(op, arch):
             assert search._accumulators(kernel, config) <= search.MOST_ACCUMULATORS
             slowest = search.PRUNE * predict(base, problem, device.limits, reached).device_us
             assert predict(other, problem, device.limits, reached).device_us <= slowest
+
+
+@pytest.mark.parametrize("widths", [(), (2048, 1024, 1024)], ids=["layer", "group"])
+def test_blocks_beside_dx_are_where_a_search_for_them_begins(widths):
+    problem = Problem("backward", torch.bfloat16, 8192, 4096, 4096, 64, widths=widths)
+    (beside,) = (one for one in candidates(problem, HOPPER) if one.kernels.beside)
+    first = beside_config(HOPPER.limits, 2, 8192, 64)
+    found = [one.kernels.grad for one in neighbours(beside, "grad", problem, HOPPER)]
+    assert found and first not in found
+    for config in found:
+        changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(first, f.name)}
+        assert len(changed) == 1 or changed == {"variant"}
 
 
 def test_every_size_of_a_search_can_be_reached():
