@@ -22,7 +22,7 @@ from lorafa_kernels.kernels.dequantise import dequantise
 from lorafa_kernels.kernels.expand import expand
 from lorafa_kernels.kernels.expand_codes import expand_codes
 from lorafa_kernels.kernels.gated import gated, gated_backward
-from lorafa_kernels.kernels.grad import grad
+from lorafa_kernels.kernels.grad import grad, grads_beside
 from lorafa_kernels.kernels.group import Dropout, expand_total, shrink_group, shrink_total
 from lorafa_kernels.kernels.mixed import mixed_expand, mixed_grad, mixed_shrink
 from lorafa_kernels.kernels.recompute import recompute
@@ -71,7 +71,7 @@ class Draw:
         if how == "part":
             return torch.empty(*more, rows, WIDTH, dtype=dtype)[..., :columns]
         if how == "transposed":
-            return torch.empty(*more, columns, WIDTH, dtype=dtype)[..., :rows].mT
+            return torch.empty(*more, columns, max(rows, WIDTH), dtype=dtype)[..., :rows].mT
         if how == "offset":
             count = torch.Size(shape).numel()
             return torch.empty(count + 4, dtype=dtype)[4:].view(shape)
@@ -124,10 +124,19 @@ def of_recompute(d: Draw) -> Callable:
 def of_grad(d: Draw) -> Callable:
     lora_B = None if d.flag() else d.factor(d.N, d.R)
     config = d.config(replace(PORTABLE, BLOCK_K=0), replace(PORTABLE, BLOCK_K=0, variant="tma"))
-    rows = d.choice((d.M, WIDTH))
+    rows = d.choice((d.M, WIDTH, 4096))
     operands = d.matrix(rows, d.N), d.matrix(rows, d.R), lora_B, 2.0, d.choice((FP32, BF16))
     how = {"config": config, "pdl": d.flag(), "beside": lora_B is None and d.flag()}
     return lambda: grad(*operands, **how)
+
+
+def of_grads_beside(d: Draw) -> Callable:
+    rows, widths = d.choice((d.M, 1 << 14)), [d.choice(N) for _ in range(d.choice((1, 2, 3)))]
+    dys = [d.matrix(rows, width) for width in widths]
+    zs = [d.matrix(rows, d.choice(R)) for _ in dys]
+    dtypes = [d.choice((FP32, BF16)) for _ in dys]
+    config = d.config(replace(PORTABLE, BLOCK_K=0), replace(PORTABLE, BLOCK_K=0, variant="tma"))
+    return lambda: grads_beside(dys, zs, dtypes, config=config)
 
 
 def dropout_of(d: Draw, members: int) -> Dropout | None:
@@ -152,7 +161,7 @@ def of_expand_total(d: Draw) -> Callable:
     Ps, Qs = [d.matrix(d.M, width) for width in widths], [d.matrix(width, d.N) for width in widths]
     Ls, Fs = [d.matrix(d.M, rank) for rank in ranks], [d.factor(rank, d.N) for rank in ranks]
     how = {"config": d.config(PORTABLE, TMA, TMA), "unaligned": d.config(PORTABLE)}
-    how["dropout"] = dropout_of(d, len(ranks))
+    how |= {"dropout": dropout_of(d, len(ranks)), "trigger": d.flag()}
     return lambda: expand_total(Ps, Qs, Ls, Fs, **how)
 
 

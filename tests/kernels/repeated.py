@@ -6,6 +6,7 @@ import gc
 import json
 import threading
 import weakref
+from dataclasses import replace
 
 import torch
 import triton
@@ -119,6 +120,16 @@ found["seen by the hook"] = seen_by_hook
 # A bool is no number that code serves others for.
 found["times True"] = shown(z(bf16(68, 256), A, scaling=True))
 found["times a float behind it"] = shown(z(bf16(68, 256), A))
+
+# What fails fails again, and leaves the launches of others as they are.
+too_large = replace(CONFIG, BLOCK_M=128, BLOCK_K=256, num_stages=4)
+errors = []
+for M in (128, 128, 144):
+    try:
+        shrink(bf16(M, 1024), bf16(16, 1024).t(), 2.0, config=too_large)
+    except triton.runtime.errors.OutOfResources as error:
+        errors.append(str(error))
+found["errors"] = errors
 
 
 @triton.jit(do_not_specialize_on_alignment=["x_ptr"])

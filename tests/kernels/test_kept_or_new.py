@@ -21,6 +21,7 @@ LAUNCHERS = (
     "gated",
     "gated_backward",
     "grad",
+    "grads_beside",
     "mixed_expand",
     "mixed_grad",
     "mixed_shrink",

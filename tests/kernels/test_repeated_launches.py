@@ -105,6 +105,12 @@ def test_a_hook_of_a_kernel_sees_launches_that_were_kept(found):
     assert found["seen by the hook"] == [128]
 
 
+def test_what_fails_fails_again(found):
+    """With the same words, for another shape of the same code too."""
+    assert len(found["errors"]) == 3 and len(set(found["errors"])) == 1
+    assert "shared memory" in found["errors"][0]
+
+
 def test_code_for_all_addresses_is_launched_at_all_of_them(found):
     """Once through Triton's call, whatever the alignment of the others."""
     through_triton, again = found["one code for all addresses"]
