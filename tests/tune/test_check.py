@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, KernelConfig
+from lorafa_kernels.plan.config import INTERPRETER, KNOWN_DEVICES, KernelConfig, KernelPlan, row_chunks
 from lorafa_kernels.plan.recipe import Device, Problem, Recipe
 from lorafa_kernels.plan.tables import key_of, most_rows
 from lorafa_kernels.tune.check import (
@@ -24,6 +24,7 @@ from lorafa_kernels.tune.check import (
     Check,
     Rows,
     cases,
+    rows_of_chunks,
     rows_that_fit,
     rows_to_check,
 )
@@ -90,6 +91,43 @@ def test_what_is_not_persistent_is_checked_on_few(config):
     for M in (1, 100, 512, 8192):
         few = min(M, CHECKED_ROWS)
         assert rows_to_check(config, replace(FORWARD, M=M), SMS, room=1) == Rows(few, few)
+
+
+@given(problems, blocks, st.sampled_from(("portable", "tma")), st.sampled_from((None, PORTABLE, TMA)))
+# Few rows are many tiles of dx, and few blocks of dB.
+@example(Problem("backward", torch.bfloat16, 8192, 1024, 1 << 15, 16), 64, "portable", TMA)
+def test_grad_cuts_what_is_checked_as_it_cuts_what_is_timed(problem, block, variant, expand):
+    """Its blocks walk several blocks of rows, and what they leave is added, where that is so in what is
+    timed.
+    """
+    grad, limits = KernelConfig(block, 64, 0, 16, 4, 4, 2, variant), KNOWN_DEVICES["sm_90"]
+    rows = rows_to_check(expand, problem, SMS, least=rows_of_chunks(grad, problem, limits))
+    if rows.fewer is None:
+        for number in (rows.sixteens, rows.odd):
+            timed, checked = (row_chunks(grad, limits, M, problem.N) for M in (problem.M, number))
+            of_timed, of_checked = (-(-M // block) for M in (problem.M, number))
+            if timed > 1:
+                assert checked >= timed
+                assert -(-of_checked // checked) >= min(3, of_timed // timed)
+
+
+def test_no_grad_wants_no_rows_and_memory_bounds_what_it_wants():
+    limits = KNOWN_DEVICES["sm_80"]
+    assert rows_of_chunks(None, BACKWARD, limits) == 0
+    few_columns = replace(BACKWARD, N=1024, M=1 << 15)
+    least = rows_of_chunks(KernelConfig(128, 64, 0, 16, 4, 4, 2), few_columns, limits)
+    assert least == 3 * 128 * 27
+    assert rows_to_check(None, few_columns, SMS, least=least) == Rows(least, least)
+    assert rows_to_check(None, few_columns, SMS, room=1000, least=least) == Rows(992, 992)
+    assert rows_to_check(None, few_columns, SMS, room=0, least=least) == Rows(CHECKED_ROWS, CHECKED_ROWS)
+
+
+@given(problems, st.sampled_from((None, PORTABLE)), st.integers(0, 1 << 15), st.integers(0, 1 << 15))
+def test_few_rows_are_those_of_the_code_that_is_timed(problem, expand, room, least):
+    rows = rows_to_check(expand, problem, SMS, room, min(least, problem.M))
+    assert rows.sixteens == rows.odd
+    assert min(problem.M, CHECKED_ROWS - 5) <= rows.odd <= problem.M
+    assert (rows.odd % 16 == 0) == (problem.M % 16 == 0) and (rows.odd == 1) == (problem.M == 1)
 
 
 def test_memory_bounds_the_rows_and_it_is_said():
@@ -219,3 +257,14 @@ def test_a_case_that_has_no_room_beside_the_others_is_checked_without_them(check
     left = 0
     with pytest.raises(torch.OutOfMemoryError):
         check(recipe)
+
+
+def test_a_recipe_is_checked_on_the_rows_that_its_grad_wants(monkeypatch):
+    """27 chunks of three blocks of 64 rows."""
+    problem, limits = Problem("backward", torch.bfloat16, 1 << 15, 1024, 4096, 16), KNOWN_DEVICES["sm_80"]
+    check, seen = Check(problem, torch.device("cpu"), Device("none", limits, None)), []
+    monkeypatch.setattr(check, "_wrong", lambda case: seen.append(case.rows))
+    grad = KernelConfig(64, 64, 0, 16, 4, 4, 2)
+    for one_pass in (True, False):
+        assert check(Recipe("library", KernelPlan(one_pass=one_pass, grad=grad))) is None
+    assert seen == [3 * 64 * 27, CHECKED_ROWS]
