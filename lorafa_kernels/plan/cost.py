@@ -297,7 +297,15 @@ class _Model:
             parts = self.grad(configs["grad"], makes_dz=False, beside=True)
             device += self.shown_beside(configs) * parts[0]
             device += GAP_US + parts[1] if "grad_sum" in names else 0.0
-        return Cost(device, OPERATOR_US + self.launches_us(configs, names))
+        # Of forward shrink rounds lora_B itself; where grad makes dz, that reads it as it is.
+        rounds = "shrink" in names and self.problem.op in ("backward", "backward_input")
+        extra = self.rounding() if rounds else Cost(0.0, 0.0)
+        return Cost(device, OPERATOR_US + self.launches_us(configs, names)) + extra
+
+    def rounding(self) -> Cost:
+        """Rounding each lora_B, which layers keep in fp32, to the dtype of x. Its bytes are few."""
+        times = max(1, len(self.problem.widths)) if self.itemsize < 4 else 0
+        return Cost(times * GAP_US, times * LIBRARY_CALL_US)
 
     def shown_beside(self, configs: Mapping[str, KernelConfig]) -> float:
         """The share of the time of dB's pass that shows though it runs beside expand.
@@ -348,11 +356,14 @@ class _Model:
             parts = self.grad(configs["grad"], makes_dz=True)
             device += sum(parts) + GAP_US * len(parts) - rows_in
             host += self.launches_us(configs, launches(recipe, p, self.limits)) - LIBRARY_CALL_US
-        elif p.op == "backward":
-            device += rows_in
-            host += LIBRARY_CALL_US
+            extra = Cost(0.0, 0.0)
+        else:
+            extra = self.rounding()
+            if p.op == "backward":
+                device += rows_in
+                host += LIBRARY_CALL_US
         mask_device, mask_host = self.library_mask()
-        return Cost(device + mask_device, host + mask_host)
+        return Cost(device + mask_device, host + mask_host) + extra
 
     def library_mask(self) -> tuple[float, float]:
         """keep, in chunks of rows, and one more pass over x or dx, on the device and on the host."""

@@ -52,7 +52,7 @@ def gain(plan) -> str:
         pytest.param(replace(PROBLEM, N=8192), H100, id="wider"),
         pytest.param(replace(PROBLEM, R=128), H100, id="R-128"),
         pytest.param(QKV, H100, id="qkv"),
-        pytest.param(replace(QKV, M=2048), H200, id="qkv-fewer-rows"),
+        pytest.param(replace(QKV, M=16384), H100, id="qkv-more-rows"),
         pytest.param(replace(QKV, N=12288, widths=(4096, 4096, 4096)), H100, id="qkv-wide"),
         pytest.param(replace(QKV, N=11264, K=2048, widths=(5632, 5632), makers=2), H100, id="gate-up"),
     ],
@@ -73,6 +73,8 @@ def test_on_where_the_model_sees_a_gain(problem, device):
         pytest.param(replace(QKV, R=16), H100, id="qkv-one-pass-is-faster"),
         pytest.param(replace(QKV, M=512), H100, id="qkv-few-rows"),
         pytest.param(QKV, B200, id="qkv-B200"),
+        pytest.param(replace(QKV, dropout=True), H100, id="qkv-dropout"),
+        pytest.param(replace(QKV, N=28672, widths=(14336, 14336), makers=2), H100, id="gate-up-wide"),
     ],
 )
 def test_off_where_it_sees_none(problem, device):
@@ -90,10 +92,8 @@ def test_off_where_it_sees_none(problem, device):
         pytest.param(replace(PROBLEM, K=14336), H100, id="large-product"),
         # 224 blocks of dB's kernel, of which 132 run beside dx.
         pytest.param(replace(PROBLEM, N=14336), H100, id="more-blocks-than-fit"),
-        pytest.param(replace(QKV, N=28672, widths=(14336, 14336), makers=2), H100, id="gate-up-wide"),
         # The mask takes the registers.
         pytest.param(replace(PROBLEM, dropout=True), H100, id="dropout"),
-        pytest.param(replace(QKV, dropout=True), H100, id="qkv-dropout"),
     ],
 )
 def test_off_where_the_gain_is_within_what_the_model_does_not_know(problem, device):
@@ -163,8 +163,10 @@ def test_the_library_adds_dx_of_a_group_once_for_each_member():
         return of_group.device_us - of_layer.device_us
 
     written = 2 * QKV.M * QKV.K / reached.bytes_per_us
-    assert more("forward") == 0
-    assert round(more("backward"), 6) == round(2 * cost.ACCUMULATE_SHARE * written, 6)
+    # Each lora_B is rounded by a launch of its own.
+    rounded = 2 * cost.GAP_US
+    assert round(more("forward"), 6) == rounded
+    assert round(more("backward"), 6) == round(rounded + 2 * cost.ACCUMULATE_SHARE * written, 6)
 
 
 @pytest.mark.parametrize("problem", [replace(PROBLEM, R=16), replace(QKV, R=16)], ids=["layer", "qkv"])
