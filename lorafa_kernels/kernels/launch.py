@@ -9,11 +9,14 @@ Its first call finds the kernel by what it is specialised on, if any shape has h
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -30,7 +33,7 @@ except ImportError:
 TRIED = "3.6.", "3.7."
 # Addresses that are multiples of so many bytes are what Triton specialises on.
 ALIGNMENT = 16
-# Launches that a launcher keeps, a few hundred bytes each: some shapes of each layer of a model (estimate).
+# Launches that a launcher keeps, 2 KiB each: some shapes of each layer of a model (estimate).
 MOST = 1024
 
 _caches: list[Launches] = []
@@ -81,7 +84,17 @@ class Launch:
     such as num_warps.
     """
 
-    __slots__ = ("_latest", "_ready", "blocks", "fixed", "grid", "kernel", "make_descriptor", "moving")
+    __slots__ = (
+        "__weakref__",
+        "_latest",
+        "_ready",
+        "blocks",
+        "fixed",
+        "grid",
+        "kernel",
+        "make_descriptor",
+        "moving",
+    )
 
     def __init__(
         self,
@@ -104,16 +117,14 @@ class Launch:
 
     def __call__(self, *values: Any) -> None:
         key = None
-        if not _hooked():
+        if not _watched():
             for ready in (self._ready, self._latest):
                 if ready is not None and ready.launch(values):
                     return
             key = specialisation(self, values)
         code = None if key is None else _CODES.get(key)
-        if code is not None:
-            ready = Ready(code, self, values)
-            ready.launch(values)
-        else:
+        ready = None if code is None else Ready(code, self, values)
+        if ready is None or not ready.launch(values):
             compiled = self.kernel[self.grid](**self.arguments(values))
             # An interpreted kernel has no code to keep.
             if key is None or not isinstance(compiled, CompiledKernel):
@@ -140,16 +151,20 @@ class Code:
     The numbers are indices of values, with the place of each in the kernel's signature. pointers: tensors
     whose alignment the code is specialised on. tuples: and whether it is on the alignment of their tensors.
     matrices: what descriptors are made of, and whether of the transpose. others: the rest. alignment: which
-    addresses are aligned, None where all are. lasting: whether it serves calls with other numbers too.
+    addresses are aligned, None where all are. lasting: whether it serves calls with other numbers too, not
+    so where it is specialised on integers. hooks: those of the kernel itself, which may get some yet.
     """
 
     __slots__ = (
         "alignment",
         "compiled",
         "device",
+        "driver",
+        "hooks",
         "lasting",
         "matrices",
         "others",
+        "places",
         "pointers",
         "run",
         "tuples",
@@ -158,22 +173,28 @@ class Code:
     def __init__(self, compiled: Any, of: Launch, values: Sequence[Any]) -> None:
         self.compiled = compiled
         self.run: Callable = compiled.run
-        self.device = driver.active.get_current_device()
+        self.driver = driver.active
+        self.device = self.driver.get_current_device()
+        self.hooks = of.kernel.pre_run_hooks
         self.lasting = True
         signature = signature_of(of.kernel)
+        self.places = signature.places
         self.pointers, self.tuples, self.matrices, self.others = [], [], [], []
         for index, (name, value) in enumerate(zip(of.moving, values, strict=True)):
-            place, (_, specialised, _) = signature.places[name], signature.kinds[name]
+            place, (_, specialised, by_alignment) = signature.places[name], signature.kinds[name]
+            on_alignment = specialised and by_alignment
             if name in of.blocks:
                 self.matrices.append((index, place, of.blocks[name].transposed))
             elif type(value) is tuple:
-                self.tuples.append((index, place, specialised))
-            elif specialised and isinstance(value, Tensor):
+                self.tuples.append((index, place, on_alignment))
+            elif on_alignment and isinstance(value, Tensor):
                 self.pointers.append((index, place))
             elif value is not None:
                 self.others.append((index, place))
             if specialised:
-                self.lasting &= int not in map(type, value if type(value) is tuple else (value,))
+                # A bool is an integer, too.
+                of_value = value if type(value) is tuple else (value,)
+                self.lasting &= not any(isinstance(one, int) for one in of_value)
         alignment = self.alignment_of(values)
         self.alignment = None if all(alignment) else alignment
 
@@ -185,8 +206,8 @@ class Code:
     def alignment_of(self, values: Sequence[Any]) -> tuple[bool, ...]:
         """Of each address that the code is specialised on, whether it is aligned."""
         tensors = [values[index] for index, _ in self.pointers]
-        for index, _, specialised in self.tuples:
-            if specialised:
+        for index, _, on_alignment in self.tuples:
+            if on_alignment:
                 tensors += [one for one in values[index] if isinstance(one, Tensor)]
         return tuple([tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors])
 
@@ -196,14 +217,15 @@ class Ready:
     are aligned where those of `values` are.
     """
 
-    __slots__ = ("_arguments", "_code", "_descriptors", "compiled", "grid", "of")
+    __slots__ = ("_arguments", "_code", "_descriptors", "_of", "compiled", "grid")
 
     def __init__(self, code: Code, of: Launch, values: Sequence[Any]) -> None:
-        self.of = of
+        # What keeps this: a launch that is dropped must go at once, not when cycles are collected.
+        self._of = weakref.ref(of)
         self.compiled = code.compiled
         self.grid = (*of.grid, 1, 1)[:3]
         self._code = code
-        self._arguments = list(map(of.fixed.get, signature_of(of.kernel).places))
+        self._arguments = list(map(of.fixed.get, code.places))
         self._descriptors = []
         for index, place, transposed in code.matrices:
             shape, strides = tuple(values[index].shape), values[index].stride()
@@ -211,22 +233,29 @@ class Ready:
                 shape, strides = shape[::-1], strides[::-1]
             self._descriptors.append((index, place, shape, strides))
 
+    @property
+    def of(self) -> Launch | None:
+        """The launch that this is for, while it is there."""
+        return self._of()
+
     def launch(self, values: Sequence[Any]) -> bool:
         """Launch on the current stream, or return False where filled() returns None."""
         arguments = self.filled(values)
         if arguments is None:
             return False
         code, compiled = self._code, self.compiled
-        stream = driver.active.get_current_stream(code.device)
+        stream = code.driver.get_current_stream(code.device)
         code.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
         )
         return True
 
     def filled(self, values: Sequence[Any]) -> list[Any] | None:
-        """Return all arguments in order, or None for another device or addresses that need other code."""
+        """Return all arguments in order, or None for another device, addresses that need other code, and a
+        kernel with hooks.
+        """
         code = self._code
-        if driver.active.get_current_device() != code.device:
+        if code.hooks or code.driver.get_current_device() != code.device:
             return None
         arguments = self._arguments.copy()
         addresses = 0
@@ -235,9 +264,9 @@ class Ready:
             addresses |= address
         for index, place, shape, strides in self._descriptors:
             arguments[place] = Descriptor(values[index], shape, strides)
-        for index, place, specialised in code.tuples:
+        for index, place, on_alignment in code.tuples:
             arguments[place], address = _flat(values[index])
-            if specialised:
+            if on_alignment:
                 addresses |= address
         for index, place in code.others:
             arguments[place] = values[index]
@@ -246,25 +275,52 @@ class Ready:
         return arguments if code.alignment_of(values) == code.alignment else None
 
 
+# Of nearly every parameter: not const, specialised on its value and on its alignment.
+USUAL = False, True, True
+
+
+class Order:
+    """Names of a kernel's arguments and options in the order of a call: one object for each.
+
+    constants: which of them are constexpr or options. usual: which are of the kind USUAL. others: which are
+    neither, and kinds, the kinds of those.
+    """
+
+    __slots__ = ("constants", "kinds", "others", "usual")
+
+    def __init__(self, kinds: Sequence[tuple[bool, bool, bool] | None]) -> None:
+        self.constants = [kind is None for kind in kinds]
+        self.usual = [kind is USUAL for kind in kinds]
+        self.others = [not (kind is None or kind is USUAL) for kind in kinds]
+        self.kinds = tuple(compress(kinds, self.others))
+
+
 class Signature:
     """What a kernel's own signature says: one object for each kernel.
 
     kinds: of each parameter whether it is const, whether code is specialised on its value, and whether on its
-    alignment; None of a constexpr. plain: no parameter has a default or a type.
+    alignment, in the object USUAL where that is it; None of a constexpr. plain: no parameter has a default or
+    a type.
     """
 
-    __slots__ = ("kernel", "kinds", "places", "plain")
+    __slots__ = ("_orders", "kernel", "kinds", "places", "plain")
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.places = {parameter.name: parameter.num for parameter in kernel.params}
-        self.kinds = {
-            one.name: None
-            if one.is_constexpr
-            else (one.is_const, not one.do_not_specialize, not one.do_not_specialize_on_alignment)
-            for one in kernel.params
-        }
+        self.kinds: dict[str, tuple[bool, bool, bool] | None] = {}
+        for one in kernel.params:
+            kind = one.is_const, not one.do_not_specialize, not one.do_not_specialize_on_alignment
+            self.kinds[one.name] = None if one.is_constexpr else USUAL if kind == USUAL else kind
         self.plain = not any(one.has_default or one.annotation_type for one in kernel.params)
+        self._orders: dict[tuple[str, ...], Order] = {}
+
+    def order(self, names: tuple[str, ...]) -> Order:
+        """Return what there is to know of these arguments and options of a call."""
+        found = self._orders.get(names)
+        if found is None:
+            found = self._orders.setdefault(names, Order([self.kinds.get(name) for name in names]))
+        return found
 
 
 def signature_of(kernel: Any) -> Signature:
@@ -285,30 +341,29 @@ def specialisation(of: Launch, values: Sequence[Any]) -> Hashable:
     version that has not been TRIED.
     """
     kernel = of.kernel
-    runtime = triton.knobs.runtime
-    if not (_TELLS and isinstance(kernel, JITFunction)):
-        return None
-    if kernel.pre_run_hooks or runtime.add_stages_inspection_hook is not None:
+    if not (_TELLS and isinstance(kernel, JITFunction)) or kernel.pre_run_hooks:
         return None
     signature = signature_of(kernel)
     if not signature.plain:
         return None
     device = driver.active.get_current_device()
     *_, backend, _ = kernel.device_caches[device]
-    how = kernel.debug or runtime.debug, triton.knobs.compilation.instrumentation_mode
-    kinds, fixed, blocks = signature.kinds, of.fixed, of.blocks
+    order = signature.order(tuple(of.fixed))
+    kinds, blocks = signature.kinds, of.blocks
+    fixed = of.fixed.values()
+    constants = tuple(compress(fixed, order.constants))
+    # Calls with arguments that are written out take a third of the time of those with a star.
     return (
-        signature,
+        order,
         device,
-        how,
-        tuple(fixed),
+        constants,
         # 1 and True are equal.
-        tuple(map(type, fixed.values())),
-        # Constants and options are what they are.
+        tuple(map(type, constants)),
+        tuple([specialise(backend, value, False, True, True) for value in compress(fixed, order.usual)]),
         tuple(
             [
-                specialise(backend, value, *kind) if (kind := kinds.get(name)) else value
-                for name, value in fixed.items()
+                specialise(backend, value, *kind)
+                for value, kind in zip(compress(fixed, order.others), order.kinds, strict=True)
             ]
         ),
         of.moving,
@@ -316,7 +371,9 @@ def specialisation(of: Launch, values: Sequence[Any]) -> Hashable:
             [
                 (value.dtype, blocks[name], of.make_descriptor)
                 if name in blocks
-                else specialise(backend, value, *kinds[name])
+                else specialise(backend, value, False, True, True)
+                if (kind := kinds[name]) is USUAL
+                else specialise(backend, value, *kind)
                 for name, value in zip(of.moving, values, strict=True)
             ]
         ),
@@ -362,9 +419,15 @@ def _flat(values: tuple) -> tuple[tuple, int]:
     return tuple(found), addresses
 
 
-def _hooked() -> bool:
-    """Whether something wants to see launches, such as a profiler."""
-    runtime = triton.knobs.runtime
+def _watched() -> bool:
+    """Whether something wants to see launches, such as a profiler, or to have other code than is kept: both
+    are Triton's own call's to serve.
+    """
+    runtime = knobs.runtime
+    if runtime.debug or runtime.add_stages_inspection_hook is not None:
+        return True
+    if knobs.compilation.instrumentation_mode:
+        return True
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         # A chain without links, or what somebody put in its place.
         if hook is not None and getattr(hook, "calls", True):

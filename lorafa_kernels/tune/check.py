@@ -4,7 +4,8 @@ A recipe that is written into a table serves a bucket of problems (plan/tables.p
 a lora_B in fp32 or in the dtype of x, with a weight stored by rows or by columns, and of several ranks and
 numbers of rows:
 
-    every recipe         as it is timed, on CHECKED_ROWS rows at most
+    every recipe         as it is timed, on CHECKED_ROWS rows at most, or so many that grad cuts them into as
+                         many chunks as the timed ones, of TILES blocks each or as many as those have
     a persistent expand  as it is timed, on so many rows that each of its blocks walks TILES tiles of the
                          result: what a block carries from one tile to the next is wrong from the second on;
                          and once more, with all of that the other way
@@ -13,7 +14,6 @@ numbers of rows:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,7 @@ from ..checks.budget import (
     plain_formula,
     relative_error,
 )
-from ..plan.config import WS_SUMS, KernelConfig
+from ..plan.config import WS_SUMS, DeviceLimits, KernelConfig, row_chunks
 from ..plan.pin import pin_plan
 from ..plan.recipe import Device, Problem, Recipe, kernel_configs
 from ..plan.tables import key_of, most_rows
@@ -104,22 +104,42 @@ class Check:
         self.problem, self.device, self.limits = problem, device, target.limits
         # Once: what is kept of other cases must not change the numbers of rows.
         self.room = self._rows_that_fit()
-        self.reference = functools.lru_cache(maxsize=KEPT)(self._reference)
         self.fewer: dict[str, str] = {}
+        # The one that was asked for last is the last.
+        self._kept: dict[Case, Reference] = {}
 
     def __call__(self, recipe: Recipe) -> str | None:
         """Say which output is wrong, or None. Raises what the recipe raises."""
         # Configurations are named: for fewer rows the defaults could differ from those that are timed.
         configs = kernel_configs(recipe, self.problem, self.limits)
         op, expand = self.problem.op, configs.get("expand")
-        rows = rows_to_check(expand, self.problem, self.limits.num_sms, self.room)
+        least = rows_of_chunks(configs.get("grad"), self.problem, self.limits)
+        rows = rows_to_check(expand, self.problem, self.limits.num_sms, self.room, least)
         if rows.fewer:
             self.fewer[f"{expand.variant} {expand.BLOCK_M}x{expand.BLOCK_N}"] = rows.fewer
         with pin_plan({op: replace(recipe, kernels=replace(recipe.kernels, **configs))}):
             for case in cases(expand, self.problem, rows):
-                if why := self._wrong(case):
+                if why := self._wrong_with_room(case):
                     return why
         return None
+
+    def reference(self, case: Case) -> Reference:
+        """Return what a case is compared with, at most KEPT of which are kept."""
+        found = self._kept.pop(case, None)
+        while len(self._kept) >= KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._kept[case] = found = found or self._reference(case)
+        return found
+
+    def _wrong_with_room(self, case: Case) -> str | None:
+        try:
+            return self._wrong(case)
+        except torch.OutOfMemoryError:
+            if not self._kept:
+                raise
+        # Of this case alone there may be room, behind the error, which holds on to what was there.
+        self._kept.clear()
+        return self._wrong(case)
 
     def _wrong(self, case: Case) -> str | None:
         right = self.reference(case)
@@ -165,20 +185,34 @@ class Check:
         return rows_that_fit(self.problem, free)
 
 
+def rows_of_chunks(grad: KernelConfig | None, problem: Problem, limits: DeviceLimits) -> int:
+    """Return how many rows, at most those of the problem, are cut by a recipe's grad into as many chunks as
+    those, with TILES blocks of rows in each or as many as there. grad: None where it calls none, and no rows.
+    A pure function.
+    """
+    if grad is None:
+        return 0
+    return min(problem.M, TILES * grad.BLOCK_M * row_chunks(grad, limits, problem.M, max(1, problem.N)))
+
+
 def rows_to_check(
-    expand: KernelConfig | None, problem: Problem, num_sms: int, room: int | None = None
+    expand: KernelConfig | None, problem: Problem, num_sms: int, room: int | None = None, least: int = 0
 ) -> Rows:
     """Return how many rows of x to check on.
 
     expand: the configuration of a recipe's, or None where it calls none. room: how many rows fit into memory;
-    None: any number. A pure function.
+    None: any number. least: what the recipe's other kernels want, at most the problem's. A pure function.
     """
     few = min(problem.M, CHECKED_ROWS)
     if expand is None or expand.variant not in PERSISTENT:
-        return Rows(few, few)
+        number = max(few, least if room is None else min(room, least))
+        if number < problem.M:
+            # Of the same code: rows that 16 divides are compiled apart.
+            number = number // 16 * 16 - (5 if problem.M % 16 else 0)
+        return Rows(number, number)
     block = expand.BLOCK_M
     columns = -(-problem.out_width // expand.BLOCK_N)
-    blocks = -(-TILES * num_sms * expand.ctas_per_sm // columns)
+    blocks = max(-(-TILES * num_sms * expand.ctas_per_sm // columns), -(-least // block))
     wanted = (blocks - 1) * block + max(16, block // 2)
     served = most_rows(key_of(problem))
     most = served if room is None else max(min(room, served), few)

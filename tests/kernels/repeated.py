@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
+from dataclasses import replace
 
 import torch
 import triton
+import triton.language as tl
 
 from lorafa_kernels.kernels import launch as module
 from lorafa_kernels.kernels.expand import expand
 from lorafa_kernels.kernels.group import expand_total
-from lorafa_kernels.kernels.shrink import shrink
+from lorafa_kernels.kernels.shrink import _shrink_kernel, shrink
 from lorafa_kernels.plan.config import KernelConfig
 from tests import stub_gpu
 
 CONFIG = KernelConfig(64, 0, 64, 16, 1, 4, 3)
 
 
-def z(rows: torch.Tensor, factor: torch.Tensor, **more) -> list[stub_gpu.Launch]:
+def z(rows: torch.Tensor, factor: torch.Tensor, scaling: float = 2.0, **more) -> list[stub_gpu.Launch]:
     with stub_gpu.recording() as launched:
-        shrink(rows, factor.t(), 2.0, config=CONFIG, **more)
+        shrink(rows, factor.t(), scaling, config=CONFIG, **more)
     return launched
 
 
@@ -93,6 +97,68 @@ found["a profiler watches"] = shown(z(bf16(128, 256), A))
 triton.knobs.runtime.launch_enter_hook.calls.clear()
 found["seen by it"] = seen
 found["no longer"] = shown(z(bf16(128, 256), A))
+
+# What Triton's own call looks at in each call, and would have other code for.
+knobs = triton.knobs
+for name, of, attribute, value in (
+    ("debugged", knobs.runtime, "debug", True),
+    ("instrumented", knobs.compilation, "instrumentation_mode", "on"),
+    ("with its stages inspected", knobs.runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash")),
+):
+    before = getattr(of, attribute)
+    setattr(of, attribute, value)
+    found[name] = shown(z(bf16(128, 256), A))
+    found[f"new and {name}"] = shown(z(bf16(208, 256), A))
+    setattr(of, attribute, before)
+    found[f"no longer {name}"] = shown(z(bf16(128, 256), A))
+seen_by_hook = []
+_shrink_kernel.add_pre_run_hook(lambda **arguments: seen_by_hook.append(arguments["M"]))
+found["with a hook of the kernel"] = shown(z(bf16(128, 256), A))
+_shrink_kernel.pre_run_hooks.clear()
+found["seen by the hook"] = seen_by_hook
+
+# A bool is no number that code serves others for.
+found["times True"] = shown(z(bf16(68, 256), A, scaling=True))
+found["times a float behind it"] = shown(z(bf16(68, 256), A))
+
+# What fails fails again, and leaves the launches of others as they are.
+too_large = replace(CONFIG, BLOCK_M=128, BLOCK_K=256, num_stages=4)
+errors = []
+for M in (128, 128, 144):
+    try:
+        shrink(bf16(M, 1024), bf16(16, 1024).t(), 2.0, config=too_large)
+    except triton.runtime.errors.OutOfResources as error:
+        errors.append(str(error))
+found["errors"] = errors
+
+
+@triton.jit(do_not_specialize_on_alignment=["x_ptr"])
+def _anywhere_kernel(x_ptr):
+    tl.store(x_ptr, 0.0)
+
+
+def anywhere(of: module.Launch, x: torch.Tensor) -> list:
+    with stub_gpu.recording() as launched:
+        of(x)
+    return shown(launched)
+
+
+one, other = (module.Launch(_anywhere_kernel, (1,), ("x_ptr",), {}) for _ in range(2))
+memory = torch.zeros(2)
+found["one code for all addresses"] = [anywhere(*of) for of in ((one, memory), (one, memory[1:]))]
+found["one code for all addresses, found"] = anywhere(other, memory[1:])
+
+gc.collect()
+gc.disable()
+gone = weakref.ref(one)
+del one
+found["a launch that is dropped is gone"] = gone() is None
+operand = bf16(69, 256)
+gone = weakref.ref(operand)
+z(operand, A)
+del operand
+found["operands are not kept"] = gone() is None
+gc.enable()
 
 kept = module.Launches()
 threads = [

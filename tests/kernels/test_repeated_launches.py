@@ -27,6 +27,10 @@ REPEATED = [
     "no longer",
     "fp32 factor",
     "a copy beside it, again",
+    "no longer debugged",
+    "no longer instrumented",
+    "no longer with its stages inspected",
+    "times a float behind it",
 ]
 ANEW = [
     "first",
@@ -37,6 +41,14 @@ ANEW = [
     "a copy beside it",
     "dropout",
     "a profiler watches",
+    "debugged",
+    "new and debugged",
+    "instrumented",
+    "new and instrumented",
+    "with its stages inspected",
+    "new and with its stages inspected",
+    "with a hook of the kernel",
+    "times True",
 ]
 # Of each: how it is launched by descriptors of P and Q, and how by pointers.
 KINDS = [
@@ -87,6 +99,29 @@ def test_each_pair_of_operands_has_an_alignment_of_its_own(found, name, by_tma, 
 
 def test_a_profiler_sees_launches_that_were_kept(found):
     assert found["seen by it"] == ["_shrink_kernel"]
+
+
+def test_a_hook_of_a_kernel_sees_launches_that_were_kept(found):
+    assert found["seen by the hook"] == [128]
+
+
+def test_what_fails_fails_again(found):
+    """With the same words, for another shape of the same code too."""
+    assert len(found["errors"]) == 3 and len(set(found["errors"])) == 1
+    assert "shared memory" in found["errors"][0]
+
+
+def test_code_for_all_addresses_is_launched_at_all_of_them(found):
+    """Once through Triton's call, whatever the alignment of the others."""
+    through_triton, again = found["one code for all addresses"]
+    assert through_triton == [["anywhere_kernel", False, []]]
+    assert again == found["one code for all addresses, found"] == [["anywhere_kernel", True, []]]
+
+
+@pytest.mark.parametrize("what", ["a launch that is dropped is gone", "operands are not kept"])
+def test_nothing_is_kept_alive(found, what):
+    """Without a collection of cycles."""
+    assert found[what]
 
 
 @pytest.mark.parametrize("what", ["kept at most", "the new one is kept", "forgotten"])

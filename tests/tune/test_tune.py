@@ -507,8 +507,8 @@ def test_the_check_runs_the_blocks_that_are_timed(triton_device, monkeypatch, tm
         return right(x, *args, plan=plan, **options)
 
     monkeypatch.setattr(linear, "forward", recording)
-    monkeypatch.setattr(check, "CHECKED_ROWS", 40)
+    monkeypatch.setattr(check, "CHECKED_ROWS", 48)
     tuned(FORWARD, triton_device, tmp_path / "t.json", lambda recipe: 1.0, budget_s=1e-9)
     limits = choice.planned_device(torch.device(triton_device)).limits
-    assert set(rows) == {40}
+    assert set(rows) == {48}
     assert checked == [heuristic_config("expand", FORWARD, limits)]
