@@ -46,15 +46,31 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
     dtype = x.dtype
-    factor = lora_A.t() if lora_A.dtype is dtype else lora_A.to(dtype).t()
+    if (
+        type(x) is Tensor
+        and x.is_cpu
+        and dtype in SUMMED_IN_PLACE
+        and lora_A.dtype is dtype
+        and lora_B.dtype is dtype
+        and not dropout_p
+    ):
+        # As below, in one place: of a small layer every call counts.
+        if scaling == 1.0:
+            z = x.mm(lora_A.mT)
+        else:
+            z = torch.addmm(_ADDED_TIMES_0[dtype], x, lora_A.mT, beta=0, alpha=scaling)
+        if z.numel() <= x.numel():
+            return F.linear(x, weight, bias).addmm_(z, lora_B.mT), z
+        return F.linear(z, lora_B, bias).addmm_(x, weight.mT), z
+    factor = lora_A.mT if lora_A.dtype is dtype else lora_A.to(dtype).mT
     if dropout_p:
         z = dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
     else:
         z = scaled_product(x, factor, scaling)
     B = lora_B if lora_B.dtype is dtype else lora_B.to(dtype)
     if sums_in_place(x) and B.shape[1] <= x.shape[1]:
-        return F.linear(x, weight, bias).addmm_(z, B.t()), z
-    return F.linear(z, B, bias).addmm_(x, weight.t()), z
+        return F.linear(x, weight, bias).addmm_(z, B.mT), z
+    return F.linear(z, B, bias).addmm_(x, weight.mT), z
 
 
 def backward(
@@ -68,6 +84,19 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) and dB (N, R); arguments and dtypes as in reference.backward."""
+    dtype = dy.dtype
+    if (
+        type(dy) is Tensor
+        and dy.is_cpu
+        and dtype in SUMMED_IN_PLACE
+        and lora_A.dtype is dtype
+        and lora_B.dtype is dtype
+        and not dropout_p
+        and z.numel() <= dy.numel()
+    ):
+        # As below, in one place. Of z no value is read here: it has the shape of dz.
+        dz = dy.mm(lora_B) if scaling == 1.0 else torch.addmm(z, dy, lora_B, beta=0, alpha=scaling)
+        return dy.mm(weight).addmm_(dz, lora_A), dy.mT.mm(z)
     dx = backward_input(dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
     return dx, backward_lora_B(dy, z, lora_B.dtype)
 
@@ -128,8 +157,8 @@ def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != dy.dtype:
         out = product_dtype(dy.dtype, dtype, dy.is_cuda and torch.version.hip is None)
         if out != dy.dtype:
-            return in_dtype(torch.mm(dy.t(), z, out_dtype=out), dtype)
-    return in_dtype(dy.t().mm(z), dtype)
+            return in_dtype(torch.mm(dy.mT, z, out_dtype=out), dtype)
+    return in_dtype(dy.mT.mm(z), dtype)
 
 
 def product_dtype(operands: torch.dtype, wanted: torch.dtype, cuda: bool) -> torch.dtype:
