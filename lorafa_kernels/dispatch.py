@@ -4,6 +4,7 @@ define            registers an operator of the library `lorafa_kernels`: schema,
 decide            which implementation runs (chosen) and, of the Triton kernels, by which plan (planned)
 Implementations   the functions of an operation's folder: which of them is called
 call              calls one with autocast off and the tensors' device current
+bare_apply        an autograd node without PyTorch's Python around it
 first_order       gradients that raise when they are differentiated
 
 An operator (torch.ops.lorafa_kernels.*) is called where something else than a plain call in eager mode goes

@@ -188,6 +188,9 @@ def direct(
         ):
             return None
     choice, pin = chosen(op, impl, x)
+    if choice.impl == "torch":
+        # As plain() below.
+        return getattr(library, op)
     if choice.impl != "triton":
         return _IMPLEMENTATIONS.plain(op, choice.impl)
     sizes = partial(_sizes, factor, weight)

@@ -81,8 +81,8 @@ def test_python_calls_of_a_step(bias):
     forward = calls_within(lambda: y.append(layer(x)))
     backward = calls_within(lambda: torch.autograd.grad(y[0], (x, layer.lora_B), torch.ones_like(y[0])))
     assert "forward" in forward and "backward" in backward
-    assert len(forward) <= 11, forward
-    assert len(backward) <= 6, backward
+    assert len(forward) <= 10, forward
+    assert len(backward) <= 5, backward
 
 
 VIEWS = {"t", "transpose"}
@@ -102,26 +102,31 @@ def test_operations_of_a_step(dtype, alpha):
     assert [name for name in backward if name not in {*VIEWS, "detach"}] == [narrow, "mm", "addmm_", "mm"]
 
 
-def parts(rank: int, dtype: torch.dtype, scaling: float, columns: int = K):
-    i = draw_operands(M, columns, N, rank, dtype, "cpu", scaling=scaling)
+def parts(rank: int, dtype: torch.dtype, scaling: float, columns: int = K, adapter=None):
+    i = draw_operands(M, columns, N, rank, dtype, "cpu", scaling=scaling, factor_dtype=adapter)
     return i, (i.weight, i.lora_A, i.lora_B)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.7])
 @pytest.mark.parametrize(("rank", "columns"), [(R, K), (600, 300)], ids=["narrow", "more ranks than columns"])
-@pytest.mark.parametrize("dtype", [FP32, FP64], ids=["fp32", "fp64"])
-def test_one_place_has_the_bits_of_the_parts(dtype, rank, columns, scaling):
-    """library.forward and .backward write their products out where nothing is cast or dropped."""
-    i, (weight, A, B) = parts(rank, dtype, scaling, columns)
+@pytest.mark.parametrize(
+    ("dtype", "adapter"),
+    [(FP32, FP32), (FP64, FP64), (FP64, FP32), (BF16, BF16), (BF16, FP32), (torch.float16, FP32)],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def test_one_place_has_the_bits_of_the_parts(dtype, adapter, rank, columns, scaling):
+    """library.forward and .backward write out what scaled_product and input_gradient compute."""
+    i, (weight, A, B) = parts(rank, dtype, scaling, columns, adapter)
     y, z = library.forward(i.x, weight, A, B, i.bias, scaling)
     assert torch.equal(z, library.scaled_product(i.x, A.t(), scaling))
-    if rank <= columns:
-        assert torch.equal(y, F.linear(i.x, weight, i.bias).addmm_(z, B.t()))
+    rounded = B.to(dtype)
+    if dtype in (FP32, FP64) and rank <= columns:
+        assert torch.equal(y, F.linear(i.x, weight, i.bias).addmm_(z, rounded.t()))
     else:
-        assert torch.equal(y, F.linear(z, B, i.bias).addmm_(i.x, weight.t()))
+        assert torch.equal(y, F.linear(z, rounded, i.bias).addmm_(i.x, weight.t()))
     dx, dB = library.backward(i.dy, z, weight, A, B, scaling)
     assert torch.equal(dx, library.backward_input(i.dy, weight, A, B, scaling))
-    assert torch.equal(dB, library.backward_lora_B(i.dy, z, B.dtype))
+    assert dB.dtype == adapter and torch.equal(dB, library.backward_lora_B(i.dy, z, adapter))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -191,6 +191,16 @@ def test_without_kernels(asked, name, impl):
     assert counts(asked, name, impl) == (WITHOUT_PLANS[name],) * 2
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_without_gradients(asked, impl):
+    (one,) = layers(("q",), None)
+    with torch.no_grad():
+        for _ in range(2):
+            asked.clear()
+            lorafa_linear(drawn(M, K), one.weight, one.lora_A, one.lora_B, one.bias, impl=impl)
+    assert (asked["impl"], asked["plan"]) == (1, int(impl == "triton"))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_in_an_operator(asked, name):
     """Under autocast, where the operators are called: they decide."""
