@@ -40,8 +40,8 @@ from .plan.pin import Pin, pinned
 dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 functorch_level = torch._C._functorch.peek_interpreter_stack
-_transforming = torch._C._are_functorch_transforms_active
-_unwrapped = torch._C._functorch.unwrap_if_dead
+transforming = torch._C._are_functorch_transforms_active
+unwrapped = torch._C._functorch.unwrap_if_dead
 _onlookers = threading.local()
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -214,18 +214,13 @@ def call(function: Callable[..., Any], device: torch.device, *arguments):
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return `apply` of a Function without what torch.autograd.Function.apply does in Python for torch.func
-    (3 to 5 µs a call on the CPU, the time of two small products). To be called where nothing compiles, which
-    must see that one, and bare_apply_will_do.
+    (3 to 5 µs a call on the CPU, the time of two small products).
+
+    To be called where that has nothing to do: nothing compiles, which must see that one; no transform is on
+    (transforming), for which it raises; and what gradients are wanted for is not left over from a transform
+    (unwrapped returns another tensor then).
     """
     return super(torch.autograd.Function, function).apply
-
-
-def bare_apply_will_do(x: Tensor, lora_B: Tensor) -> bool:
-    """Whether there is nothing that torch.autograd.Function.apply would do: no transform of torch.func is on,
-    for which it raises, and neither of what gradients are wanted for is left over from one, which it would
-    unwrap.
-    """
-    return not _transforming() and _unwrapped(x) is x and _unwrapped(lora_B) is lora_B
 
 
 def first_order(compute: Callable[..., tuple[Tensor | None, ...]], *arguments) -> tuple[Tensor | None, ...]:

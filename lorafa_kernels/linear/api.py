@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..correction import gram_inverse
-from ..dispatch import bare_apply_will_do
+from ..dispatch import transforming, unwrapped
 from ..operands import (
     as_rows,
     cast,
@@ -89,8 +89,10 @@ def lorafa_linear(
     seed = draw_seed(x.device) if dropout_p else None
     run = ops.direct("forward", impl, rows, lora_A, weight, bias, dropout_p, seed, fits)
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
-        bare = run is not None and bare_apply_will_do(x, lora_B)
-        apply = ops.bare_apply_linear if bare else ops.LoRAFALinearFunction.apply
+        if run is None or transforming() or unwrapped(x) is not x or unwrapped(lora_B) is not lora_B:
+            apply = ops.LoRAFALinearFunction.apply
+        else:
+            apply = ops.bare_apply_linear
         how = scaling, impl, dropout_p, run
         if fits:
             y = apply(rows, weight, lora_A, lora_B, bias, how)

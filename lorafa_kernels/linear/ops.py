@@ -35,7 +35,6 @@ from ..dispatch import (
     announce,
     bare_apply,
     call,
-    chosen,
     decide,
     define,
     dispatch_modes,
@@ -45,8 +44,9 @@ from ..dispatch import (
     planned,
 )
 from ..operands import any_autocast
-from ..plan.choice import Decision
+from ..plan.choice import Decision, choose
 from ..plan.kernels import KernelConfigs
+from ..plan.pin import pinned
 from . import library, reference
 
 
@@ -187,9 +187,10 @@ def direct(
             or (bias is not None and bias.dtype is not dtype)
         ):
             return None
-    choice, pin = chosen(op, impl, x)
+    # As chosen() and plain() do: of a small layer every call counts.
+    pin = pinned() if impl == "auto" or impl == "triton" else None
+    choice = choose(impl, x.device, x.dtype, pin is not None and pin.needs_kernels(op))
     if choice.impl == "torch":
-        # As plain() below.
         return getattr(library, op)
     if choice.impl != "triton":
         return _IMPLEMENTATIONS.plain(op, choice.impl)
@@ -348,7 +349,7 @@ class LoRAFALinearFunction(torch.autograd.Function):
         return first_order(_gradients, ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
 
 
-# For what bare_apply_will_do.
+# Where bare_apply says so.
 bare_apply_linear = bare_apply(LoRAFALinearFunction)
 
 

@@ -81,8 +81,8 @@ def test_python_calls_of_a_step(bias):
     forward = calls_within(lambda: y.append(layer(x)))
     backward = calls_within(lambda: torch.autograd.grad(y[0], (x, layer.lora_B), torch.ones_like(y[0])))
     assert "forward" in forward and "backward" in backward
-    assert len(forward) <= 10, forward
-    assert len(backward) <= 5, backward
+    assert len(forward) <= 8, forward
+    assert len(backward) <= 4, backward
 
 
 VIEWS = {"t", "transpose"}
