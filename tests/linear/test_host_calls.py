@@ -213,3 +213,14 @@ def test_a_node_is_given_what_is_rare_or_not():
     ]
     (dx, dB), (same, corrected) = (torch.autograd.grad(y, leaves, i.dy) for y in nodes)
     assert torch.equal(dx, same) and torch.allclose(corrected, dB / 0.7**2)
+
+
+def test_backward_under_autocast_computes_as_without():
+    """The products of the direct call would be cast."""
+    layer, x = layer_of()
+    dy = torch.randn(M, N)
+    expected = torch.autograd.grad(layer(x), (x, layer.lora_B), dy)
+    y = layer(x)
+    with torch.autocast("cpu", BF16):
+        got = torch.autograd.grad(y, (x, layer.lora_B), dy)
+    assert all(map(torch.equal, got, expected))
