@@ -4,6 +4,7 @@ define            registers an operator of the library `lorafa_kernels`: schema,
 decide            which implementation runs (chosen) and, of the Triton kernels, by which plan (planned)
 Implementations   the functions of an operation's folder: which of them is called
 call              calls one with autocast off and the tensors' device current
+bare_apply        an autograd node without PyTorch's Python around it
 first_order       gradients that raise when they are differentiated
 
 An operator (torch.ops.lorafa_kernels.*) is called where something else than a plain call in eager mode goes
@@ -36,9 +37,11 @@ from .plan.choice import Choice, Decision, choose, choose_plan
 from .plan.pin import Pin, pinned
 
 # Absent or renamed, direct calls would go unnoticed: an error at import is better.
-_modes = torch._C._len_torch_dispatch_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack
 tracing_state = torch._C._get_tracing_state
 functorch_level = torch._C._functorch.peek_interpreter_stack
+transforming = torch._C._are_functorch_transforms_active
+unwrapped = torch._C._functorch.unwrap_if_dead
 _onlookers = threading.local()
 _library = torch.library.Library("lorafa_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -58,7 +61,7 @@ def define(
 
 def watching_modes() -> int:
     """How many TorchDispatchModes are on that operators must be called for."""
-    count = _modes()
+    count = dispatch_modes()
     return count if not count or not getattr(_onlookers, "see_inside", False) else 0
 
 
@@ -82,7 +85,7 @@ def open_to_direct_calls() -> bool:
     """Whether what is made of PyTorch's own operators may be called as it is: nothing compiles, casts or
     watches.
     """
-    return not (is_compiling() or any_autocast() or (_modes() and watching_modes()))
+    return not (is_compiling() or any_autocast() or (dispatch_modes() and watching_modes()))
 
 
 def holds_data(x: Tensor) -> bool:
@@ -207,6 +210,17 @@ def call(function: Callable[..., Any], device: torch.device, *arguments):
         with torch.cuda.device(device):
             return function(*arguments)
     return function(*arguments)
+
+
+def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `apply` of a Function without what torch.autograd.Function.apply does in Python for torch.func
+    (3 to 5 µs a call on the CPU, the time of two small products).
+
+    To be called where that has nothing to do: nothing compiles, which must see that one; no transform is on
+    (transforming), for which it raises; and what gradients are wanted for is not left over from a transform
+    (unwrapped returns another tensor then).
+    """
+    return super(torch.autograd.Function, function).apply
 
 
 def first_order(compute: Callable[..., tuple[Tensor | None, ...]], *arguments) -> tuple[Tensor | None, ...]:

@@ -41,45 +41,45 @@ def fit(
         and type(weight) in _PLAIN_TENSORS
         and type(lora_A) in _PLAIN_TENSORS
         and type(lora_B) in _PLAIN_TENSORS
-        and (bias is None or type(bias) in _PLAIN_TENSORS)
-        and not (x.is_nested or weight.is_nested or lora_A.is_nested or lora_B.is_nested)
-        and not (weight.requires_grad or lora_A.requires_grad)
-        and type(scaling) is type(dropout_p) is float
-        and -LARGEST_NUMBER <= scaling <= LARGEST_NUMBER
+        and type(scaling) is float
+        and type(dropout_p) is float
         and dropout_p == 0.0
         and gradient_correction is False
+        and -LARGEST_NUMBER <= scaling <= LARGEST_NUMBER
     ):
         return False
-    dtype, device, shape, strided = x.dtype, x.device, weight.shape, torch.strided
+    try:
+        N, K = of_weight = weight.shape
+        R, of_A = lora_A.shape
+        if columns is None:
+            columns = x.shape[-1]
+        elif x.is_nested:
+            return False
+        if columns != K or of_A != K or R < 1 or lora_B.shape != (N, R):
+            return False
+    except (RuntimeError, ValueError, IndexError):
+        # Of a nested tensor, which has no shape, and of one that has another number of dimensions.
+        return False
+    dtype, strided = x.dtype, torch.strided
     if bias is not None and not (
-        bias.dtype is dtype
-        and bias.device == device
-        and bias.shape == shape[:1]
+        type(bias) in _PLAIN_TENSORS
+        and bias.dtype is dtype
+        and bias.device == x.device
         and bias.layout is strided
         and not bias.requires_grad
+        and bias.shape == of_weight[:1]
     ):
         return False
-    of_A, of_B = lora_A.shape, lora_B.shape
-    if columns is None:
-        # Of a single number it has none.
-        columns = x.shape[-1] if x.dim() else -1
     return (
-        len(shape) == len(of_A) == len(of_B) == 2
-        and columns == shape[1] == of_A[1]
-        and of_B[0] == shape[0]
-        and of_B[1] == of_A[0] >= 1
+        dtype is weight.dtype is lora_A.dtype
         and dtype in FLOAT_DTYPES
-        and weight.dtype is dtype
-        and lora_A.dtype is dtype
         and (lora_B.dtype is dtype or lora_B.dtype is torch.float32)
-        and weight.device == device
-        and lora_A.device == device
-        and lora_B.device == device
-        and x.layout is strided
-        and weight.layout is strided
-        and lora_A.layout is strided
-        and lora_B.layout is strided
-        and not any_autocast()
+        and (
+            (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu)
+            or x.device == weight.device == lora_A.device == lora_B.device
+        )
+        and strided is x.layout is weight.layout is lora_A.layout is lora_B.layout
+        and not (weight.requires_grad or lora_A.requires_grad or any_autocast())
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..correction import gram_inverse
+from ..dispatch import transforming, unwrapped
 from ..operands import (
     as_rows,
     cast,
@@ -25,6 +26,8 @@ from ..operands import (
 )
 from ..plan.choice import check_impl
 from . import ops
+
+_AUTO = "auto"
 
 
 def lorafa_linear(
@@ -70,7 +73,8 @@ def lorafa_linear(
             tensors, or are sharded or quantised ones; a scaling or dropout_p that is no real number.
         RuntimeError: impl="triton" where it cannot run.
     """
-    if not fit(x, weight, lora_A, lora_B, bias, scaling, dropout_p, gradient_correction):
+    fits = fit(x, weight, lora_A, lora_B, bias, scaling, dropout_p, gradient_correction)
+    if not fits:
         check_tensors(x, weight, lora_A, lora_B, bias)
         check_shapes(x, weight, lora_A, lora_B, bias)
         check_frozen(weight, lora_A, bias)
@@ -78,18 +82,25 @@ def lorafa_linear(
         dropout_p = checked_dropout(dropout_p, scaling)
         check_correction(gradient_correction, scaling)
         x = cast(x, weight, lora_A, lora_B, bias)
-    if type(impl) is not str or impl != "auto":
+    if impl is not _AUTO:
         check_impl(impl)
 
     rows = x if x.dim() == 2 else as_rows(x, weight.shape[1])
     seed = draw_seed(x.device) if dropout_p else None
+    run = ops.direct("forward", impl, rows, lora_A, weight, bias, dropout_p, seed, fits)
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
-        inverse = gram_inverse(lora_A) if gradient_correction and lora_B.requires_grad else None
-        seldom = () if seed is None and inverse is None else (seed, inverse)
-        how = scaling, impl, dropout_p
-        y = ops.LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, how, *seldom)
+        if run is None or transforming() or unwrapped(x) is not x or unwrapped(lora_B) is not lora_B:
+            apply = ops.LoRAFALinearFunction.apply
+        else:
+            apply = ops.bare_apply_linear
+        how = scaling, impl, dropout_p, run
+        if fits:
+            y = apply(rows, weight, lora_A, lora_B, bias, how)
+        else:
+            inverse = gram_inverse(lora_A) if gradient_correction and lora_B.requires_grad else None
+            y = apply(rows, weight, lora_A, lora_B, bias, how, seed, inverse)
     else:
-        y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
+        y = ops.forward_by(run, rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return y if rows is x else shaped_as(y, x)
 
 
@@ -121,11 +132,11 @@ def lorafa_linear_in_parts(
     x = cast(x, weight, lora_A, lora_B, bias)
     rows = as_rows(x, weight.shape[1])
     seed = draw(x.device) if dropout_p else None
+    run = ops.direct("forward", impl, rows, lora_A, weight, bias, dropout_p, seed)
     if torch.is_grad_enabled() and (x.requires_grad or lora_B.requires_grad):
         inverse = inverse_of(lora_A) if gradient_correction and lora_B.requires_grad else None
-        seldom = () if seed is None and inverse is None else (seed, inverse)
-        how = scaling, impl, dropout_p
-        y = ops.LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, how, *seldom)
+        how = scaling, impl, dropout_p, run
+        y = ops.LoRAFALinearFunction.apply(rows, weight, lora_A, lora_B, bias, how, seed, inverse)
     else:
-        y = ops.forward(rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
+        y = ops.forward_by(run, rows, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)[0]
     return shaped_as(y, x)

@@ -29,6 +29,13 @@ from ..philox import keep_chunks
 # The dtypes that sums_in_place holds for on a CPU.
 SUMMED_IN_PLACE = (torch.float32, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
+# What Tensor.to does, without its search for what the arguments mean, which takes as long as a small cast.
+_CAST = {
+    torch.float32: Tensor.float,
+    torch.float64: Tensor.double,
+    torch.bfloat16: Tensor.bfloat16,
+    torch.float16: Tensor.half,
+}
 # The package may be imported under a mode that makes other tensors than these.
 with _disable_current_modes():
     _ADDED_TIMES_0 = {d: torch.zeros((), dtype=d, device="cpu") for d in (*SUMMED_IN_PLACE, *_NARROW)}
@@ -45,16 +52,19 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R); arguments and dtypes as in reference.forward."""
-    dtype = x.dtype
-    factor = lora_A.t() if lora_A.dtype is dtype else lora_A.to(dtype).t()
+    dtype, on_cpu = x.dtype, x.is_cpu
+    A = lora_A if lora_A.dtype is dtype else _CAST[dtype](lora_A)
+    B = lora_B if lora_B.dtype is dtype else _CAST[dtype](lora_B)
     if dropout_p:
-        z = dropped_product(x, factor, scaling / (1 - dropout_p), dropout_p, seed)
+        z = dropped_product(x, A.mT, scaling / (1 - dropout_p), dropout_p, seed)
+    elif on_cpu and scaling != 1.0 and type(x) is Tensor:
+        # As scaled_product: of a small layer every call counts.
+        z = torch.addmm(_ADDED_TIMES_0[dtype], x, A.mT, beta=0, alpha=scaling)
     else:
-        z = scaled_product(x, factor, scaling)
-    B = lora_B if lora_B.dtype is dtype else lora_B.to(dtype)
-    if sums_in_place(x) and B.shape[1] <= x.shape[1]:
-        return F.linear(x, weight, bias).addmm_(z, B.t()), z
-    return F.linear(z, B, bias).addmm_(x, weight.t()), z
+        z = scaled_product(x, A.mT, scaling)
+    if on_cpu and dtype in SUMMED_IN_PLACE and z.numel() <= x.numel():
+        return F.linear(x, weight, bias).addmm_(z, B.mT), z
+    return F.linear(z, B, bias).addmm_(x, weight.mT), z
 
 
 def backward(
@@ -68,8 +78,21 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) and dB (N, R); arguments and dtypes as in reference.backward."""
-    dx = backward_input(dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
-    return dx, backward_lora_B(dy, z, lora_B.dtype)
+    dtype, on_cpu = dy.dtype, dy.is_cpu
+    A = lora_A if lora_A.dtype is dtype else _CAST[dtype](lora_A)
+    B = lora_B if lora_B.dtype is dtype else _CAST[dtype](lora_B)
+    if on_cpu and scaling != 1.0 and type(dy) is Tensor:
+        # As scaled_product. Of z no value is read: it has the shape of dz.
+        dz = torch.addmm(z, dy, B, beta=0, alpha=scaling)
+    else:
+        dz = scaled_product(dy, B, scaling)
+    if dropout_p or not on_cpu:
+        dx = input_gradient(dy, dz, weight, A, dropout_p, seed)
+    elif dtype in SUMMED_IN_PLACE and dz.numel() <= dy.numel():
+        dx = dy.mm(weight).addmm_(dz, A)
+    else:
+        dx = dz.mm(A).addmm_(dy, weight)
+    return dx, dy.mT.mm(z) if B is lora_B else backward_lora_B(dy, z, lora_B.dtype)
 
 
 def backward_input(
@@ -128,8 +151,8 @@ def backward_lora_B(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != dy.dtype:
         out = product_dtype(dy.dtype, dtype, dy.is_cuda and torch.version.hip is None)
         if out != dy.dtype:
-            return in_dtype(torch.mm(dy.t(), z, out_dtype=out), dtype)
-    return in_dtype(dy.t().mm(z), dtype)
+            return in_dtype(torch.mm(dy.mT, z, out_dtype=out), dtype)
+    return in_dtype(dy.mT.mm(z), dtype)
 
 
 def product_dtype(operands: torch.dtype, wanted: torch.dtype, cuda: bool) -> torch.dtype:
@@ -163,5 +186,4 @@ def dropped_product(left: Tensor, right: Tensor, scaling: float, dropout_p: floa
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Tensor.to would return the same tensor too, but takes over a microsecond for it, five times a step.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.dtype is dtype else _CAST[dtype](tensor)

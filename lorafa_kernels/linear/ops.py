@@ -27,22 +27,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..correction import correct
 from ..dispatch import (
     Implementations,
     announce,
+    bare_apply,
     call,
-    chosen,
     decide,
     define,
+    dispatch_modes,
     first_order,
     holds_data,
     open_to_direct_calls,
     planned,
 )
-from ..plan.choice import Decision
+from ..operands import any_autocast
+from ..plan.choice import Decision, choose
 from ..plan.kernels import KernelConfigs
+from ..plan.pin import pinned
 from . import library, reference
 
 
@@ -67,7 +71,24 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y (M, N) and z (M, R) in the dtype of x."""
-    if run := _direct("forward", impl, x, lora_A, weight, bias, dropout_p, seed):
+    run = direct("forward", impl, x, lora_A, weight, bias, dropout_p, seed)
+    return forward_by(run, x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
+
+
+def forward_by(
+    run: Callable[..., Any] | None,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    impl: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute y and z as forward() does, by what direct() has returned for it."""
+    if run is not None:
         return run(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     announce()
     return _forward_op(x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
@@ -108,7 +129,7 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dx (M, K) in the dtype of dy and dB (N, R) in the dtype of lora_B."""
-    if run := _direct("backward", impl, dy, lora_A, weight, None, dropout_p, seed):
+    if run := direct("backward", impl, dy, lora_A, weight, None, dropout_p, seed):
         return run(dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
     announce()
     return _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
@@ -125,7 +146,7 @@ def backward_input(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Compute dx (M, K) alone."""
-    if run := _direct("backward_input", impl, dy, lora_A, weight, None, dropout_p, seed):
+    if run := direct("backward_input", impl, dy, lora_A, weight, None, dropout_p, seed):
         return run(dy, weight, lora_A, lora_B, scaling, dropout_p, seed)
     announce()
     return _backward_input_op(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
@@ -133,13 +154,13 @@ def backward_input(
 
 def backward_lora_B(dy: Tensor, z: Tensor, lora_B: Tensor, impl: str) -> Tensor:
     """Compute dB (N, R) alone, in the dtype of lora_B, of which no value is read."""
-    if run := _direct("backward_lora_B", impl, dy, lora_B):
+    if run := direct("backward_lora_B", impl, dy, lora_B):
         return run(dy, z, lora_B.dtype)
     announce()
     return _backward_lora_B_op(dy, z, lora_B, impl)
 
 
-def _direct(
+def direct(
     op: str,
     impl: str,
     x: Tensor,
@@ -148,20 +169,29 @@ def _direct(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    fits: bool = False,
 ) -> Callable[..., Any] | None:
     """Return the implementation to call directly; None where the operator is needed, as for a cast.
 
-    factor: lora_A (R, K), or lora_B (N, R) where there is no weight.
+    factor: lora_A (R, K), or lora_B (N, R) where there is no weight. fits: whether operands.fit holds, so
+    that there is nothing to cast.
     """
     dropout = dropout_p != 0.0 and _check_dropout(dropout_p, seed)
-    dtype = x.dtype
-    if (
-        not open_to_direct_calls()
-        or (weight is not None and weight.dtype is not dtype)
-        or (bias is not None and bias.dtype is not dtype)
-    ):
+    if is_compiling() or (dispatch_modes() and not open_to_direct_calls()):
         return None
-    choice, pin = chosen(op, impl, x)
+    if not fits:
+        dtype = x.dtype
+        if (
+            any_autocast()
+            or (weight is not None and weight.dtype is not dtype)
+            or (bias is not None and bias.dtype is not dtype)
+        ):
+            return None
+    # As chosen() and plain() do: of a small layer every call counts.
+    pin = pinned() if impl == "auto" or impl == "triton" else None
+    choice = choose(impl, x.device, x.dtype, pin is not None and pin.needs_kernels(op))
+    if choice.impl == "torch":
+        return getattr(library, op)
     if choice.impl != "triton":
         return _IMPLEMENTATIONS.plain(op, choice.impl)
     sizes = partial(_sizes, factor, weight)
@@ -184,7 +214,7 @@ def _decide(
     bias: Tensor | None = None,
     dropout: bool = False,
 ) -> Decision:
-    """Arguments as of _direct; dropout: whether there is one."""
+    """Arguments as of direct; dropout: whether there is one."""
     return decide(op, impl, x, partial(_sizes, factor, weight), bias is not None, dropout)
 
 
@@ -294,34 +324,52 @@ class LoRAFALinearFunction(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
-        how: tuple[float, str, float],
+        how: tuple[float, str, float, Callable[..., Any] | None],
         seed: Tensor | None = None,
         inverse: Tensor | None = None,
     ) -> Tensor:
-        y, z = forward(x, weight, lora_A, lora_B, bias, *how, seed)
-        needs = ctx.needs_input_grad
-        if needs[0]:
-            of_dB = (z, inverse) if needs[3] else (None, None)
-            ctx.save_for_backward(*of_dB, weight, lora_A, lora_B, seed)
+        scaling, impl, dropout_p, run = how
+        if run is None:
+            y, z = forward_by(None, x, weight, lora_A, lora_B, bias, scaling, impl, dropout_p, seed)
         else:
+            y, z = run(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        needs = ctx.needs_input_grad
+        if not needs[0]:
             # dB takes its dtype and shape from lora_B, but no value of it; the mask is in z.
             ctx.save_for_backward(z, inverse, None, None, lora_B, None)
+        elif needs[3]:
+            ctx.save_for_backward(z, inverse, weight, lora_A, lora_B, seed)
+        else:
+            ctx.save_for_backward(None, None, weight, lora_A, lora_B, seed)
         ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        dx, dB = first_order(_gradients, ctx, dy)
-        return dx, None, None, dB, *[None] * (len(ctx.needs_input_grad) - 4)
+        return first_order(_gradients, ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
 
 
-def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+# Where bare_apply says so.
+bare_apply_linear = bare_apply(LoRAFALinearFunction)
+
+
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all that forward was given."""
     z, inverse, weight, lora_A, lora_B, seed = ctx.saved_tensors
-    needs, how = ctx.needs_input_grad, ctx.how
+    needs = ctx.needs_input_grad
+    scaling, impl, dropout_p, _ = ctx.how
+    dx = dB = None
     if not needs[3]:
-        return backward_input(dy, weight, lora_A, lora_B, *how, seed), None
-    if needs[0]:
-        dx, dB = backward(dy, z, weight, lora_A, lora_B, *how, seed)
+        dx = backward_input(dy, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
+    elif not needs[0]:
+        dB = backward_lora_B(dy, z, lora_B, impl)
+    elif run := direct("backward", impl, dy, lora_A, weight, None, dropout_p, seed):
+        dx, dB = run(dy, z, weight, lora_A, lora_B, scaling, dropout_p, seed)
     else:
-        dx, dB = None, backward_lora_B(dy, z, lora_B, how[1])
-    return dx, dB if inverse is None else correct(dB, inverse, how[0])
+        announce()
+        dx, dB = _backward_op(dy, z, weight, lora_A, lora_B, scaling, impl, dropout_p, seed)
+    if inverse is not None:
+        dB = correct(dB, inverse, scaling)
+    if len(needs) == 6:
+        return dx, None, None, dB, None, None
+    return dx, None, None, dB, None, None, None, None

@@ -165,7 +165,8 @@ def test_a_graph_of_autograd_is_run_twice():
     i = _many()
     x, lora_B = i.x.clone().requires_grad_(), i.lora_B.clone().requires_grad_()
     with pin_plan(PINNED):
-        y = ops.LoRAFALinearFunction.apply(x, i.weight, i.lora_A, lora_B, i.bias, (i.scaling, "triton", 0.0))
+        how = i.scaling, "triton", 0.0, None
+        y = ops.LoRAFALinearFunction.apply(x, i.weight, i.lora_A, lora_B, i.bias, how)
         first = torch.autograd.grad(y, (x, lora_B), i.dy, retain_graph=True)
         assert_same(torch.autograd.grad(y, (x, lora_B), i.dy), first)
 

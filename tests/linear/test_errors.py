@@ -34,6 +34,7 @@ SHAPES = {
     "lora_A-K": (dict(lora_A=torch.zeros(2, 7)), r"lora_A has shape \(2, 7\), expected \(R, 6\)"),
     "lora_A-1d": (dict(lora_A=torch.zeros(6)), r"lora_A has shape \(6,\)"),
     "lora_A-no-rank": (dict(lora_A=torch.zeros(0, 6)), "R at least 1"),
+    "no-rank": (dict(lora_A=torch.zeros(0, 6), lora_B=torch.zeros(8, 0)), "R at least 1"),
     "lora_B-R": (dict(lora_B=torch.zeros(8, 3)), r"lora_B has shape \(8, 3\), expected \(8, 2\)"),
     "lora_B-N": (dict(lora_B=torch.zeros(7, 2)), r"lora_B has shape \(7, 2\), expected \(8, 2\)"),
     "bias": (dict(bias=torch.zeros(1)), r"bias has shape \(1,\), expected \(8,\)"),
@@ -64,6 +65,12 @@ def test_dtypes(changes, words):
         call(**changes)
 
 
+def test_operands_of_one_dtype_that_is_none_to_compute_in():
+    shapes = dict(x=(4, 6), weight=(8, 6), lora_A=(2, 6), lora_B=(8, 2), bias=(8,))
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
+        call(**{name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()})
+
+
 def test_dtypes_under_autocast():
     """Autocast casts floating-point operands, and nothing else."""
     with torch.autocast("cpu", torch.bfloat16):
@@ -83,6 +90,11 @@ def test_mixed_devices(name):
     shapes = dict(weight=(8, 6), lora_A=(2, 6), lora_B=(8, 2), bias=(8,))
     with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
         call(**{name: torch.empty(shapes[name], device="meta")})
+
+
+def test_x_on_another_device_than_all_else():
+    with pytest.raises(ValueError, match="weight is on cpu, x on meta"):
+        call(x=torch.empty(4, 6, device="meta"), bias=None)
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_A", "bias"])

@@ -155,7 +155,13 @@ WITHOUT_PLANS = {
 
 
 def counts(
-    asked: Counter, name: str, impl: str, *, pin: dict | None = None, rows: int = M, autocast: bool = False
+    asked: Counter,
+    name: str,
+    impl: str,
+    *,
+    pin: dict | str | None = None,
+    rows: int = M,
+    autocast: bool = False,
 ) -> tuple:
     """What is asked for in forward and in backward, after the first call of a size has made its plans."""
     compute, options, *_ = CASES[name]
@@ -189,6 +195,21 @@ def test_without_kernels(asked, name, impl):
     if GPU and impl == "auto":
         pytest.skip("the kernels run here")
     assert counts(asked, name, impl) == (WITHOUT_PLANS[name],) * 2
+
+
+@pytest.mark.parametrize("name", ["layer", "group of one"])
+def test_pinned_kernels_are_taken_where_auto_would_take_none(asked, name):
+    assert counts(asked, name, "auto", pin="fused") == (ONCE, ONCE)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_without_gradients(asked, impl):
+    (one,) = layers(("q",), None)
+    with torch.no_grad():
+        for _ in range(2):
+            asked.clear()
+            lorafa_linear(drawn(M, K), one.weight, one.lora_A, one.lora_B, one.bias, impl=impl)
+    assert (asked["impl"], asked["plan"]) == (1, int(impl == "triton"))
 
 
 @pytest.mark.parametrize("name", CASES)
