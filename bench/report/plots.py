@@ -89,7 +89,8 @@ def draw(device: str, records: list[Record], sources: reading.Sources, folder: P
         marks = {mark for r in used for mark in sources.marks(r)}
         dates = sorted({r["date"][:10] for r in used})
         days = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
-        title = reading.device_title(device, records)[0]
+        # Another kind may be from another machine.
+        title = reading.device_title(device, used or records)[0]
         admitted = [f"{mark} {text}" for mark, text in ADMITTED.items() if mark in marks]
         return "; ".join(word for word in (title, days, remark, *admitted) if word)
 

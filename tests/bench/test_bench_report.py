@@ -413,6 +413,21 @@ def test_a_plot_without_data_is_not_there(root):
     assert not plot.exists()
 
 
+def test_a_plot_names_the_machine_of_its_own_records(root, monkeypatch):
+    """Bytes were measured on another one than times."""
+    write_run(root, records=[time_record(CPU_CASES[0], 1.0, gpu=False), block_memory(gpu=False)])
+    records = [record for record in loaded(root) if record["kind"] in reading.MEASURED]
+    of_bytes = next(record for record in records if record["kind"] == "memory")
+    of_bytes["_run"] = copy.deepcopy(of_bytes["_run"])
+    of_bytes["_run"]["environment"]["machine"]["cpu"] = "Xeon"
+    said = {}
+    for name in ("overhead", "roofline", "blocks", "training"):
+        monkeypatch.setattr(plots, name, lambda *args, name=name: said.setdefault(name, args))
+    plots.draw("cpu", records, reading.Sources(records, root), root)
+    assert "CPU numbers: AMD EPYC, 2 threads; 2026-11-24" in said["overhead"]
+    assert "CPU numbers: Xeon, 2 threads; 2026-11-24" in said["blocks"]
+
+
 # Red rows
 
 
